@@ -1,0 +1,165 @@
+//! Conversion: private to shared and back.
+//!
+//! ```text
+//! convert -> Draining --unmap--> Unmapped --check references--> Unpinned --reshape--> Reshaped
+//!                --protect--> Protected --contents--> finish_conversion
+//! ```
+//! Everybody is cut off before anybody is looked for: the other order is the race that was found
+//! in the kernel's patches (thread 0: "prevent any future faults before checking that there are
+//! no mappings"). Faults and copies in the range wait from the claim to the end.
+
+use alloc::vec::Vec;
+
+use polder_units::{PageCount, PageRange};
+
+use crate::operation::Program;
+use crate::range_set::push_run;
+use crate::{Activity, Blocked, Contents, Engine, Operation, Refusal, Stage, Step, Visibility};
+
+/// A conversion in flight.
+pub type Conversion<S> = Operation<S>;
+
+/// Waiting for answers and copies in flight; then unmapping from the side that loses the pages.
+#[derive(Debug)]
+pub enum Draining {}
+/// Nobody can reach the pages; looking for references from before.
+#[derive(Debug)]
+pub enum Unmapped {}
+/// Nobody refers to the pages; splitting or merging huge pages.
+#[derive(Debug)]
+pub enum Unpinned {}
+/// The huge pages have the shape they need; telling hardware or kernel.
+#[derive(Debug)]
+pub enum Reshaped {}
+/// Hardware or kernel treats the pages as what they become; seeing to the contents.
+#[derive(Debug)]
+pub enum Protected {}
+/// Ready for [`Engine::finish_conversion`].
+#[derive(Debug)]
+pub enum Settled {}
+
+macro_rules! stages {
+    ($($stage:ident => $next:ident),*) => {
+        stages!(@ 0; $($stage => $next),*);
+    };
+    (@ $index:expr; $stage:ident => $next:ident $(, $rest:ident => $after:ident)*) => {
+        impl Stage for $stage {
+            type Next = $next;
+            const INDEX: usize = $index;
+        }
+        stages!(@ $index + 1; $($rest => $after),*);
+    };
+    (@ $index:expr;) => {};
+}
+stages!(Draining => Unmapped, Unmapped => Unpinned, Unpinned => Reshaped, Reshaped => Protected,
+    Protected => Settled);
+
+/// A request to convert pages.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ConversionRequest {
+    /// The pages, in runs that do not overlap; all become so, or none.
+    pub ranges: Vec<PageRange>,
+    /// What they become.
+    pub to: Visibility,
+    /// What becomes of their bytes.
+    pub contents: Contents,
+}
+
+/// How a conversion began.
+#[derive(Debug)]
+pub enum Start {
+    /// All pages are so already; nothing is to be done, and nothing was claimed.
+    AlreadySo,
+    /// The range is claimed.
+    Claimed(Conversion<Draining>),
+}
+
+/// What a conversion did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Converted {
+    /// How many pages changed; those that were so already do not count.
+    pub pages: PageCount,
+}
+
+impl Engine {
+    /// Claims the pages for a conversion.
+    ///
+    /// # Errors
+    /// Refused beyond the object, for contents that platform and host can't offer, for a page in
+    /// quarantine, and for a pinned page that would become private: nothing has been unmapped
+    /// then. Busy where another operation holds a page.
+    pub fn convert(&mut self, request: &ConversionRequest) -> Result<Start, Blocked> {
+        let &ConversionRequest { ref ranges, to, contents } = request;
+        for &range in ranges {
+            self.check_bounds(range)?;
+        }
+        let (platform, in_place) = (self.config.platform, self.config.in_place);
+        if !platform.offers(contents, to, in_place) {
+            return Err(Refusal::Contents { contents, to, platform }.into());
+        }
+        for &range in ranges {
+            self.check_quarantine(range)?;
+            self.check_claims(range)?;
+        }
+        let parts = self.parts_that_change(ranges, to);
+        if parts.is_empty() {
+            return Ok(Start::AlreadySo);
+        }
+        if to == Visibility::Private {
+            for &part in &parts {
+                self.check_pins(part)?;
+            }
+        }
+        let program = self.conversion_program(&parts, to, contents);
+        let activity = Activity::Conversion { to, contents };
+        Ok(Start::Claimed(self.begin(activity, ranges.clone(), parts, program)))
+    }
+
+    fn conversion_program(&self, parts: &[PageRange], to: Visibility, how: Contents) -> Program {
+        let each = || parts.iter().copied();
+        let to_private = to == Visibility::Private;
+        Program::default()
+            .stage(each().map(|part| match to {
+                Visibility::Private => Step::UnmapHost(part),
+                Visibility::Shared => Step::UnmapGuest(part),
+            }))
+            .stage(each().filter(|_| to_private).map(Step::CheckReferences))
+            .stage(core::iter::empty())
+            .stage(each().map(|part| Step::Protect(part, to)))
+            .stage(
+                each()
+                    .filter(|&part| !to_private && self.may_have_markers(part))
+                    .map(Step::UnmapHost)
+                    .chain(each().filter(|_| how == Contents::Zero).map(Step::Free)),
+            )
+    }
+
+    /// Makes the conversion true: from here on faults see the pages as what they became.
+    pub fn finish_conversion(&mut self, conversion: Conversion<Protected>) -> Converted {
+        let record = self.finish(&conversion);
+        let Activity::Conversion { to, .. } = record.activity else {
+            unreachable!("only a conversion is ever protected")
+        };
+        let mut pages = PageCount::ZERO;
+        for &part in &record.parts {
+            self.pages.set_visibility(part, to);
+            pages = pages.checked_add(part.count()).expect("parts lie in one object");
+        }
+        self.forget_markers(&record.parts);
+        Converted { pages }
+    }
+
+    /// The runs in `ranges` that are not `to` yet.
+    fn parts_that_change(&self, ranges: &[PageRange], to: Visibility) -> Vec<PageRange> {
+        let mut parts: Vec<PageRange> = Vec::new();
+        for &range in ranges {
+            for (run, facts) in self.pages.runs(range) {
+                if facts.visibility == to {
+                    continue;
+                }
+                push_run(&mut parts, run);
+            }
+        }
+        parts
+    }
+}

@@ -1,0 +1,50 @@
+//! Discard (punch hole): the contents go, visibility stays.
+
+use alloc::vec;
+
+use polder_units::PageRange;
+
+use crate::operation::Program;
+use crate::{Activity, Blocked, Engine, Operation, Population, Stage, Step};
+
+/// A discard in flight.
+pub type Discard = Operation<Clearing>;
+
+/// Waiting for answers and copies in flight; then unmapping and freeing.
+#[derive(Debug)]
+pub enum Clearing {}
+/// Ready for [`Engine::finish_discard`].
+#[derive(Debug)]
+pub enum Cleared {}
+
+impl Stage for Clearing {
+    type Next = Cleared;
+    const INDEX: usize = 0;
+}
+
+impl Engine {
+    /// Claims the pages for a discard.
+    ///
+    /// # Errors
+    /// Refused beyond the object, for a page in quarantine and for a pinned page; busy where an
+    /// operation holds a page.
+    pub fn discard(&mut self, range: PageRange) -> Result<Discard, Blocked> {
+        self.check_bounds(range)?;
+        self.check_quarantine(range)?;
+        self.check_claims(range)?;
+        self.check_pins(range)?;
+        let program = Program::default().stage(
+            [Step::UnmapHost(range), Step::UnmapGuest(range), Step::Free(range)].into_iter(),
+        );
+        Ok(self.begin(Activity::Discard, vec![range], vec![range], program))
+    }
+
+    /// Makes the discard true. Nothing is owed for the pages any more: they are zeros.
+    pub fn finish_discard(&mut self, discard: Discard) {
+        let record = self.finish(&discard);
+        for &part in &record.parts {
+            self.pages.set_population(part, Population::Whole);
+        }
+        self.forget_markers(&record.parts);
+    }
+}

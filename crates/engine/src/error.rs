@@ -1,0 +1,91 @@
+//! Every way in which the engine says no.
+
+use polder_units::{GfnRange, PageCount, PageIndex, PageRange, RangeError};
+
+use crate::{Activity, Contents, Holder, PinKind, Platform, Slot, Visibility};
+
+/// A request that was refused; it changed nothing.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the fields are what the messages say of them")]
+pub enum Refusal {
+    /// `EINVAL`: no range at all.
+    #[error(transparent)]
+    Range(#[from] RangeError),
+    /// `EINVAL`: the range reaches past the object's end.
+    #[error("pages {range} reach beyond the object, which has {pages}")]
+    Beyond { range: PageRange, pages: PageCount },
+    /// `EINVAL`: no binding of the VM covers the guest frames.
+    #[error("guest frames {gfns} are not all bound to memory")]
+    Unbound { gfns: GfnRange },
+    /// `EAGAIN`: an operation holds the range. The same request may succeed once it has ended.
+    #[error("pages {range} are held by a {by} of pages {held}; try again")]
+    Busy { range: PageRange, by: Activity, held: PageRange },
+    /// `EAGAIN`: somebody pinned a page. The same request may succeed once it is unpinned.
+    #[error("page {page} is pinned ({kind}) by {holder}; try again once it is unpinned")]
+    Pinned { page: PageIndex, kind: PinKind, holder: Holder },
+    /// `EAGAIN`: somebody unknown refers to a page.
+    #[error("page {page} has {references} references that are not Polder's; try again")]
+    Referenced { page: PageIndex, references: u64 },
+    /// `EACCES`: the host asked for a page that is the guest's alone.
+    #[error("page {page} is private to the guest; it has to share the page first")]
+    Private { page: PageIndex },
+    /// `EAGAIN`: the page's contents have not arrived.
+    #[error("the contents of page {page} are still owed; populate it first")]
+    Owed { page: PageIndex },
+    /// `EEXIST`: a population of a page that is whole.
+    #[error("page {page} is whole already; discard it before populating it again")]
+    Whole { page: PageIndex },
+    /// `EHWPOISON`: an operation on the page failed and could not be undone.
+    #[error("page {page} is in quarantine: an operation on it failed and could not be undone")]
+    Quarantined { page: PageIndex },
+    /// `EOPNOTSUPP`: platform and host can't treat the contents as asked.
+    #[error("a {platform} conversion to {to} can't {contents} the contents on this host")]
+    Contents { contents: Contents, to: Visibility, platform: Platform },
+    /// `EEXIST`: the slot is in use; unbind it first.
+    #[error("slot {slot} is bound already; unbind it first")]
+    SlotTaken { slot: Slot },
+    /// `EINVAL`: the VM has no such slot.
+    #[error("slot {slot} is not bound")]
+    NoSuchSlot { slot: Slot },
+    /// `EEXIST`: another slot of the VM has some of the guest frames.
+    #[error("guest frames {gfns} overlap those of slot {slot}")]
+    GfnsTaken { gfns: GfnRange, slot: Slot },
+    /// `EEXIST`: another slot of the VM has some of the pages.
+    #[error("pages {range} overlap those of slot {slot}")]
+    PagesTaken { range: PageRange, slot: Slot },
+    /// `EINVAL`: nothing is pinned under that id (any more).
+    #[error("there is no such pin")]
+    NoSuchPin,
+}
+
+/// The error codes of [`Refusal::errno`], by Linux's names and numbers
+/// (`include/uapi/asm-generic/errno-base.h`, `errno.h`).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[expect(missing_docs, reason = "Linux's names")]
+#[repr(i32)]
+pub enum Errno {
+    EAGAIN = 11,
+    ENOMEM = 12,
+    EACCES = 13,
+    EEXIST = 17,
+    EINVAL = 22,
+    EOPNOTSUPP = 95,
+    EHWPOISON = 133,
+}
+
+impl Refusal {
+    /// The error code that the kernel's interface has for it.
+    pub const fn errno(&self) -> Errno {
+        match self {
+            Self::Range(_) | Self::Beyond { .. } | Self::Unbound { .. } => Errno::EINVAL,
+            Self::NoSuchSlot { .. } | Self::NoSuchPin => Errno::EINVAL,
+            Self::Busy { .. } | Self::Pinned { .. } => Errno::EAGAIN,
+            Self::Referenced { .. } | Self::Owed { .. } => Errno::EAGAIN,
+            Self::Private { .. } => Errno::EACCES,
+            Self::Whole { .. } | Self::SlotTaken { .. } => Errno::EEXIST,
+            Self::GfnsTaken { .. } | Self::PagesTaken { .. } => Errno::EEXIST,
+            Self::Quarantined { .. } => Errno::EHWPOISON,
+            Self::Contents { .. } => Errno::EOPNOTSUPP,
+        }
+    }
+}

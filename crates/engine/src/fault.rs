@@ -1,0 +1,216 @@
+//! Faults and their answers.
+//!
+//! An answer is claimed: the engine gives it, the driver carries it out by one system call, the
+//! engine takes it back. An operation waits for the answers in flight on its pages and no new ones
+//! are given there, so no answer that was right when it was given takes effect when it is wrong.
+
+use alloc::vec::Vec;
+use core::fmt;
+
+use polder_units::{Gfn, GfnRange, Level, PageIndex, PageRange};
+
+use crate::{Blocked, Engine, Operation, Population, Undoing, Visibility, VmId};
+
+/// An answer or copy that was given and not taken back yet.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct InFlight {
+    id: u64,
+    range: PageRange,
+}
+
+impl InFlight {
+    pub(crate) fn range(&self) -> PageRange {
+        self.range
+    }
+}
+
+/// What to do about a fault.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Response {
+    /// Map the pages.
+    Map,
+    /// Poison the page: the toucher gets a SIGBUS.
+    Poison,
+}
+
+/// An answer to carry out on its pages. It is to be given back by [`Engine::answered`].
+#[must_use = "operations wait until it is given back"]
+#[derive(PartialEq, Eq, Debug)]
+pub struct Answer {
+    in_flight: InFlight,
+    response: Response,
+}
+
+impl Answer {
+    /// The pages.
+    pub fn range(&self) -> PageRange {
+        self.in_flight.range
+    }
+
+    /// What to do on them.
+    pub fn response(&self) -> Response {
+        self.response
+    }
+}
+
+/// How a touch of the host view is answered.
+#[derive(Debug)]
+pub enum HostAnswer {
+    /// So.
+    Now(Answer),
+    /// Not yet: ask again when an operation has ended.
+    Wait,
+    /// Not yet: undo this operation, then ask again.
+    Undo(Operation<Undoing>),
+}
+
+/// A guest's access, as far as its answer depends on it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct GuestAccess {
+    /// The frame accessed.
+    pub gfn: Gfn,
+    /// Whether as private or as shared memory. Of no meaning where the platform doesn't tell
+    /// them apart.
+    pub visibility: Visibility,
+}
+
+/// Why a guest's access ends in the VMM (`KVM_EXIT_MEMORY_FAULT`).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum MemoryFault {
+    /// No binding covers the frame.
+    Unbound(GfnRange),
+    /// The access was of one kind, what is granted is the other.
+    Mismatch {
+        /// The frame.
+        gfns: GfnRange,
+        /// What the access was.
+        wanted: Visibility,
+    },
+    /// The page is in quarantine.
+    Quarantined(GfnRange),
+}
+
+impl fmt::Display for MemoryFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unbound(gfns) => write!(f, "guest frames {gfns} are not bound to memory"),
+            Self::Mismatch { gfns, wanted } => {
+                write!(f, "guest frames {gfns} are {}, not {wanted}", wanted.other())
+            }
+            Self::Quarantined(gfns) => write!(f, "guest frames {gfns} are in quarantine"),
+        }
+    }
+}
+
+/// How a guest's fault is answered.
+#[derive(Debug)]
+pub enum GuestAnswer {
+    /// Map the page around it.
+    Now {
+        /// The pages of the object, one page of `level`.
+        answer: Answer,
+        /// The level to map them at.
+        level: Level,
+    },
+    /// Exit to the VMM.
+    Exit(MemoryFault),
+    /// Not yet: ask again when an operation has ended.
+    Wait,
+    /// Not yet: undo this operation, then ask again.
+    Undo(Operation<Undoing>),
+}
+
+impl Engine {
+    /// Answers a touch of `page`, which must lie in the object, through the host view.
+    pub fn host_fault(&mut self, page: PageIndex) -> HostAnswer {
+        match self.check_claims(PageRange::one(page)) {
+            Ok(()) => {}
+            Err(Blocked::Abandoned(operation)) => return HostAnswer::Undo(operation),
+            Err(_) => return HostAnswer::Wait,
+        }
+        let facts = self.pages.get(page);
+        let denied = facts.visibility == Visibility::Private || self.quarantine.contains(page);
+        if denied {
+            return HostAnswer::Now(self.answer(PageRange::one(page), Response::Poison));
+        }
+        if facts.population == Population::Owed {
+            return HostAnswer::Wait;
+        }
+        HostAnswer::Now(self.map_around(page, self.config.host_view_level).0)
+    }
+
+    /// Answers an access of a guest that its stage-2 tables don't let through.
+    pub fn guest_fault(&mut self, vm: VmId, access: GuestAccess) -> GuestAnswer {
+        let gfns = GfnRange::one(access.gfn);
+        let Some((page, bound)) = self.bindings.page_of(vm, access.gfn, self.config.geometry)
+        else {
+            return GuestAnswer::Exit(MemoryFault::Unbound(gfns));
+        };
+        match self.check_claims(PageRange::one(page)) {
+            Ok(()) => {}
+            Err(Blocked::Abandoned(operation)) => return GuestAnswer::Undo(operation),
+            Err(_) => return GuestAnswer::Wait,
+        }
+        if self.quarantine.contains(page) {
+            return GuestAnswer::Exit(MemoryFault::Quarantined(gfns));
+        }
+        let facts = self.pages.get(page);
+        let wanted = access.visibility;
+        if self.config.platform.tells_accesses_apart() && facts.visibility != wanted {
+            return GuestAnswer::Exit(MemoryFault::Mismatch { gfns, wanted });
+        }
+        if facts.population == Population::Owed {
+            return GuestAnswer::Wait;
+        }
+        let (answer, level) = self.map_around(page, bound);
+        GuestAnswer::Now { answer, level }
+    }
+
+    /// Takes an answer back. `done` says whether it was carried out; one that was not leaves its
+    /// fault unanswered, and the fault comes again.
+    pub fn answered(&mut self, answer: Answer, done: bool) {
+        self.land(&answer.in_flight);
+        if done && answer.response == Response::Poison {
+            self.markers.insert(answer.range());
+        }
+    }
+
+    /// Maps as much around `page` as is uniform with it and free, at `most` at most (INV-5).
+    fn map_around(&mut self, page: PageIndex, most: Level) -> (Answer, Level) {
+        let around = |level| PageRange::enclosing(page, level, self.config.geometry);
+        let most = self.pages.level(page).min(most);
+        let free = |&level: &Level| {
+            let range = around(level);
+            level <= most && !self.is_claimed(range) && self.quarantine.first_in(range).is_none()
+        };
+        let level = Level::ALL.into_iter().rfind(free).unwrap_or(Level::Size4K);
+        let range = around(level);
+        (self.answer(range, Response::Map), level)
+    }
+
+    /// Whether the host view holds a marker in place of a page of `range`, or is about to.
+    pub(crate) fn may_have_markers(&self, range: PageRange) -> bool {
+        self.markers.first_in(range).is_some()
+            || self.in_flight.iter().any(|one| one.range.overlaps(range))
+    }
+
+    fn answer(&mut self, range: PageRange, response: Response) -> Answer {
+        Answer { in_flight: self.take_off(range), response }
+    }
+
+    pub(crate) fn take_off(&mut self, range: PageRange) -> InFlight {
+        let in_flight = InFlight { id: self.next_id(), range };
+        self.in_flight.push(in_flight);
+        in_flight
+    }
+
+    pub(crate) fn land(&mut self, in_flight: &InFlight) {
+        let at = self.in_flight.iter().position(|other| other.id == in_flight.id);
+        self.in_flight.swap_remove(at.expect("it is given back once"));
+    }
+
+    /// The ranges of all answers and copies in flight.
+    pub fn in_flight(&self) -> Vec<PageRange> {
+        self.in_flight.iter().map(InFlight::range).collect()
+    }
+}

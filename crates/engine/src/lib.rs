@@ -1,0 +1,182 @@
+//! The engine: what may happen to a guest's memory, and in which order. It is pure. It takes
+//! events (a fault, a request, the outcome of a step) and returns answers and [`Step`]s; a driver
+//! executes the steps on a host and reports back. It has no descriptor, no thread and no clock,
+//! so real hosts, the simulated machine and the search over interleavings all run this code.
+//!
+//! # Vocabulary
+//! - **Object**: the memory, numbered in 4 KiB pages from 0. Its size is fixed for life.
+//! - **Granted**: whether a page is private or shared, a fact of the object's page
+//!   ([`PageFacts`]), kept in the [`PageMap`].
+//! - **Binding**: a run of the object's pages seen by one VM at some gfn ([`Binding`]).
+//! - **View**: a mapping of the object. The *host view* is what device models get pointers into,
+//!   the *guest view* is the VM's slot, the *trusted view* is the driver's own.
+//! - **Operation**: a conversion, population or discard in flight ([`Operation`]). It **claims**
+//!   its range: others that overlap are refused or wait, faults in it wait.
+//! - **Answer**: one fault being answered, or one copy being made ([`Answer`], [`Copying`]). They
+//!   claim too, briefly, and any number of them may overlap; an operation **drains** them before
+//!   it touches a mapping, so no answer given before can take effect after.
+//!
+//! # The rules
+//! - No driver answers a fault or copies a byte without holding the answer for it.
+//! - A handle that is dropped before its end makes its operation *abandoned*; whoever meets its
+//!   claim next is given the [`Operation<Undoing>`] and undoes it.
+//! - A step that fails is undone with all before it, last first. Pages whose undo fails are
+//!   **quarantined**: refused to everybody, for good, and reported.
+//!
+//! # Holes
+//! Pins are searched one by one and operations are kept in a list: both are meant for as many
+//! entries as there are threads and devices, not for millions.
+
+#![no_std]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+mod binding;
+mod convert;
+mod copy;
+mod discard;
+mod error;
+mod fault;
+mod operation;
+mod page_map;
+mod pin;
+mod platform;
+mod populate;
+mod range_set;
+mod step;
+
+#[cfg(test)]
+mod tests;
+
+use alloc::vec::Vec;
+
+use polder_units::{Geometry, Level, PageCount, PageIndex, PageRange};
+
+pub use binding::{Binding, Slot, VmId};
+pub use convert::{
+    Conversion, ConversionRequest, Converted, Draining, Protected, Reshaped, Start, Unmapped,
+    Unpinned,
+};
+pub use copy::{Copying, Direction};
+pub use discard::{Clearing, Discard};
+pub use error::{Errno, Refusal};
+pub use fault::{Answer, GuestAccess, GuestAnswer, HostAnswer, MemoryFault, Response};
+pub use operation::{Activity, Blocked, OpId, Operation, Stage, Undoing};
+pub use page_map::{PageFacts, PageMap, Population, Visibility};
+pub use pin::{Holder, PinId, PinKind};
+pub use platform::{Contents, Platform};
+pub use populate::{Publishing, Writing};
+pub use range_set::RangeSet;
+pub use step::Step;
+
+use crate::binding::Bindings;
+use crate::fault::InFlight;
+use crate::operation::Record;
+use crate::pin::Pins;
+
+/// What an [`Engine`] is made for.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// The object's size in pages, at least 1.
+    pub pages: PageCount,
+    /// Pages per level.
+    pub geometry: Geometry,
+    /// Who decides about visibility, and what a conversion does to contents.
+    pub platform: Platform,
+    /// Whether the host keeps private and shared pages in the same memory. Where it does not
+    /// (two pools), a conversion loses the contents.
+    pub in_place: bool,
+    /// The largest page that the host view maps.
+    pub host_view_level: Level,
+    /// What every page is at first.
+    pub initial: PageFacts,
+}
+
+/// All that is known and decided about one memory object. See the [crate] documentation.
+#[derive(Clone, Debug)]
+pub struct Engine {
+    config: Config,
+    pages: PageMap,
+    bindings: Bindings,
+    operations: Vec<Record>,
+    in_flight: Vec<InFlight>,
+    pins: Pins,
+    /// Pages in whose place the host view holds a poison marker.
+    markers: RangeSet,
+    /// Pages whose undo failed; neither side may touch them again.
+    quarantine: RangeSet,
+    /// The last id given out, to operations, answers and pins alike.
+    last_id: u64,
+}
+
+impl Engine {
+    /// An engine for an object in which nothing has happened yet.
+    pub fn new(config: Config) -> Self {
+        assert!(!config.pages.is_zero(), "an object has at least one page");
+        Self {
+            pages: PageMap::new(config.pages, config.geometry, config.initial),
+            bindings: Bindings::default(),
+            operations: Vec::new(),
+            in_flight: Vec::new(),
+            pins: Pins::default(),
+            markers: RangeSet::default(),
+            quarantine: RangeSet::default(),
+            last_id: 0,
+            config,
+        }
+    }
+
+    /// What it was made for.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Private or shared, owed or whole, for every page.
+    pub fn pages(&self) -> &PageMap {
+        &self.pages
+    }
+
+    /// The pages that nobody may touch because an operation on them could not be undone.
+    pub fn quarantine(&self) -> &RangeSet {
+        &self.quarantine
+    }
+
+    /// The pages in whose place the host view holds a poison marker.
+    pub fn markers(&self) -> &RangeSet {
+        &self.markers
+    }
+
+    /// Whether nothing is in flight: no operation, no answer, no copy.
+    pub fn is_idle(&self) -> bool {
+        self.operations.is_empty() && self.in_flight.is_empty()
+    }
+
+    fn next_id(&mut self) -> u64 {
+        self.last_id += 1;
+        self.last_id
+    }
+
+    /// Refuses a range that is not inside the object.
+    fn check_bounds(&self, range: PageRange) -> Result<(), Refusal> {
+        if range.end() <= self.config.pages.get() {
+            Ok(())
+        } else {
+            Err(Refusal::Beyond { range, pages: self.config.pages })
+        }
+    }
+
+    /// Refuses a range that holds a quarantined page.
+    fn check_quarantine(&self, range: PageRange) -> Result<(), Refusal> {
+        match self.quarantine.first_in(range) {
+            Some(page) => Err(Refusal::Quarantined { page }),
+            None => Ok(()),
+        }
+    }
+
+    /// The first page of `range` whose facts `is` accepts.
+    fn first_page(&self, range: PageRange, is: impl Fn(PageFacts) -> bool) -> Option<PageIndex> {
+        self.pages.runs(range).find(|&(_, facts)| is(facts)).map(|(run, _)| run.start())
+    }
+}

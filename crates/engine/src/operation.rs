@@ -1,0 +1,363 @@
+//! Operations in flight: data inside the engine, an affine handle outside.
+//!
+//! Inside, an operation is a [`Record`]: what it claims, the whole list of its steps, made before
+//! the first one is taken, and how far it has come. Outside, whoever drives it holds an
+//! `Operation<S>`, where `S` is the stage it has reached: there is one way from stage to stage,
+//! [`Engine::advance`], and it consumes the handle, so the order of a protocol is checked by the
+//! compiler. Going back is [`Engine::undo`]: the steps taken, and the one that may have been taken
+//! in part, are undone last first.
+//!
+//! A handle that is dropped on the way (its thread panicked) leaves an *abandoned* operation. The
+//! record knows by a flag that it shares with the handle. Whoever meets its claim gets a new
+//! handle, to undo it with.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::fmt;
+use core::marker::PhantomData;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use polder_units::PageRange;
+
+use crate::step::Undo;
+use crate::{Contents, Engine, Refusal, Step, Visibility};
+
+/// Names an operation; never used twice.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct OpId(u64);
+
+/// What an operation is doing.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Activity {
+    /// Making pages private or shared.
+    Conversion {
+        /// What they become.
+        to: Visibility,
+        /// What becomes of their bytes.
+        contents: Contents,
+    },
+    /// Filling pages that are owed.
+    Population,
+    /// Dropping contents.
+    Discard,
+}
+
+impl fmt::Display for Activity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Conversion { to, .. } => write!(f, "conversion to {to}"),
+            Self::Population => f.write_str("population"),
+            Self::Discard => f.write_str("discard"),
+        }
+    }
+}
+
+/// How far an operation has come: a marker type for each stage, in the file of its verb.
+pub trait Stage {
+    /// The stage after it.
+    type Next;
+    /// Which of the record's stages it is, from 0.
+    const INDEX: usize;
+}
+
+/// The stage of an operation that is being undone. Its end is [`Engine::finish_undo`].
+#[derive(Debug)]
+pub enum Undoing {}
+
+/// An operation in flight, at stage `S`. Dropping it abandons the operation.
+#[must_use = "dropping it abandons the operation"]
+#[derive(Debug)]
+pub struct Operation<S> {
+    id: OpId,
+    lease: Lease,
+    stage: PhantomData<fn() -> S>,
+}
+
+impl<S> Operation<S> {
+    fn new(id: OpId, lease: Lease) -> Self {
+        Self { id, lease, stage: PhantomData }
+    }
+
+    /// Which operation it is.
+    pub fn id(&self) -> OpId {
+        self.id
+    }
+}
+
+/// The handle's half of the flag by which a record knows that its handle is gone.
+#[derive(Debug)]
+struct Lease(Arc<AtomicBool>);
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // Pairs with `Record::is_abandoned`: what the thread did before is seen by who undoes it.
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// Why something could not begin.
+#[derive(Debug)]
+pub enum Blocked {
+    /// It never can, as things are.
+    Refused(Refusal),
+    /// An operation is in the way, and is being driven. Wait for it, or report this refusal.
+    Busy(Refusal),
+    /// An operation is in the way, and nobody drives it. Undo it, then ask again.
+    Abandoned(Operation<Undoing>),
+}
+
+impl From<Refusal> for Blocked {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+/// An operation, from the inside.
+#[derive(Clone, Debug)]
+pub(crate) struct Record {
+    id: OpId,
+    pub(crate) activity: Activity,
+    claims: Vec<PageRange>,
+    /// The pages that it changes; a part of the claims.
+    pub(crate) parts: Vec<PageRange>,
+    progress: Progress,
+    abandoned: Arc<AtomicBool>,
+}
+
+/// The steps of an operation, stage by stage.
+#[derive(Clone, Default, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct Program {
+    steps: Vec<Step>,
+    /// For each stage, the number of steps taken once it is over.
+    stage_ends: [usize; Self::MOST_STAGES],
+    stages: usize,
+}
+
+impl Program {
+    const MOST_STAGES: usize = 5;
+
+    /// Adds a stage of these steps.
+    pub(crate) fn stage(mut self, steps: impl Iterator<Item = Step>) -> Self {
+        self.steps.extend(steps);
+        self.stage_ends[self.stages] = self.steps.len();
+        self.stages += 1;
+        self
+    }
+}
+
+/// How far a record has come.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+enum Progress {
+    Forward {
+        program: Program,
+        taken: usize,
+        /// Whether the next step has been handed out, and so may have been done in part.
+        issued: bool,
+    },
+    Back {
+        steps: Vec<Step>,
+        taken: usize,
+        quarantined: Vec<PageRange>,
+    },
+}
+
+impl Record {
+    fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::Acquire)
+    }
+
+    fn lease(&mut self) -> Lease {
+        self.abandoned = Arc::new(AtomicBool::new(false));
+        Lease(Arc::clone(&self.abandoned))
+    }
+
+    /// The first page that it claims of `range`, as a range, and the claim that it is in.
+    fn claim_on(&self, range: PageRange) -> Option<PageRange> {
+        self.claims.iter().copied().find(|claim| claim.overlaps(range))
+    }
+
+    /// Turns it round: from here on its steps are those that undo what was done.
+    fn turn_back(&mut self) {
+        let Progress::Forward { program, taken, issued } = &self.progress else { return };
+        let reached = taken + usize::from(*issued);
+        let mut quarantined = Vec::new();
+        let mut back: Vec<Step> = Vec::new();
+        for step in program.steps[..reached].iter().rev() {
+            match step.undo() {
+                Undo::Nothing => {}
+                Undo::Step(undo) => back.push(undo),
+                Undo::Impossible => {
+                    back.push(Step::Quarantine(step.range()));
+                    quarantined.push(step.range());
+                }
+            }
+        }
+        if self.activity == Activity::Population && reached == 0 {
+            // The bytes are written before the first step.
+            back.extend(self.parts.iter().map(|&part| Step::Free(part)));
+        }
+        self.progress = Progress::Back { steps: back, taken: 0, quarantined };
+    }
+}
+
+impl Engine {
+    /// Starts an operation that claims `claims` and changes `parts`, by the steps of `program`.
+    pub(crate) fn begin<S: Stage>(
+        &mut self,
+        activity: Activity,
+        claims: Vec<PageRange>,
+        parts: Vec<PageRange>,
+        program: Program,
+    ) -> Operation<S> {
+        let progress = Progress::Forward { program, taken: 0, issued: false };
+        let id = OpId(self.next_id());
+        let abandoned = Arc::new(AtomicBool::new(false));
+        let lease = Lease(Arc::clone(&abandoned));
+        self.operations.push(Record { id, activity, claims, parts, progress, abandoned });
+        Operation::new(id, lease)
+    }
+
+    /// Whether an operation claims a page of `range`.
+    pub(crate) fn is_claimed(&self, range: PageRange) -> bool {
+        self.operations.iter().any(|record| record.claim_on(range).is_some())
+    }
+
+    /// Blocks on any operation that claims a page of `range`.
+    pub(crate) fn check_claims(&mut self, range: PageRange) -> Result<(), Blocked> {
+        let met =
+            self.operations.iter_mut().find_map(|record| Some((record.claim_on(range)?, record)));
+        let Some((held, record)) = met else { return Ok(()) };
+        if record.is_abandoned() {
+            record.turn_back();
+            return Err(Blocked::Abandoned(Operation::new(record.id, record.lease())));
+        }
+        Err(Blocked::Busy(Refusal::Busy { range, by: record.activity, held }))
+    }
+
+    /// Whether no answer and no copy is in flight on what the operation claims.
+    pub fn is_drained<S>(&self, operation: &Operation<S>) -> bool {
+        let claims = &self.record(operation.id).claims;
+        !self.in_flight.iter().any(|one| claims.iter().any(|claim| claim.overlaps(one.range())))
+    }
+
+    /// The step to take next at this stage, or `None` when the stage is over. Until the next call
+    /// of [`Engine::step_taken`] or [`Engine::undo`] the step counts as perhaps taken.
+    ///
+    /// # Panics
+    /// If the operation is not drained: no mapping may be touched before.
+    pub fn next_step<S: Stage>(&mut self, operation: &Operation<S>) -> Option<Step> {
+        assert!(self.is_drained(operation), "a step was asked for before the range was drained");
+        match &mut self.record_mut(operation.id).progress {
+            Progress::Forward { program, taken, issued } => {
+                let step = (*taken < program.stage_ends[S::INDEX]).then(|| program.steps[*taken]);
+                *issued = step.is_some();
+                step
+            }
+            Progress::Back { .. } => unreachable!("its handle would be of another type"),
+        }
+    }
+
+    /// Notes that the step handed out last was done, and hands out the next one.
+    pub fn step_taken<S: Stage>(&mut self, operation: &Operation<S>) -> Option<Step> {
+        match &mut self.record_mut(operation.id).progress {
+            Progress::Forward { taken, issued: true, .. } => *taken += 1,
+            progress => panic!("no step is out: {progress:?}"),
+        }
+        self.next_step(operation)
+    }
+
+    /// Goes on to the next stage, once every step of this one was taken.
+    pub fn advance<S: Stage>(&mut self, operation: Operation<S>) -> Operation<S::Next> {
+        self.assert_over(&operation);
+        Operation::new(operation.id, operation.lease)
+    }
+
+    /// Turns an operation round, at any stage.
+    pub fn undo<S: Stage>(&mut self, operation: Operation<S>) -> Operation<Undoing> {
+        self.record_mut(operation.id).turn_back();
+        Operation::new(operation.id, operation.lease)
+    }
+
+    /// The step to take next on the way back, or `None` when all is undone.
+    pub fn next_undo(&self, operation: &Operation<Undoing>) -> Option<Step> {
+        match &self.record(operation.id).progress {
+            Progress::Back { steps, taken, .. } => steps.get(*taken).copied(),
+            Progress::Forward { .. } => unreachable!("its handle would be of another type"),
+        }
+    }
+
+    /// Notes whether the step of [`Engine::next_undo`] was done. If it was not, its pages are to be
+    /// quarantined, which is the next step.
+    pub fn undo_taken(&mut self, operation: &Operation<Undoing>, done: bool) {
+        match &mut self.record_mut(operation.id).progress {
+            Progress::Back { steps, taken, quarantined } => {
+                let step = steps[*taken];
+                *taken += 1;
+                if !done && !matches!(step, Step::Quarantine(_)) {
+                    steps.insert(*taken, Step::Quarantine(step.range()));
+                    quarantined.push(step.range());
+                }
+            }
+            Progress::Forward { .. } => unreachable!("its handle would be of another type"),
+        }
+    }
+
+    /// Ends an operation that was undone. Returns the pages that had to be quarantined.
+    pub fn finish_undo(&mut self, operation: Operation<Undoing>) -> Vec<PageRange> {
+        assert_eq!(self.next_undo(&operation), None, "there is more to undo");
+        // Markers may have been lifted on the way. They stay in the set: lifting one that isn't
+        // there is harmless, forgetting one that is would deny a shared page.
+        let Progress::Back { quarantined, .. } = self.end(operation.id).progress else {
+            unreachable!("its handle would be of another type")
+        };
+        for &range in &quarantined {
+            self.quarantine.insert(range);
+        }
+        quarantined
+    }
+
+    /// Ends an operation whose last stage is over. Returns what it was.
+    pub(crate) fn finish<S: Stage>(&mut self, operation: &Operation<S>) -> Record {
+        self.assert_over(operation);
+        self.end(operation.id)
+    }
+
+    /// Notes that the host view holds no markers on these pages any more.
+    pub(crate) fn forget_markers(&mut self, parts: &[PageRange]) {
+        for &part in parts {
+            self.markers.remove(part);
+        }
+    }
+
+    fn assert_over<S: Stage>(&self, operation: &Operation<S>) {
+        match &self.record(operation.id).progress {
+            Progress::Forward { program, taken, .. } => {
+                assert_eq!(
+                    *taken,
+                    program.stage_ends[S::INDEX],
+                    "a stage was left with steps to take"
+                );
+            }
+            Progress::Back { .. } => unreachable!("its handle would be of another type"),
+        }
+    }
+
+    fn end(&mut self, id: OpId) -> Record {
+        let at = self.operations.iter().position(|record| record.id == id);
+        self.operations.swap_remove(at.expect("a handle's operation is in flight"))
+    }
+
+    fn record(&self, id: OpId) -> &Record {
+        self.operations
+            .iter()
+            .find(|record| record.id == id)
+            .expect("a handle's operation is in flight")
+    }
+
+    fn record_mut(&mut self, id: OpId) -> &mut Record {
+        self.operations
+            .iter_mut()
+            .find(|record| record.id == id)
+            .expect("a handle's operation is in flight")
+    }
+}

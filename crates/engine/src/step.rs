@@ -1,0 +1,84 @@
+//! What the engine asks of a host, one thing at a time.
+
+use core::fmt;
+
+use polder_units::PageRange;
+
+use crate::Visibility;
+
+/// One thing for a host to do. A host does it wholly and reports success, or reports failure; a
+/// step that failed may have been done in part, and so is undone too. Doing one twice is harmless.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Step {
+    /// Take the pages out of every host view and flush; also lifts the markers in their place.
+    UnmapHost(PageRange),
+    /// Take the pages out of the guest's stage-2 tables and flush, where the host decides there
+    /// by visibility. A host whose guest mappings are right for both has nothing to do.
+    UnmapGuest(PageRange),
+    /// Find whether anybody still refers to the pages in a way that the engine can't know of. A
+    /// host that can't see such references has nothing to do.
+    CheckReferences(PageRange),
+    /// Make hardware or kernel treat the pages as private or shared.
+    Protect(PageRange, Visibility),
+    /// Make the contents zeros and free the memory, under every view.
+    Free(PageRange),
+    /// Prepare freshly written pages for their first use.
+    Publish(PageRange),
+    /// Let whoever faults on the pages through the guest view go on.
+    Continue(PageRange),
+    /// Cut everybody off from the pages for good.
+    Quarantine(PageRange),
+}
+
+impl Step {
+    /// The pages it is about.
+    pub const fn range(self) -> PageRange {
+        match self {
+            Self::UnmapHost(range)
+            | Self::UnmapGuest(range)
+            | Self::CheckReferences(range)
+            | Self::Protect(range, _)
+            | Self::Free(range)
+            | Self::Publish(range)
+            | Self::Continue(range)
+            | Self::Quarantine(range) => range,
+        }
+    }
+
+    /// How to undo it.
+    pub(crate) const fn undo(self) -> Undo {
+        match self {
+            // Faults bring mappings back, and put markers back.
+            Self::UnmapHost(_) | Self::UnmapGuest(_) | Self::Continue(_) => Undo::Nothing,
+            Self::CheckReferences(_) | Self::Quarantine(_) => Undo::Nothing,
+            Self::Protect(range, to) => Undo::Step(Self::Protect(range, to.other())),
+            // Nobody may see what a failed population left behind.
+            Self::Publish(range) => Undo::Step(Self::Free(range)),
+            Self::Free(_) => Undo::Impossible,
+        }
+    }
+}
+
+/// What undoes a step.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Undo {
+    Nothing,
+    Step(Step),
+    Impossible,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let range = self.range();
+        match self {
+            Self::UnmapHost(_) => write!(f, "unmap pages {range} from the host view"),
+            Self::UnmapGuest(_) => write!(f, "unmap pages {range} from the guest"),
+            Self::CheckReferences(_) => write!(f, "check references to pages {range}"),
+            Self::Protect(_, to) => write!(f, "make pages {range} {to}"),
+            Self::Free(_) => write!(f, "free pages {range}"),
+            Self::Publish(_) => write!(f, "publish pages {range}"),
+            Self::Continue(_) => write!(f, "continue faults on pages {range}"),
+            Self::Quarantine(_) => write!(f, "quarantine pages {range}"),
+        }
+    }
+}

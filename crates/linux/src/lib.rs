@@ -1,0 +1,62 @@
+//! The Linux interfaces that Polder uses, made safe. This is the only crate with `unsafe` in it.
+//!
+//! | file | interface |
+//! |---|---|
+//! | [`Memfd`] | `memfd_create(2)`, `fallocate(2)`, `lseek(2)` |
+//! | [`View`] | `mmap(2)` and `madvise(2)` of a memfd, and copies through it |
+//! | [`Userfault`] | `userfaultfd(2)` |
+//! | [`KvmSlot`] | `KVM_SET_USER_MEMORY_REGION` |
+//! | [`sigbus`] | `sigaction(2)` of SIGBUS |
+//!
+//! # Rules
+//! - Guest memory is never borrowed as a Rust slice: guest, kernel and other threads change it at
+//!   any time. Bytes move by the one routine in `copy`, which is assembly and so opaque to the
+//!   compiler, and which survives a SIGBUS in the middle.
+//! - A mapping outlives everything that was told its address: a [`KvmSlot`] holds its [`View`], a
+//!   [`Userfault`] its view too.
+//! - Every error names the call and the range it was made for.
+//!
+//! # Holes
+//! The copy routine and its way out of a SIGBUS are written for x86-64.
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+compile_error!("polder-linux is written for Linux on x86-64");
+
+mod copy;
+mod kvm;
+mod memfd;
+pub mod sigbus;
+mod uapi;
+mod userfault;
+mod view;
+
+use polder_units::ByteRange;
+
+pub use kvm::KvmSlot;
+pub use memfd::Memfd;
+pub use rustix::io::Errno;
+pub use userfault::{Continued, Modes, Touch, Userfault};
+pub use view::{Purpose, Touched, View};
+
+/// A system call that failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{call}{}", .range.map(|range| format!(" of bytes {range}")).unwrap_or_default())]
+pub struct Error {
+    /// The system call, or the ioctl's name.
+    pub call: &'static str,
+    /// The bytes of the object that it was for.
+    pub range: Option<ByteRange>,
+    /// What the kernel said.
+    #[source]
+    pub errno: Errno,
+}
+
+impl Error {
+    fn new(call: &'static str, errno: Errno) -> Self {
+        Self { call, range: None, errno }
+    }
+
+    fn on(call: &'static str, range: ByteRange, errno: Errno) -> Self {
+        Self { call, range: Some(range), errno }
+    }
+}

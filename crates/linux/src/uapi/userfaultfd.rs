@@ -1,0 +1,39 @@
+//! `include/uapi/linux/userfaultfd.h`. The structures are of `linux-raw-sys`; the ioctls' numbers
+//! are macros in the header, and so not there.
+
+use linux_raw_sys::general as sys;
+pub(crate) use linux_raw_sys::general::{
+    UFFD_API, UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_MINOR_SHMEM, UFFD_FEATURE_MISSING_SHMEM,
+    UFFD_FEATURE_POISON, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WRITE, uffdio_api,
+    uffdio_continue, uffdio_poison, uffdio_range, uffdio_register,
+};
+use rustix::ioctl::{Opcode, opcode};
+
+const UFFDIO: u8 = 0xAA;
+
+#[expect(clippy::cast_possible_truncation, reason = "an ioctl's number is one byte")]
+const fn number(header: u32) -> u8 {
+    header as u8
+}
+
+pub(crate) const UFFDIO_API: Opcode =
+    opcode::read_write::<uffdio_api>(UFFDIO, number(sys::_UFFDIO_API));
+pub(crate) const UFFDIO_REGISTER: Opcode =
+    opcode::read_write::<uffdio_register>(UFFDIO, number(sys::_UFFDIO_REGISTER));
+pub(crate) const UFFDIO_UNREGISTER: Opcode =
+    opcode::read::<uffdio_range>(UFFDIO, number(sys::_UFFDIO_UNREGISTER));
+pub(crate) const UFFDIO_WAKE: Opcode =
+    opcode::read::<uffdio_range>(UFFDIO, number(sys::_UFFDIO_WAKE));
+pub(crate) const UFFDIO_CONTINUE: Opcode =
+    opcode::read_write::<uffdio_continue>(UFFDIO, number(sys::_UFFDIO_CONTINUE));
+pub(crate) const UFFDIO_POISON: Opcode =
+    opcode::read_write::<uffdio_poison>(UFFDIO, number(sys::_UFFDIO_POISON));
+/// Of `/dev/userfaultfd`: a new userfaultfd.
+pub(crate) const USERFAULTFD_IOC_NEW: Opcode = opcode::none(UFFDIO, 0);
+
+/// The size of `struct uffd_msg`, what a read returns for each event.
+pub(crate) const UFFD_MSG_SIZE: usize = size_of::<sys::uffd_msg>();
+/// Where `event` stands in it.
+pub(crate) const UFFD_MSG_EVENT: usize = core::mem::offset_of!(sys::uffd_msg, event);
+/// Where `arg` stands in it; `arg.pagefault` is `{ flags: u64, address: u64, .. }`.
+pub(crate) const UFFD_MSG_ARG: usize = core::mem::offset_of!(sys::uffd_msg, arg);

@@ -1,0 +1,281 @@
+//! Userfaultfd: touches of a view, told to us and answered by us.
+//!
+//! No `EVENT_*` feature is asked for: with `EVENT_REMOVE` a zap would wait until its event is read
+//! (Linux `Documentation/admin-guide/mm/userfaultfd.rst`).
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use polder_units::{ByteRange, PAGE_SIZE, PageIndex, PageRange};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::ioctl::{Opcode, Updater, ioctl};
+use rustix::mm::UserfaultfdFlags;
+
+use crate::uapi::userfaultfd as uapi;
+use crate::{Error, View};
+
+/// A touch of a watched page, waiting for an answer.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Touch {
+    /// The page touched.
+    pub page: PageIndex,
+    /// Whether it was written to.
+    pub write: bool,
+    /// Whether the page exists, and is only not mapped here.
+    pub minor: bool,
+}
+
+/// How [`Userfault::resume`] went.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Continued {
+    /// All pages are mapped, and whoever waited goes on.
+    Mapped,
+    /// This page does not exist, and those from it on were not mapped.
+    Missing(PageIndex),
+}
+
+/// Which touches are told of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Modes {
+    /// Of pages that don't exist, and of those that are not mapped in the view.
+    MissingAndMinor,
+}
+
+/// A userfaultfd that watches one view.
+#[derive(Debug)]
+pub struct Userfault {
+    fd: OwnedFd,
+    view: Arc<View>,
+}
+
+impl Userfault {
+    /// The most touches that one call of [`Userfault::touches`] returns.
+    pub const BATCH: usize = 64;
+
+    const FEATURES: u32 = uapi::UFFD_FEATURE_MISSING_SHMEM
+        | uapi::UFFD_FEATURE_MINOR_SHMEM
+        | uapi::UFFD_FEATURE_POISON;
+
+    /// A userfaultfd for a view, which is not watched before [`Userfault::watch`].
+    ///
+    /// # Errors
+    /// `EPERM` where neither `/dev/userfaultfd` may be opened nor the system call made (the
+    /// kernel's own touches are to be told of too, which takes `CAP_SYS_PTRACE` or
+    /// `vm.unprivileged_userfaultfd`); `EINVAL` from `UFFDIO_API` on a kernel without poison
+    /// (before 6.6).
+    pub fn new(view: Arc<View>) -> Result<Self, Error> {
+        let userfault = Self { fd: open()?, view };
+        let mut api = uapi::uffdio_api {
+            api: uapi::UFFD_API.into(),
+            features: Self::FEATURES.into(),
+            ioctls: 0,
+        };
+        userfault
+            .ask::<{ uapi::UFFDIO_API }, _>(&mut api)
+            .map_err(|errno| Error::new("UFFDIO_API", errno))?;
+        Ok(userfault)
+    }
+
+    /// The view.
+    pub fn view(&self) -> &Arc<View> {
+        &self.view
+    }
+
+    /// Watches all of the view from now on. What is mapped in it stays mapped, untold of.
+    ///
+    /// # Errors
+    /// Of `UFFDIO_REGISTER`: `EINVAL` where the kernel can't watch such memory.
+    pub fn watch(&self, modes: Modes) -> Result<(), Error> {
+        let mode = match modes {
+            Modes::MissingAndMinor => {
+                linux_raw_sys::general::UFFDIO_REGISTER_MODE_MISSING
+                    | linux_raw_sys::general::UFFDIO_REGISTER_MODE_MINOR
+            }
+        };
+        let mut register =
+            uapi::uffdio_register { range: self.whole(), mode: mode.into(), ioctls: 0 };
+        self.ask::<{ uapi::UFFDIO_REGISTER }, _>(&mut register)
+            .map_err(|errno| Error::new("UFFDIO_REGISTER", errno))
+    }
+
+    /// Watches nothing any more; whoever waits goes on, and touches again.
+    ///
+    /// # Errors
+    /// Of `UFFDIO_UNREGISTER`.
+    pub fn unwatch(&self) -> Result<(), Error> {
+        self.ask::<{ uapi::UFFDIO_UNREGISTER }, _>(&mut self.whole())
+            .map_err(|errno| Error::new("UFFDIO_UNREGISTER", errno))
+    }
+
+    /// Adds the touches that wait to be told of, at most [`Userfault::BATCH`]; none if there are
+    /// none. Does not wait; poll the descriptor for that.
+    ///
+    /// # Errors
+    /// Of `read`.
+    pub fn touches(&self, into: &mut Vec<Touch>) -> Result<(), Error> {
+        let mut buffer = [0u8; Self::BATCH * uapi::UFFD_MSG_SIZE];
+        let count = match rustix::io::retry_on_intr(|| rustix::io::read(&self.fd, &mut buffer[..]))
+        {
+            Ok(count) => count,
+            Err(Errno::AGAIN) => 0,
+            Err(errno) => return Err(Error::new("read of userfaultfd", errno)),
+        };
+        let messages = buffer[..count].chunks_exact(uapi::UFFD_MSG_SIZE);
+        into.extend(messages.filter_map(|message| self.touch(message)));
+        Ok(())
+    }
+
+    /// The touch in a `struct uffd_msg`.
+    fn touch(&self, message: &[u8]) -> Option<Touch> {
+        if u32::from(message[uapi::UFFD_MSG_EVENT]) != uapi::UFFD_EVENT_PAGEFAULT {
+            return None;
+        }
+        let word = |index: usize| {
+            let at = uapi::UFFD_MSG_ARG + 8 * index;
+            Some(u64::from_ne_bytes(message.get(at..at + 8)?.try_into().ok()?))
+        };
+        let (flags, address) = (word(0)?, word(1)?);
+        let offset = self.view.offset_of(usize::try_from(address).ok()?)?;
+        Some(Touch {
+            page: PageIndex::new(offset / PAGE_SIZE)?,
+            write: flags & u64::from(uapi::UFFD_PAGEFAULT_FLAG_WRITE) != 0,
+            minor: flags & u64::from(uapi::UFFD_PAGEFAULT_FLAG_MINOR) != 0,
+        })
+    }
+
+    /// Maps pages that exist into the view, and lets whoever waits for them go on. A page that is
+    /// mapped already is left as it is, a poison marker gives way to the page.
+    ///
+    /// # Errors
+    /// Of `UFFDIO_CONTINUE`.
+    pub fn resume(&self, range: PageRange) -> Result<Continued, Error> {
+        self.each(range, "UFFDIO_CONTINUE", |range| {
+            let mut resume = uapi::uffdio_continue { range, mode: 0, mapped: 0 };
+            let result = self.ask::<{ uapi::UFFDIO_CONTINUE }, _>(&mut resume);
+            (result, resume.mapped)
+        })
+    }
+
+    /// Puts a poison marker in the place of pages that are not mapped in the view: whoever touches
+    /// one gets SIGBUS, or `EFAULT` from a system call.
+    ///
+    /// # Errors
+    /// Of `UFFDIO_POISON`.
+    pub fn poison(&self, range: PageRange) -> Result<(), Error> {
+        let done = self.each(range, "UFFDIO_POISON", |range| {
+            let mut poison = uapi::uffdio_poison { range, mode: 0, updated: 0 };
+            let result = self.ask::<{ uapi::UFFDIO_POISON }, _>(&mut poison);
+            (result, poison.updated)
+        })?;
+        debug_assert_eq!(done, Continued::Mapped, "poison needs no page");
+        Ok(())
+    }
+
+    /// Lets whoever waits for the pages go on, and touch again.
+    ///
+    /// # Errors
+    /// Of `UFFDIO_WAKE`.
+    pub fn wake(&self, range: PageRange) -> Result<(), Error> {
+        self.ask::<{ uapi::UFFDIO_WAKE }, _>(&mut self.range(range.bytes()))
+            .map_err(|errno| Error::on("UFFDIO_WAKE", range.bytes(), errno))
+    }
+
+    /// Does an ioctl over a range that may stop in the middle: it reports how many bytes it did,
+    /// or `-errno` if none. `EEXIST` is a page that has an entry already: it is passed over and
+    /// its waiters are woken.
+    fn each(
+        &self,
+        range: PageRange,
+        call: &'static str,
+        mut ask: impl FnMut(uapi::uffdio_range) -> (Result<(), Errno>, i64),
+    ) -> Result<Continued, Error> {
+        let mut left = Some(range);
+        while let Some(rest) = left {
+            let (result, reported) = ask(self.range(rest.bytes()));
+            let Err(errno) = result else { break };
+            let done = u64::try_from(reported).unwrap_or(0) / PAGE_SIZE;
+            let at = rest.start().get() + done;
+            let page = PageIndex::new(at).unwrap_or(rest.start());
+            match errno {
+                Errno::AGAIN | Errno::INTR => left = PageRange::between(at, rest.end()),
+                Errno::EXIST => {
+                    self.wake(PageRange::one(page))?;
+                    left = PageRange::between(at + 1, rest.end());
+                }
+                Errno::FAULT => return Ok(Continued::Missing(page)),
+                errno => return Err(Error::on(call, PageRange::one(page).bytes(), errno)),
+            }
+        }
+        Ok(Continued::Mapped)
+    }
+
+    fn range(&self, bytes: ByteRange) -> uapi::uffdio_range {
+        let start = self.view.address() as u64 + bytes.start();
+        uapi::uffdio_range { start, len: bytes.len().unwrap_or(0) }
+    }
+
+    fn whole(&self) -> uapi::uffdio_range {
+        let (start, len) = (self.view.address() as u64, self.view.length() as u64);
+        uapi::uffdio_range { start, len }
+    }
+
+    fn ask<const CODE: Opcode, T>(&self, argument: &mut T) -> Result<(), Errno> {
+        // SAFETY: each opcode of `uapi` is used with the structure it was computed from. The range
+        // in it lies in a view that this userfaultfd keeps mapped; what the ioctls do there is
+        // change translations, of memory to which there is no Rust reference.
+        let request = unsafe { Updater::<CODE, T>::new(argument) };
+        // SAFETY: as above.
+        unsafe { ioctl(&self.fd, request) }
+    }
+}
+
+impl AsFd for Userfault {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// A new userfaultfd, by the device (its file permissions decide) or by the system call
+/// (privilege decides).
+fn open() -> Result<OwnedFd, Error> {
+    let device = rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, 0.into());
+    let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+    if let Ok(device) = device {
+        // SAFETY: USERFAULTFD_IOC_NEW takes flags by value and returns a descriptor.
+        let made = unsafe { ioctl(&device, NewUserfault(flags.bits())) };
+        if let Ok(fd) = made {
+            return Ok(fd);
+        }
+    }
+    // SAFETY: it is used on a view of ours alone.
+    unsafe { rustix::mm::userfaultfd(flags) }.map_err(|errno| Error::new("userfaultfd", errno))
+}
+
+/// `USERFAULTFD_IOC_NEW`: takes flags, returns a descriptor.
+struct NewUserfault(u32);
+
+// SAFETY: the opcode takes its argument by value, and its non-negative result is a descriptor
+// that nobody else has.
+unsafe impl rustix::ioctl::Ioctl for NewUserfault {
+    type Output = OwnedFd;
+
+    const IS_MUTATING: bool = false;
+
+    fn opcode(&self) -> Opcode {
+        uapi::USERFAULTFD_IOC_NEW
+    }
+
+    fn as_ptr(&mut self) -> *mut core::ffi::c_void {
+        core::ptr::without_provenance_mut(self.0 as usize)
+    }
+
+    unsafe fn output_from_ptr(
+        result: rustix::ioctl::IoctlOutput,
+        _: *mut core::ffi::c_void,
+    ) -> rustix::io::Result<OwnedFd> {
+        use std::os::fd::FromRawFd;
+        // SAFETY: the ioctl succeeded, and so returned a new descriptor.
+        Ok(unsafe { OwnedFd::from_raw_fd(result) })
+    }
+}

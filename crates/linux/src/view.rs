@@ -1,0 +1,193 @@
+//! A view: one mapping of a memfd.
+
+use core::ffi::c_void;
+use core::ptr::NonNull;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use polder_units::{ByteRange, PageRange};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+use crate::copy::copy;
+use crate::{Error, Memfd, sigbus};
+
+/// What a view is for; it is named so in `/proc/PID/maps` reports of ours, nothing else.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Purpose {
+    /// KVM's slots point into it.
+    Guest,
+    /// Device models get pointers into it.
+    Host,
+    /// Polder's own.
+    Trusted,
+}
+
+/// A copy that ended early: the first byte of the object that could not be touched. Its page is
+/// poisoned (somebody denies the touch), or there is no memory for it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("byte {offset:#x} can't be touched: its page is poisoned, or memory has run out")]
+pub struct Touched {
+    /// The byte's offset in the object.
+    pub offset: u64,
+}
+
+/// A mapping of a whole memfd. Children don't inherit it (`MADV_DONTFORK`: an inherited copy would
+/// not be watched by a userfaultfd), core dumps don't contain it (`MADV_DONTDUMP`).
+#[derive(Debug)]
+pub struct View {
+    base: NonNull<c_void>,
+    length: usize,
+    memfd: Arc<Memfd>,
+    purpose: Purpose,
+}
+
+// SAFETY: it is an address and a length; all access goes through `copy`, which allows for
+// concurrent change.
+unsafe impl Send for View {}
+// SAFETY: as for Send; no method needs exclusive access.
+unsafe impl Sync for View {}
+
+impl View {
+    /// Maps all of `memfd`.
+    ///
+    /// # Errors
+    /// Of `mmap` (`ENOMEM` where the address space is used up) and `madvise`.
+    pub fn new(memfd: &Arc<Memfd>, purpose: Purpose) -> Result<Self, Error> {
+        sigbus::install();
+        let bytes = memfd.pages().bytes().and_then(|bytes| usize::try_from(bytes).ok());
+        let length = bytes.ok_or(Error::new("mmap", Errno::NOMEM))?;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no other.
+        let base = unsafe {
+            rustix::mm::mmap(core::ptr::null_mut(), length, protection, flags, memfd.as_fd(), 0)
+        }
+        .map_err(|errno| Error::new("mmap", errno))?;
+        let base = NonNull::new(base).ok_or(Error::new("mmap", Errno::NOMEM))?;
+        let view = Self { base, length, memfd: Arc::clone(memfd), purpose };
+        for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
+            // SAFETY: the mapping is ours; neither advice changes its contents.
+            unsafe { rustix::mm::madvise(view.base.as_ptr(), view.length, advice) }
+                .map_err(|errno| Error::new("madvise", errno))?;
+        }
+        Ok(view)
+    }
+
+    /// What it is for.
+    pub fn purpose(&self) -> Purpose {
+        self.purpose
+    }
+
+    /// The memfd that it maps.
+    pub fn memfd(&self) -> &Arc<Memfd> {
+        &self.memfd
+    }
+
+    /// Where it starts. Every use of the pointer is raw: valid while the view lives, changed by
+    /// others at any time, and a touch may wait or raise SIGBUS.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.base.as_ptr().cast()
+    }
+
+    /// The address of its first byte.
+    pub fn address(&self) -> usize {
+        self.base.as_ptr().addr()
+    }
+
+    /// Its length in bytes.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// The byte of the object at an address in the view.
+    pub fn offset_of(&self, address: usize) -> Option<u64> {
+        let offset = address.checked_sub(self.address())?;
+        (offset < self.length).then_some(offset as u64)
+    }
+
+    /// Takes the pages out of this mapping; they stay in the memfd. Lifts poison markers too.
+    ///
+    /// # Errors
+    /// Of `madvise(MADV_DONTNEED)`.
+    pub fn zap(&self, range: PageRange) -> Result<(), Error> {
+        self.advise(range, Advice::LinuxDontNeed, "madvise(MADV_DONTNEED)")
+    }
+
+    /// Makes the pages exist and maps them here for writing, without changing their contents.
+    ///
+    /// # Errors
+    /// Of `madvise(MADV_POPULATE_WRITE)`: `ENOMEM`, `EHWPOISON`.
+    pub fn populate(&self, range: PageRange) -> Result<(), Error> {
+        self.advise(range, Advice::LinuxPopulateWrite, "madvise(MADV_POPULATE_WRITE)")
+    }
+
+    /// Copies bytes of the object at `offset` out of memory.
+    ///
+    /// # Errors
+    /// [`Touched`] at the first byte that could not be read; those before it were.
+    ///
+    /// # Panics
+    /// If the bytes reach beyond the view.
+    pub fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Touched> {
+        let from = self.bytes(offset, into.len());
+        // SAFETY: `from` is `into.len()` bytes of this mapping, which lives as long as `self`; a
+        // Rust slice does not overlap it; `new` installed the SIGBUS handler.
+        let left = unsafe { copy(into.as_mut_ptr(), from, into.len()) };
+        ended(offset, into.len(), left)
+    }
+
+    /// Copies bytes into memory at `offset` of the object.
+    ///
+    /// # Errors
+    /// [`Touched`] at the first byte that could not be written; those before it were.
+    ///
+    /// # Panics
+    /// If the bytes reach beyond the view.
+    pub fn write(&self, offset: u64, from: &[u8]) -> Result<(), Touched> {
+        let to = self.bytes(offset, from.len());
+        // SAFETY: as in `read`, the other way.
+        let left = unsafe { copy(to, from.as_ptr(), from.len()) };
+        ended(offset, from.len(), left)
+    }
+
+    fn bytes(&self, offset: u64, count: usize) -> *mut u8 {
+        let start = usize::try_from(offset)
+            .ok()
+            .filter(|start| start.checked_add(count).is_some_and(|end| end <= self.length));
+        let start = start.expect("the caller checked the bounds");
+        self.as_ptr().wrapping_add(start)
+    }
+
+    fn advise(&self, range: PageRange, advice: Advice, call: &'static str) -> Result<(), Error> {
+        let bytes = range.bytes();
+        let (start, length) = self.within(bytes).ok_or(Error::on(call, bytes, Errno::INVAL))?;
+        let address = self.as_ptr().wrapping_add(start).cast();
+        // SAFETY: the bytes lie in this mapping. What is advised here drops translations or makes
+        // pages exist; it changes no byte of the memfd, and no Rust reference points there.
+        rustix::io::retry_on_intr(|| unsafe { rustix::mm::madvise(address, length, advice) })
+            .map_err(|errno| Error::on(call, bytes, errno))
+    }
+
+    /// Start and length of a range, if it lies in the view.
+    fn within(&self, bytes: ByteRange) -> Option<(usize, usize)> {
+        let start = usize::try_from(bytes.start()).ok()?;
+        let length = usize::try_from(bytes.len()?).ok()?;
+        (start.checked_add(length)? <= self.length).then_some((start, length))
+    }
+}
+
+fn ended(offset: u64, count: usize, left: usize) -> Result<(), Touched> {
+    match left {
+        0 => Ok(()),
+        left => Err(Touched { offset: offset + (count - left) as u64 }),
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours alone, and everything that knows its address holds it.
+        let unmapped = unsafe { rustix::mm::munmap(self.base.as_ptr(), self.length) };
+        debug_assert_eq!(unmapped, Ok(()), "munmap of our own mapping");
+    }
+}
