@@ -34,7 +34,7 @@ pub enum Reshaped {}
 /// Hardware or kernel treats the pages as what they become; seeing to the contents.
 #[derive(Debug)]
 pub enum Protected {}
-/// Ready for [`Engine::finish_conversion`].
+/// All is done; [`Engine::finish_conversion`] makes it true.
 #[derive(Debug)]
 pub enum Settled {}
 
@@ -135,10 +135,10 @@ impl Engine {
     }
 
     /// Makes the conversion true: from here on faults see the pages as what they became.
-    pub fn finish_conversion(&mut self, conversion: Conversion<Protected>) -> Converted {
+    pub fn finish_conversion(&mut self, conversion: Conversion<Settled>) -> Converted {
         let record = self.finish(&conversion);
         let Activity::Conversion { to, .. } = record.activity else {
-            unreachable!("only a conversion is ever protected")
+            unreachable!("only a conversion is ever settled")
         };
         let mut pages = PageCount::ZERO;
         for &part in &record.parts {

@@ -5,15 +5,6 @@ use polder_units::PageRange;
 use crate::fault::InFlight;
 use crate::{Blocked, Engine};
 
-/// Which way a copy goes.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Direction {
-    /// Out of guest memory.
-    Read,
-    /// Into guest memory.
-    Write,
-}
-
 /// A copy in flight. It is to be given back by [`Engine::copied`], whatever became of it:
 /// operations on its pages wait for that.
 #[must_use = "operations wait until it is given back"]

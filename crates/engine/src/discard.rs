@@ -13,7 +13,7 @@ pub type Discard = Operation<Clearing>;
 /// Waiting for answers and copies in flight; then unmapping and freeing.
 #[derive(Debug)]
 pub enum Clearing {}
-/// Ready for [`Engine::finish_discard`].
+/// All is done; [`Engine::finish_discard`] makes it true.
 #[derive(Debug)]
 pub enum Cleared {}
 
@@ -40,7 +40,7 @@ impl Engine {
     }
 
     /// Makes the discard true. Nothing is owed for the pages any more: they are zeros.
-    pub fn finish_discard(&mut self, discard: Discard) {
+    pub fn finish_discard(&mut self, discard: Operation<Cleared>) {
         let record = self.finish(&discard);
         for &part in &record.parts {
             self.pages.set_population(part, Population::Whole);

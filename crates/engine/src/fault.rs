@@ -25,7 +25,7 @@ impl InFlight {
 }
 
 /// What to do about a fault.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Response {
     /// Map the pages.
     Map,
@@ -37,6 +37,7 @@ pub enum Response {
 #[must_use = "operations wait until it is given back"]
 #[derive(PartialEq, Eq, Debug)]
 pub struct Answer {
+    view: View,
     in_flight: InFlight,
     response: Response,
 }
@@ -47,15 +48,30 @@ impl Answer {
         self.in_flight.range
     }
 
+    /// Where to do it.
+    pub fn view(&self) -> View {
+        self.view
+    }
+
     /// What to do on them.
     pub fn response(&self) -> Response {
         self.response
     }
 }
 
-/// How a touch of the host view is answered.
+/// Through which mapping of the object a touch came.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum View {
+    /// What device models have pointers into.
+    Host,
+    /// What a VM's slots show. Touches of it are told to the driver only while something is
+    /// owed, or where a page is in quarantine.
+    Guest,
+}
+
+/// How a touch of a view is answered.
 #[derive(Debug)]
-pub enum HostAnswer {
+pub enum TouchAnswer {
     /// So.
     Now(Answer),
     /// Not yet: ask again when an operation has ended.
@@ -121,22 +137,26 @@ pub enum GuestAnswer {
 }
 
 impl Engine {
-    /// Answers a touch of `page`, which must lie in the object, through the host view.
-    pub fn host_fault(&mut self, page: PageIndex) -> HostAnswer {
+    /// Answers a touch of `page`, which must lie in the object, through one of its mappings.
+    pub fn touch(&mut self, view: View, page: PageIndex) -> TouchAnswer {
         match self.check_claims(PageRange::one(page)) {
             Ok(()) => {}
-            Err(Blocked::Abandoned(operation)) => return HostAnswer::Undo(operation),
-            Err(_) => return HostAnswer::Wait,
+            Err(Blocked::Abandoned(operation)) => return TouchAnswer::Undo(operation),
+            Err(_) => return TouchAnswer::Wait,
         }
         let facts = self.pages.get(page);
-        let denied = facts.visibility == Visibility::Private || self.quarantine.contains(page);
-        if denied {
-            return HostAnswer::Now(self.answer(PageRange::one(page), Response::Poison));
+        let private = view == View::Host && facts.visibility == Visibility::Private;
+        if private || self.quarantine.contains(page) {
+            return TouchAnswer::Now(self.answer(view, PageRange::one(page), Response::Poison));
         }
         if facts.population == Population::Owed {
-            return HostAnswer::Wait;
+            return TouchAnswer::Wait;
         }
-        HostAnswer::Now(self.map_around(page, self.config.host_view_level).0)
+        let most = match view {
+            View::Host => self.config.host_view_level,
+            View::Guest => Level::Size4K,
+        };
+        TouchAnswer::Now(self.map_around(view, page, most).0)
     }
 
     /// Answers an access of a guest that its stage-2 tables don't let through.
@@ -162,21 +182,21 @@ impl Engine {
         if facts.population == Population::Owed {
             return GuestAnswer::Wait;
         }
-        let (answer, level) = self.map_around(page, bound);
+        let (answer, level) = self.map_around(View::Guest, page, bound);
         GuestAnswer::Now { answer, level }
     }
 
-    /// Takes an answer back. `done` says whether it was carried out; one that was not leaves its
-    /// fault unanswered, and the fault comes again.
-    pub fn answered(&mut self, answer: Answer, done: bool) {
+    /// Takes an answer back. `done` is what was done in fact: nothing, and then the fault comes
+    /// again; or poison where mapping failed for want of memory, as the kernel does it itself.
+    pub fn answered(&mut self, answer: Answer, done: Option<Response>) {
         self.land(&answer.in_flight);
-        if done && answer.response == Response::Poison {
+        if (answer.view, done) == (View::Host, Some(Response::Poison)) {
             self.markers.insert(answer.range());
         }
     }
 
     /// Maps as much around `page` as is uniform with it and free, at `most` at most (INV-5).
-    fn map_around(&mut self, page: PageIndex, most: Level) -> (Answer, Level) {
+    fn map_around(&mut self, view: View, page: PageIndex, most: Level) -> (Answer, Level) {
         let around = |level| PageRange::enclosing(page, level, self.config.geometry);
         let most = self.pages.level(page).min(most);
         let free = |&level: &Level| {
@@ -185,7 +205,7 @@ impl Engine {
         };
         let level = Level::ALL.into_iter().rfind(free).unwrap_or(Level::Size4K);
         let range = around(level);
-        (self.answer(range, Response::Map), level)
+        (self.answer(view, range, Response::Map), level)
     }
 
     /// Whether the host view holds a marker in place of a page of `range`, or is about to.
@@ -194,8 +214,8 @@ impl Engine {
             || self.in_flight.iter().any(|one| one.range.overlaps(range))
     }
 
-    fn answer(&mut self, range: PageRange, response: Response) -> Answer {
-        Answer { in_flight: self.take_off(range), response }
+    fn answer(&mut self, view: View, range: PageRange, response: Response) -> Answer {
+        Answer { view, in_flight: self.take_off(range), response }
     }
 
     pub(crate) fn take_off(&mut self, range: PageRange) -> InFlight {

@@ -56,18 +56,18 @@ use polder_units::{Geometry, Level, PageCount, PageIndex, PageRange};
 
 pub use binding::{Binding, Slot, VmId};
 pub use convert::{
-    Conversion, ConversionRequest, Converted, Draining, Protected, Reshaped, Start, Unmapped,
-    Unpinned,
+    Conversion, ConversionRequest, Converted, Draining, Protected, Reshaped, Settled, Start,
+    Unmapped, Unpinned,
 };
-pub use copy::{Copying, Direction};
-pub use discard::{Clearing, Discard};
+pub use copy::Copying;
+pub use discard::{Cleared, Clearing, Discard};
 pub use error::{Errno, Refusal};
-pub use fault::{Answer, GuestAccess, GuestAnswer, HostAnswer, MemoryFault, Response};
+pub use fault::{Answer, GuestAccess, GuestAnswer, MemoryFault, Response, TouchAnswer, View};
 pub use operation::{Activity, Blocked, OpId, Operation, Stage, Undoing};
 pub use page_map::{PageFacts, PageMap, Population, Visibility};
 pub use pin::{Holder, PinId, PinKind};
 pub use platform::{Contents, Platform};
-pub use populate::{Publishing, Writing};
+pub use populate::{Populated, Publishing, Writing};
 pub use range_set::RangeSet;
 pub use step::Step;
 

@@ -268,7 +268,12 @@ impl Engine {
 
     /// Goes on to the next stage, once every step of this one was taken.
     pub fn advance<S: Stage>(&mut self, operation: Operation<S>) -> Operation<S::Next> {
-        self.assert_over(&operation);
+        match &self.record(operation.id).progress {
+            Progress::Forward { program, taken, .. } => {
+                assert_eq!(*taken, program.stage_ends[S::INDEX], "a stage has steps left");
+            }
+            Progress::Back { .. } => unreachable!("its handle would be of another type"),
+        }
         Operation::new(operation.id, operation.lease)
     }
 
@@ -317,8 +322,7 @@ impl Engine {
     }
 
     /// Ends an operation whose last stage is over. Returns what it was.
-    pub(crate) fn finish<S: Stage>(&mut self, operation: &Operation<S>) -> Record {
-        self.assert_over(operation);
+    pub(crate) fn finish<S>(&mut self, operation: &Operation<S>) -> Record {
         self.end(operation.id)
     }
 
@@ -326,19 +330,6 @@ impl Engine {
     pub(crate) fn forget_markers(&mut self, parts: &[PageRange]) {
         for &part in parts {
             self.markers.remove(part);
-        }
-    }
-
-    fn assert_over<S: Stage>(&self, operation: &Operation<S>) {
-        match &self.record(operation.id).progress {
-            Progress::Forward { program, taken, .. } => {
-                assert_eq!(
-                    *taken,
-                    program.stage_ends[S::INDEX],
-                    "a stage was left with steps to take"
-                );
-            }
-            Progress::Back { .. } => unreachable!("its handle would be of another type"),
         }
     }
 

@@ -17,7 +17,7 @@ pub enum Writing {}
 /// The pages are published, and whoever waits for them is let go on.
 #[derive(Debug)]
 pub enum Publishing {}
-/// Ready for [`Engine::finish_population`].
+/// All is done; [`Engine::finish_population`] makes it true.
 #[derive(Debug)]
 pub enum Populated {}
 
@@ -52,7 +52,7 @@ impl Engine {
     }
 
     /// Makes the population true.
-    pub fn finish_population(&mut self, population: Operation<Publishing>) {
+    pub fn finish_population(&mut self, population: Operation<Populated>) {
         for part in self.finish(&population).parts {
             self.pages.set_population(part, Population::Whole);
         }

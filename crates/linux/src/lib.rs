@@ -35,8 +35,8 @@ use polder_units::ByteRange;
 pub use kvm::KvmSlot;
 pub use memfd::Memfd;
 pub use rustix::io::Errno;
-pub use userfault::{Continued, Modes, Touch, Userfault};
-pub use view::{Purpose, Touched, View};
+pub use userfault::{Continued, Touch, Userfault};
+pub use view::{Touched, View};
 
 /// A system call that failed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]

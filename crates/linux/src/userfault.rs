@@ -35,13 +35,6 @@ pub enum Continued {
     Missing(PageIndex),
 }
 
-/// Which touches are told of.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Modes {
-    /// Of pages that don't exist, and of those that are not mapped in the view.
-    MissingAndMinor,
-}
-
 /// A userfaultfd that watches one view.
 #[derive(Debug)]
 pub struct Userfault {
@@ -82,21 +75,17 @@ impl Userfault {
         &self.view
     }
 
-    /// Watches all of the view from now on. What is mapped in it stays mapped, untold of.
+    /// Watches these pages of the view from now on, for touches of pages that don't exist and of
+    /// those that are not mapped in the view. What is mapped there now stays mapped, untold of.
     ///
     /// # Errors
     /// Of `UFFDIO_REGISTER`: `EINVAL` where the kernel can't watch such memory.
-    pub fn watch(&self, modes: Modes) -> Result<(), Error> {
-        let mode = match modes {
-            Modes::MissingAndMinor => {
-                linux_raw_sys::general::UFFDIO_REGISTER_MODE_MISSING
-                    | linux_raw_sys::general::UFFDIO_REGISTER_MODE_MINOR
-            }
-        };
-        let mut register =
-            uapi::uffdio_register { range: self.whole(), mode: mode.into(), ioctls: 0 };
+    pub fn watch(&self, pages: PageRange) -> Result<(), Error> {
+        const MODES: u32 = uapi::UFFDIO_REGISTER_MODE_MISSING | uapi::UFFDIO_REGISTER_MODE_MINOR;
+        let range = self.range(pages.bytes());
+        let mut register = uapi::uffdio_register { range, mode: MODES.into(), ioctls: 0 };
         self.ask::<{ uapi::UFFDIO_REGISTER }, _>(&mut register)
-            .map_err(|errno| Error::new("UFFDIO_REGISTER", errno))
+            .map_err(|errno| Error::on("UFFDIO_REGISTER", pages.bytes(), errno))
     }
 
     /// Watches nothing any more; whoever waits goes on, and touches again.

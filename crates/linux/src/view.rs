@@ -2,7 +2,7 @@
 
 use core::ffi::c_void;
 use core::ptr::NonNull;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use polder_units::{ByteRange, PageRange};
@@ -11,17 +11,6 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use crate::copy::copy;
 use crate::{Error, Memfd, sigbus};
-
-/// What a view is for; it is named so in `/proc/PID/maps` reports of ours, nothing else.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Purpose {
-    /// KVM's slots point into it.
-    Guest,
-    /// Device models get pointers into it.
-    Host,
-    /// Polder's own.
-    Trusted,
-}
 
 /// A copy that ended early: the first byte of the object that could not be touched. Its page is
 /// poisoned (somebody denies the touch), or there is no memory for it.
@@ -39,7 +28,6 @@ pub struct View {
     base: NonNull<c_void>,
     length: usize,
     memfd: Arc<Memfd>,
-    purpose: Purpose,
 }
 
 // SAFETY: it is an address and a length; all access goes through `copy`, which allows for
@@ -53,7 +41,7 @@ impl View {
     ///
     /// # Errors
     /// Of `mmap` (`ENOMEM` where the address space is used up) and `madvise`.
-    pub fn new(memfd: &Arc<Memfd>, purpose: Purpose) -> Result<Self, Error> {
+    pub fn new(memfd: &Arc<Memfd>) -> Result<Self, Error> {
         sigbus::install();
         let bytes = memfd.pages().bytes().and_then(|bytes| usize::try_from(bytes).ok());
         let length = bytes.ok_or(Error::new("mmap", Errno::NOMEM))?;
@@ -65,18 +53,13 @@ impl View {
         }
         .map_err(|errno| Error::new("mmap", errno))?;
         let base = NonNull::new(base).ok_or(Error::new("mmap", Errno::NOMEM))?;
-        let view = Self { base, length, memfd: Arc::clone(memfd), purpose };
+        let view = Self { base, length, memfd: Arc::clone(memfd) };
         for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
             // SAFETY: the mapping is ours; neither advice changes its contents.
             unsafe { rustix::mm::madvise(view.base.as_ptr(), view.length, advice) }
                 .map_err(|errno| Error::new("madvise", errno))?;
         }
         Ok(view)
-    }
-
-    /// What it is for.
-    pub fn purpose(&self) -> Purpose {
-        self.purpose
     }
 
     /// The memfd that it maps.
@@ -149,6 +132,32 @@ impl View {
         // SAFETY: as in `read`, the other way.
         let left = unsafe { copy(to, from.as_ptr(), from.len()) };
         ended(offset, from.len(), left)
+    }
+
+    /// Reads up to `count` bytes of a file into memory at `offset`, by one `read(2)`; returns how
+    /// many came.
+    ///
+    /// # Errors
+    /// Of `read`: `EFAULT` where the first page is poisoned.
+    ///
+    /// # Panics
+    /// If the bytes reach beyond the view.
+    pub fn read_from(
+        &self,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        count: usize,
+    ) -> Result<usize, Error> {
+        let to = self.bytes(offset, count);
+        let read = || {
+            // SAFETY: the bytes lie in this mapping, and no Rust reference points there.
+            let read = unsafe { libc::read(file.as_raw_fd(), to.cast(), count) };
+            usize::try_from(read).map_err(|_| {
+                let error = std::io::Error::last_os_error();
+                Errno::from_io_error(&error).unwrap_or(Errno::IO)
+            })
+        };
+        rustix::io::retry_on_intr(read).map_err(|errno| Error::new("read", errno))
     }
 
     fn bytes(&self, offset: u64, count: usize) -> *mut u8 {

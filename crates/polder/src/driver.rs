@@ -1,0 +1,215 @@
+//! The driver: asks the engine, makes the host do it, reports back.
+//!
+//! # The lock
+//! One lock, over the engine. It is never held across a system call or a touch of guest memory:
+//! every host call stands outside it, and what must not change meanwhile is held by a claim in
+//! the engine. Whoever has to wait for a claim waits on `changed`, with a limit, because a claim
+//! whose thread died is told of by nobody: it is found by asking again.
+
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use polder_engine::{
+    Blocked, Config, ConversionRequest, Converted, Engine, Operation, Refusal, Stage, Start,
+    Undoing,
+};
+use polder_units::PageRange;
+
+use crate::host::Host;
+use crate::memory::Counters;
+use crate::{Error, OnBusy};
+
+/// After how long a waiter asks again by itself.
+const ASK_AGAIN: Duration = Duration::from_millis(20);
+
+pub(crate) struct Driver {
+    engine: Mutex<Engine>,
+    changed: Condvar,
+    pub(crate) host: Box<dyn Host>,
+    pub(crate) counters: Counters,
+}
+
+impl Driver {
+    pub(crate) fn new(config: Config, host: Box<dyn Host>) -> Self {
+        Self {
+            engine: Mutex::new(Engine::new(config)),
+            changed: Condvar::new(),
+            host,
+            counters: Counters::default(),
+        }
+    }
+
+    /// The engine, locked. Not to be held across a system call.
+    pub(crate) fn engine(&self) -> MutexGuard<'_, Engine> {
+        self.engine.lock().expect("the engine broke one of its own invariants")
+    }
+
+    /// Tells those who wait that a claim was released.
+    pub(crate) fn released(&self) {
+        self.changed.notify_all();
+        self.host.nudge();
+    }
+
+    /// Waits until a claim was released, or for a while.
+    fn wait<'a>(&self, engine: MutexGuard<'a, Engine>) -> MutexGuard<'a, Engine> {
+        let (engine, _) = self
+            .changed
+            .wait_timeout(engine, ASK_AGAIN)
+            .expect("the engine broke one of its own invariants");
+        engine
+    }
+
+    /// Asks the engine for something until it is given or refused.
+    pub(crate) fn claim<T>(
+        &self,
+        on_busy: OnBusy,
+        mut ask: impl FnMut(&mut Engine) -> Result<T, Blocked>,
+    ) -> Result<T, Error> {
+        let mut engine = self.engine();
+        loop {
+            match ask(&mut engine) {
+                Ok(given) => return Ok(given),
+                Err(Blocked::Refused(refusal)) => return Err(refusal.into()),
+                Err(Blocked::Busy(refusal)) => match on_busy {
+                    OnBusy::Refuse => return Err(refusal.into()),
+                    OnBusy::Wait => engine = self.wait(engine),
+                },
+                Err(Blocked::Abandoned(operation)) => {
+                    drop(engine);
+                    self.undo(operation);
+                    engine = self.engine();
+                }
+            }
+        }
+    }
+
+    /// Converts pages: all of them, or none.
+    pub(crate) fn convert(
+        &self,
+        request: &ConversionRequest,
+        on_busy: OnBusy,
+    ) -> Result<Option<Converted>, Error> {
+        let conversion = match self.claim(on_busy, |engine| engine.convert(request))? {
+            Start::AlreadySo => return Ok(None),
+            Start::Claimed(conversion) => conversion,
+        };
+        self.drain(&conversion);
+        let unmapped = self.perform(conversion)?;
+        let unpinned = self.perform(unmapped)?;
+        let reshaped = self.perform(unpinned)?;
+        let protected = self.perform(reshaped)?;
+        let settled = self.perform(protected)?;
+        let converted = self.engine().finish_conversion(settled);
+        self.released();
+        Ok(Some(converted))
+    }
+
+    /// Drops the contents of pages.
+    pub(crate) fn discard(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
+        let discard = self.claim(on_busy, |engine| engine.discard(range))?;
+        self.drain(&discard);
+        let cleared = self.perform(discard)?;
+        self.engine().finish_discard(cleared);
+        self.released();
+        Ok(())
+    }
+
+    /// Fills pages that are owed with `bytes`, and zeros after them.
+    pub(crate) fn populate(&self, range: PageRange, bytes: &[u8]) -> Result<(), Error> {
+        let writing = self.claim(OnBusy::Wait, |engine| engine.populate(range))?;
+        self.drain(&writing);
+        if let Err(error) = self.host.write(range.start().offset(), bytes) {
+            return Err(self.fail(writing, error));
+        }
+        let publishing = self.perform(writing)?;
+        let populated = self.perform(publishing)?;
+        self.engine().finish_population(populated);
+        self.released();
+        Ok(())
+    }
+
+    /// Says that nothing is owed any more.
+    pub(crate) fn settle(&self) -> Result<(), Error> {
+        self.claim(OnBusy::Wait, Engine::settle)?;
+        self.host.settle()?;
+        self.released();
+        Ok(())
+    }
+
+    /// Waits for the answers and copies in flight on what an operation claims.
+    fn drain<S>(&self, operation: &Operation<S>) {
+        let mut engine = self.engine();
+        while !engine.is_drained(operation) {
+            engine = self.wait(engine);
+        }
+    }
+
+    /// Takes all steps of a stage and goes on to the next.
+    fn perform<S: Stage>(&self, operation: Operation<S>) -> Result<Operation<S::Next>, Error> {
+        let mut engine = self.engine();
+        let mut step = engine.next_step(&operation);
+        while let Some(now) = step {
+            drop(engine);
+            if let Err(error) = self.host.take(now) {
+                return Err(self.fail(operation, error));
+            }
+            engine = self.engine();
+            step = engine.step_taken(&operation);
+        }
+        Ok(engine.advance(operation))
+    }
+
+    /// Undoes an operation of our own because of `error`; returns what to tell the caller.
+    fn fail<S: Stage>(&self, operation: Operation<S>, error: Error) -> Error {
+        let operation = self.engine().undo(operation);
+        match self.undo(operation) {
+            pages if pages.is_empty() => error,
+            pages => Error::Quarantined { pages, source: Box::new(error) },
+        }
+    }
+
+    /// Takes all steps of a way back. Returns the pages that had to be quarantined.
+    pub(crate) fn undo(&self, operation: Operation<Undoing>) -> Vec<PageRange> {
+        let mut step = self.engine().next_undo(&operation);
+        while let Some(now) = step {
+            let done = self.host.take(now).is_ok();
+            let mut engine = self.engine();
+            engine.undo_taken(&operation, done);
+            step = engine.next_undo(&operation);
+        }
+        let quarantined = self.engine().finish_undo(operation);
+        self.released();
+        quarantined
+    }
+
+    /// Moves bytes between the host and shared pages: checks and claims all of the runs, then
+    /// moves them one by one.
+    pub(crate) fn copy(
+        &self,
+        runs: &[PageRange],
+        mut each: impl FnMut(&dyn Host, PageRange) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let mut claims = Vec::with_capacity(runs.len());
+        let claimed = runs.iter().try_for_each(|&run| {
+            claims.push(self.claim(OnBusy::Wait, |engine| engine.copy(run))?);
+            Ok(())
+        });
+        let moved =
+            claimed.and_then(|()| runs.iter().try_for_each(|&run| each(self.host.as_ref(), run)));
+        let mut engine = self.engine();
+        for claim in claims {
+            engine.copied(claim);
+        }
+        drop(engine);
+        self.changed.notify_all();
+        moved
+    }
+
+    /// A check of the engine that changes nothing.
+    pub(crate) fn ask<T>(
+        &self,
+        ask: impl FnOnce(&mut Engine) -> Result<T, Refusal>,
+    ) -> Result<T, Error> {
+        Ok(ask(&mut self.engine())?)
+    }
+}

@@ -1,0 +1,60 @@
+//! Every way in which a call on [`crate::Memory`] fails.
+
+use polder_engine::{Errno, Refusal};
+use polder_units::PageRange;
+
+/// A call that failed. It changed nothing, unless it says so.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Error {
+    /// The engine refused.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The host could not do its part; what had been done was undone.
+    #[error(transparent)]
+    Host(#[from] polder_linux::Error),
+    /// The host could not do its part, and neither could what had been done be undone. The pages
+    /// are out of use from now on.
+    #[error("a failed operation could not be undone: pages {pages:?} are in quarantine")]
+    Quarantined {
+        /// Those pages.
+        pages: Vec<PageRange>,
+        /// What failed first.
+        #[source]
+        source: Box<Self>,
+    },
+    /// A copy met a page that could not be touched; bytes before it were copied.
+    #[error(transparent)]
+    Copy(#[from] polder_linux::Touched),
+    /// More bytes than the pages they are for.
+    #[error("{bytes} bytes do not fit pages {range}")]
+    TooManyBytes {
+        /// The pages.
+        range: PageRange,
+        /// How many bytes came.
+        bytes: usize,
+    },
+    /// A facility that the host needs is missing or not allowed.
+    #[error("{what}; {way_out}")]
+    Missing {
+        /// What is missing, and why.
+        what: &'static str,
+        /// What to do about it.
+        way_out: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: polder_linux::Error,
+    },
+}
+
+impl Error {
+    /// The error code for a guest or a kernel-shaped interface.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Refused(refusal) => refusal.errno(),
+            Self::Quarantined { .. } | Self::Copy(_) => Errno::EHWPOISON,
+            Self::TooManyBytes { .. } => Errno::EINVAL,
+            Self::Missing { .. } => Errno::EOPNOTSUPP,
+            Self::Host(_) => Errno::ENOMEM,
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! A virtual machine's memory: private and shared pages in one object, converted in place.
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use polder::units::{ByteSize, Gfn, Gpa, GfnRange, PageCount, PageRange};
+//! use polder::{Contents, Memory, OnBusy, Slot, Visibility};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let vm = Arc::new(kvm_ioctls::Kvm::new()?.create_vm()?);
+//! let memory = Memory::builder("64M".parse::<ByteSize>()?.pages()?).build()?;
+//! let vm = memory.attach(vm);
+//! memory.bind(vm, Slot(0), Gfn::from(0), PageRange::between(0, 0x4000).unwrap())?;
+//!
+//! let page = GfnRange::one(Gpa::new(0x1000).gfn());
+//! assert!(memory.write(vm, Gpa::new(0x1000), b"hello").is_err()); // private: the guest's alone
+//! memory.convert_gfns(vm, page, Visibility::Shared, Contents::Preserve, OnBusy::Wait)?;
+//! memory.write(vm, Gpa::new(0x1000), b"hello")?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! [`Memory`] is the engine ([`polder_engine`]: what may happen, and in which order), a host (where
+//! the bytes live and what cuts people off from them) and a driver between the two. The engine's
+//! lock is never held across a system call, nor while guest memory is touched.
+
+mod driver;
+mod error;
+mod faults;
+mod host;
+mod memory;
+
+pub use polder_engine::{
+    Contents, Errno, Holder, MemoryFault, PageFacts, PinId, PinKind, Platform, Population, Refusal,
+    Slot, Visibility, VmId,
+};
+pub use polder_linux::sigbus::VcpuThread;
+/// The numbers of guest memory, each a type of its own.
+pub use polder_units as units;
+
+pub use error::Error;
+pub use host::HostKind;
+pub use memory::{Builder, HostView, Memory, OnBusy, Pin, Statistics};

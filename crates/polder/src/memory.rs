@@ -1,0 +1,558 @@
+//! [`Memory`]: what a VMM holds.
+
+use std::fmt;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use kvm_ioctls::VmFd;
+use polder_engine::{
+    Binding, Config, Contents, ConversionRequest, GuestAccess, GuestAnswer, Holder, MemoryFault,
+    PageFacts, PinId, PinKind, Platform, Population, Refusal, Response, Slot, View, Visibility,
+    VmId,
+};
+use polder_units::{
+    Geometry, Gfn, GfnRange, Gpa, Level, PAGE_SIZE, PageCount, PageRange, RangeError,
+};
+
+use crate::Error;
+use crate::driver::Driver;
+use crate::faults::FaultThreads;
+use crate::host::HostKind;
+use crate::host::memfd::MemfdHost;
+
+/// What to do when another operation holds a part of the range.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum OnBusy {
+    /// Wait until it has ended.
+    Wait,
+    /// Fail with [`Refusal::Busy`].
+    Refuse,
+}
+
+/// How to make a [`Memory`].
+#[derive(Clone, Copy, Debug)]
+pub struct Builder {
+    pages: PageCount,
+    host: HostKind,
+    platform: Platform,
+    population: Population,
+}
+
+impl Builder {
+    /// On which host; the memfd one unless said.
+    pub fn host(self, host: HostKind) -> Self {
+        Self { host, ..self }
+    }
+
+    /// For which kind of VM; a plain one unless said.
+    pub fn platform(self, platform: Platform) -> Self {
+        Self { platform, ..self }
+    }
+
+    /// Every page's contents are owed until [`Memory::populate`] brings them, or
+    /// [`Memory::settle`] says that nothing more will come. Whoever touches such a page waits.
+    pub fn owed(self) -> Self {
+        Self { population: Population::Owed, ..self }
+    }
+
+    /// Makes the memory: all of it private.
+    ///
+    /// # Errors
+    /// [`RangeError::Empty`] for no page; [`Error::Missing`] where the host can't be used here,
+    /// with what to do about it; [`Error::Host`] where the kernel refuses the size.
+    pub fn build(self) -> Result<Memory, Error> {
+        if self.pages.is_zero() {
+            return Err(Refusal::Range(RangeError::Empty).into());
+        }
+        let host = match self.host {
+            HostKind::Memfd => MemfdHost::new(self.pages, self.population == Population::Owed)?,
+        };
+        let config = Config {
+            pages: self.pages,
+            geometry: Geometry::X86_64,
+            platform: self.platform,
+            in_place: true,
+            host_view_level: Level::Size4K,
+            initial: PageFacts { visibility: Visibility::Private, population: self.population },
+        };
+        let driver = Arc::new(Driver::new(config, Box::new(host)));
+        let faults = FaultThreads::start(&driver).map_err(|error| {
+            let errno = polder_linux::Errno::from_io_error(&error);
+            polder_linux::Error {
+                call: "clone",
+                range: None,
+                errno: errno.unwrap_or(polder_linux::Errno::AGAIN),
+            }
+        })?;
+        Ok(Memory { driver, faults, vms: Mutex::default() })
+    }
+}
+
+/// A VM's memory: one object of private and shared pages, bound to one or more VMs.
+///
+/// All methods may be called from any thread. Dropping it unbinds it from every VM.
+pub struct Memory {
+    driver: Arc<Driver>,
+    faults: FaultThreads,
+    vms: Mutex<Vec<Arc<VmFd>>>,
+}
+
+impl Memory {
+    /// Memory of `pages` pages of 4 KiB.
+    pub fn builder(pages: PageCount) -> Builder {
+        Builder {
+            pages,
+            host: HostKind::Memfd,
+            platform: Platform::Plain,
+            population: Population::Whole,
+        }
+    }
+
+    /// Its size.
+    pub fn pages(&self) -> PageCount {
+        self.driver.engine().config().pages
+    }
+
+    /// Makes a VM known, to [`Memory::bind`] pages to.
+    pub fn attach(&self, vm: Arc<VmFd>) -> VmId {
+        let mut vms = self.vms.lock().expect("nothing in it panics");
+        vms.push(vm);
+        VmId(u32::try_from(vms.len() - 1).expect("fewer VMs than descriptors"))
+    }
+
+    /// Shows `pages` to a VM at guest frame `gfn`, by slot `slot`. A slot is immutable: to move
+    /// it, unbind and bind.
+    ///
+    /// # Errors
+    /// [`Refusal::Beyond`], [`Refusal::SlotTaken`], [`Refusal::GfnsTaken`],
+    /// [`Refusal::PagesTaken`]; [`Error::Host`] where KVM refuses the slot.
+    ///
+    /// # Panics
+    /// If `vm` is not of this memory's [`Memory::attach`].
+    pub fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
+        let fd = Arc::clone(
+            self.vms
+                .lock()
+                .expect("nothing in it panics")
+                .get(vm.0 as usize)
+                .expect("a VM that was attached"),
+        );
+        self.driver.ask(|engine| engine.bind(vm, slot, gfn, pages))?;
+        self.driver.host.bind((vm, &fd), slot, gfn, pages).inspect_err(|_| {
+            // It was bound a moment ago; if somebody unbound it meanwhile, so much the better.
+            let _ = self.driver.engine().unbind(vm, slot);
+        })
+    }
+
+    /// Takes a slot away. No page is freed.
+    ///
+    /// # Errors
+    /// [`Refusal::NoSuchSlot`].
+    pub fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
+        self.driver.ask(|engine| engine.unbind(vm, slot))?;
+        self.driver.host.unbind(vm, slot);
+        Ok(())
+    }
+
+    /// Every binding.
+    pub fn bindings(&self) -> Vec<(VmId, Slot, Binding)> {
+        let engine = self.driver.engine();
+        engine.bindings().map(|(vm, slot, binding)| (vm, slot, *binding)).collect()
+    }
+
+    /// The pages of the object behind guest frames, in runs.
+    ///
+    /// # Errors
+    /// [`Refusal::Unbound`] unless every frame is bound.
+    pub fn pages_of(&self, vm: VmId, gfns: GfnRange) -> Result<Vec<PageRange>, Error> {
+        self.driver.ask(|engine| engine.pages_of(vm, gfns))
+    }
+
+    /// Makes pages private or shared: all of them, or none. Returns how many changed.
+    ///
+    /// # Errors
+    /// A [`Refusal`] naming the first page in the way and its holder, or [`Error::Host`]; nothing
+    /// has changed then. [`Error::Quarantined`] if something had and could not be undone.
+    pub fn convert(
+        &self,
+        range: PageRange,
+        to: Visibility,
+        contents: Contents,
+        on_busy: OnBusy,
+    ) -> Result<PageCount, Error> {
+        self.convert_runs(vec![range], to, contents, on_busy)
+    }
+
+    /// [`Memory::convert`] by guest frames.
+    ///
+    /// # Errors
+    /// As [`Memory::convert`], and [`Refusal::Unbound`].
+    pub fn convert_gfns(
+        &self,
+        vm: VmId,
+        gfns: GfnRange,
+        to: Visibility,
+        contents: Contents,
+        on_busy: OnBusy,
+    ) -> Result<PageCount, Error> {
+        let runs = self.pages_of(vm, gfns).inspect_err(|_| self.driver.counters.refused())?;
+        self.convert_runs(runs, to, contents, on_busy)
+    }
+
+    fn convert_runs(
+        &self,
+        ranges: Vec<PageRange>,
+        to: Visibility,
+        contents: Contents,
+        on_busy: OnBusy,
+    ) -> Result<PageCount, Error> {
+        let request = ConversionRequest { ranges, to, contents };
+        match self.driver.convert(&request, on_busy) {
+            Ok(converted) => {
+                let pages = converted.map_or(PageCount::ZERO, |converted| converted.pages);
+                self.driver.counters.converted(to, pages);
+                Ok(pages)
+            }
+            Err(error) => {
+                self.driver.counters.refused();
+                Err(error)
+            }
+        }
+    }
+
+    /// Drops the contents of pages: they read as zeros, and take up no memory. Visibility stays.
+    ///
+    /// # Errors
+    /// As [`Memory::convert`].
+    pub fn discard(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
+        self.driver.discard(range, on_busy)
+    }
+
+    /// Fills pages that are owed with `bytes`, and zeros after them, whatever their visibility.
+    /// Nobody sees the pages before they are whole.
+    ///
+    /// # Errors
+    /// [`Refusal::Whole`] for a page whose contents are not owed, [`Error::TooManyBytes`], and as
+    /// [`Memory::convert`].
+    pub fn populate(&self, range: PageRange, bytes: &[u8]) -> Result<(), Error> {
+        if range.count().bytes().is_none_or(|size| size < bytes.len() as u64) {
+            return Err(Error::TooManyBytes { range, bytes: bytes.len() });
+        }
+        self.driver.populate(range, bytes)
+    }
+
+    /// Says that nothing more will come: what is still owed is zeros.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub fn settle(&self) -> Result<(), Error> {
+        self.driver.settle()
+    }
+
+    /// Reads bytes at a guest-physical address, all of them on shared pages.
+    ///
+    /// # Errors
+    /// [`Refusal::Private`] and the other refusals, naming the page, before anything is read;
+    /// [`Error::Copy`] in the middle.
+    pub fn read(&self, vm: VmId, gpa: Gpa, into: &mut [u8]) -> Result<(), Error> {
+        let mut left = into;
+        self.copy(vm, gpa, left.len(), |host, offset, count| {
+            let (now, rest) = std::mem::take(&mut left).split_at_mut(count);
+            left = rest;
+            host.read(offset, now)
+        })
+    }
+
+    /// Writes bytes at a guest-physical address, all of them on shared pages.
+    ///
+    /// # Errors
+    /// As [`Memory::read`].
+    pub fn write(&self, vm: VmId, gpa: Gpa, from: &[u8]) -> Result<(), Error> {
+        let mut left = from;
+        self.copy(vm, gpa, left.len(), |host, offset, count| {
+            let (now, rest) = left.split_at(count);
+            left = rest;
+            host.write(offset, now)
+        })
+    }
+
+    /// Splits `count` bytes at `gpa` into the runs of pages behind them and moves each.
+    fn copy(
+        &self,
+        vm: VmId,
+        gpa: Gpa,
+        count: usize,
+        mut each: impl FnMut(&dyn crate::host::Host, u64, usize) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Some(last) = count.checked_sub(1) else { return Ok(()) };
+        let overflow = RangeError::Overflow { start: gpa.get() };
+        let end = gpa.checked_add(last as u64).ok_or(Refusal::Range(overflow))?;
+        let gfns = GfnRange::between(gpa.gfn().get(), end.gfn().get() + 1)
+            .ok_or(Refusal::Range(overflow))?;
+        let runs = self.pages_of(vm, gfns)?;
+        let (mut skip, mut left) = (gpa.page_offset(), count as u64);
+        let copied = self.driver.copy(&runs, |host, run| {
+            let in_run = run.count().get().saturating_mul(PAGE_SIZE) - skip;
+            let now = in_run.min(left);
+            let offset = run.start().offset() + skip;
+            (skip, left) = (0, left - now);
+            each(host, offset, usize::try_from(now).expect("part of a slice's length"))
+        });
+        if let Err(Error::Refused(Refusal::Private { .. } | Refusal::Quarantined { .. })) = copied {
+            self.driver.counters.denied();
+        }
+        copied
+    }
+
+    /// Pins pages of the object, which must be shared: they stay shared until the pin is dropped.
+    ///
+    /// # Errors
+    /// [`Refusal::Private`] and the other refusals, naming the page.
+    pub fn pin(&self, range: PageRange, kind: PinKind, holder: Holder) -> Result<Pin, Error> {
+        let pinned = |engine: &mut polder_engine::Engine| engine.pin(range, kind, holder.clone());
+        let id = self.driver.claim(OnBusy::Wait, pinned)?;
+        Ok(Pin { driver: Arc::clone(&self.driver), id, range })
+    }
+
+    /// Says what a guest's access that KVM gave up on means (`KVM_EXIT_MMIO` without a device,
+    /// `KVM_EXIT_MEMORY_FAULT`): a fault for the VMM to handle, or `None` to run on.
+    pub fn guest_fault(&self, vm: VmId, gpa: Gpa, visibility: Visibility) -> Option<MemoryFault> {
+        self.driver.counters.guest_fault();
+        let access = GuestAccess { gfn: gpa.gfn(), visibility };
+        let mut engine = self.driver.engine();
+        match engine.guest_fault(vm, access) {
+            GuestAnswer::Exit(fault) => Some(fault),
+            GuestAnswer::Now { answer, .. } => {
+                engine.answered(answer, Some(Response::Map));
+                None
+            }
+            GuestAnswer::Wait => None,
+            GuestAnswer::Undo(operation) => {
+                drop(engine);
+                self.driver.undo(operation);
+                None
+            }
+        }
+    }
+
+    /// What is known of the pages of a range: maximal runs of equal facts.
+    ///
+    /// # Errors
+    /// [`Refusal::Beyond`].
+    pub fn facts(&self, range: PageRange) -> Result<Vec<(PageRange, PageFacts)>, Error> {
+        self.driver.ask(|engine| {
+            let pages = engine.config().pages;
+            if range.end() > pages.get() {
+                return Err(Refusal::Beyond { range, pages });
+            }
+            Ok(engine.pages().runs(range).collect())
+        })
+    }
+
+    /// The pages that are out of use because an operation on them could not be undone.
+    pub fn quarantined(&self) -> Vec<PageRange> {
+        self.driver.engine().quarantine().runs().collect()
+    }
+
+    /// The runs of pages that take up memory: those that somebody touched.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub fn existing(&self) -> Result<Vec<PageRange>, Error> {
+        self.driver.host.existing()
+    }
+
+    /// The mapping for device models.
+    pub fn host_view(&self) -> HostView<'_> {
+        HostView(self.driver.host.host_view())
+    }
+
+    /// What has happened so far.
+    pub fn statistics(&self) -> Statistics {
+        self.driver.counters.read()
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        for (vm, slot, _) in self.bindings() {
+            self.driver.host.unbind(vm, slot);
+        }
+        self.faults.stop(&self.driver);
+    }
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Memory").field("pages", &self.pages()).finish_non_exhaustive()
+    }
+}
+
+/// The mapping that device models get pointers into. A touch of a shared page works; one of a
+/// private page raises SIGBUS (in a system call: fails with `EFAULT`); one of a page that is being
+/// converted waits.
+#[derive(Clone, Copy, Debug)]
+pub struct HostView<'a>(&'a polder_linux::View);
+
+impl HostView<'_> {
+    /// Where the object's page 0 is. Valid while the memory lives; what is there changes at any
+    /// time.
+    pub fn as_ptr(self) -> *mut u8 {
+        self.0.as_ptr()
+    }
+
+    /// Its length in bytes.
+    pub fn length(self) -> usize {
+        self.0.length()
+    }
+
+    /// A raw touch that survives being denied: reads bytes at an offset of the object.
+    ///
+    /// # Errors
+    /// [`Error::Copy`] at the first byte denied.
+    pub fn touch_read(self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        self.check(offset, into.len())?;
+        Ok(self.0.read(offset, into)?)
+    }
+
+    /// A raw touch that survives being denied: writes bytes at an offset of the object.
+    ///
+    /// # Errors
+    /// [`Error::Copy`] at the first byte denied.
+    pub fn touch_write(self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        self.check(offset, from.len())?;
+        Ok(self.0.write(offset, from)?)
+    }
+
+    /// Reads up to `count` bytes of a file straight into memory, by one `read(2)`; returns how many
+    /// came.
+    ///
+    /// # Errors
+    /// `EFAULT` where the first page is denied.
+    pub fn read_from(self, file: impl AsFd, offset: u64, count: usize) -> Result<usize, Error> {
+        self.check(offset, count)?;
+        Ok(self.0.read_from(file.as_fd(), offset, count)?)
+    }
+
+    fn check(self, offset: u64, count: usize) -> Result<(), Error> {
+        let end = offset.checked_add(count as u64);
+        if end.is_some_and(|end| end <= self.0.length() as u64) {
+            return Ok(());
+        }
+        let touched = polder_linux::Touched { offset: offset.max(self.0.length() as u64) };
+        Err(touched.into())
+    }
+}
+
+/// Pages that stay shared while it is held.
+#[must_use = "dropping it unpins the pages"]
+pub struct Pin {
+    driver: Arc<Driver>,
+    id: PinId,
+    range: PageRange,
+}
+
+impl Pin {
+    /// The pages.
+    pub fn range(&self) -> PageRange {
+        self.range
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        // A pin is given back once, here.
+        let _ = self.driver.engine().unpin(self.id);
+        self.driver.released();
+    }
+}
+
+impl fmt::Debug for Pin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pin").field("range", &self.range).finish_non_exhaustive()
+    }
+}
+
+/// What has happened to a memory so far.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Statistics {
+    /// Conversions to private that succeeded.
+    pub to_private: u64,
+    /// Conversions to shared that succeeded.
+    pub to_shared: u64,
+    /// Pages that they changed.
+    pub converted_pages: u64,
+    /// Conversions that were refused or failed.
+    pub refused: u64,
+    /// Guest accesses that came to [`Memory::guest_fault`] or to a fault thread.
+    pub guest_faults: u64,
+    /// Touches of the host view that were mapped.
+    pub host_faults: u64,
+    /// Touches and copies by the host that were denied.
+    pub denied: u64,
+}
+
+/// [`Statistics`] in the making.
+#[derive(Default)]
+pub(crate) struct Counters {
+    to_private: AtomicU64,
+    to_shared: AtomicU64,
+    converted_pages: AtomicU64,
+    refused: AtomicU64,
+    guest_faults: AtomicU64,
+    host_faults: AtomicU64,
+    denied: AtomicU64,
+}
+
+fn add(counter: &AtomicU64, count: u64) {
+    counter.fetch_add(count, Ordering::Relaxed);
+}
+
+impl Counters {
+    fn converted(&self, to: Visibility, pages: PageCount) {
+        add(
+            match to {
+                Visibility::Private => &self.to_private,
+                Visibility::Shared => &self.to_shared,
+            },
+            1,
+        );
+        add(&self.converted_pages, pages.get());
+    }
+
+    fn refused(&self) {
+        add(&self.refused, 1);
+    }
+
+    fn guest_fault(&self) {
+        add(&self.guest_faults, 1);
+    }
+
+    fn denied(&self) {
+        add(&self.denied, 1);
+    }
+
+    /// `count` touches of a view, and what was done about them.
+    pub(crate) fn answered(&self, view: View, done: Option<Response>, count: u64) {
+        match (view, done) {
+            (_, None) => {}
+            (View::Guest, Some(_)) => add(&self.guest_faults, count),
+            (View::Host, Some(Response::Map)) => add(&self.host_faults, count),
+            (View::Host, Some(Response::Poison)) => add(&self.denied, count),
+        }
+    }
+
+    fn read(&self) -> Statistics {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Statistics {
+            to_private: of(&self.to_private),
+            to_shared: of(&self.to_shared),
+            converted_pages: of(&self.converted_pages),
+            refused: of(&self.refused),
+            guest_faults: of(&self.guest_faults),
+            host_faults: of(&self.host_faults),
+            denied: of(&self.denied),
+        }
+    }
+}

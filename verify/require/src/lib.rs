@@ -1,0 +1,47 @@
+//! What a test needs of the machine it runs on, and what becomes of it without.
+//!
+//! A test that lacks a facility says `SKIPPED` and why, and passes. Where nothing may be missing,
+//! `POLDER_REQUIRE=kvm,userfault` names what has to be there: then the same test fails.
+
+use std::fmt::Display;
+use std::io::Write;
+
+/// What a test may need.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Facility {
+    /// A usable `/dev/kvm`.
+    Kvm,
+    /// A userfaultfd that is told of the kernel's own touches, with poison.
+    Userfault,
+}
+
+impl Facility {
+    /// Its name in `POLDER_REQUIRE`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Userfault => "userfault",
+        }
+    }
+}
+
+/// What was found, or `None` if the test is to be skipped.
+///
+/// # Panics
+/// If it is missing and `POLDER_REQUIRE` names it.
+pub fn require<T, E: Display>(facility: Facility, found: Result<T, E>) -> Option<T> {
+    let why = match found {
+        Ok(found) => return Some(found),
+        Err(why) => why,
+    };
+    let name = facility.name();
+    let required = std::env::var("POLDER_REQUIRE").unwrap_or_default();
+    assert!(
+        !required.split(',').any(|required| required == name),
+        "{name} is required (POLDER_REQUIRE={required}) and missing: {why}"
+    );
+    let test = std::thread::current().name().unwrap_or("a test").to_owned();
+    // Not by `eprintln`, which the test harness would keep to itself.
+    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: needs {name}: {why}");
+    None
+}
