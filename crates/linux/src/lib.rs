@@ -6,6 +6,7 @@
 //! | [`View`] | `mmap(2)` and `madvise(2)` of a memfd, and copies through it |
 //! | [`Userfault`] | `userfaultfd(2)` |
 //! | [`KvmSlot`] | `KVM_SET_USER_MEMORY_REGION` |
+//! | [`Vcpu`] | `KVM_RUN` |
 //! | [`sigbus`] | `sigaction(2)` of SIGBUS |
 //!
 //! # Rules
@@ -28,6 +29,7 @@ mod memfd;
 pub mod sigbus;
 mod uapi;
 mod userfault;
+mod vcpu;
 mod view;
 
 use polder_units::ByteRange;
@@ -36,6 +38,7 @@ pub use kvm::KvmSlot;
 pub use memfd::Memfd;
 pub use rustix::io::Errno;
 pub use userfault::{Continued, Touch, Userfault};
+pub use vcpu::{Exit, Kicker, Vcpu};
 pub use view::{Touched, View};
 
 /// A system call that failed.

@@ -34,7 +34,7 @@ pub enum Error {
         bytes: usize,
     },
     /// A facility that the host needs is missing or not allowed.
-    #[error("{what}; {way_out}")]
+    #[error("{what}")]
     Missing {
         /// What is missing, and why.
         what: &'static str,
@@ -47,6 +47,23 @@ pub enum Error {
 }
 
 impl Error {
+    /// What the user can do about it.
+    pub fn way_out(&self) -> Option<&'static str> {
+        match self {
+            Self::Missing { way_out, .. } => Some(way_out),
+            Self::Host(error) => match error.errno {
+                polder_linux::Errno::NOMEM | polder_linux::Errno::FBIG => {
+                    Some("ask for less memory, or free some")
+                }
+                polder_linux::Errno::MFILE | polder_linux::Errno::NFILE => {
+                    Some("raise the limit of open files (ulimit -n)")
+                }
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
     /// The error code for a guest or a kernel-shaped interface.
     pub fn errno(&self) -> Errno {
         match self {

@@ -12,7 +12,7 @@ use polder_engine::{
     VmId,
 };
 use polder_units::{
-    Geometry, Gfn, GfnRange, Gpa, Level, PAGE_SIZE, PageCount, PageRange, RangeError,
+    Geometry, Gfn, GfnRange, Gpa, Level, PAGE_SIZE, PageCount, PageIndex, PageRange, RangeError,
 };
 
 use crate::Error;
@@ -334,6 +334,18 @@ impl Memory {
                 None
             }
         }
+    }
+
+    /// Counts a conversion that a guest asked for in terms that are none, and that was refused
+    /// before it came here.
+    pub fn note_refused(&self) {
+        self.driver.counters.refused();
+    }
+
+    /// The page at a host address in the guest view, of which
+    /// [`Exit::MemoryFailure`](polder_linux::Exit::MemoryFailure) tells.
+    pub fn page_of_failure(&self, address: usize) -> Option<PageIndex> {
+        PageIndex::new(self.driver.host.guest_offset(address)? / PAGE_SIZE)
     }
 
     /// What is known of the pages of a range: maximal runs of equal facts.

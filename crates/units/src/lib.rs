@@ -33,5 +33,8 @@ pub use size::{ByteSize, ParseError};
 /// Bytes of a page, 4 KiB: the unit of every frame number.
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
 
+/// [`PAGE_SIZE`] as the length of a buffer.
+pub const PAGE_BYTES: usize = 1 << PAGE_SHIFT;
+
 /// log2 of [`PAGE_SIZE`].
 pub const PAGE_SHIFT: u32 = 12;

@@ -177,6 +177,10 @@ impl Host for MemfdHost {
         self.host.view()
     }
 
+    fn guest_offset(&self, address: usize) -> Option<u64> {
+        self.guest.view().offset_of(address)
+    }
+
     fn existing(&self) -> Result<Vec<PageRange>, Error> {
         Ok(self.memfd.existing()?)
     }

@@ -94,6 +94,9 @@ pub(crate) trait Host: Send + Sync {
     /// The host view, where the host's memory can be mapped at all.
     fn host_view(&self) -> &polder_linux::View;
 
+    /// The byte of the object at an address in the guest view.
+    fn guest_offset(&self, address: usize) -> Option<u64>;
+
     /// The runs of pages that take up memory.
     fn existing(&self) -> Result<Vec<PageRange>, Error>;
 }

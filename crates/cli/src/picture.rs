@@ -1,0 +1,122 @@
+//! A picture of guest memory for the terminal.
+
+use std::fmt::Write;
+
+use polder::units::{ByteSize, PAGE_SIZE, PageCount, PageRange};
+use polder::{PageFacts, Visibility};
+
+const COLUMNS: u64 = 64;
+const ROWS: u64 = 4;
+
+/// How many pages of a cell are what.
+#[derive(Clone, Copy, Default)]
+struct Cell {
+    private: u64,
+    shared: u64,
+    untouched: u64,
+}
+
+impl Cell {
+    fn add(&mut self, visibility: Visibility, touched: u64, untouched: u64) {
+        match visibility {
+            Visibility::Private => self.private += touched,
+            Visibility::Shared => self.shared += touched,
+        }
+        self.untouched += untouched;
+    }
+
+    fn glyph(self) -> char {
+        match (self.private, self.shared) {
+            (0, 0) => '·',
+            (_, 0) => '█',
+            (0, _) => '░',
+            (_, _) => '▒',
+        }
+    }
+}
+
+/// Draws memory of `pages` pages: private, shared, untouched, in cells of equal size.
+pub(crate) fn draw(
+    pages: PageCount,
+    facts: &[(PageRange, PageFacts)],
+    touched: &[PageRange],
+) -> String {
+    let per_cell = pages.get().div_ceil(COLUMNS * ROWS).next_power_of_two();
+    let mut cells = Vec::new();
+    let mut all = Cell::default();
+    let mut start = 0;
+    while start < pages.get() {
+        let end = (start + per_cell).min(pages.get());
+        let mut cell = Cell::default();
+        for (visibility, touched, untouched) in parts(start, end, facts, touched) {
+            cell.add(visibility, touched, untouched);
+            all.add(visibility, touched, untouched);
+        }
+        cells.push(cell.glyph());
+        start = end;
+    }
+    let mut picture = String::new();
+    let per_row = usize::try_from(COLUMNS).unwrap_or(usize::MAX);
+    for (row, glyphs) in (0u64..).zip(cells.chunks(per_row)) {
+        let offset = ByteSize::new(row * COLUMNS * per_cell * PAGE_SIZE).to_string();
+        let glyphs: String = glyphs.iter().collect();
+        let _ = writeln!(picture, "  {offset:>6} {glyphs}");
+    }
+    let size = |pages: u64| ByteSize::new(pages * PAGE_SIZE);
+    let _ = writeln!(
+        picture,
+        "         █ private {}   ░ shared {}   ▒ both   · untouched {}   (a cell is {})",
+        size(all.private),
+        size(all.shared),
+        size(all.untouched),
+        size(per_cell),
+    );
+    picture
+}
+
+/// The runs of equal visibility in the pages `[start..end)`, and how many pages of each were
+/// touched and not.
+fn parts<'a>(
+    start: u64,
+    end: u64,
+    facts: &'a [(PageRange, PageFacts)],
+    touched: &'a [PageRange],
+) -> impl Iterator<Item = (Visibility, u64, u64)> + 'a {
+    let cell = PageRange::between(start, end);
+    let first = facts.partition_point(move |(run, _)| run.end() <= start);
+    facts[first..].iter().map_while(move |(run, facts)| {
+        let part = run.intersection(cell?)?;
+        let first = touched.partition_point(|run| run.end() <= part.start().get());
+        let touched = touched[first..].iter().map_while(|run| run.intersection(part));
+        let touched: u64 = touched.map(|run| run.count().get()).sum();
+        Some((facts.visibility, touched, part.count().get() - touched))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use polder::Population;
+
+    use super::*;
+
+    fn range(start: u64, end: u64) -> PageRange {
+        PageRange::between(start, end).unwrap()
+    }
+
+    #[test]
+    fn every_kind_of_cell_is_drawn_and_counted() {
+        let facts = |visibility| PageFacts { visibility, population: Population::Whole };
+        let runs = [
+            (range(0, 5), facts(Visibility::Private)),
+            (range(5, 8), facts(Visibility::Shared)),
+            (range(8, 16), facts(Visibility::Private)),
+        ];
+        let touched = [range(0, 7), range(9, 10)];
+        let picture = draw(PageCount::from(1024), &runs, &touched);
+        assert!(picture.starts_with("       0 █▒█·"), "{picture}");
+        assert!(picture.contains("private 24K   ░ shared 8K"), "{picture}");
+        let picture = draw(PageCount::from(16), &runs, &touched);
+        assert!(picture.starts_with("       0 █████░░··█······\n"), "{picture}");
+        assert!(picture.contains("untouched 32K"), "{picture}");
+    }
+}

@@ -1,0 +1,285 @@
+//! `polder run`.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use polder::HostKind;
+use polder::units::{ByteSize, Level};
+use polder_vmm::guest::Program;
+use polder_vmm::{Config, Conversion, End, Failure, Progress, Report, Supervision};
+use serde_json::json;
+
+use crate::picture;
+use crate::trouble::{self, Trouble};
+
+/// Run a guest on Polder's memory, and check every byte of it.
+///
+/// The guest fills private memory, shares and unshares pages of it in many patterns, and talks to
+/// a device through shared pages, verifying everything after every step. Meanwhile the host tries
+/// to reach the private pages, and has to be denied each time.
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  polder run                              64M, 2 vCPUs
+  polder run --memory 8G --vcpus 4        larger
+  polder run --json | jq .guest           for programs
+  polder run --guest spin --timeout 2     a guest that never ends
+
+Exit status: 0 every check passed, 1 one failed or the guest did not end, 2 it could not be run,
+130 interrupted.")]
+pub(crate) struct Arguments {
+    /// Where the memory lives
+    #[arg(long, value_enum, default_value_t = Host::Auto)]
+    host: Host,
+    /// The guest's memory: 16M to 1T
+    #[arg(long, value_name = "SIZE", default_value = "64M")]
+    memory: ByteSize,
+    /// The guest's vCPUs: 1 to 4
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    vcpus: u32,
+    /// The size of the pages that back the memory
+    #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = page_size)]
+    page_size: Level,
+    /// Decides the guest's patterns; the same seed is the same run
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// Seconds after which the guest is stopped
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    timeout: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    /// What the guest does: all but the first show how misbehaviour ends
+    #[arg(long, value_enum, default_value_t = Guest::SelfTest)]
+    guest: Guest,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Host {
+    /// The best that this machine has
+    Auto,
+    /// A memfd, private pages guarded by userfaultfd
+    Memfd,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Guest {
+    /// Converts and checks its memory
+    SelfTest,
+    /// Triple-faults at once
+    TripleFault,
+    /// Loops for ever
+    Spin,
+    /// Makes senseless requests for ever
+    Flood,
+}
+
+fn page_size(text: &str) -> Result<Level, String> {
+    match text.parse() {
+        Ok(Level::Size4K) => Ok(Level::Size4K),
+        Ok(level) => Err(format!("{level} pages are not there yet; 4k is")),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+pub(crate) fn main(arguments: &Arguments) -> ExitCode {
+    let config = Config {
+        host: match arguments.host {
+            Host::Auto | Host::Memfd => HostKind::Memfd,
+        },
+        memory: arguments.memory,
+        vcpus: arguments.vcpus,
+        seed: arguments.seed,
+        program: match arguments.guest {
+            Guest::SelfTest => Program::SelfTest,
+            Guest::TripleFault => Program::TripleFault,
+            Guest::Spin => Program::Spin,
+            Guest::Flood => Program::Flood,
+        },
+    };
+    let mut supervisor = match Supervisor::new(arguments) {
+        Ok(supervisor) => supervisor,
+        Err(error) => {
+            Trouble::new(&error, None).print(arguments.json);
+            return ExitCode::from(trouble::STATUS);
+        }
+    };
+    let report = polder_vmm::run(&config, |progress| supervisor.look(progress));
+    let seconds = supervisor.finish();
+    match report {
+        Ok(report) => {
+            if arguments.json {
+                println!("{}", to_json(arguments, &report, seconds));
+            } else {
+                print!("{}", to_text(arguments, &report, seconds));
+            }
+            status(report.end)
+        }
+        Err(error) => {
+            Trouble::new(&error, error.way_out()).print(arguments.json);
+            ExitCode::from(trouble::STATUS)
+        }
+    }
+}
+
+/// Watches the clock and Ctrl-C, and shows the progress line.
+struct Supervisor {
+    start: Instant,
+    timeout: Duration,
+    interrupted: Arc<AtomicBool>,
+    line: ProgressBar,
+}
+
+impl Supervisor {
+    fn new(arguments: &Arguments) -> std::io::Result<Self> {
+        let interrupted = Arc::new(AtomicBool::new(false));
+        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+            signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
+        }
+        // On standard error, and only where that is a terminal.
+        let line = if arguments.json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
+        let style = ProgressStyle::with_template("{spinner} {elapsed} {msg}");
+        line.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+        Ok(Self {
+            start: now(),
+            timeout: Duration::from_secs(arguments.timeout),
+            interrupted,
+            line,
+        })
+    }
+
+    fn look(&mut self, progress: Progress) -> Supervision {
+        let memory = progress.memory;
+        self.line.set_message(format!(
+            "{} exits, {} conversions, {} refused, {} touches denied",
+            progress.exits,
+            memory.to_private + memory.to_shared,
+            memory.refused,
+            memory.denied,
+        ));
+        self.line.tick();
+        if self.interrupted.load(Ordering::Relaxed) {
+            Supervision::Interrupt
+        } else if self.start.elapsed() >= self.timeout {
+            Supervision::TimeOut
+        } else {
+            Supervision::GoOn
+        }
+    }
+
+    /// Takes the line away; returns how long it all took, in seconds.
+    fn finish(self) -> f64 {
+        self.line.finish_and_clear();
+        self.start.elapsed().as_secs_f64()
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the one place of the program that reads the clock")]
+fn now() -> Instant {
+    Instant::now()
+}
+
+fn status(end: End) -> ExitCode {
+    match end {
+        End::Ok => ExitCode::SUCCESS,
+        End::Failed(_) | End::TimedOut => ExitCode::FAILURE,
+        End::Interrupted => ExitCode::from(130),
+    }
+}
+
+/// How a run ended, in a word.
+fn exit(end: End) -> &'static str {
+    match end {
+        End::Ok => "ok",
+        End::Failed(Failure::Check { .. }) => "check-failed",
+        End::Failed(Failure::Exception { .. }) => "exception",
+        End::Failed(Failure::TripleFault { .. }) => "triple-fault",
+        End::Failed(Failure::MemoryFailure { .. }) => "memory-failure",
+        End::Failed(Failure::Intrusion { .. }) => "intrusion",
+        End::Failed(Failure::Exit { .. }) => "unexpected-exit",
+        End::TimedOut => "timeout",
+        End::Interrupted => "interrupted",
+    }
+}
+
+/// How a run ended, in a sentence.
+fn ended(arguments: &Arguments, end: End) -> String {
+    match end {
+        End::Ok => "every check passed".into(),
+        End::Failed(failure) => failure.to_string(),
+        End::TimedOut => {
+            format!("the guest did not end within {} s (--timeout)", arguments.timeout)
+        }
+        End::Interrupted => "interrupted".into(),
+    }
+}
+
+fn to_json(arguments: &Arguments, report: &Report, seconds: f64) -> serde_json::Value {
+    let memory = report.memory;
+    let mut object = json!({
+        "host": report.host.to_string(),
+        "accelerator": "kvm",
+        "conversion_by": report.conversion_by.to_string(),
+        "vcpus": arguments.vcpus,
+        "memory_bytes": arguments.memory.get(),
+        "guest": {
+            "exit": exit(report.end),
+            "checks_passed": report.checks_passed,
+            "checks_failed": report.checks_failed,
+        },
+        "conversions": {
+            "to_private": memory.to_private,
+            "to_shared": memory.to_shared,
+            "pages": memory.converted_pages,
+            "refused": memory.refused,
+        },
+        "faults": {
+            "guest": memory.guest_faults,
+            "host": memory.host_faults,
+            "denied": memory.denied,
+        },
+        "seconds": seconds,
+    });
+    if report.end != End::Ok {
+        object["guest"]["why"] = ended(arguments, report.end).into();
+    }
+    object
+}
+
+fn to_text(arguments: &Arguments, report: &Report, seconds: f64) -> String {
+    let memory = report.memory;
+    let verdict = if report.end == End::Ok { "ok" } else { "FAILED" };
+    let conversion_by = match report.conversion_by {
+        Conversion::Hypercall => "hypercall",
+        Conversion::Port => "port (this KVM does not complete hypercalls)",
+    };
+    let pages = arguments.memory.pages().unwrap_or_default();
+    format!(
+        "{verdict}: {ended}; {passed} checks passed, {failed} failed in {seconds:.1} s\n\
+         \n\
+         \x20 guest        {vcpus} vCPUs, {size} on host {host}, accelerator kvm\n\
+         \x20 requests by  {conversion_by}\n\
+         \x20 conversions  {to_shared} to shared, {to_private} to private, {converted} pages; \
+         {refused} refused\n\
+         \x20 faults       {guest} of the guest, {mapped} of the host mapped, {denied} denied\n\
+         \n{picture}",
+        ended = ended(arguments, report.end),
+        passed = report.checks_passed,
+        failed = report.checks_failed,
+        vcpus = arguments.vcpus,
+        size = arguments.memory,
+        host = report.host,
+        to_shared = memory.to_shared,
+        to_private = memory.to_private,
+        converted = memory.converted_pages,
+        refused = memory.refused,
+        guest = memory.guest_faults,
+        mapped = memory.host_faults,
+        denied = memory.denied,
+        picture = picture::draw(pages, &report.facts, &report.touched),
+    )
+}

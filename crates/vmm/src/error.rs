@@ -1,0 +1,79 @@
+//! Why a guest could not be run.
+
+use crate::guest::ImageError;
+use crate::scenario::ScenarioError;
+
+/// A run that could not begin, or that the kernel broke off. A guest that fails its checks is no
+/// error: it is a [`Report`](crate::Report).
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The guest asked for can't be.
+    #[error(transparent)]
+    Scenario(#[from] ScenarioError),
+    /// The guest does not assemble.
+    #[error("the guest's image can't be made")]
+    Image(#[from] ImageError),
+    /// Memory of Polder's could not be made or bound.
+    #[error("the guest's memory can't be made")]
+    Memory(#[source] polder::Error),
+    /// KVM can't be used.
+    #[error("KVM can't be used")]
+    Kvm(#[source] std::io::Error),
+    /// KVM refused a part of the VM.
+    #[error("{call} failed")]
+    Vm {
+        /// The ioctl.
+        call: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// KVM broke off a vCPU.
+    #[error("vCPU {vcpu} can't go on")]
+    Vcpu {
+        /// Which.
+        vcpu: u32,
+        /// What the kernel said.
+        #[source]
+        source: polder_linux::Error,
+    },
+    /// A thread of the VMM panicked: a fault of ours.
+    #[error("a thread of the VMM panicked")]
+    Panicked,
+}
+
+impl RunError {
+    /// What the user can do about it.
+    pub fn way_out(&self) -> Option<&'static str> {
+        match self {
+            Self::Scenario(ScenarioError::Vcpus { .. }) => Some("give --vcpus 1 to 4"),
+            Self::Scenario(_) => {
+                Some("give --memory a whole number of 4K pages from 16M to 1T, such as 512M")
+            }
+            Self::Kvm(error) => Some(match error.kind() {
+                std::io::ErrorKind::NotFound => {
+                    "enable virtualisation in the firmware and load the module kvm_intel or kvm_amd"
+                }
+                std::io::ErrorKind::PermissionDenied => {
+                    "run as root, or add yourself to the group that owns /dev/kvm \
+                     (sudo usermod -aG kvm $USER) and log in again"
+                }
+                _ => "check that /dev/kvm is KVM's and that no other hypervisor holds the CPU",
+            }),
+            Self::Memory(error) => error.way_out(),
+            Self::Image(_) | Self::Panicked => Some("report it: this is a bug in Polder"),
+            Self::Vm { .. } => Some("try less --memory, or fewer --vcpus"),
+            Self::Vcpu { .. } => Some("see the kernel's log (dmesg) for what KVM says"),
+        }
+    }
+
+    /// Wraps an error of `kvm-ioctls`.
+    pub(crate) fn vm(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |error| Self::Vm { call, source: os(error) }
+    }
+}
+
+/// An error of `kvm-ioctls` in the standard library's words.
+pub(crate) fn os(error: kvm_ioctls::Error) -> std::io::Error {
+    std::io::Error::from_raw_os_error(error.errno())
+}

@@ -1,0 +1,263 @@
+//! The program of ring 3: a loop over the records of ops.
+//!
+//! | register | holds |
+//! |---|---|
+//! | R15 | the record's address |
+//! | R14 | the op's index |
+//! | R13 | the checks passed |
+//! | R12 | the seed of a churn's pass |
+//!
+//! The gate changes RAX only.
+
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+
+use super::record::{self, code};
+use super::request::{DEVICE_PENDING, STATUS_WORD, number};
+use crate::scenario::PATTERN_FACTOR;
+
+/// Word `index` of the record.
+fn word(index: i32) -> AsmMemoryOperand {
+    qword_ptr(r15 + 8 * index)
+}
+
+/// The labels of the interpreter that more than one op jumps to.
+struct Labels {
+    gate: CodeLabel,
+    /// Runs the record that R15 is at.
+    run: CodeLabel,
+    passed: CodeLabel,
+    next: CodeLabel,
+    /// Fails with gpa in RDI, expected in RAX, found in RBX.
+    fail: CodeLabel,
+    /// Fills `[rdi..rcx)` from pattern R8 (offset), R9 (seed), R10 (factor), R11 (invert).
+    fill: CodeLabel,
+    /// Checks the same, or fails.
+    check: CodeLabel,
+}
+
+/// The loop over the records; `run` is its first instruction, the caller's to place.
+pub(super) fn interpreter(
+    a: &mut CodeAssembler,
+    gate: CodeLabel,
+    run: CodeLabel,
+) -> Result<(), IcedError> {
+    let mut labels = Labels {
+        gate,
+        run,
+        passed: a.create_label(),
+        next: a.create_label(),
+        fail: a.create_label(),
+        fill: a.create_label(),
+        check: a.create_label(),
+    };
+    let codes: [(i32, Emit); 10] = [
+        (code::FILL, fill_op),
+        (code::CHECK, check_op),
+        (code::REQUEST, request_op),
+        (code::DEVICE, device_op),
+        (code::LOAD, load_op),
+        (code::STORE, store_op),
+        (code::CHURN, churn_op),
+        (code::SET_FLAG, set_flag_op),
+        (code::WAIT_FLAG, wait_flag_op),
+        (code::DONE, done_op),
+    ];
+    let mut targets = codes.map(|_| a.create_label());
+
+    a.mov(rax, word(0))?;
+    a.mov(rdi, word(1))?;
+    for ((code, _), target) in codes.iter().zip(&targets) {
+        a.cmp(rax, *code)?;
+        a.je(*target)?;
+    }
+    // No op has this code: reported as a stray #UD.
+    a.ud2()?;
+    a.set_label(&mut labels.passed)?;
+    a.inc(r13)?;
+    a.set_label(&mut labels.next)?;
+    a.add(r15, record::BYTES)?;
+    a.inc(r14)?;
+    a.jmp(run)?;
+    for ((_, emit), target) in codes.iter().zip(&mut targets) {
+        a.set_label(target)?;
+        emit(a, &labels)?;
+    }
+    fill_words(a, &mut labels)?;
+    check_words(a, &mut labels)?;
+    fail(a, &mut labels)
+}
+
+/// Writes the instructions of one op. RDI is word 1 of the record.
+type Emit = fn(&mut CodeAssembler, &Labels) -> Result<(), IcedError>;
+
+fn fill_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    load_pattern(a)?;
+    a.call(labels.fill)?;
+    a.jmp(labels.next)
+}
+
+fn check_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    load_pattern(a)?;
+    a.call(labels.check)?;
+    a.jmp(labels.passed)
+}
+
+fn load_pattern(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.mov(rcx, word(2))?;
+    a.add(rcx, rdi)?;
+    for (register, index) in [(r8, 3), (r9, 4), (r10, 5), (r11, 6)] {
+        a.mov(register, word(index))?;
+    }
+    Ok(())
+}
+
+fn request_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    a.mov(rbx, rdi)?;
+    a.mov(rcx, word(2))?;
+    a.mov(rdx, word(3))?;
+    a.xor(esi, esi)?;
+    a.mov(rax, word(5))?;
+    a.call(labels.gate)?;
+    a.mov(rbx, rax)?;
+    a.mov(rax, word(4))?;
+    a.cmp(rax, rbx)?;
+    a.jne(labels.fail)?;
+    a.jmp(labels.passed)
+}
+
+fn device_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    let mut outcome = a.create_label();
+    for index in 0..STATUS_WORD {
+        a.mov(rax, word(2 + index))?;
+        a.mov(qword_ptr(rdi + 8 * index), rax)?;
+    }
+    let status = qword_ptr(rdi + 8 * STATUS_WORD);
+    a.mov(rax, DEVICE_PENDING.cast_unsigned())?;
+    a.mov(status, rax)?;
+    a.mov(rbx, rdi)?;
+    a.mov(rax, number::DOORBELL)?;
+    a.call(labels.gate)?;
+    a.mov(rbx, rax)?;
+    a.test(rbx, rbx)?;
+    a.jne(outcome)?;
+    a.mov(rbx, status)?;
+    a.set_label(&mut outcome)?;
+    a.mov(rax, word(6))?;
+    a.cmp(rax, rbx)?;
+    a.jne(labels.fail)?;
+    a.jmp(labels.passed)
+}
+
+fn load_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    a.mov(rbx, qword_ptr(rdi))?;
+    a.mov(rax, word(2))?;
+    a.cmp(rax, rbx)?;
+    a.jne(labels.fail)?;
+    a.jmp(labels.passed)
+}
+
+fn store_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    a.mov(rax, word(2))?;
+    a.mov(qword_ptr(rdi), rax)?;
+    a.jmp(labels.next)
+}
+
+fn churn_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    let mut pass = a.create_label();
+    a.mov(r12, word(3))?;
+    a.xor(r8d, r8d)?;
+    a.mov(r10, PATTERN_FACTOR)?;
+    a.xor(r11d, r11d)?;
+    a.set_label(&mut pass)?;
+    a.mov(r9, r12)?;
+    for words in [labels.fill, labels.check] {
+        a.mov(rdi, word(1))?;
+        a.mov(rcx, word(2))?;
+        a.add(rcx, rdi)?;
+        a.call(words)?;
+    }
+    a.inc(r13)?;
+    a.inc(r12)?;
+    a.mov(rax, word(4))?;
+    a.cmp(qword_ptr(rax), 0)?;
+    a.je(pass)?;
+    a.jmp(labels.next)
+}
+
+fn set_flag_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    a.mov(qword_ptr(rdi), 1)?;
+    a.jmp(labels.next)
+}
+
+fn wait_flag_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    a.cmp(qword_ptr(rdi), 0)?;
+    a.jne(labels.next)?;
+    a.pause()?;
+    a.jmp(labels.run)
+}
+
+fn done_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    a.mov(rbx, r13)?;
+    a.mov(rax, number::DONE)?;
+    a.call(labels.gate)?;
+    a.jmp(labels.run)
+}
+
+fn fill_words(a: &mut CodeAssembler, labels: &mut Labels) -> Result<(), IcedError> {
+    let (mut each, mut end) = (a.create_label(), a.create_label());
+    a.set_label(&mut labels.fill)?;
+    a.lea(rdx, ptr(rdi + r8))?;
+    a.cmp(rdi, rcx)?;
+    a.jae(end)?;
+    a.set_label(&mut each)?;
+    pattern_word(a)?;
+    a.mov(qword_ptr(rdi), rax)?;
+    a.add(rdi, 8)?;
+    a.cmp(rdi, rcx)?;
+    a.jb(each)?;
+    a.set_label(&mut end)?;
+    a.ret()
+}
+
+fn check_words(a: &mut CodeAssembler, labels: &mut Labels) -> Result<(), IcedError> {
+    let (mut each, mut end) = (a.create_label(), a.create_label());
+    a.set_label(&mut labels.check)?;
+    a.lea(rdx, ptr(rdi + r8))?;
+    a.cmp(rdi, rcx)?;
+    a.jae(end)?;
+    a.set_label(&mut each)?;
+    pattern_word(a)?;
+    // Into a register first: what is reported is what was compared.
+    a.mov(rbx, qword_ptr(rdi))?;
+    a.cmp(rbx, rax)?;
+    a.jne(labels.fail)?;
+    a.add(rdi, 8)?;
+    a.cmp(rdi, rcx)?;
+    a.jb(each)?;
+    a.set_label(&mut end)?;
+    a.ret()
+}
+
+/// RAX = the pattern's word at RDX, and RDX on to the next.
+fn pattern_word(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.mov(rax, rdx)?;
+    a.add(rdx, 8)?;
+    a.xor(rax, r9)?;
+    a.imul_2(rax, r10)?;
+    a.xor(rax, r11)
+}
+
+fn fail(a: &mut CodeAssembler, labels: &mut Labels) -> Result<(), IcedError> {
+    let mut again = a.create_label();
+    a.set_label(&mut labels.fail)?;
+    a.mov(rcx, rdi)?;
+    a.mov(rdx, rax)?;
+    a.mov(rsi, rbx)?;
+    a.mov(rbx, r14)?;
+    a.mov(rdi, r13)?;
+    a.set_label(&mut again)?;
+    a.mov(rax, number::FAILED)?;
+    a.call(labels.gate)?;
+    a.jmp(again)
+}

@@ -1,0 +1,20 @@
+//! A small VMM, and the guest it runs: the proof that a guest lives on Polder's memory.
+//!
+//! - [`scenario`]: what a guest does, as data: lists of [`Op`](scenario::Op).
+//! - [`guest`]: an image of it that a KVM vCPU runs, and the requests a guest makes.
+//! - [`run`](run()): a VM with that guest, on memory of [`polder`]; what came of it is a [`Report`].
+
+mod device;
+mod error;
+pub mod guest;
+mod intruder;
+mod kvm;
+mod requests;
+mod run;
+pub mod scenario;
+mod vcpu;
+
+pub use error::RunError;
+pub use intruder::Way;
+pub use kvm::Conversion;
+pub use run::{Config, End, Failure, Progress, Report, Supervision, run};

@@ -1,0 +1,82 @@
+//! What becomes of a guest's requests.
+
+use polder::units::GfnRange;
+use polder::{Contents, Memory, OnBusy, VmId};
+
+use crate::device;
+use crate::guest::{Request, RequestError};
+use crate::intruder::Intruder;
+use crate::run::Failure;
+use crate::scenario::Outcome;
+
+/// The most pages that one request has the host try: what it costs is the host's time.
+const MOST_PROBED: u64 = 4096;
+
+/// What a vCPU does next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Next {
+    /// Goes on, with this answer.
+    Answer(i64),
+    /// Stops: its program came to its end, with so many checks passed.
+    Done { checks_passed: u64 },
+    /// Stops: a check failed, after so many had passed.
+    Failed { failure: Failure, checks_passed: u64 },
+}
+
+/// Answers requests for one VM.
+pub(crate) struct Requests<'a> {
+    memory: &'a Memory,
+    vm: VmId,
+    intruder: Intruder<'a>,
+}
+
+impl<'a> Requests<'a> {
+    pub(crate) fn new(memory: &'a Memory, vm: VmId) -> std::io::Result<Self> {
+        Ok(Self { memory, vm, intruder: Intruder::new(memory, vm)? })
+    }
+
+    /// The memory that the requests are about.
+    pub(crate) fn memory(&self) -> (&'a Memory, VmId) {
+        (self.memory, self.vm)
+    }
+
+    /// Answers one request of vCPU `vcpu`.
+    pub(crate) fn answer(&self, vcpu: u32, request: Result<Request, RequestError>) -> Next {
+        match request {
+            Err(error) => {
+                if error.is_conversion() {
+                    self.memory.note_refused();
+                }
+                Next::Answer(i64::from(error.errno()))
+            }
+            Ok(Request::Convert { pages, to }) => Next::Answer(self.convert(pages, to)),
+            Ok(Request::Probe { pages, .. }) if pages.count().get() > MOST_PROBED => {
+                Next::Answer(i64::from(Outcome::Invalid.code()))
+            }
+            Ok(Request::Probe { pages, expect }) => {
+                Next::Answer(self.intruder.probe(pages, expect).cast_signed())
+            }
+            Ok(Request::Doorbell { request }) => {
+                Next::Answer(i64::from(device::ring(self.memory, self.vm, request).code()))
+            }
+            Ok(Request::Done { checks_passed }) => Next::Done { checks_passed },
+            Ok(Request::Failed { op, gpa, expected, found, checks_passed }) => Next::Failed {
+                failure: Failure::Check { vcpu, op, gpa, expected, found },
+                checks_passed,
+            },
+            Ok(Request::Exception { vector, rip, cr2, error }) => Next::Failed {
+                failure: Failure::Exception { vcpu, vector, rip, cr2, error },
+                checks_passed: 0,
+            },
+        }
+    }
+
+    fn convert(&self, gfns: GfnRange, to: polder::Visibility) -> i64 {
+        let converted =
+            self.memory.convert_gfns(self.vm, gfns, to, Contents::Preserve, OnBusy::Wait);
+        match converted {
+            Ok(_) => 0,
+            Err(error) => -i64::from(error.errno() as i32),
+        }
+    }
+}

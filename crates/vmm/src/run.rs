@@ -1,0 +1,343 @@
+//! A whole run: memory, VM, guest, intruder; supervised, ended, reported.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use polder::units::{ByteSize, Gfn, GfnRange, Gpa, PAGE_BYTES, PageIndex, PageRange};
+use polder::{HostKind, Memory, PageFacts, Statistics, VmId};
+use polder_linux::{Exit, Kicker};
+
+use crate::RunError;
+use crate::guest::{Chunk, Image, Program, Transport};
+use crate::intruder::{Intruder, Way};
+use crate::kvm::{self, Conversion};
+use crate::requests::Requests;
+use crate::scenario::{self, Scenario, ScenarioError};
+use crate::vcpu::{self, Ran};
+
+/// What to run.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// On which host.
+    pub host: HostKind,
+    /// The guest's memory.
+    pub memory: ByteSize,
+    /// How many vCPUs.
+    pub vcpus: u32,
+    /// Decides the guest's patterns and ranges.
+    pub seed: u64,
+    /// What the guest does.
+    pub program: Program,
+}
+
+/// What a supervisor is told, some twenty times a second.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Progress {
+    /// Exits of the guest that were handled.
+    pub exits: u64,
+    /// What happened to the memory.
+    pub memory: Statistics,
+}
+
+/// What a supervisor says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Supervision {
+    /// Go on.
+    GoOn,
+    /// Stop: it takes too long.
+    TimeOut,
+    /// Stop: the user has had enough.
+    Interrupt,
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// Every check passed.
+    Ok,
+    /// Something failed.
+    Failed(Failure),
+    /// It took too long.
+    TimedOut,
+    /// The user stopped it.
+    Interrupted,
+}
+
+/// What failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Failure {
+    /// A check of the guest's.
+    Check {
+        /// On which vCPU.
+        vcpu: u32,
+        /// The op's index in that vCPU's program.
+        op: u64,
+        /// Where.
+        gpa: Gpa,
+        /// What should have been there, or have been answered.
+        expected: u64,
+        /// What was.
+        found: u64,
+    },
+    /// The guest took an exception that it should not have.
+    Exception {
+        /// On which vCPU.
+        vcpu: u32,
+        /// Its vector.
+        vector: u64,
+        /// At which instruction.
+        rip: u64,
+        /// The address of a page fault.
+        cr2: u64,
+        /// Its error code.
+        error: u64,
+    },
+    /// A vCPU shut down.
+    TripleFault {
+        /// Which.
+        vcpu: u32,
+    },
+    /// The guest touched a page that is out of use.
+    MemoryFailure {
+        /// On which vCPU.
+        vcpu: u32,
+        /// The page.
+        page: Option<PageIndex>,
+    },
+    /// The host reached a private page.
+    Intrusion {
+        /// The page.
+        gfn: Gfn,
+        /// How.
+        way: Way,
+    },
+    /// A vCPU exited in a way that nothing was expected to cause.
+    Exit {
+        /// Which.
+        vcpu: u32,
+        /// How.
+        exit: Exit,
+    },
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Check { vcpu, op, gpa, expected, found } => {
+                write!(f, "vCPU {vcpu}, op {op}: at {gpa} expected {expected:#x}, found {found:#x}")
+            }
+            Self::Exception { vcpu, vector, rip, cr2, error } => write!(
+                f,
+                "vCPU {vcpu}: exception {vector} at {rip:#x} (error {error:#x}, cr2 {cr2:#x})"
+            ),
+            Self::TripleFault { vcpu } => write!(f, "vCPU {vcpu}: triple fault"),
+            Self::MemoryFailure { vcpu, page: Some(page) } => {
+                write!(f, "vCPU {vcpu}: touched page {page}, which is out of use")
+            }
+            Self::MemoryFailure { vcpu, page: None } => {
+                write!(f, "vCPU {vcpu}: memory failed outside the guest's")
+            }
+            Self::Intrusion { gfn, way } => {
+                let way = match way {
+                    Way::Api => "the API",
+                    Way::RawTouch => "a raw touch",
+                    Way::SystemCall => "a system call",
+                };
+                write!(f, "the host reached private frame {gfn} by {way}")
+            }
+            Self::Exit { vcpu, exit } => write!(f, "vCPU {vcpu}: unexpected exit {exit:x?}"),
+        }
+    }
+}
+
+/// What a run came to.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// On which host.
+    pub host: HostKind,
+    /// How requests to convert came.
+    pub conversion_by: Conversion,
+    /// How it ended.
+    pub end: End,
+    /// The guest's checks that passed.
+    pub checks_passed: u64,
+    /// Those that failed; the first ends the run.
+    pub checks_failed: u64,
+    /// What happened to the memory.
+    pub memory: Statistics,
+    /// What every page is in the end.
+    pub facts: Vec<(PageRange, PageFacts)>,
+    /// The pages that were touched.
+    pub touched: Vec<PageRange>,
+}
+
+/// How often a supervisor is asked.
+const SUPERVISE: Duration = Duration::from_millis(50);
+
+/// Runs a guest to its end, or until the supervisor has it stopped.
+///
+/// # Errors
+/// A [`RunError`] with a way out, before the guest starts as a rule.
+pub fn run(
+    config: &Config,
+    supervise: impl FnMut(Progress) -> Supervision,
+) -> Result<Report, RunError> {
+    let vcpus =
+        u8::try_from(config.vcpus).map_err(|_| ScenarioError::Vcpus { vcpus: config.vcpus })?;
+    let scenario = Scenario::generate(&scenario::Config {
+        memory: config.memory.get(),
+        vcpus,
+        seed: config.seed,
+    })?;
+    let kvm = kvm::open()?;
+    let transport = kvm::transport(&kvm)?;
+    let image = Image::new(&scenario, config.program, transport)?;
+
+    let (vm, _) = kvm::create_vm(&kvm)?;
+    let pages = config.memory.pages().expect("the scenario's memory is whole pages");
+    let memory = Memory::builder(pages).host(config.host).owed().build();
+    let memory = memory.map_err(RunError::Memory)?;
+    let id = memory.attach(Arc::clone(&vm));
+    let ram = scenario::ram(config.memory.get()).into_iter().flatten();
+    kvm::bind(&memory, id, ram)
+        .and_then(|()| load(&memory, id, &image.chunks))
+        .and_then(|()| memory.settle())
+        .map_err(RunError::Memory)?;
+
+    let vcpus = (0..)
+        .zip(&image.vcpus)
+        .map(|(index, start)| Ok((index, kvm::create_vcpu(&kvm, &vm, index, start)?)));
+    let vcpus = vcpus.collect::<Result<Vec<_>, RunError>>()?;
+    let private = scenario.layout().churn;
+    let run =
+        Run { memory: &memory, vm: id, exits: AtomicU64::new(0), stop: AtomicBool::new(false) };
+    let (end, ran) = run.go(vcpus, private, supervise)?;
+
+    let all = PageRange::between(0, pages.get()).expect("memory has pages");
+    Ok(Report {
+        host: config.host,
+        conversion_by: match transport {
+            Transport::Port => Conversion::Port,
+            Transport::Vmcall | Transport::Vmmcall => Conversion::Hypercall,
+        },
+        end,
+        checks_passed: ran.iter().map(|ran| ran.checks_passed).sum(),
+        checks_failed: u64::from(matches!(end, End::Failed(Failure::Check { .. }))),
+        memory: memory.statistics(),
+        facts: memory.facts(all).map_err(RunError::Memory)?,
+        touched: memory.existing().map_err(RunError::Memory)?,
+    })
+}
+
+/// Populates the pages of an image, each with all its bytes at once.
+fn load(memory: &Memory, vm: VmId, chunks: &[Chunk]) -> Result<(), polder::Error> {
+    let mut pages: BTreeMap<Gfn, Vec<u8>> = BTreeMap::new();
+    for chunk in chunks {
+        let mut gpa = chunk.gpa;
+        let mut left = chunk.bytes.as_slice();
+        while !left.is_empty() {
+            let at = usize::try_from(gpa.page_offset()).expect("below 4096");
+            let page = pages.entry(gpa.gfn()).or_insert_with(|| vec![0; PAGE_BYTES]);
+            let (now, rest) = left.split_at(left.len().min(page.len() - at));
+            page[at..at + now.len()].copy_from_slice(now);
+            gpa = Gpa::new(gpa.get() + now.len() as u64);
+            left = rest;
+        }
+    }
+    for (gfn, bytes) in pages {
+        for run in memory.pages_of(vm, GfnRange::one(gfn))? {
+            memory.populate(run, &bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// A guest that runs.
+struct Run<'a> {
+    memory: &'a Memory,
+    vm: VmId,
+    exits: AtomicU64,
+    stop: AtomicBool,
+}
+
+impl Run<'_> {
+    /// Starts all threads, has them supervised, and ends them.
+    fn go(
+        &self,
+        vcpus: Vec<(u32, kvm_ioctls::VcpuFd)>,
+        private: GfnRange,
+        mut supervise: impl FnMut(Progress) -> Supervision,
+    ) -> Result<(End, Vec<Ran>), RunError> {
+        let no_thread = |source| RunError::Vm { call: "clone", source };
+        let requests = Requests::new(self.memory, self.vm).map_err(no_thread)?;
+        let intruder = Intruder::new(self.memory, self.vm).map_err(no_thread)?;
+        let kickers: Vec<Kicker> = vcpus.iter().map(|_| Kicker::default()).collect();
+        std::thread::scope(|scope| {
+            let intruder = scope.spawn(|| self.intrude(&intruder, private));
+            let threads: Vec<_> = vcpus
+                .into_iter()
+                .zip(&kickers)
+                .map(|(vcpu, kicker)| {
+                    let requests = &requests;
+                    scope.spawn(move || {
+                        vcpu::run(vcpu, kicker, requests, &self.exits, &self.stop)
+                            .inspect(|ran| self.stop_if(ran.failure.is_some()))
+                            .inspect_err(|_| self.stop_if(true))
+                    })
+                })
+                .collect();
+            let mut end = End::Ok;
+            while !threads.iter().all(|thread| thread.is_finished()) {
+                if self.stop.load(Ordering::Acquire) {
+                    kickers.iter().for_each(Kicker::kick);
+                    std::thread::sleep(Duration::from_millis(1));
+                    continue;
+                }
+                std::thread::park_timeout(SUPERVISE);
+                match supervise(self.progress()) {
+                    Supervision::GoOn => continue,
+                    Supervision::TimeOut => end = End::TimedOut,
+                    Supervision::Interrupt => end = End::Interrupted,
+                }
+                self.stop_if(true);
+            }
+            self.stop_if(true);
+            let intrusion = intruder.join().map_err(|_| RunError::Panicked)?;
+            let ran = threads
+                .into_iter()
+                .map(|thread| thread.join().map_err(|_| RunError::Panicked)?)
+                .collect::<Result<Vec<Ran>, RunError>>()?;
+            let failure = intrusion.or_else(|| ran.iter().find_map(|ran| ran.failure));
+            Ok((failure.map_or(end, End::Failed), ran))
+        })
+    }
+
+    fn stop_if(&self, stop: bool) {
+        if stop {
+            self.stop.store(true, Ordering::Release);
+        }
+    }
+
+    fn progress(&self) -> Progress {
+        Progress { exits: self.exits.load(Ordering::Relaxed), memory: self.memory.statistics() }
+    }
+
+    /// Tries pages that are private for good, one after the other, until the end.
+    fn intrude(&self, intruder: &Intruder<'_>, private: GfnRange) -> Option<Failure> {
+        let frames: Vec<Gfn> = private.frames().collect();
+        for &gfn in frames.iter().cycle() {
+            if self.stop.load(Ordering::Acquire) {
+                break;
+            }
+            if let Some(way) = intruder.assault(gfn) {
+                self.stop_if(true);
+                return Some(Failure::Intrusion { gfn, way });
+            }
+            std::thread::sleep(Duration::from_micros(500));
+        }
+        None
+    }
+}

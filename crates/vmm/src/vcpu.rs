@@ -1,0 +1,88 @@
+//! A vCPU's thread: run, answer, run on.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use kvm_ioctls::VcpuFd;
+use polder::Visibility;
+use polder::units::Gpa;
+use polder_linux::{Exit, Kicker, Vcpu};
+
+use crate::RunError;
+use crate::error::os;
+use crate::guest::Request;
+use crate::requests::{Next, Requests};
+use crate::run::Failure;
+
+/// What a vCPU's run came to.
+#[derive(Debug)]
+pub(crate) struct Ran {
+    pub(crate) checks_passed: u64,
+    /// Why it ended before its program did.
+    pub(crate) failure: Option<Failure>,
+}
+
+/// Runs a vCPU until its program ends, it fails, or `stop` is set (and it is kicked).
+pub(crate) fn run(
+    (index, fd): (u32, VcpuFd),
+    kicker: &Kicker,
+    requests: &Requests<'_>,
+    handled: &AtomicU64,
+    stop: &AtomicBool,
+) -> Result<Ran, RunError> {
+    let mut vcpu = Vcpu::new(fd, kicker);
+    while !stop.load(Ordering::Acquire) {
+        let exit = vcpu.run().map_err(|source| RunError::Vcpu { vcpu: index, source })?;
+        let next = match exit {
+            Exit::PortIn { port, bytes } => ask(index, &vcpu, requests, (true, port, bytes))?,
+            Exit::PortOut { port, bytes } => ask(index, &vcpu, requests, (false, port, bytes))?,
+            Exit::Hypercall { number, arguments } => {
+                requests.answer(index, Request::from_hypercall(number, arguments))
+            }
+            Exit::MmioRead { gpa, .. } | Exit::MmioWrite { gpa, .. } => beyond(requests, gpa),
+            Exit::Interrupted => continue,
+            Exit::MemoryFailure { address } => {
+                let page = requests.memory().0.page_of_failure(address);
+                failed(Failure::MemoryFailure { vcpu: index, page })
+            }
+            Exit::Shutdown => failed(Failure::TripleFault { vcpu: index }),
+            other => failed(Failure::Exit { vcpu: index, exit: other }),
+        };
+        handled.fetch_add(1, Ordering::Relaxed);
+        match next {
+            Next::Answer(value) => vcpu.answer(value.cast_unsigned()),
+            Next::Done { checks_passed } => return Ok(Ran { checks_passed, failure: None }),
+            Next::Failed { failure, checks_passed } => {
+                return Ok(Ran { checks_passed, failure: Some(failure) });
+            }
+        }
+    }
+    Ok(Ran { checks_passed: 0, failure: None })
+}
+
+fn failed(failure: Failure) -> Next {
+    Next::Failed { failure, checks_passed: 0 }
+}
+
+/// A request by port: its arguments are in the registers.
+fn ask(
+    index: u32,
+    vcpu: &Vcpu,
+    requests: &Requests<'_>,
+    (read, port, bytes): (bool, u16, usize),
+) -> Result<Next, RunError> {
+    let registers = vcpu
+        .fd()
+        .get_regs()
+        .map_err(|error| RunError::Vm { call: "KVM_GET_REGS", source: os(error) })?;
+    // What is more than 255 bytes long is no request, whatever its exact length.
+    let bytes = u8::try_from(bytes).unwrap_or(u8::MAX);
+    Ok(requests.answer(index, Request::from_port((read, port, bytes, 1), &registers)))
+}
+
+/// An access to where there is no memory, as on a PC: loads give all ones, stores are dropped.
+fn beyond(requests: &Requests<'_>, gpa: Gpa) -> Next {
+    let (memory, vm) = requests.memory();
+    // Whatever the fault is, a PC's bus has the same answer to it.
+    let _ = memory.guest_fault(vm, gpa, Visibility::Private);
+    Next::Answer(-1)
+}
