@@ -5,9 +5,15 @@
 //! every host call stands outside it, and what must not change meanwhile is held by a claim in
 //! the engine. Whoever has to wait for a claim waits on `changed`, with a limit, because a claim
 //! whose thread died is told of by nobody: it is found by asking again.
+//!
+//! The lock is `parking_lot`'s because that one is fair after a while: with the standard
+//! library's, one thread that reads guest memory in a loop keeps conversions out.
 
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use polder_engine::{
     Blocked, Config, ConversionRequest, Converted, Engine, Operation, Refusal, Stage, Start,
@@ -24,15 +30,48 @@ const ASK_AGAIN: Duration = Duration::from_millis(20);
 
 pub(crate) struct Driver {
     engine: Mutex<Engine>,
+    /// A thread panicked while it held the lock: the engine may be half-changed.
+    broken: AtomicBool,
     changed: Condvar,
     pub(crate) host: Box<dyn Host>,
     pub(crate) counters: Counters,
+}
+
+/// The engine, locked.
+pub(crate) struct Locked<'a> {
+    engine: MutexGuard<'a, Engine>,
+    broken: &'a AtomicBool,
+    /// Whether the thread was unwinding already, and so does not panic because of the engine.
+    unwinding: bool,
+}
+
+impl Deref for Locked<'_> {
+    type Target = Engine;
+
+    fn deref(&self) -> &Engine {
+        &self.engine
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Engine {
+        &mut self.engine
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() && !self.unwinding {
+            self.broken.store(true, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Driver {
     pub(crate) fn new(config: Config, host: Box<dyn Host>) -> Self {
         Self {
             engine: Mutex::new(Engine::new(config)),
+            broken: AtomicBool::new(false),
             changed: Condvar::new(),
             host,
             counters: Counters::default(),
@@ -40,8 +79,10 @@ impl Driver {
     }
 
     /// The engine, locked. Not to be held across a system call.
-    pub(crate) fn engine(&self) -> MutexGuard<'_, Engine> {
-        self.engine.lock().expect("the engine broke one of its own invariants")
+    pub(crate) fn engine(&self) -> Locked<'_> {
+        let engine = self.engine.lock();
+        assert!(!self.broken.load(Ordering::Relaxed), "the engine broke an invariant of its own");
+        Locked { engine, broken: &self.broken, unwinding: std::thread::panicking() }
     }
 
     /// Tells those who wait that a claim was released.
@@ -51,12 +92,8 @@ impl Driver {
     }
 
     /// Waits until a claim was released, or for a while.
-    fn wait<'a>(&self, engine: MutexGuard<'a, Engine>) -> MutexGuard<'a, Engine> {
-        let (engine, _) = self
-            .changed
-            .wait_timeout(engine, ASK_AGAIN)
-            .expect("the engine broke one of its own invariants");
-        engine
+    fn wait(&self, locked: &mut Locked<'_>) {
+        self.changed.wait_for(&mut locked.engine, ASK_AGAIN);
     }
 
     /// Asks the engine for something until it is given or refused.
@@ -72,7 +109,7 @@ impl Driver {
                 Err(Blocked::Refused(refusal)) => return Err(refusal.into()),
                 Err(Blocked::Busy(refusal)) => match on_busy {
                     OnBusy::Refuse => return Err(refusal.into()),
-                    OnBusy::Wait => engine = self.wait(engine),
+                    OnBusy::Wait => self.wait(&mut engine),
                 },
                 Err(Blocked::Abandoned(operation)) => {
                     drop(engine);
@@ -140,7 +177,7 @@ impl Driver {
     fn drain<S>(&self, operation: &Operation<S>) {
         let mut engine = self.engine();
         while !engine.is_drained(operation) {
-            engine = self.wait(engine);
+            self.wait(&mut engine);
         }
     }
 
