@@ -15,6 +15,10 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+#[cfg(test)]
+#[path = "driver_tests.rs"]
+mod tests;
+
 use polder_engine::{
     Blocked, Config, ConversionRequest, Converted, Engine, Operation, Refusal, Stage, Start,
     Undoing,

@@ -1,0 +1,145 @@
+//! `polder run` as a user sees it.
+//!
+//! `POLDER_SEEDS` is how many seeds each number of vCPUs is run with, 1 if that is not set.
+
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use polder_require::{Facility, require};
+use serde_json::Value;
+
+fn polder(arguments: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_polder"));
+    command.args(arguments.split_whitespace());
+    command
+}
+
+fn output(arguments: &str) -> Output {
+    polder(arguments).output().expect("the program starts")
+}
+
+fn json(output: &Output) -> Value {
+    let text = String::from_utf8_lossy(&output.stdout);
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+/// Whether a guest can run here at all; says so if not.
+fn can_run() -> bool {
+    let first = output("run --guest triple-fault --json");
+    let found = match &json(&first)["error"] {
+        Value::Null => Ok(()),
+        error => Err(error.to_string()),
+    };
+    require(Facility::Kvm, found).is_some()
+}
+
+#[test]
+fn every_check_passes_for_every_number_of_vcpus_and_seed() {
+    if !can_run() {
+        return;
+    }
+    let seeds =
+        std::env::var("POLDER_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(1);
+    for vcpus in [1, 2, 4] {
+        for seed in 1..=seeds {
+            let output = output(&format!("run --json --vcpus {vcpus} --seed {seed}"));
+            let report = json(&output);
+            assert!(output.status.success(), "{vcpus} vCPUs, seed {seed}: {report}");
+            assert_eq!(report["host"], "memfd");
+            assert_eq!(report["accelerator"], "kvm");
+            assert_eq!(report["guest"]["exit"], "ok");
+            assert_eq!(report["guest"]["checks_failed"], 0);
+            let count = |path: &str| report.pointer(path).and_then(Value::as_u64).unwrap();
+            assert!(count("/guest/checks_passed") > 1000, "{report}");
+            for path in [
+                "/conversions/to_private",
+                "/conversions/to_shared",
+                "/conversions/refused",
+                "/faults/denied",
+            ] {
+                assert!(count(path) > 0, "{path} in {report}");
+            }
+        }
+    }
+}
+
+#[test]
+fn memory_far_beyond_the_machine_s_is_paid_for_by_the_touch() {
+    if !can_run() {
+        return;
+    }
+    let mut run = polder("run --json --memory 256G --vcpus 1")
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let status = format!("/proc/{}/status", run.id());
+    let mut peak = 0;
+    let result = loop {
+        if let Some(result) = run.try_wait().unwrap() {
+            break result;
+        }
+        let text = std::fs::read_to_string(&status).unwrap_or_default();
+        let resident = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let resident = resident.and_then(|text| text.split_whitespace().next()?.parse().ok());
+        peak = peak.max(resident.unwrap_or(0u64));
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    assert!(result.success());
+    assert!(peak < 200 << 10, "{peak} KiB resident for a guest that touches 8M");
+}
+
+#[test]
+fn misbehaving_guests_end_and_are_named() {
+    if !can_run() {
+        return;
+    }
+    for (guest, exit) in
+        [("triple-fault", "triple-fault"), ("spin", "timeout"), ("flood", "timeout")]
+    {
+        let output = output(&format!("run --json --timeout 1 --guest {guest}"));
+        assert_eq!(output.status.code(), Some(1));
+        assert_eq!(json(&output)["guest"]["exit"], exit, "{guest}");
+    }
+}
+
+#[test]
+fn an_interrupt_ends_the_run_with_a_report() {
+    if !can_run() {
+        return;
+    }
+    let run =
+        polder("run --json --guest spin").stdout(std::process::Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(600));
+    let kill = Command::new("kill").args(["-INT", &run.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    let output = run.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert_eq!(json(&output)["guest"]["exit"], "interrupted");
+}
+
+#[test]
+fn impossible_arguments_are_refused_with_a_way_out() {
+    for (arguments, says) in [
+        ("--memory 0", "16M to 1T"),
+        ("--memory 4097", "16M to 1T"),
+        ("--memory 20000001", "multiple of the page size"),
+        ("--memory 16384P", "K, M, G or T"),
+        ("--memory 99999999999T", "2^64"),
+        ("--memory 1025G", "16M to 1T"),
+        ("--vcpus 0", "1 to 4"),
+        ("--vcpus 5000", "1 to 4"),
+        ("--vcpus many", "invalid value"),
+        ("--page-size 2m", "4k is"),
+        ("--host abacus", "possible values"),
+        ("--seed -1", "--help"),
+        ("--timeout soon", "invalid value"),
+    ] {
+        let output = output(&format!("run {arguments}"));
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments}");
+        assert!(text.contains(says), "{arguments}: {text}");
+        assert!(output.stdout.is_empty());
+    }
+    let output = output("run --json --vcpus 0");
+    assert_eq!(json(&output)["error"]["try"], "give --vcpus 1 to 4");
+}

@@ -1,0 +1,240 @@
+//! The driver over the real memfd host, with steps that fail or panic.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use kvm_ioctls::VmFd;
+use polder_engine::{
+    Contents, PageFacts, Platform, Population, Response, Slot, Step, View, Visibility, VmId,
+};
+use polder_require::{Facility, require};
+use polder_units::{Geometry, Gfn, Level, PageCount, PageIndex};
+
+use super::*;
+use crate::faults::FaultThreads;
+use crate::host::memfd::MemfdHost;
+
+/// What a step that is chosen to does instead of succeeding.
+#[derive(Clone, Copy, PartialEq)]
+enum Trouble {
+    /// It is done, and reports failure.
+    Fail,
+    /// It is done, and panics: the operation is abandoned.
+    Panic,
+}
+
+/// The memfd host, in trouble from some step on.
+struct Troubled {
+    host: MemfdHost,
+    trouble: Trouble,
+    /// How many steps go well first, and how many go wrong then.
+    plan: Arc<Mutex<(usize, usize)>>,
+}
+
+impl Host for Troubled {
+    fn take(&self, step: Step) -> Result<(), Error> {
+        self.host.take(step)?;
+        let mut plan = self.plan.lock();
+        if plan.0 > 0 {
+            plan.0 -= 1;
+        } else if plan.1 > 0 {
+            plan.1 -= 1;
+            drop(plan);
+            assert!(self.trouble == Trouble::Fail, "a step panics, as was planned");
+            let errno = polder_linux::Errno::NOMEM;
+            return Err(polder_linux::Error { call: "planned", range: None, errno }.into());
+        }
+        Ok(())
+    }
+
+    fn answer(&self, view: View, response: Response, range: PageRange) -> Result<(), Error> {
+        self.host.answer(view, response, range)
+    }
+
+    fn wake(&self, view: View, range: PageRange) {
+        self.host.wake(view, range);
+    }
+
+    fn touches(
+        &self,
+        into: &mut Vec<(View, PageIndex)>,
+        at_most: Option<Duration>,
+    ) -> Result<(), Error> {
+        self.host.touches(into, at_most)
+    }
+
+    fn nudge(&self) {
+        self.host.nudge();
+    }
+
+    fn bind(
+        &self,
+        vm: (VmId, &Arc<VmFd>),
+        s: Slot,
+        gfn: Gfn,
+        pages: PageRange,
+    ) -> Result<(), Error> {
+        self.host.bind(vm, s, gfn, pages)
+    }
+
+    fn unbind(&self, vm: VmId, slot: Slot) {
+        self.host.unbind(vm, slot);
+    }
+
+    fn settle(&self) -> Result<(), Error> {
+        self.host.settle()
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        self.host.read(offset, into)
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        self.host.write(offset, from)
+    }
+
+    fn host_view(&self) -> &polder_linux::View {
+        self.host.host_view()
+    }
+
+    fn guest_offset(&self, address: usize) -> Option<u64> {
+        self.host.guest_offset(address)
+    }
+
+    fn existing(&self) -> Result<Vec<PageRange>, Error> {
+        self.host.existing()
+    }
+}
+
+const PAGES: u64 = 16;
+
+/// A driver and its threads, over a host whose plan is to be set.
+struct Set {
+    driver: Arc<Driver>,
+    threads: FaultThreads,
+    plan: Arc<Mutex<(usize, usize)>>,
+}
+
+impl Set {
+    fn new(trouble: Trouble) -> Option<Self> {
+        let pages = PageCount::new(PAGES).unwrap();
+        let host = require(Facility::Userfault, MemfdHost::new(pages, false))?;
+        let plan = Arc::new(Mutex::new((usize::MAX, 0)));
+        let config = Config {
+            pages,
+            geometry: Geometry::X86_64,
+            platform: Platform::Plain,
+            in_place: true,
+            host_view_level: Level::Size4K,
+            initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
+        };
+        let host = Troubled { host, trouble, plan: Arc::clone(&plan) };
+        let driver = Arc::new(Driver::new(config, Box::new(host)));
+        let threads = FaultThreads::start(&driver).unwrap();
+        Some(Self { driver, threads, plan })
+    }
+
+    fn convert(&self, range: PageRange, to: Visibility, contents: Contents) -> Result<(), Error> {
+        let request = ConversionRequest { ranges: vec![range], to, contents };
+        self.driver.convert(&request, OnBusy::Wait).map(drop)
+    }
+
+    /// Whether nothing is in flight soon: who touches is let go before his answer is given back.
+    fn becomes_idle(&self) -> bool {
+        (0..1000).any(|_| {
+            std::thread::sleep(Duration::from_millis(1));
+            self.driver.engine().is_idle()
+        })
+    }
+
+    /// What a raw touch of each page finds.
+    fn touch(&self) -> Vec<Option<u8>> {
+        let byte = |page: u64| {
+            let mut byte = [0];
+            self.driver.host.host_view().read(page * 4096, &mut byte).ok().map(|()| byte[0])
+        };
+        (0..PAGES).map(byte).collect()
+    }
+}
+
+impl Drop for Set {
+    fn drop(&mut self) {
+        self.threads.stop(&self.driver);
+    }
+}
+
+fn pages(start: u64, end: u64) -> PageRange {
+    PageRange::between(start, end).unwrap()
+}
+
+/// Pages 0, 2, .. 14 are shared and hold their number plus one.
+fn striped(set: &Set) -> Vec<Option<u8>> {
+    for page in (0..PAGES).step_by(2) {
+        set.convert(pages(page, page + 1), Visibility::Shared, Contents::Preserve).unwrap();
+        let byte = u8::try_from(page).unwrap() + 1;
+        set.driver.host.host_view().write(page * 4096, &[byte]).unwrap();
+    }
+    set.touch()
+}
+
+#[test]
+fn a_conversion_whose_nth_step_fails_changed_nothing_for_every_n() {
+    let mut failures = 0;
+    for to in [Visibility::Private, Visibility::Shared] {
+        for n in 0.. {
+            let Some(set) = Set::new(Trouble::Fail) else { return };
+            let before = striped(&set);
+            *set.plan.lock() = (n, 1);
+            let result = set.convert(pages(0, PAGES), to, Contents::Preserve);
+            let failed = set.plan.lock().1 == 0;
+            *set.plan.lock() = (usize::MAX, 0);
+            assert_eq!(result.is_err(), failed);
+            if !failed {
+                break;
+            }
+            failures += 1;
+            assert_eq!(set.touch(), before, "step {n} of a conversion to {to} failed (INV-4)");
+            assert!(set.becomes_idle() && set.driver.engine().quarantine().is_empty());
+            set.convert(pages(0, PAGES), to, Contents::Preserve).unwrap();
+            assert!(set.touch().iter().all(|byte| byte.is_some() == (to == Visibility::Shared)));
+        }
+    }
+    assert!(failures > 30, "{failures} steps in all");
+}
+
+#[test]
+fn an_operation_abandoned_at_any_step_is_undone_by_who_comes_next() {
+    for n in 0.. {
+        let Some(set) = Set::new(Trouble::Panic) else { return };
+        let before = striped(&set);
+        *set.plan.lock() = (n, 1);
+        let convert = || set.convert(pages(0, PAGES), Visibility::Private, Contents::Preserve);
+        let panicked = catch_unwind(AssertUnwindSafe(convert)).is_err();
+        *set.plan.lock() = (usize::MAX, 0);
+        if !panicked {
+            assert!(n > 10, "{n} steps in all");
+            return;
+        }
+        assert!(!set.driver.engine().is_idle(), "nobody has undone it yet");
+        // A touch is who comes next: its fault thread undoes the conversion (INV-8).
+        assert_eq!(set.touch(), before, "step {n} panicked");
+        assert!(set.becomes_idle());
+        set.convert(pages(0, PAGES), Visibility::Private, Contents::Preserve).unwrap();
+    }
+}
+
+#[test]
+fn pages_that_can_not_be_put_right_are_out_of_use_in_every_view() {
+    let Some(set) = Set::new(Trouble::Fail) else { return };
+    striped(&set);
+    // Unmap, check references, protect, free: the last step is the one with no way back.
+    *set.plan.lock() = (3, 1);
+    let result = set.convert(pages(2, 3), Visibility::Private, Contents::Zero);
+    *set.plan.lock() = (usize::MAX, 0);
+    assert!(matches!(&result, Err(Error::Quarantined { pages: out, .. }) if *out == [pages(2, 3)]));
+    assert_eq!(set.touch()[2], None);
+    let again = set.convert(pages(2, 3), Visibility::Shared, Contents::Preserve);
+    assert!(matches!(again, Err(Error::Refused(Refusal::Quarantined { .. }))), "{again:?}");
+    set.convert(pages(3, 4), Visibility::Shared, Contents::Preserve).unwrap();
+    assert_eq!(set.touch()[3], Some(0), "its neighbour is as good as ever");
+}

@@ -1,0 +1,55 @@
+//! Runs the commands that the documents show: each line of a fenced block marked `sh`.
+
+use std::path::Path;
+use std::process::Command;
+
+pub(crate) fn run(root: &Path) -> Result<(), String> {
+    let mut documents = vec![root.join("README.md")];
+    let docs = std::fs::read_dir(root.join("docs")).into_iter().flatten().flatten();
+    documents.extend(
+        docs.map(|entry| entry.path())
+            .filter(|path| path.extension().is_some_and(|kind| kind == "md")),
+    );
+    documents.sort();
+    for document in documents {
+        let text = std::fs::read_to_string(&document)
+            .map_err(|error| format!("{}: {error}", document.display()))?;
+        for command in commands(&text) {
+            println!("$ {command}");
+            let status = Command::new("bash")
+                .args(["-o", "pipefail", "-c", command])
+                .current_dir(root)
+                .status()
+                .map_err(|error| format!("bash: {error}"))?;
+            if !status.success() {
+                return Err(format!("{}: {command}: {status}", document.display()));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The lines of blocks marked `sh`; comments are left out.
+fn commands(text: &str) -> Vec<&str> {
+    let mut inside = false;
+    let mut commands = Vec::new();
+    for line in text.lines() {
+        if line.starts_with("```") {
+            inside = line == "```sh";
+        } else if inside && !line.trim().is_empty() && !line.starts_with('#') {
+            commands.push(line.split("  #").next().unwrap_or(line));
+        }
+    }
+    commands
+}
+
+#[cfg(test)]
+mod tests {
+    use super::commands;
+
+    #[test]
+    fn only_marked_blocks_are_run() {
+        let text = "```sh\nls  # list\n\n# no\n```\n```text\nrm\n```\n```sh\npwd\n```\n";
+        assert_eq!(commands(text), ["ls", "pwd"]);
+    }
+}
