@@ -26,7 +26,7 @@ struct Bounce<'a> {
 }
 
 /// Shares the bounce buffer, has the device transform payloads, has it refuse what it may not
-/// reach, and takes the buffer back.
+/// reach, takes the buffer back, and shares it again for good, as a guest with a device does.
 pub(super) fn transfers(ops: &mut Vec<Op>, layout: &Layout, random: &mut Random) {
     let (payload, response) = (Area::new(layout.payload), Area::new(layout.response));
     let mut bounce = Bounce { layout, payload, response, id: 1 };
@@ -37,6 +37,7 @@ pub(super) fn transfers(ops: &mut Vec<Op>, layout: &Layout, random: &mut Random)
     }
     bounce.refused_memory(ops, random);
     bounce.convert(ops, Visibility::Private);
+    bounce.convert(ops, Visibility::Shared);
 }
 
 impl Bounce<'_> {
