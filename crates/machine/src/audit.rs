@@ -1,0 +1,197 @@
+//! Recounting: every count of every folio against what page tables, caches and pins hold.
+//!
+//! It reads only what others keep and shares no code with the counting, so that one mistake does
+//! not hide another. It is for a machine at rest: between two steps of an operation, entries that
+//! the operation is about to drop may still be there.
+
+use alloc::collections::BTreeMap;
+
+use polder_units::{Gfn, Level, Pfn};
+
+use crate::folio::GUP_PIN_COUNTING_BIAS;
+use crate::host_mmu::HostEntry;
+use crate::table::Found;
+use crate::{Hva, Machine, ProcessId, Thread, VcpuId, VmId, Vpn};
+
+/// Something on the machine that does not add up.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, thiserror::Error)]
+pub enum Discrepancy {
+    /// A count is not what its holders add up to.
+    #[error("the {count} of pfn {pfn} is {is}, and its holders add up to {should}")]
+    Count {
+        /// The folio's first frame.
+        pfn: Pfn,
+        /// Which count.
+        count: &'static str,
+        /// What it says.
+        is: u64,
+        /// What it should say.
+        should: u64,
+    },
+    /// A host page table maps another frame than the page cache has there, or above its level.
+    #[error("{process} maps at {} what the page cache does not have there", .vpn.hva())]
+    HostEntry {
+        /// The process.
+        process: ProcessId,
+        /// Where.
+        vpn: Vpn,
+    },
+    /// Stage 2 maps another frame than the slot's object has there, or above its level.
+    #[error("{vm} maps at gfn {gfn:#x} what its slot does not have there")]
+    Spte {
+        /// The VM.
+        vm: VmId,
+        /// The guest frame's number.
+        gfn: u64,
+    },
+    /// A thread's TLB remembers what its page table no longer says.
+    #[error("a TLB of {} is stale at {hva}", .thread.process)]
+    HostTlb {
+        /// The thread.
+        thread: Thread,
+        /// Where.
+        hva: Hva,
+    },
+    /// A vCPU's TLB remembers what stage 2 no longer says.
+    #[error("the TLB of vcpu {} of {} is stale at gfn {gfn:#x}", .vcpu.index, .vcpu.vm)]
+    GuestTlb {
+        /// The vCPU.
+        vcpu: VcpuId,
+        /// The guest frame's number.
+        gfn: u64,
+    },
+    /// Frames that are neither free nor part of a folio, or both.
+    #[error("{free} frames are free and {used} are in folios, of {all}")]
+    Frames {
+        /// Free frames.
+        free: u64,
+        /// Frames of folios.
+        used: u64,
+        /// Frames of the machine.
+        all: u64,
+    },
+}
+
+/// What the holders of a folio add up to.
+#[derive(Clone, Copy, Default)]
+struct Sum {
+    refs: u64,
+    mapcount: u64,
+    pincount: u64,
+}
+
+impl Machine {
+    /// Checks that everything adds up.
+    ///
+    /// # Errors
+    /// The first thing that does not, in the order of [`Discrepancy`].
+    pub fn audit(&self) -> Result<(), Discrepancy> {
+        self.audit_counts()?;
+        self.audit_host()?;
+        self.audit_guests()?;
+        let used = self.folios.0.iter().map(|found| self.pages(found.level)).sum();
+        let (free, all) = (self.free_frames(), self.config.frames.get());
+        if free + used == all { Ok(()) } else { Err(Discrepancy::Frames { free, used, all }) }
+    }
+
+    fn audit_counts(&self) -> Result<(), Discrepancy> {
+        let mut sums: BTreeMap<u64, Sum> = BTreeMap::new();
+        let head = |pfn: Pfn| self.folios.0.get(pfn.get()).map_or(pfn.get(), |found| found.start);
+        for (_, object) in self.objects.iter() {
+            for found in object.cache.iter() {
+                sums.entry(head(*found.entry)).or_default().refs += self.pages(found.level);
+            }
+        }
+        for (_, process) in self.processes.iter() {
+            for found in process.table.iter() {
+                if let HostEntry::Mapped { pfn, .. } = found.entry {
+                    let sum = sums.entry(head(*pfn)).or_default();
+                    sum.refs += 1;
+                    sum.mapcount += 1;
+                }
+            }
+        }
+        for pfn in self.pins.iter().flat_map(|(_, pin)| &pin.pages) {
+            let large = self.folios.0.get(pfn.get()).is_some_and(|it| it.level > Level::Size4K);
+            let sum = sums.entry(head(*pfn)).or_default();
+            sum.refs += if large { 1 } else { GUP_PIN_COUNTING_BIAS };
+            sum.pincount += u64::from(large);
+        }
+        for Found { start, entry: folio, .. } in self.folios.0.iter() {
+            let Some(pfn) = Pfn::new(start) else { continue };
+            let sum = sums.remove(&start).unwrap_or_default();
+            for (count, is, should) in [
+                ("reference count", folio.refs, sum.refs),
+                ("map count", u64::from(folio.mapcount), sum.mapcount),
+                ("pin count", u64::from(folio.pincount), sum.pincount),
+            ] {
+                if is != should {
+                    return Err(Discrepancy::Count { pfn, count, is, should });
+                }
+            }
+        }
+        // What is left belongs to frames that are free.
+        match sums.into_iter().find_map(|(start, sum)| Some((Pfn::new(start)?, sum.refs))) {
+            Some((pfn, should)) => {
+                Err(Discrepancy::Count { pfn, count: "reference count", is: 0, should })
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn audit_host(&self) -> Result<(), Discrepancy> {
+        for (id, process) in self.processes.iter() {
+            for Found { start, level, entry } in process.table.iter() {
+                let (HostEntry::Mapped { pfn, .. }, Some(vpn)) = (entry, Vpn::new(start)) else {
+                    continue;
+                };
+                let vma = process.vmas.iter().find(|vma| vma.range.contains(vpn));
+                let page = vma.and_then(|vma| Some((vma.object, vma.page_of(vpn)?)));
+                let right = page.is_some_and(|(object, page)| {
+                    let backing = self.backing(object, page).ok().flatten();
+                    backing.is_some_and(|it| it.pfn == *pfn && level <= it.level)
+                });
+                if !right {
+                    return Err(Discrepancy::HostEntry { process: id, vpn });
+                }
+            }
+            for (index, tlb) in (0..).zip(&process.threads) {
+                let stale = tlb.iter().find(|(vpn, pfn)| {
+                    let found = process.table.get(*vpn);
+                    !found.is_some_and(|found| {
+                        matches!(found.entry, HostEntry::Mapped { pfn: head, .. }
+                            if head.get() + (vpn - found.start) == pfn.get())
+                    })
+                });
+                if let Some(vpn) = stale.and_then(|(vpn, _)| Vpn::new(vpn)) {
+                    let thread = Thread { process: id, index };
+                    return Err(Discrepancy::HostTlb { thread, hva: vpn.hva() });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn audit_guests(&self) -> Result<(), Discrepancy> {
+        for (id, vm) in self.vms.iter() {
+            for Found { start, level, entry } in vm.table.iter() {
+                let bound = Gfn::new(start).and_then(|gfn| self.bound(id, gfn).ok());
+                let backing = bound.and_then(|it| self.backing(it.object, it.page).ok().flatten());
+                if !backing.is_some_and(|it| it.pfn == entry.pfn && level <= it.level) {
+                    return Err(Discrepancy::Spte { vm: id, gfn: start });
+                }
+            }
+            for (index, vcpu) in (0..).zip(&vm.vcpus) {
+                let stale = vcpu.tlb.iter().find(|(gfn, pfn)| {
+                    let found = vm.table.get(*gfn);
+                    found.is_none_or(|it| it.entry.pfn.get() + (gfn - it.start) != pfn.get())
+                });
+                if let Some((gfn, _)) = stale {
+                    let vcpu = VcpuId { vm: id, index };
+                    return Err(Discrepancy::GuestTlb { vcpu, gfn });
+                }
+            }
+        }
+        Ok(())
+    }
+}

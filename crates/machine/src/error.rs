@@ -1,0 +1,173 @@
+//! Why the machine refuses an operation of its driver.
+
+use polder_units::{Gfn, Level, PageIndex, Pfn};
+
+use crate::{ObjectId, Vpn};
+
+/// An operation that the machine refuses. It changed nothing.
+///
+/// What the simulated CPUs meet (faults, signals) is no error but an outcome:
+/// [`HostExit`](crate::HostExit) and [`Exit`](crate::Exit).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, thiserror::Error)]
+pub enum Error {
+    /// The number names nothing (any more): `EBADF`.
+    #[error("{what} {number} does not exist")]
+    Gone {
+        /// The kind of thing.
+        what: &'static str,
+        /// Its number.
+        number: u32,
+    },
+    /// 2^32 things of a kind.
+    #[error("no number is left for another {0}")]
+    TooMany(&'static str),
+    /// The thing is still used by others: `EBUSY`.
+    #[error("{object} is still mapped by a process or bound by a vm")]
+    InUse {
+        /// The thing.
+        object: ObjectId,
+    },
+    /// Frame or page numbers that no address of the machine reaches: `EINVAL`.
+    #[error("{number:#x} lies outside the machine's address space of {end:#x} pages")]
+    Space {
+        /// The first number outside.
+        number: u64,
+        /// The pages of an address space.
+        end: u64,
+    },
+    /// Pages past the end of the object: `EINVAL`.
+    #[error("page {page} lies past the end of {object}")]
+    Beyond {
+        /// The object.
+        object: ObjectId,
+        /// The first page past its end.
+        page: PageIndex,
+    },
+    /// A machine of no frames, or of a TLB whose size is no power of two.
+    #[error("a machine needs at least one frame and TLBs of a power of two of entries")]
+    Config,
+    /// A number that is no multiple of the level's pages, or two that differ modulo it: `EINVAL`.
+    #[error("{number:#x} is not aligned to a {level} page, or not alike in both spaces")]
+    Misaligned {
+        /// The number.
+        number: u64,
+        /// The level asked for.
+        level: Level,
+    },
+    /// Something is there already: `EEXIST`.
+    #[error("there is already something at {number:#x}")]
+    Exists {
+        /// The first number at which it is.
+        number: u64,
+    },
+    /// The object has no folio at that page: `EFAULT` of `UFFDIO_CONTINUE`.
+    #[error("{object} has no memory at page {page}")]
+    Hole {
+        /// The object.
+        object: ObjectId,
+        /// The page.
+        page: PageIndex,
+    },
+    /// No VMA at that address: `ENOENT`.
+    #[error("no mapping of the process covers page {vpn}")]
+    NoVma {
+        /// The page of the process.
+        vpn: Vpn,
+    },
+    /// No userfaultfd is registered on the VMA: `ENOENT` of `UFFDIO_POISON`.
+    #[error("the mapping at page {vpn} is not watched")]
+    NotWatched {
+        /// The page of the process.
+        vpn: Vpn,
+    },
+    /// No memory slot at that guest frame.
+    #[error("no memory slot of the vm covers gfn {gfn}")]
+    NoSlot {
+        /// The guest frame.
+        gfn: Gfn,
+    },
+    /// The level is above what folio, view, slot or alignment allow.
+    #[error("a {level} mapping was asked for where {largest} is the largest possible")]
+    TooLarge {
+        /// The level asked for.
+        level: Level,
+        /// The largest possible.
+        largest: Level,
+    },
+    /// `mmu_invalidate_seq` has moved on, or an invalidation of the gfn runs: resolve again.
+    #[error("the mapping of gfn {gfn} was invalidated since it was resolved; resolve it again")]
+    Stale {
+        /// The guest frame.
+        gfn: Gfn,
+    },
+    /// An invalidation is ended that was not begun.
+    #[error("no invalidation of the vm's guest frames is in progress")]
+    NotInvalidating,
+    /// Another holds the folio lock: try again when it is released.
+    #[error("the folio of pfn {pfn} is locked by another")]
+    Locked {
+        /// A frame of the folio.
+        pfn: Pfn,
+    },
+    /// The operation needs the folio lock, and the caller does not hold it.
+    #[error("the folio of pfn {pfn} must be locked by the caller")]
+    NotLocked {
+        /// A frame of the folio.
+        pfn: Pfn,
+    },
+    /// The frame belongs to no folio: it is free.
+    #[error("pfn {pfn} is free")]
+    Free {
+        /// The frame.
+        pfn: Pfn,
+    },
+    /// No free frames, or an allocation that was made to fail: `ENOMEM`.
+    #[error("no free {level} block of frames")]
+    NoMemory {
+        /// The level asked for.
+        level: Level,
+    },
+    /// Host page tables still map the folio.
+    #[error("the folio of pfn {pfn} is still mapped {mapcount} times by host page tables")]
+    Mapped {
+        /// A frame of the folio.
+        pfn: Pfn,
+        /// Its map count.
+        mapcount: u32,
+    },
+    /// Somebody holds references that the page cache and the mappings do not explain.
+    #[error("the folio of pfn {pfn} has {foreign} references beyond cache and mappings")]
+    Referenced {
+        /// A frame of the folio.
+        pfn: Pfn,
+        /// How many. A pin of a small folio is 1024 of them.
+        foreign: u64,
+    },
+    /// The range covers only a part of a folio.
+    #[error("only a part of the {level} folio at page {page} is named: split it first")]
+    Part {
+        /// The folio's first page.
+        page: PageIndex,
+        /// Its level.
+        level: Level,
+    },
+    /// The folios are not the parts of one aligned block of frames.
+    #[error("the folios at page {page} are not the parts of one aligned {level} block")]
+    Scattered {
+        /// The first page.
+        page: PageIndex,
+        /// The level asked for.
+        level: Level,
+    },
+    /// Bytes outside of the pinned pages or of the object.
+    #[error("{len} bytes at {offset:#x} reach past the end")]
+    OutOfBounds {
+        /// The first byte.
+        offset: u64,
+        /// How many bytes.
+        len: u64,
+    },
+    /// The hardware's check refused the access.
+    #[error(transparent)]
+    Refused(#[from] crate::Refused),
+}

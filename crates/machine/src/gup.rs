@@ -1,0 +1,241 @@
+//! `get_user_pages`: pins on the memory of a process, by the slow path and by GUP-fast.
+//!
+//! GUP-fast (`gup_fast_pte_range()`, mm/gup.c) takes no lock, so it can take its reference of a
+//! folio that has just gone from the page table, or been freed and used again. It looks a second
+//! time and lets go if the entry changed; in between, a holder of the folio lock sees a reference
+//! that nobody will answer for. Each of its three steps is one [`GupFast::step`].
+
+use alloc::vec::Vec;
+
+use polder_units::{PAGE_SHIFT, Pfn, PfnRange};
+
+use crate::chunk::{self, chunks, chunks_mut};
+use crate::table::index;
+use crate::{Error, HostExit, HostPte, Machine, Path, PinId, Plant, ProcessId, Vpn, VpnRange};
+
+/// How long a pin is meant to last.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum PinKind {
+    /// For one transfer: direct I/O.
+    Short,
+    /// Until further notice (`FOLL_LONGTERM`): registered buffers, VFIO.
+    LongTerm,
+}
+
+#[derive(Clone, Hash)]
+pub(crate) struct Pin {
+    pub(crate) process: ProcessId,
+    pub(crate) kind: PinKind,
+    /// GUP-fast has not yet looked a second time.
+    pub(crate) speculative: bool,
+    /// The folios' counts were raised (they are, but for [`Plant::LostPin`]).
+    pub(crate) counted: bool,
+    pub(crate) pages: Vec<Pfn>,
+}
+
+/// Who pins a frame.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Holder {
+    /// The frame that is pinned.
+    pub pfn: Pfn,
+    /// The pin.
+    pub pin: PinId,
+    /// The process whose memory was pinned.
+    pub process: ProcessId,
+    /// How long it is meant to last.
+    pub kind: PinKind,
+    /// It is GUP-fast's reference before the second look: soon gone, or soon a pin.
+    pub speculative: bool,
+}
+
+/// GUP-fast of one page, between two of its steps.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct GupFast {
+    process: ProcessId,
+    vpn: Vpn,
+    write: bool,
+    kind: PinKind,
+    stage: Stage,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Stage {
+    ReadEntry,
+    Grab { entry: HostPte, pfn: Pfn },
+    Recheck { entry: HostPte, pin: PinId },
+}
+
+/// What a step of GUP-fast came to.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum GupStep {
+    /// There is another step to do.
+    Again(GupFast),
+    /// The page is pinned.
+    Pinned(PinId),
+    /// Nothing is held: the slow path has to do it, or the page is not there.
+    Fallback,
+}
+
+impl GupFast {
+    /// GUP-fast on page `vpn` of a process, for writing or reading, before its first step.
+    pub const fn new(process: ProcessId, vpn: Vpn, write: bool, kind: PinKind) -> Self {
+        Self { process, vpn, write, kind, stage: Stage::ReadEntry }
+    }
+
+    /// Does the next step: read the entry; take a reference; look again.
+    ///
+    /// # Errors
+    /// [`Error::Gone`] if the pin that it holds was released by somebody else.
+    pub fn step(self, machine: &mut Machine) -> Result<GupStep, Error> {
+        let again = |stage| Ok(GupStep::Again(Self { stage, ..self }));
+        match self.stage {
+            Stage::ReadEntry => match self.entry(machine) {
+                entry @ HostPte::Mapped { pfn, .. } => again(Stage::Grab { entry, pfn }),
+                HostPte::None | HostPte::Poison => Ok(GupStep::Fallback),
+            },
+            Stage::Grab { entry, pfn } => {
+                // folio_try_get() fails on a count of 0; a frame in use again is another's folio.
+                if machine.counts(pfn).is_err() {
+                    return Ok(GupStep::Fallback);
+                }
+                let pages = alloc::vec![pfn];
+                let pin = machine.add_pin(self.process, self.kind, pages, true)?;
+                again(Stage::Recheck { entry, pin })
+            }
+            Stage::Recheck { entry, pin } => {
+                if self.entry(machine) == entry || machine.plants.has(Plant::StaleGup) {
+                    machine.pins.get_mut(pin)?.speculative = false;
+                    return Ok(GupStep::Pinned(pin));
+                }
+                machine.unpin(pin)?;
+                Ok(GupStep::Fallback)
+            }
+        }
+    }
+
+    /// The entry, as an access of this kind may use it.
+    fn entry(&self, machine: &Machine) -> HostPte {
+        let process = machine.processes.get(self.process);
+        let allowed = process
+            .and_then(|process| process.vma(self.vpn))
+            .is_ok_and(|vma| vma.view.writable || !self.write);
+        let entry = allowed.then(|| machine.host_pte(self.process, self.vpn));
+        entry.and_then(Result::ok).unwrap_or(HostPte::None)
+    }
+}
+
+impl Machine {
+    /// Pins pages of a process (`pin_user_pages()`, the slow path), faulting them in.
+    ///
+    /// The whole range is one step: who wants zaps to fall between its pages pins each by itself.
+    ///
+    /// # Errors
+    /// What a touch of the first page that cannot be had meets; nothing is pinned then.
+    pub fn pin_user_pages(
+        &mut self,
+        process: ProcessId,
+        range: VpnRange,
+        write: bool,
+        kind: PinKind,
+    ) -> Result<PinId, HostExit> {
+        let pages: Result<Vec<_>, HostExit> =
+            range.frames().map(|vpn| Ok(self.fault_in(process, vpn, write)?.pfn)).collect();
+        Ok(self.add_pin(process, kind, pages?, false)?)
+    }
+
+    /// Releases a pin (`unpin_user_pages()`); a folio that only it held is freed.
+    ///
+    /// # Errors
+    /// [`Error::Gone`] if there is no such pin: released before, or never taken.
+    pub fn unpin(&mut self, pin: PinId) -> Result<(), Error> {
+        let pin = self.pins.remove(pin)?;
+        if pin.counted {
+            pin.pages.into_iter().for_each(|pfn| self.unpin_folio(pfn));
+        }
+        Ok(())
+    }
+
+    /// The frames of a pin, in the order of the range that was pinned.
+    ///
+    /// # Errors
+    /// [`Error::Gone`].
+    pub fn pinned_frames(&self, pin: PinId) -> Result<&[Pfn], Error> {
+        Ok(&self.pins.get(pin)?.pages)
+    }
+
+    /// Who pins which of `frames`, as the machine knows and no kernel can tell: by pin, and in
+    /// the order of what each has pinned.
+    ///
+    /// Its cost grows with all that is pinned: it explains a refusal, it does not decide one.
+    pub fn holders_of(&self, frames: PfnRange) -> impl Iterator<Item = Holder> {
+        self.pins.iter().flat_map(move |(id, pin)| {
+            let pages = pin.pages.iter().filter(move |pfn| frames.contains(**pfn));
+            pages.map(move |pfn| Holder {
+                pfn: *pfn,
+                pin: id,
+                process: pin.process,
+                kind: pin.kind,
+                speculative: pin.speculative,
+            })
+        })
+    }
+
+    /// A device reads from pinned memory, `offset` bytes from the pin's start. No page table and
+    /// no TLB is asked: the frames are what was pinned.
+    ///
+    /// # Errors
+    /// [`Error::Gone`]; [`Error::OutOfBounds`]; [`Error::Refused`] by the hardware.
+    pub fn dma_read(&self, pin: PinId, offset: u64, buffer: &mut [u8]) -> Result<(), Error> {
+        let pages = self.dma_pages(pin, offset, buffer.len(), false)?;
+        for (page, at, chunk) in chunks_mut(offset, buffer) {
+            if let Some(pfn) = pages.get(index(page)) {
+                self.frames.read(*pfn, at, chunk);
+            }
+        }
+        Ok(())
+    }
+
+    /// A device writes to pinned memory; as [`Machine::dma_read`].
+    ///
+    /// # Errors
+    /// As [`Machine::dma_read`]; nothing is written then.
+    pub fn dma_write(&mut self, pin: PinId, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        self.dma_pages(pin, offset, bytes.len(), true)?;
+        let pages = &self.pins.get(pin)?.pages;
+        for (page, at, chunk) in chunks(offset, bytes) {
+            if let Some(pfn) = pages.get(index(page)) {
+                self.frames.write(*pfn, at, chunk);
+            }
+        }
+        Ok(())
+    }
+
+    /// The pages of a pin, if the device may access these bytes of it.
+    fn dma_pages(&self, pin: PinId, offset: u64, len: usize, write: bool) -> Result<&[Pfn], Error> {
+        let pages = self.pins.get(pin)?.pages.as_slice();
+        let (len, size) = (len as u64, (pages.len() as u64) << PAGE_SHIFT);
+        if offset.checked_add(len).is_none_or(|end| end > size) {
+            return Err(Error::OutOfBounds { offset, len });
+        }
+        for page in chunk::pages(offset, index(len)) {
+            if let Some(pfn) = pages.get(index(page)) {
+                self.protection.check(Path::Device, *pfn, write)?;
+            }
+        }
+        Ok(pages)
+    }
+
+    fn add_pin(
+        &mut self,
+        process: ProcessId,
+        kind: PinKind,
+        pages: Vec<Pfn>,
+        speculative: bool,
+    ) -> Result<PinId, Error> {
+        let counted = !self.plants.has(Plant::LostPin);
+        if counted {
+            pages.iter().for_each(|pfn| self.folios.pin(*pfn));
+        }
+        self.pins.insert(Pin { process, kind, speculative, counted, pages })
+    }
+}

@@ -1,0 +1,61 @@
+//! Faults that can be planted into the machine: off unless asked for.
+//!
+//! They are the bugs that a checker has to find before it is trusted.
+
+/// A bug of the simulated kernel or hardware.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Plant {
+    /// Flushes leave every TLB as it is.
+    SkipFlush,
+    /// GUP-fast does not look at the page table again after taking its reference.
+    StaleGup,
+    /// TDP mappings are made though `mmu_invalidate_seq` has moved on.
+    StaleSequence,
+    /// Mapping a folio into a host page table does not raise its map count.
+    LostMapcount,
+    /// Pinning a folio raises neither its reference nor its pin count.
+    LostPin,
+}
+
+impl Plant {
+    /// Every plant.
+    pub const ALL: [Self; 5] =
+        [Self::SkipFlush, Self::StaleGup, Self::StaleSequence, Self::LostMapcount, Self::LostPin];
+}
+
+/// What is planted.
+#[derive(Clone, Default, Hash)]
+pub(crate) struct Plants {
+    set: [bool; Plant::ALL.len()],
+    /// How many allocations succeed before one fails.
+    allocations: Option<u64>,
+}
+
+impl Plants {
+    pub(crate) const fn has(&self, plant: Plant) -> bool {
+        self.set[plant as usize]
+    }
+
+    pub(crate) const fn set(&mut self, plant: Plant, on: bool) {
+        self.set[plant as usize] = on;
+    }
+
+    pub(crate) const fn fail_allocation(&mut self, nth: Option<u64>) {
+        self.allocations = nth;
+    }
+
+    /// Whether the allocation that is being made fails.
+    pub(crate) const fn allocation_fails(&mut self) -> bool {
+        match self.allocations {
+            Some(0) => {
+                self.allocations = None;
+                true
+            }
+            Some(left) => {
+                self.allocations = Some(left - 1);
+                false
+            }
+            None => false,
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! Stage 2: the two-dimensional page table of each VM and its fault path.
+//!
+//! A fault is answered in two steps, as `kvm_tdp_mmu_page_fault()` does: [`Machine::tdp_resolve`]
+//! reads `mmu_invalidate_seq` and then finds the frame, without any lock; [`Machine::tdp_map`] maps
+//! it only if no invalidation has begun or ended since (`mmu_invalidate_retry_gfn()`,
+//! include/linux/kvm_host.h). Entries hold no reference of the folio: who takes memory away
+//! invalidates first.
+
+use polder_units::{Gfn, GfnRange, Level, PageCount, Pfn};
+
+use crate::frames::{frame_at, page_count};
+use crate::table::Found;
+use crate::vm::{Bound, Invalidating, Sequence, TdpEntry};
+use crate::{Backing, Error, Machine, Plant, VcpuId, VmId};
+
+/// A guest frame whose memory was found but is not mapped yet.
+///
+/// Its hash, like the machine's, leaves out the sequence that it remembers: a search hashes
+/// [`Resolved::is_current`] beside it, which is all that can matter from now on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Resolved {
+    vm: VmId,
+    gfn: Gfn,
+    pfn: Pfn,
+    bound: Bound,
+    largest: Level,
+    sequence: Sequence,
+}
+
+impl Resolved {
+    /// The guest frame.
+    pub const fn gfn(&self) -> Gfn {
+        self.gfn
+    }
+
+    /// The frame behind it.
+    pub const fn pfn(&self) -> Pfn {
+        self.pfn
+    }
+
+    /// The object's page behind it.
+    pub const fn bound(&self) -> Bound {
+        self.bound
+    }
+
+    /// The largest level that folio, slot and alignment allow.
+    pub const fn largest(&self) -> Level {
+        self.largest
+    }
+
+    /// Whether it may still be mapped.
+    pub fn is_current(&self, machine: &Machine) -> bool {
+        machine.vms.get(self.vm).is_ok_and(|vm| !vm.invalidated(self.gfn, self.sequence))
+    }
+}
+
+/// What a TDP table says of a guest frame.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Spte {
+    /// The frame.
+    pub pfn: Pfn,
+    /// The level of the entry.
+    pub level: Level,
+    /// Whether writes are let through.
+    pub writable: bool,
+}
+
+impl Machine {
+    /// First step of a fault: read the sequence, then find the memory of `gfn`.
+    ///
+    /// # Errors
+    /// [`Error::NoSlot`]; [`Error::Hole`] if nothing is allocated there; [`Error::Gone`].
+    pub fn tdp_resolve(&self, vm: VmId, gfn: Gfn) -> Result<Resolved, Error> {
+        let sequence = self.vms.get(vm)?.sequence;
+        let bound @ Bound { object, page } = self.bound(vm, gfn)?;
+        let backing = self.objects.get(object)?.backing(page);
+        let Backing { pfn, level } = backing.ok_or(Error::Hole { object, page })?;
+        let slot = self.vms.get(vm)?.slot(gfn)?;
+        let fits = |level: &Level| {
+            let pages = self.pages(*level);
+            let at = GfnRange::enclosing(gfn, *level, self.config.geometry);
+            gfn.get() % pages == page.get() % pages && slot.gfns.contains_range(at)
+        };
+        let mut levels = Level::ALL.into_iter().rev().filter(|candidate| *candidate <= level);
+        let largest = levels.find(fits).unwrap_or(Level::Size4K);
+        Ok(Resolved { vm, gfn, pfn, bound, largest, sequence })
+    }
+
+    /// Second step of a fault: map what was resolved, at `level`, if nothing was invalidated
+    /// since. Returns the level that it is mapped at: a larger entry there already is kept, and
+    /// smaller ones are replaced, with a flush.
+    ///
+    /// # Errors
+    /// [`Error::Stale`]: resolve again; [`Error::TooLarge`] above [`Resolved::largest`];
+    /// [`Error::Gone`].
+    pub fn tdp_map(
+        &mut self,
+        resolved: &Resolved,
+        level: Level,
+        writable: bool,
+    ) -> Result<Level, Error> {
+        let Resolved { vm, gfn, pfn, largest, sequence, .. } = *resolved;
+        if self.vms.get(vm)?.invalidated(gfn, sequence) && !self.plants.has(Plant::StaleSequence) {
+            return Err(Error::Stale { gfn });
+        }
+        if level > largest {
+            return Err(Error::TooLarge { level, largest });
+        }
+        let at = GfnRange::enclosing(gfn, level, self.config.geometry);
+        let offset = gfn.get() - at.start().get();
+        let head = frame_at(Pfn::from(0), pfn.get() - offset);
+        let table = &mut self.vms.get_mut(vm)?.table;
+        if let Some(Found { start, level: there, entry }) = table.get_mut(gfn.get())
+            && there >= level
+            && entry.pfn.get() + (gfn.get() - start) == pfn.get()
+        {
+            entry.writable |= writable;
+            return Ok(there);
+        }
+        let mut replaced = false;
+        table.drain(at.start().get(), at.end(), |_| replaced = true);
+        let added = table.insert(gfn.get(), level, TdpEntry { pfn: head, writable });
+        assert!(added.is_ok(), "the entry at gfn {gfn} was just emptied");
+        if replaced {
+            self.flush_vm(vm, at)?;
+        }
+        Ok(level)
+    }
+
+    /// What stage 2 says of a guest frame.
+    ///
+    /// # Errors
+    /// [`Error::Gone`].
+    pub fn spte(&self, vm: VmId, gfn: Gfn) -> Result<Option<Spte>, Error> {
+        let found = self.vms.get(vm)?.table.get(gfn.get());
+        Ok(found.map(|Found { start, level, entry }| {
+            let pfn = frame_at(entry.pfn, gfn.get() - start);
+            Spte { pfn, level, writable: entry.writable }
+        }))
+    }
+
+    /// Begins an invalidation: from here to its end, no fault in `range` is mapped
+    /// (`kvm_mmu_invalidate_begin()`). Several may be in progress.
+    ///
+    /// # Errors
+    /// [`Error::Gone`].
+    pub fn invalidate_begin(&mut self, vm: VmId, range: GfnRange) -> Result<(), Error> {
+        let invalidating = &mut self.vms.get_mut(vm)?.invalidating;
+        let (start, end) = (range.start().get(), range.end());
+        *invalidating = Some(match *invalidating {
+            None => Invalidating { count: 1, start, end },
+            // As the kernel: one range for all that are in progress.
+            Some(other) => Invalidating {
+                count: other.count + 1,
+                start: other.start.min(start),
+                end: other.end.max(end),
+            },
+        });
+        Ok(())
+    }
+
+    /// Ends an invalidation: whatever was resolved before is stale (`kvm_mmu_invalidate_end()`).
+    ///
+    /// # Errors
+    /// [`Error::NotInvalidating`] if none is in progress; [`Error::Gone`].
+    pub fn invalidate_end(&mut self, vm: VmId) -> Result<(), Error> {
+        let sequence = self.next_sequence();
+        let vm = self.vms.get_mut(vm)?;
+        let other = vm.invalidating.ok_or(Error::NotInvalidating)?;
+        vm.sequence = sequence;
+        let left = Invalidating { count: other.count - 1, ..other };
+        vm.invalidating = (left.count > 0).then_some(left);
+        Ok(())
+    }
+
+    /// Drops the entries that map frames of `range`, whole, and flushes nothing.
+    ///
+    /// Returns whether there was one: only then a flush is needed.
+    ///
+    /// # Errors
+    /// [`Error::Gone`].
+    pub fn tdp_unmap(&mut self, vm: VmId, range: GfnRange) -> Result<bool, Error> {
+        let table = &mut self.vms.get_mut(vm)?.table;
+        let mut any = false;
+        table.drain(range.start().get(), range.end(), |_| any = true);
+        Ok(any)
+    }
+
+    /// A whole invalidation in one step: begin, unmap, flush, end.
+    ///
+    /// # Errors
+    /// [`Error::Gone`].
+    pub fn tdp_zap(&mut self, vm: VmId, range: GfnRange) -> Result<bool, Error> {
+        self.invalidate_begin(vm, range)?;
+        let any = self.tdp_unmap(vm, range)?;
+        self.flush_vm(vm, range)?;
+        self.invalidate_end(vm)?;
+        Ok(any)
+    }
+
+    /// Flushes a range of one vCPU's TLB.
+    ///
+    /// # Errors
+    /// [`Error::Gone`].
+    pub fn flush_vcpu(&mut self, vcpu: VcpuId, range: GfnRange) -> Result<(), Error> {
+        let (skip, geometry) = (self.plants.has(Plant::SkipFlush), self.config.geometry);
+        let tlb = &mut self.vcpu_state(vcpu)?.tlb;
+        if !skip {
+            tlb.flush(range.start().get(), range.end(), geometry);
+        }
+        Ok(())
+    }
+
+    /// Flushes a range of the TLBs of every vCPU of a VM (`kvm_flush_remote_tlbs_range()`).
+    ///
+    /// # Errors
+    /// [`Error::Gone`].
+    pub fn flush_vm(&mut self, vm: VmId, range: GfnRange) -> Result<(), Error> {
+        let vcpus = self.vms.get(vm)?.vcpus.len();
+        (0..).take(vcpus).try_for_each(|index| self.flush_vcpu(VcpuId { vm, index }, range))
+    }
+
+    /// How many pages stage 2 maps.
+    ///
+    /// # Errors
+    /// [`Error::Gone`].
+    pub fn tdp_pages(&self, vm: VmId) -> Result<PageCount, Error> {
+        let table = &self.vms.get(vm)?.table;
+        let pages = table.iter().map(|found| self.pages(found.level)).sum();
+        Ok(page_count(pages))
+    }
+}

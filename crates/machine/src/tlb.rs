@@ -1,0 +1,165 @@
+//! TLBs: what a CPU remembers of a page table, right or not.
+//!
+//! Direct-mapped by page number; one entry covers one 4 KiB page, as where a CPU breaks a larger
+//! mapping up, and knows the level of the mapping it was cut from. A flush of any page of a mapping
+//! drops what was cut from all of it, as INVLPG does (AMD APM volume 2, section 5.5.2). Nothing
+//! else drops an entry but another page in its place: a changed page table does not.
+
+use alloc::vec::Vec;
+use core::hash::{Hash, Hasher};
+
+use polder_units::{Geometry, Level, Pfn};
+
+use crate::table::index;
+
+/// No page has this number.
+const NOTHING: u64 = u64::MAX;
+
+/// The bit that tells a private page's number from the same shared one: the guest's C-bit, which
+/// is part of the address that the TLB compares.
+const PRIVATE: u64 = 1 << 62;
+
+/// The number under which a TLB knows guest frame `gfn`.
+pub(crate) const fn guest_tag(gfn: u64, private: bool) -> u64 {
+    if private { gfn | PRIVATE } else { gfn }
+}
+
+#[derive(Clone, Copy)]
+struct Cached {
+    tag: u64,
+    pfn: Pfn,
+    level: Level,
+    writable: bool,
+}
+
+/// A translation, as a page-table walk found it.
+#[derive(Clone, Copy)]
+pub(crate) struct Translation {
+    pub(crate) pfn: Pfn,
+    pub(crate) level: Level,
+    pub(crate) writable: bool,
+}
+
+/// One CPU's TLB. Its hash is of what it remembers: an entry's place follows from its page.
+#[derive(Clone)]
+pub(crate) struct Tlb {
+    entries: Vec<Cached>,
+    /// How many entries are cut from mappings larger than 4K.
+    large: usize,
+}
+
+impl Tlb {
+    /// A TLB of `entries` entries, a power of two.
+    pub(crate) fn new(entries: u32) -> Self {
+        let nothing =
+            Cached { tag: NOTHING, pfn: Pfn::from(0), level: Level::Size4K, writable: false };
+        Self { entries: alloc::vec![nothing; entries as usize], large: 0 }
+    }
+
+    fn slot(&self, tag: u64) -> usize {
+        index(tag & !PRIVATE) & (self.entries.len() - 1)
+    }
+
+    /// The frame that the TLB says page `tag` is in, if it may be written or `write` is not asked.
+    #[inline]
+    pub(crate) fn hit(&self, tag: u64, write: bool) -> Option<Pfn> {
+        let cached = self.entries.get(self.slot(tag))?;
+        (cached.tag == tag && (cached.writable || !write)).then_some(cached.pfn)
+    }
+
+    /// Remembers a translation.
+    pub(crate) fn fill(&mut self, tag: u64, translation: Translation) {
+        let Translation { pfn, level, writable } = translation;
+        let slot = self.slot(tag);
+        self.drop_entry(slot);
+        self.large += usize::from(level != Level::Size4K);
+        self.entries[slot] = Cached { tag, pfn, level, writable };
+    }
+
+    fn drop_entry(&mut self, slot: usize) {
+        let cached = &mut self.entries[slot];
+        if cached.tag != NOTHING && cached.level != Level::Size4K {
+            self.large -= 1;
+        }
+        *cached = Cached { tag: NOTHING, pfn: Pfn::from(0), level: Level::Size4K, writable: false };
+    }
+
+    /// Forgets the pages `[start..end)` and every page of a mapping that one of them is part of.
+    pub(crate) fn flush(&mut self, start: u64, end: u64, geometry: Geometry) {
+        let few = end.saturating_sub(start) < self.entries.len() as u64;
+        if few && self.large == 0 {
+            for number in start..end {
+                let slot = self.slot(number);
+                if self.entries[slot].tag & !PRIVATE == number {
+                    self.drop_entry(slot);
+                }
+            }
+            return;
+        }
+        for slot in 0..self.entries.len() {
+            let cached = self.entries[slot];
+            let pages = geometry.pages(cached.level).get();
+            let first = cached.tag & !PRIVATE & !(pages - 1);
+            if cached.tag != NOTHING && first < end && start < first + pages {
+                self.drop_entry(slot);
+            }
+        }
+    }
+
+    /// What it remembers: page number and frame, in no order that means anything.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, Pfn)> {
+        let filled = self.entries.iter().filter(|cached| cached.tag != NOTHING);
+        filled.map(|cached| (cached.tag & !PRIVATE, cached.pfn))
+    }
+}
+
+impl Hash for Tlb {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        for Cached { tag, pfn, level, writable } in &self.entries {
+            if *tag != NOTHING {
+                tag.hash(state);
+                ((pfn.get() << 3) | ((*level as u64) << 1) | u64::from(*writable)).hash(state);
+            }
+        }
+        NOTHING.hash(state);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn translation(pfn: u32, level: Level) -> Translation {
+        Translation { pfn: pfn.into(), level, writable: true }
+    }
+
+    #[test]
+    fn a_flush_of_one_page_drops_all_of_its_large_mapping() {
+        let geometry = Geometry::new(4, 4).unwrap();
+        let mut tlb = Tlb::new(8);
+        tlb.fill(4, translation(0, Level::Size2M));
+        tlb.fill(5, translation(1, Level::Size2M));
+        tlb.fill(0, translation(9, Level::Size4K));
+        tlb.flush(7, 8, geometry);
+        assert_eq!((tlb.hit(4, false), tlb.hit(5, false)), (None, None));
+        assert_eq!(tlb.hit(0, false), Some(Pfn::from(9)));
+        assert_eq!(tlb.large, 0);
+    }
+
+    #[test]
+    fn private_and_shared_are_two_pages_that_one_flush_drops() {
+        let mut tlb = Tlb::new(4);
+        tlb.fill(guest_tag(1, true), translation(3, Level::Size4K));
+        assert_eq!(tlb.hit(guest_tag(1, false), false), None);
+        assert_eq!(tlb.hit(guest_tag(1, true), true), Some(Pfn::from(3)));
+        tlb.flush(1, 2, Geometry::X86_64);
+        assert_eq!(tlb.hit(guest_tag(1, true), false), None);
+    }
+
+    #[test]
+    fn a_read_only_translation_is_no_hit_for_a_write() {
+        let mut tlb = Tlb::new(1);
+        tlb.fill(7, Translation { writable: false, ..translation(3, Level::Size4K) });
+        assert_eq!((tlb.hit(7, true), tlb.hit(7, false)), (None, Some(Pfn::from(3))));
+    }
+}

@@ -1,0 +1,183 @@
+//! VMs and their slots: which object's pages show at which guest frames.
+
+use alloc::vec::Vec;
+use core::hash::{Hash, Hasher};
+
+use polder_units::{Gfn, GfnRange, PageIndex, PageRange, Pfn};
+
+use crate::guest::VcpuState;
+use crate::table::Table;
+use crate::{Error, Machine, ObjectId, VmId};
+
+/// `mmu_invalidate_seq`. Left out of hashes: only whether two are equal means anything.
+///
+/// All VMs of a machine count on one counter, so that what was resolved for a VM that is gone is
+/// never current for the next one of its number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Sequence(u64);
+
+impl Sequence {
+    pub(crate) const FIRST: Self = Self(0);
+}
+
+impl Hash for Sequence {
+    fn hash<H: Hasher>(&self, _: &mut H) {}
+}
+
+#[derive(Clone, Hash)]
+pub(crate) struct Slot {
+    pub(crate) gfns: GfnRange,
+    pub(crate) object: ObjectId,
+    pub(crate) first: PageIndex,
+}
+
+/// An entry of a TDP table.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct TdpEntry {
+    pub(crate) pfn: Pfn,
+    pub(crate) writable: bool,
+}
+
+/// Invalidations in progress: how many, and the frames they are about.
+#[derive(Clone, Copy, Hash)]
+pub(crate) struct Invalidating {
+    pub(crate) count: u32,
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+}
+
+#[derive(Clone, Hash)]
+pub(crate) struct Vm {
+    slots: Vec<Slot>,
+    pub(crate) table: Table<TdpEntry>,
+    pub(crate) vcpus: Vec<VcpuState>,
+    pub(crate) sequence: Sequence,
+    pub(crate) invalidating: Option<Invalidating>,
+}
+
+impl Vm {
+    pub(crate) fn uses(&self, object: ObjectId) -> bool {
+        self.slots.iter().any(|slot| slot.object == object)
+    }
+
+    pub(crate) fn slot(&self, gfn: Gfn) -> Result<&Slot, Error> {
+        let after = self.slots.partition_point(|slot| slot.gfns.start() <= gfn);
+        let slot = self.slots[..after].last().filter(|slot| slot.gfns.contains(gfn));
+        slot.ok_or(Error::NoSlot { gfn })
+    }
+
+    /// `mmu_invalidate_retry_gfn()`.
+    pub(crate) fn invalidated(&self, gfn: Gfn, since: Sequence) -> bool {
+        let now = self.invalidating.is_some_and(|it| it.start <= gfn.get() && gfn.get() < it.end);
+        now || self.sequence != since
+    }
+}
+
+/// The object's page behind a guest frame.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Bound {
+    /// The object.
+    pub object: ObjectId,
+    /// Its page.
+    pub page: PageIndex,
+}
+
+impl Machine {
+    /// Creates a VM without slots and vCPUs.
+    ///
+    /// # Errors
+    /// [`Error::TooMany`].
+    pub fn create_vm(&mut self) -> Result<VmId, Error> {
+        let sequence = self.next_sequence();
+        self.vms.insert(Vm {
+            slots: Vec::new(),
+            table: Table::new(self.config.geometry),
+            vcpus: Vec::new(),
+            sequence,
+            invalidating: None,
+        })
+    }
+
+    /// Destroys a VM with its vCPUs, slots and stage 2.
+    ///
+    /// # Errors
+    /// [`Error::Gone`].
+    pub fn destroy_vm(&mut self, vm: VmId) -> Result<(), Error> {
+        self.vms.remove(vm).map(|_| ())
+    }
+
+    /// Adds a slot: guest frames from `gfn` on show the object's pages `pages`.
+    ///
+    /// # Errors
+    /// [`Error::Exists`] if a slot overlaps; [`Error::Beyond`] the object's end;
+    /// [`Error::Space`]; [`Error::Gone`].
+    pub fn bind(
+        &mut self,
+        vm: VmId,
+        gfn: Gfn,
+        object: ObjectId,
+        pages: PageRange,
+    ) -> Result<(), Error> {
+        self.object_range(object, pages)?;
+        let end = gfn.get() + pages.count().get();
+        self.in_space(end)?;
+        let gfns =
+            GfnRange::new(gfn, pages.count()).map_err(|_| Error::Space { number: end, end })?;
+        let slots = &mut self.vms.get_mut(vm)?.slots;
+        if let Some(other) = slots.iter().find_map(|slot| slot.gfns.intersection(gfns)) {
+            return Err(Error::Exists { number: other.start().get() });
+        }
+        let after = slots.partition_point(|slot| slot.gfns.start() < gfn);
+        slots.insert(after, Slot { gfns, object, first: pages.start() });
+        Ok(())
+    }
+
+    /// Takes the slot at `gfn` away and counts as an invalidation, so that no fault resolved before
+    /// is mapped. What stage 2 and the TLBs still map of it is the caller's to unmap and flush.
+    ///
+    /// # Errors
+    /// [`Error::NoSlot`]; [`Error::Gone`].
+    pub fn unbind(&mut self, vm: VmId, gfn: Gfn) -> Result<GfnRange, Error> {
+        let gfns = self.vms.get(vm)?.slot(gfn)?.gfns;
+        let sequence = self.next_sequence();
+        let vm = self.vms.get_mut(vm)?;
+        vm.slots.retain(|slot| slot.gfns != gfns);
+        vm.sequence = sequence;
+        Ok(gfns)
+    }
+
+    /// The object's page behind a guest frame.
+    ///
+    /// # Errors
+    /// [`Error::NoSlot`]; [`Error::Gone`].
+    pub fn bound(&self, vm: VmId, gfn: Gfn) -> Result<Bound, Error> {
+        let slot = self.vms.get(vm)?.slot(gfn)?;
+        let offset = gfn.get() - slot.gfns.start().get();
+        let page = PageIndex::new(slot.first.get() + offset).ok_or(Error::NoSlot { gfn })?;
+        Ok(Bound { object: slot.object, page })
+    }
+
+    /// The guest frames of every VM that show the object's pages in `range`.
+    pub fn gfns_of(
+        &self,
+        object: ObjectId,
+        range: PageRange,
+    ) -> impl Iterator<Item = (VmId, GfnRange)> {
+        self.vms.iter().flat_map(move |(id, vm)| {
+            let slots = vm.slots.iter().filter(move |slot| slot.object == object);
+            slots.filter_map(move |slot| {
+                let pages = PageRange::new(slot.first, slot.gfns.count()).ok()?;
+                let pages = pages.intersection(range)?;
+                let offset = pages.start().checked_sub(slot.first)?;
+                let gfn = slot.gfns.start().checked_add(offset)?;
+                Some((id, GfnRange::new(gfn, pages.count()).ok()?))
+            })
+        })
+    }
+
+    /// A sequence that no VM has had.
+    pub(crate) const fn next_sequence(&mut self) -> Sequence {
+        self.sequence.0 += 1;
+        self.sequence
+    }
+}
