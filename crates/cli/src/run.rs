@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use polder::HostKind;
 use polder::units::{ByteSize, Level};
 use polder_vmm::guest::Program;
-use polder_vmm::{Config, Conversion, End, Failure, Progress, Report, Supervision};
+use polder_vmm::{Accelerator, Config, Conversion, End, Failure, Progress, Report, Supervision};
 use serde_json::json;
 
 use crate::picture;
@@ -60,10 +60,12 @@ pub(crate) struct Arguments {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Host {
-    /// The best that this machine has
+    /// memfd where KVM and userfaultfd can be used, else machine
     Auto,
-    /// A memfd, private pages guarded by userfaultfd
+    /// A memfd on KVM, private pages guarded by userfaultfd
     Memfd,
+    /// The simulated machine: needs nothing
+    Machine,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -86,11 +88,25 @@ fn page_size(text: &str) -> Result<Level, String> {
     }
 }
 
-pub(crate) fn main(arguments: &Arguments) -> ExitCode {
-    let config = Config {
-        host: match arguments.host {
-            Host::Auto | Host::Memfd => HostKind::Memfd,
+/// The host to run on, and why it is not the one that is tried first.
+fn choose(host: Host) -> (HostKind, Option<Trouble>) {
+    match host {
+        Host::Memfd => (HostKind::Memfd, None),
+        Host::Machine => (HostKind::Machine, None),
+        Host::Auto => match polder_vmm::check_kvm() {
+            Ok(()) => (HostKind::Memfd, None),
+            Err(error) => (HostKind::Machine, Some(Trouble::new(&error, error.way_out()))),
         },
+    }
+}
+
+pub(crate) fn main(arguments: &Arguments) -> ExitCode {
+    let (host, instead) = choose(arguments.host);
+    if let Some(instead) = instead.as_ref().filter(|_| !arguments.json) {
+        eprintln!("note: this runs on the simulated machine, because {instead}");
+    }
+    let config = Config {
+        host,
         memory: arguments.memory,
         vcpus: arguments.vcpus,
         seed: arguments.seed,
@@ -113,9 +129,10 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     match report {
         Ok(report) => {
             if arguments.json {
-                println!("{}", to_json(arguments, &report, seconds));
+                let object = to_json(arguments, (host, instead.as_ref()), &report, seconds);
+                println!("{object}");
             } else {
-                print!("{}", to_text(arguments, &report, seconds));
+                print!("{}", to_text(arguments, host, &report, seconds));
             }
             status(report.end)
         }
@@ -218,11 +235,16 @@ fn ended(arguments: &Arguments, end: End) -> String {
     }
 }
 
-fn to_json(arguments: &Arguments, report: &Report, seconds: f64) -> serde_json::Value {
+fn to_json(
+    arguments: &Arguments,
+    (host, instead): (HostKind, Option<&Trouble>),
+    report: &Report,
+    seconds: f64,
+) -> serde_json::Value {
     let memory = report.memory;
     let mut object = json!({
-        "host": report.host.to_string(),
-        "accelerator": "kvm",
+        "host": host.to_string(),
+        "accelerator": report.accelerator.to_string(),
         "conversion_by": report.conversion_by.to_string(),
         "vcpus": arguments.vcpus,
         "memory_bytes": arguments.memory.get(),
@@ -244,24 +266,31 @@ fn to_json(arguments: &Arguments, report: &Report, seconds: f64) -> serde_json::
         },
         "seconds": seconds,
     });
+    if let Some(instead) = instead {
+        object["simulated_because"] = json!(instead);
+    }
     if report.end != End::Ok {
         object["guest"]["why"] = ended(arguments, report.end).into();
     }
     object
 }
 
-fn to_text(arguments: &Arguments, report: &Report, seconds: f64) -> String {
+fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64) -> String {
     let memory = report.memory;
     let verdict = if report.end == End::Ok { "ok" } else { "FAILED" };
     let conversion_by = match report.conversion_by {
         Conversion::Hypercall => "hypercall",
         Conversion::Port => "port (this KVM does not complete hypercalls)",
     };
+    let simulated = match report.accelerator {
+        Accelerator::Kvm => "",
+        Accelerator::Machine => " (simulated)",
+    };
     let pages = arguments.memory.pages().unwrap_or_default();
     format!(
         "{verdict}: {ended}; {passed} checks passed, {failed} failed in {seconds:.1} s\n\
          \n\
-         \x20 guest        {vcpus} vCPUs, {size} on host {host}, accelerator kvm\n\
+         \x20 guest        {vcpus} vCPUs, {size} on host {host}, accelerator {accelerator}{simulated}\n\
          \x20 requests by  {conversion_by}\n\
          \x20 conversions  {to_shared} to shared, {to_private} to private, {converted} pages; \
          {refused} refused\n\
@@ -272,7 +301,7 @@ fn to_text(arguments: &Arguments, report: &Report, seconds: f64) -> String {
         failed = report.checks_failed,
         vcpus = arguments.vcpus,
         size = arguments.memory,
-        host = report.host,
+        accelerator = report.accelerator,
         to_shared = memory.to_shared,
         to_private = memory.to_private,
         converted = memory.converted_pages,

@@ -1,6 +1,7 @@
 //! Errors as a person reads them: what, why, and what to do.
 
 use std::error::Error;
+use std::fmt;
 
 use serde::Serialize;
 
@@ -14,6 +15,16 @@ pub(crate) struct Trouble {
     why: Option<String>,
     #[serde(rename = "try")]
     way_out: Option<String>,
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.what)?;
+        for more in [&self.why, &self.way_out].into_iter().flatten() {
+            write!(f, "; {more}")?;
+        }
+        Ok(())
+    }
 }
 
 impl Trouble {

@@ -23,9 +23,9 @@ pub enum Refusal {
     /// `EAGAIN`: somebody pinned a page. The same request may succeed once it is unpinned.
     #[error("page {page} is pinned ({kind}) by {holder}; try again once it is unpinned")]
     Pinned { page: PageIndex, kind: PinKind, holder: Holder },
-    /// `EAGAIN`: somebody unknown refers to a page.
-    #[error("page {page} has {references} references that are not Polder's; try again")]
-    Referenced { page: PageIndex, references: u64 },
+    /// `EAGAIN`: somebody refers to a page whom the engine doesn't know.
+    #[error("page {page} has {references} references that are not Polder's, {holder}; try again")]
+    Referenced { page: PageIndex, references: u64, holder: Holder },
     /// `EACCES`: the host asked for a page that is the guest's alone.
     #[error("page {page} is private to the guest; it has to share the page first")]
     Private { page: PageIndex },

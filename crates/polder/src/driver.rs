@@ -20,8 +20,8 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 mod tests;
 
 use polder_engine::{
-    Blocked, Config, ConversionRequest, Converted, Engine, Operation, Refusal, Stage, Start,
-    Undoing,
+    Blocked, Config, ConversionRequest, Converted, Engine, GuestAccess, GuestAnswer, MemoryFault,
+    Operation, Refusal, Response, Stage, Start, Undoing, VmId,
 };
 use polder_units::PageRange;
 
@@ -175,6 +175,38 @@ impl Driver {
         self.host.settle()?;
         self.released();
         Ok(())
+    }
+
+    /// Answers a guest's access that was not let through: a fault for the VMM to handle, or
+    /// `None` when the guest may try again. Waits while an operation holds the page, unless told
+    /// to stop.
+    pub(crate) fn guest_fault(
+        &self,
+        vm: VmId,
+        access: GuestAccess,
+        stop: impl Fn() -> bool,
+    ) -> Result<Option<MemoryFault>, Error> {
+        self.counters.guest_fault();
+        let mut engine = self.engine();
+        loop {
+            match engine.guest_fault(vm, access) {
+                GuestAnswer::Exit(fault) => return Ok(Some(fault)),
+                GuestAnswer::Now { answer, level } => {
+                    drop(engine);
+                    let mapped = self.host.map_guest(vm, access.gfn, level, answer.range());
+                    self.engine().answered(answer, mapped.is_ok().then_some(Response::Map));
+                    self.changed.notify_all();
+                    return mapped.map(|()| None);
+                }
+                GuestAnswer::Wait if stop() => return Ok(None),
+                GuestAnswer::Wait => self.wait(&mut engine),
+                GuestAnswer::Undo(operation) => {
+                    drop(engine);
+                    self.undo(operation);
+                    engine = self.engine();
+                }
+            }
+        }
     }
 
     /// Waits for the answers and copies in flight on what an operation claims.

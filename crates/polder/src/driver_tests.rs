@@ -1,17 +1,16 @@
 //! The driver over the real memfd host, with steps that fail or panic.
 
+use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use kvm_ioctls::VmFd;
-use polder_engine::{
-    Contents, PageFacts, Platform, Population, Response, Slot, Step, View, Visibility, VmId,
-};
+use polder_engine::{Contents, PageFacts, Platform, Population, Slot, Step, View, Visibility};
 use polder_require::{Facility, require};
 use polder_units::{Geometry, Gfn, Level, PageCount, PageIndex};
 
 use super::*;
 use crate::faults::FaultThreads;
+use crate::host::Vm;
 use crate::host::memfd::MemfdHost;
 
 /// What a step that is chosen to does instead of succeeding.
@@ -67,18 +66,20 @@ impl Host for Troubled {
         self.host.nudge();
     }
 
-    fn bind(
-        &self,
-        vm: (VmId, &Arc<VmFd>),
-        s: Slot,
-        gfn: Gfn,
-        pages: PageRange,
-    ) -> Result<(), Error> {
-        self.host.bind(vm, s, gfn, pages)
+    fn attach(&self, id: VmId, vm: Vm) -> Result<(), Error> {
+        self.host.attach(id, vm)
+    }
+
+    fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
+        self.host.bind(vm, slot, gfn, pages)
     }
 
     fn unbind(&self, vm: VmId, slot: Slot) {
         self.host.unbind(vm, slot);
+    }
+
+    fn map_guest(&self, vm: VmId, gfn: Gfn, level: Level, range: PageRange) -> Result<(), Error> {
+        self.host.map_guest(vm, gfn, level, range)
     }
 
     fn settle(&self) -> Result<(), Error> {
@@ -93,12 +94,24 @@ impl Host for Troubled {
         self.host.write(offset, from)
     }
 
-    fn host_view(&self) -> &polder_linux::View {
+    fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        self.host.touch_read(offset, into)
+    }
+
+    fn touch_write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        self.host.touch_write(offset, from)
+    }
+
+    fn touch_from(&self, file: BorrowedFd<'_>, offset: u64, count: usize) -> Result<usize, Error> {
+        self.host.touch_from(file, offset, count)
+    }
+
+    fn host_view(&self) -> Option<*mut u8> {
         self.host.host_view()
     }
 
-    fn guest_offset(&self, address: usize) -> Option<u64> {
-        self.host.guest_offset(address)
+    fn guest_page(&self, address: usize) -> Option<PageIndex> {
+        self.host.guest_page(address)
     }
 
     fn existing(&self) -> Result<Vec<PageRange>, Error> {
@@ -151,7 +164,7 @@ impl Set {
     fn touch(&self) -> Vec<Option<u8>> {
         let byte = |page: u64| {
             let mut byte = [0];
-            self.driver.host.host_view().read(page * 4096, &mut byte).ok().map(|()| byte[0])
+            self.driver.host.touch_read(page * 4096, &mut byte).ok().map(|()| byte[0])
         };
         (0..PAGES).map(byte).collect()
     }
@@ -172,7 +185,7 @@ fn striped(set: &Set) -> Vec<Option<u8>> {
     for page in (0..PAGES).step_by(2) {
         set.convert(pages(page, page + 1), Visibility::Shared, Contents::Preserve).unwrap();
         let byte = u8::try_from(page).unwrap() + 1;
-        set.driver.host.host_view().write(page * 4096, &[byte]).unwrap();
+        set.driver.host.touch_write(page * 4096, &[byte]).unwrap();
     }
     set.touch()
 }

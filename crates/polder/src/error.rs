@@ -22,6 +22,18 @@ pub enum Error {
         #[source]
         source: Box<Self>,
     },
+    /// The simulated machine refused what the host asked of it.
+    #[error("the simulated machine refused")]
+    Machine(#[source] polder_machine::Error),
+    /// A VM of another kind than the host can serve.
+    #[error("a VM of this kind can't be attached to memory on host {host}")]
+    WrongVm {
+        /// The host.
+        host: crate::HostKind,
+    },
+    /// What only the simulated machine has was asked of another host.
+    #[error("this memory is not on the simulated machine")]
+    NotSimulated,
     /// A copy met a page that could not be touched; bytes before it were copied.
     #[error(transparent)]
     Copy(#[from] polder_linux::Touched),
@@ -69,9 +81,10 @@ impl Error {
         match self {
             Self::Refused(refusal) => refusal.errno(),
             Self::Quarantined { .. } | Self::Copy(_) => Errno::EHWPOISON,
-            Self::TooManyBytes { .. } => Errno::EINVAL,
+            Self::TooManyBytes { .. } | Self::WrongVm { .. } => Errno::EINVAL,
+            Self::NotSimulated => Errno::EINVAL,
             Self::Missing { .. } => Errno::EOPNOTSUPP,
-            Self::Host(_) => Errno::ENOMEM,
+            Self::Host(_) | Self::Machine(_) => Errno::ENOMEM,
         }
     }
 }

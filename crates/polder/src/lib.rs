@@ -8,7 +8,7 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let vm = Arc::new(kvm_ioctls::Kvm::new()?.create_vm()?);
 //! let memory = Memory::builder("64M".parse::<ByteSize>()?.pages()?).build()?;
-//! let vm = memory.attach(vm);
+//! let vm = memory.attach(vm)?;
 //! memory.bind(vm, Slot(0), Gfn::from(0), PageRange::between(0, 0x4000).unwrap())?;
 //!
 //! let page = GfnRange::one(Gpa::new(0x1000).gfn());
@@ -28,15 +28,19 @@ mod error;
 mod faults;
 mod host;
 mod memory;
+mod vcpu;
 
 pub use polder_engine::{
     Contents, Errno, Holder, MemoryFault, PageFacts, PinId, PinKind, Platform, Population, Refusal,
     Slot, Visibility, VmId,
 };
 pub use polder_linux::sigbus::VcpuThread;
+/// The simulated machine, for who looks into it by [`Memory::simulated`].
+pub use polder_machine as machine;
 /// The numbers of guest memory, each a type of its own.
 pub use polder_units as units;
 
 pub use error::Error;
-pub use host::HostKind;
+pub use host::{HostKind, Vm};
 pub use memory::{Builder, HostView, Memory, OnBusy, Pin, Statistics};
+pub use vcpu::{GuestExit, MachineVcpu};

@@ -2,15 +2,14 @@
 
 use std::fmt;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use kvm_ioctls::VmFd;
 use polder_engine::{
-    Binding, Config, Contents, ConversionRequest, GuestAccess, GuestAnswer, Holder, MemoryFault,
-    PageFacts, PinId, PinKind, Platform, Population, Refusal, Response, Slot, View, Visibility,
-    VmId,
+    Binding, Config, Contents, ConversionRequest, GuestAccess, Holder, MemoryFault, PageFacts,
+    PinId, PinKind, Platform, Population, Refusal, Response, Slot, View, Visibility, VmId,
 };
+use polder_machine::{ObjectId, ProcessId};
 use polder_units::{
     Geometry, Gfn, GfnRange, Gpa, Level, PAGE_SIZE, PageCount, PageIndex, PageRange, RangeError,
 };
@@ -18,8 +17,10 @@ use polder_units::{
 use crate::Error;
 use crate::driver::Driver;
 use crate::faults::FaultThreads;
-use crate::host::HostKind;
+use crate::host::machine::MachineHost;
 use crate::host::memfd::MemfdHost;
+use crate::host::{Host, HostKind, Vm};
+use crate::vcpu::MachineVcpu;
 
 /// What to do when another operation holds a part of the range.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -66,7 +67,11 @@ impl Builder {
             return Err(Refusal::Range(RangeError::Empty).into());
         }
         let host = match self.host {
-            HostKind::Memfd => MemfdHost::new(self.pages, self.population == Population::Owed)?,
+            HostKind::Memfd => {
+                Box::new(MemfdHost::new(self.pages, self.population == Population::Owed)?)
+                    as Box<dyn Host>
+            }
+            HostKind::Machine => Box::new(MachineHost::new(self.pages)?),
         };
         let config = Config {
             pages: self.pages,
@@ -76,7 +81,7 @@ impl Builder {
             host_view_level: Level::Size4K,
             initial: PageFacts { visibility: Visibility::Private, population: self.population },
         };
-        let driver = Arc::new(Driver::new(config, Box::new(host)));
+        let driver = Arc::new(Driver::new(config, host));
         let faults = FaultThreads::start(&driver).map_err(|error| {
             let errno = polder_linux::Errno::from_io_error(&error);
             polder_linux::Error {
@@ -85,7 +90,7 @@ impl Builder {
                 errno: errno.unwrap_or(polder_linux::Errno::AGAIN),
             }
         })?;
-        Ok(Memory { driver, faults, vms: Mutex::default() })
+        Ok(Memory { driver, faults, vms: AtomicU32::new(0) })
     }
 }
 
@@ -95,7 +100,7 @@ impl Builder {
 pub struct Memory {
     driver: Arc<Driver>,
     faults: FaultThreads,
-    vms: Mutex<Vec<Arc<VmFd>>>,
+    vms: AtomicU32,
 }
 
 impl Memory {
@@ -114,11 +119,38 @@ impl Memory {
         self.driver.engine().config().pages
     }
 
-    /// Makes a VM known, to [`Memory::bind`] pages to.
-    pub fn attach(&self, vm: Arc<VmFd>) -> VmId {
-        let mut vms = self.vms.lock().expect("nothing in it panics");
-        vms.push(vm);
-        VmId(u32::try_from(vms.len() - 1).expect("fewer VMs than descriptors"))
+    /// Makes a VM known, to [`Memory::bind`] pages to: one of KVM's on a host of real memory,
+    /// [`Vm::Machine`] on the simulated machine.
+    ///
+    /// # Errors
+    /// [`Error::WrongVm`] for the other kind.
+    pub fn attach(&self, vm: impl Into<Vm>) -> Result<VmId, Error> {
+        let id = VmId(self.vms.fetch_add(1, Ordering::Relaxed));
+        self.driver.host.attach(id, vm.into())?;
+        Ok(id)
+    }
+
+    /// A vCPU for a VM of the simulated machine.
+    ///
+    /// # Errors
+    /// [`Error::NotSimulated`] on another host.
+    pub fn machine_vcpu(&self, vm: VmId) -> Result<MachineVcpu, Error> {
+        MachineVcpu::new(&self.driver, vm)
+    }
+
+    /// Looks into the simulated machine, or has something happen there that no device model does:
+    /// another process, a pin by the kernel, a planted bug. Also told: the object that the memory
+    /// is, and the process whose host view shows it.
+    ///
+    /// # Errors
+    /// [`Error::NotSimulated`] on another host.
+    pub fn simulated<T>(
+        &self,
+        look: impl FnOnce(&mut polder_machine::Machine, ObjectId, ProcessId) -> T,
+    ) -> Result<T, Error> {
+        let host = self.driver.host.machine().ok_or(Error::NotSimulated)?;
+        let (object, process) = host.parts();
+        Ok(look(&mut host.lock(), object, process))
     }
 
     /// Shows `pages` to a VM at guest frame `gfn`, by slot `slot`. A slot is immutable: to move
@@ -131,15 +163,8 @@ impl Memory {
     /// # Panics
     /// If `vm` is not of this memory's [`Memory::attach`].
     pub fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
-        let fd = Arc::clone(
-            self.vms
-                .lock()
-                .expect("nothing in it panics")
-                .get(vm.0 as usize)
-                .expect("a VM that was attached"),
-        );
         self.driver.ask(|engine| engine.bind(vm, slot, gfn, pages))?;
-        self.driver.host.bind((vm, &fd), slot, gfn, pages).inspect_err(|_| {
+        self.driver.host.bind(vm, slot, gfn, pages).inspect_err(|_| {
             // It was bound a moment ago; if somebody unbound it meanwhile, so much the better.
             let _ = self.driver.engine().unbind(vm, slot);
         })
@@ -317,23 +342,17 @@ impl Memory {
 
     /// Says what a guest's access that KVM gave up on means (`KVM_EXIT_MMIO` without a device,
     /// `KVM_EXIT_MEMORY_FAULT`): a fault for the VMM to handle, or `None` to run on.
-    pub fn guest_fault(&self, vm: VmId, gpa: Gpa, visibility: Visibility) -> Option<MemoryFault> {
-        self.driver.counters.guest_fault();
+    ///
+    /// # Errors
+    /// [`Error::Machine`] where the simulated machine could not map the page.
+    pub fn guest_fault(
+        &self,
+        vm: VmId,
+        gpa: Gpa,
+        visibility: Visibility,
+    ) -> Result<Option<MemoryFault>, Error> {
         let access = GuestAccess { gfn: gpa.gfn(), visibility };
-        let mut engine = self.driver.engine();
-        match engine.guest_fault(vm, access) {
-            GuestAnswer::Exit(fault) => Some(fault),
-            GuestAnswer::Now { answer, .. } => {
-                engine.answered(answer, Some(Response::Map));
-                None
-            }
-            GuestAnswer::Wait => None,
-            GuestAnswer::Undo(operation) => {
-                drop(engine);
-                self.driver.undo(operation);
-                None
-            }
-        }
+        self.driver.guest_fault(vm, access, || true)
     }
 
     /// Counts a conversion that a guest asked for in terms that are none, and that was refused
@@ -345,7 +364,7 @@ impl Memory {
     /// The page at a host address in the guest view, of which
     /// [`Exit::MemoryFailure`](polder_linux::Exit::MemoryFailure) tells.
     pub fn page_of_failure(&self, address: usize) -> Option<PageIndex> {
-        PageIndex::new(self.driver.host.guest_offset(address)? / PAGE_SIZE)
+        self.driver.host.guest_page(address)
     }
 
     /// What is known of the pages of a range: maximal runs of equal facts.
@@ -377,7 +396,7 @@ impl Memory {
 
     /// The mapping for device models.
     pub fn host_view(&self) -> HostView<'_> {
-        HostView(self.driver.host.host_view())
+        HostView { host: self.driver.host.as_ref(), pages: self.pages() }
     }
 
     /// What has happened so far.
@@ -404,19 +423,22 @@ impl fmt::Debug for Memory {
 /// The mapping that device models get pointers into. A touch of a shared page works; one of a
 /// private page raises SIGBUS (in a system call: fails with `EFAULT`); one of a page that is being
 /// converted waits.
-#[derive(Clone, Copy, Debug)]
-pub struct HostView<'a>(&'a polder_linux::View);
+#[derive(Clone, Copy)]
+pub struct HostView<'a> {
+    host: &'a dyn Host,
+    pages: PageCount,
+}
 
 impl HostView<'_> {
-    /// Where the object's page 0 is. Valid while the memory lives; what is there changes at any
-    /// time.
-    pub fn as_ptr(self) -> *mut u8 {
-        self.0.as_ptr()
+    /// Where the object's page 0 is, if the view is memory of this process (not on the simulated
+    /// machine). Valid while the memory lives; what is there changes at any time.
+    pub fn as_ptr(self) -> Option<*mut u8> {
+        self.host.host_view()
     }
 
     /// Its length in bytes.
-    pub fn length(self) -> usize {
-        self.0.length()
+    pub fn length(self) -> u64 {
+        self.pages.bytes().unwrap_or(u64::MAX)
     }
 
     /// A raw touch that survives being denied: reads bytes at an offset of the object.
@@ -425,7 +447,7 @@ impl HostView<'_> {
     /// [`Error::Copy`] at the first byte denied.
     pub fn touch_read(self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         self.check(offset, into.len())?;
-        Ok(self.0.read(offset, into)?)
+        self.host.touch_read(offset, into)
     }
 
     /// A raw touch that survives being denied: writes bytes at an offset of the object.
@@ -434,7 +456,7 @@ impl HostView<'_> {
     /// [`Error::Copy`] at the first byte denied.
     pub fn touch_write(self, offset: u64, from: &[u8]) -> Result<(), Error> {
         self.check(offset, from.len())?;
-        Ok(self.0.write(offset, from)?)
+        self.host.touch_write(offset, from)
     }
 
     /// Reads up to `count` bytes of a file straight into memory, by one `read(2)`; returns how many
@@ -444,16 +466,22 @@ impl HostView<'_> {
     /// `EFAULT` where the first page is denied.
     pub fn read_from(self, file: impl AsFd, offset: u64, count: usize) -> Result<usize, Error> {
         self.check(offset, count)?;
-        Ok(self.0.read_from(file.as_fd(), offset, count)?)
+        self.host.touch_from(file.as_fd(), offset, count)
     }
 
+    /// Refuses bytes beyond the object: there is nothing to touch.
     fn check(self, offset: u64, count: usize) -> Result<(), Error> {
         let end = offset.checked_add(count as u64);
-        if end.is_some_and(|end| end <= self.0.length() as u64) {
+        if end.is_some_and(|end| end <= self.length()) {
             return Ok(());
         }
-        let touched = polder_linux::Touched { offset: offset.max(self.0.length() as u64) };
-        Err(touched.into())
+        Err(polder_linux::Touched { offset: offset.max(self.length()) }.into())
+    }
+}
+
+impl fmt::Debug for HostView<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HostView").field("pages", &self.pages).finish_non_exhaustive()
     }
 }
 
@@ -537,7 +565,7 @@ impl Counters {
         add(&self.refused, 1);
     }
 
-    fn guest_fault(&self) {
+    pub(crate) fn guest_fault(&self) {
         add(&self.guest_faults, 1);
     }
 

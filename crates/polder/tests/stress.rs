@@ -86,7 +86,8 @@ fn touch(memory: &Memory, states: &States, seen: &Seen, stop: &AtomicBool, seed:
 
 /// Which pages of a range are mapped in the host view, by the kernel's own account.
 fn mapped(pagemap: &File, memory: &Memory, range: PageRange) -> Vec<u64> {
-    let first = memory.host_view().as_ptr().addr() as u64 / PAGE_SIZE + range.start().get();
+    let first = memory.host_view().as_ptr().expect("real memory").addr() as u64 / PAGE_SIZE
+        + range.start().get();
     let mut entries = vec![0; 8 * usize::try_from(range.count().get()).expect("256 pages")];
     pagemap.read_exact_at(&mut entries, first * 8).expect("pagemap of our own mapping");
     (range.start().get()..)
@@ -143,7 +144,7 @@ fn conversions_under_raw_touches_lose_no_byte_and_map_nothing_late() {
     let kvm = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm());
     let Some(vm) = require(Facility::Kvm, kvm) else { return };
     let all = PageRange::between(0, PAGES).expect("256 pages");
-    let vm = memory.attach(std::sync::Arc::new(vm));
+    let vm = memory.attach(std::sync::Arc::new(vm)).expect("a VM of KVM's");
     memory.bind(vm, polder::Slot(0), 0u32.into(), all).expect("a first slot");
 
     memory.convert(all, Visibility::Shared, Contents::Preserve, OnBusy::Wait).expect("no pins");

@@ -37,6 +37,9 @@ pub enum RunError {
         #[source]
         source: polder_linux::Error,
     },
+    /// The guest's ordinary memory was refused to it: a fault of ours.
+    #[error("the guest was refused its own memory: {0}")]
+    MemoryFault(polder::MemoryFault),
     /// A thread of the VMM panicked: a fault of ours.
     #[error("a thread of the VMM panicked")]
     Panicked,
@@ -61,7 +64,9 @@ impl RunError {
                 _ => "check that /dev/kvm is KVM's and that no other hypervisor holds the CPU",
             }),
             Self::Memory(error) => error.way_out(),
-            Self::Image(_) | Self::Panicked => Some("report it: this is a bug in Polder"),
+            Self::Image(_) | Self::MemoryFault(_) | Self::Panicked => {
+                Some("report it: this is a bug in Polder")
+            }
             Self::Vm { .. } => Some("try less --memory, or fewer --vcpus"),
             Self::Vcpu { .. } => Some("see the kernel's log (dmesg) for what KVM says"),
         }

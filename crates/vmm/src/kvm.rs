@@ -47,6 +47,16 @@ pub(crate) fn open() -> Result<Kvm, RunError> {
     }
 }
 
+/// Whether a guest can run on KVM with memory of the memfd host.
+///
+/// # Errors
+/// What is missing, with the way out.
+pub fn check_kvm() -> Result<(), RunError> {
+    let kvm = open()?;
+    create_vm(&kvm)?;
+    Memory::builder(PageCount::ONE).build().map(drop).map_err(RunError::Memory)
+}
+
 /// A VM that hands `KVM_HC_MAP_GPA_RANGE` to us, if KVM can; whether it can.
 pub(crate) fn create_vm(kvm: &Kvm) -> Result<(Arc<VmFd>, bool), RunError> {
     let vm = kvm.create_vm().map_err(RunError::vm("KVM_CREATE_VM"))?;
@@ -96,7 +106,7 @@ fn completes(vm: &Arc<VmFd>, probe: &HypercallProbe) -> Result<bool, RunError> {
     let pages =
         PageRange::from_bytes(0, HypercallProbe::MEMORY).expect("a constant of whole pages");
     let memory = Memory::builder(pages.count()).build().map_err(RunError::Memory)?;
-    let id = memory.attach(Arc::clone(vm));
+    let id = memory.attach(Arc::clone(vm)).map_err(RunError::Memory)?;
     let load = || {
         memory.bind(id, Slot(0), Gfn::from(0), pages)?;
         memory.convert(pages, Visibility::Shared, Contents::Preserve, OnBusy::Wait)?;

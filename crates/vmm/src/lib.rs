@@ -9,6 +9,7 @@ mod error;
 pub mod guest;
 mod intruder;
 mod kvm;
+mod machine;
 mod requests;
 mod run;
 pub mod scenario;
@@ -16,5 +17,5 @@ mod vcpu;
 
 pub use error::RunError;
 pub use intruder::Way;
-pub use kvm::Conversion;
-pub use run::{Config, End, Failure, Progress, Report, Supervision, run};
+pub use kvm::{Conversion, check_kvm};
+pub use run::{Accelerator, Config, End, Failure, Progress, Report, Supervision, run};

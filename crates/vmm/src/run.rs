@@ -14,6 +14,7 @@ use crate::RunError;
 use crate::guest::{Chunk, Image, Program, Transport};
 use crate::intruder::{Intruder, Way};
 use crate::kvm::{self, Conversion};
+use crate::machine::Interpreter;
 use crate::requests::Requests;
 use crate::scenario::{self, Scenario, ScenarioError};
 use crate::vcpu::{self, Ran};
@@ -153,11 +154,29 @@ impl fmt::Display for Failure {
     }
 }
 
+/// What runs a guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Accelerator {
+    /// KVM.
+    Kvm,
+    /// The simulated machine.
+    Machine,
+}
+
+impl fmt::Display for Accelerator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Kvm => "kvm",
+            Self::Machine => "machine",
+        })
+    }
+}
+
 /// What a run came to.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// On which host.
-    pub host: HostKind,
+    /// What ran the guest.
+    pub accelerator: Accelerator,
     /// How requests to convert came.
     pub conversion_by: Conversion,
     /// How it ended.
@@ -192,37 +211,91 @@ pub fn run(
         vcpus,
         seed: config.seed,
     })?;
+    match config.host {
+        HostKind::Memfd => run_on_kvm(config, &scenario, supervise),
+        HostKind::Machine => run_on_machine(config, &scenario, supervise),
+    }
+}
+
+fn run_on_kvm(
+    config: &Config,
+    scenario: &Scenario,
+    supervise: impl FnMut(Progress) -> Supervision,
+) -> Result<Report, RunError> {
     let kvm = kvm::open()?;
     let transport = kvm::transport(&kvm)?;
-    let image = Image::new(&scenario, config.program, transport)?;
-
+    let image = Image::new(scenario, config.program, transport)?;
     let (vm, _) = kvm::create_vm(&kvm)?;
-    let pages = config.memory.pages().expect("the scenario's memory is whole pages");
-    let memory = Memory::builder(pages).host(config.host).owed().build();
-    let memory = memory.map_err(RunError::Memory)?;
-    let id = memory.attach(Arc::clone(&vm));
-    let ram = scenario::ram(config.memory.get()).into_iter().flatten();
-    kvm::bind(&memory, id, ram)
-        .and_then(|()| load(&memory, id, &image.chunks))
-        .and_then(|()| memory.settle())
-        .map_err(RunError::Memory)?;
+    let (memory, id) = bound(config, Arc::clone(&vm).into()).map_err(RunError::Memory)?;
+    load(&memory, id, &image.chunks).and_then(|()| memory.settle()).map_err(RunError::Memory)?;
 
     let vcpus = (0..)
         .zip(&image.vcpus)
         .map(|(index, start)| Ok((index, kvm::create_vcpu(&kvm, &vm, index, start)?)));
     let vcpus = vcpus.collect::<Result<Vec<_>, RunError>>()?;
-    let private = scenario.layout().churn;
-    let run =
-        Run { memory: &memory, vm: id, exits: AtomicU64::new(0), stop: AtomicBool::new(false) };
-    let (end, ran) = run.go(vcpus, private, supervise)?;
+    let kickers: Vec<Kicker> = vcpus.iter().map(|_| Kicker::default()).collect();
+    let run = Run::new(&memory, id, scenario.layout().churn)?;
+    let jobs = vcpus.into_iter().zip(&kickers).map(|(vcpu, kicker)| {
+        let run = &run;
+        move || vcpu::run(vcpu, kicker, &run.requests, &run.exits, &run.stop)
+    });
+    let (end, ran) = run.go(jobs, || kickers.iter().for_each(Kicker::kick), supervise)?;
+    let conversion_by = match transport {
+        Transport::Port => Conversion::Port,
+        Transport::Vmcall | Transport::Vmmcall => Conversion::Hypercall,
+    };
+    report(&memory, Accelerator::Kvm, conversion_by, end, &ran)
+}
 
-    let all = PageRange::between(0, pages.get()).expect("memory has pages");
+fn run_on_machine(
+    config: &Config,
+    scenario: &Scenario,
+    supervise: impl FnMut(Progress) -> Supervision,
+) -> Result<Report, RunError> {
+    let (memory, id) = bound(config, polder::Vm::Machine).map_err(RunError::Memory)?;
+    memory.settle().map_err(RunError::Memory)?;
+    let vcpus = (0..config.vcpus).map(|_| memory.machine_vcpu(id));
+    let vcpus = vcpus.collect::<Result<Vec<_>, _>>().map_err(RunError::Memory)?;
+    let kickers: Vec<Arc<AtomicBool>> = vcpus.iter().map(polder::MachineVcpu::kicker).collect();
+    let run = Run::new(&memory, id, scenario.layout().churn)?;
+    let jobs = (0..).zip(vcpus).zip(scenario.programs()).map(|((index, vcpu), ops)| {
+        let interpreter = Interpreter {
+            index,
+            vcpu,
+            program: config.program,
+            ops,
+            requests: &run.requests,
+            handled: &run.exits,
+            stop: &run.stop,
+        };
+        move || interpreter.run()
+    });
+    let kick = || kickers.iter().for_each(|kicker| kicker.store(true, Ordering::Release));
+    let (end, ran) = run.go(jobs, kick, supervise)?;
+    report(&memory, Accelerator::Machine, Conversion::Hypercall, end, &ran)
+}
+
+/// Memory as the scenario has it, owed, bound to a VM.
+fn bound(config: &Config, vm: polder::Vm) -> Result<(Memory, VmId), polder::Error> {
+    let pages = config.memory.pages().expect("the scenario's memory is whole pages");
+    let memory = Memory::builder(pages).host(config.host).owed().build()?;
+    let id = memory.attach(vm)?;
+    let ram = scenario::ram(config.memory.get()).into_iter().flatten();
+    kvm::bind(&memory, id, ram)?;
+    Ok((memory, id))
+}
+
+fn report(
+    memory: &Memory,
+    accelerator: Accelerator,
+    conversion_by: Conversion,
+    end: End,
+    ran: &[Ran],
+) -> Result<Report, RunError> {
+    let all = PageRange::between(0, memory.pages().get()).expect("memory has pages");
     Ok(Report {
-        host: config.host,
-        conversion_by: match transport {
-            Transport::Port => Conversion::Port,
-            Transport::Vmcall | Transport::Vmmcall => Conversion::Hypercall,
-        },
+        accelerator,
+        conversion_by,
         end,
         checks_passed: ran.iter().map(|ran| ran.checks_passed).sum(),
         checks_failed: u64::from(matches!(end, End::Failed(Failure::Check { .. }))),
@@ -258,32 +331,41 @@ fn load(memory: &Memory, vm: VmId, chunks: &[Chunk]) -> Result<(), polder::Error
 /// A guest that runs.
 struct Run<'a> {
     memory: &'a Memory,
-    vm: VmId,
+    requests: Requests<'a>,
+    intruder: Intruder<'a>,
+    /// Pages that are private for good.
+    private: GfnRange,
     exits: AtomicU64,
     stop: AtomicBool,
 }
 
-impl Run<'_> {
-    /// Starts all threads, has them supervised, and ends them.
-    fn go(
+impl<'a> Run<'a> {
+    fn new(memory: &'a Memory, vm: VmId, private: GfnRange) -> Result<Self, RunError> {
+        let no_file = |source| RunError::Vm { call: "open of /dev/zero", source };
+        Ok(Self {
+            memory,
+            requests: Requests::new(memory, vm).map_err(no_file)?,
+            intruder: Intruder::new(memory, vm).map_err(no_file)?,
+            private,
+            exits: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+        })
+    }
+
+    /// Starts a thread for each vCPU's job and one for the intruder, has them supervised, and ends
+    /// them. `kick` makes every vCPU look whether it is to stop.
+    fn go<J: FnOnce() -> Result<Ran, RunError> + Send>(
         &self,
-        vcpus: Vec<(u32, kvm_ioctls::VcpuFd)>,
-        private: GfnRange,
+        jobs: impl Iterator<Item = J>,
+        kick: impl Fn(),
         mut supervise: impl FnMut(Progress) -> Supervision,
     ) -> Result<(End, Vec<Ran>), RunError> {
-        let no_thread = |source| RunError::Vm { call: "clone", source };
-        let requests = Requests::new(self.memory, self.vm).map_err(no_thread)?;
-        let intruder = Intruder::new(self.memory, self.vm).map_err(no_thread)?;
-        let kickers: Vec<Kicker> = vcpus.iter().map(|_| Kicker::default()).collect();
         std::thread::scope(|scope| {
-            let intruder = scope.spawn(|| self.intrude(&intruder, private));
-            let threads: Vec<_> = vcpus
-                .into_iter()
-                .zip(&kickers)
-                .map(|(vcpu, kicker)| {
-                    let requests = &requests;
+            let intruder = scope.spawn(|| self.intrude());
+            let threads: Vec<_> = jobs
+                .map(|job| {
                     scope.spawn(move || {
-                        vcpu::run(vcpu, kicker, requests, &self.exits, &self.stop)
+                        job()
                             .inspect(|ran| self.stop_if(ran.failure.is_some()))
                             .inspect_err(|_| self.stop_if(true))
                     })
@@ -292,7 +374,7 @@ impl Run<'_> {
             let mut end = End::Ok;
             while !threads.iter().all(|thread| thread.is_finished()) {
                 if self.stop.load(Ordering::Acquire) {
-                    kickers.iter().for_each(Kicker::kick);
+                    kick();
                     std::thread::sleep(Duration::from_millis(1));
                     continue;
                 }
@@ -326,13 +408,13 @@ impl Run<'_> {
     }
 
     /// Tries pages that are private for good, one after the other, until the end.
-    fn intrude(&self, intruder: &Intruder<'_>, private: GfnRange) -> Option<Failure> {
-        let frames: Vec<Gfn> = private.frames().collect();
+    fn intrude(&self) -> Option<Failure> {
+        let frames: Vec<Gfn> = self.private.frames().collect();
         for &gfn in frames.iter().cycle() {
             if self.stop.load(Ordering::Acquire) {
                 break;
             }
-            if let Some(way) = intruder.assault(gfn) {
+            if let Some(way) = self.intruder.assault(gfn) {
                 self.stop_if(true);
                 return Some(Failure::Intrusion { gfn, way });
             }

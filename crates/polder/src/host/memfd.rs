@@ -17,17 +17,18 @@
 //! can't be seen from here. This guards against bugs and stray pointers, not a hostile VMM.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_ioctls::VmFd;
+use parking_lot::Mutex;
 use polder_engine::{Response, Slot, Step, View as ViewKind, VmId};
 use polder_linux::{Continued, Errno, KvmSlot, Memfd, Userfault, View};
-use polder_units::{Gfn, PageCount, PageIndex, PageRange};
+use polder_units::{Gfn, Level, PAGE_SIZE, PageCount, PageIndex, PageRange};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use super::Host;
+use super::{Host, Vm};
 use crate::Error;
 
 pub(crate) struct MemfdHost {
@@ -35,6 +36,7 @@ pub(crate) struct MemfdHost {
     trusted: View,
     guest: Userfault,
     host: Userfault,
+    vms: Mutex<BTreeMap<VmId, Arc<VmFd>>>,
     slots: Mutex<BTreeMap<(VmId, Slot), KvmSlot>>,
     nudge: OwnedFd,
 }
@@ -53,7 +55,15 @@ impl MemfdHost {
         }
         let nudge = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| failed("eventfd", errno))?;
-        Ok(Self { memfd, trusted, guest, host, slots: Mutex::default(), nudge })
+        Ok(Self {
+            memfd,
+            trusted,
+            guest,
+            host,
+            vms: Mutex::default(),
+            slots: Mutex::default(),
+            nudge,
+        })
     }
 
     fn watched(&self, view: ViewKind) -> &Userfault {
@@ -145,20 +155,28 @@ impl Host for MemfdHost {
         let _ = rustix::io::write(&self.nudge, &1u64.to_ne_bytes());
     }
 
-    fn bind(
-        &self,
-        (vm, fd): (VmId, &Arc<VmFd>),
-        slot: Slot,
-        gfn: Gfn,
-        pages: PageRange,
-    ) -> Result<(), Error> {
-        let bound = KvmSlot::new(fd, slot.0, gfn, self.guest.view(), pages)?;
-        self.slots.lock().expect("nothing in it panics").insert((vm, slot), bound);
+    fn attach(&self, id: VmId, vm: Vm) -> Result<(), Error> {
+        let Vm::Kvm(vm) = vm else {
+            return Err(Error::WrongVm { host: super::HostKind::Memfd });
+        };
+        self.vms.lock().insert(id, vm);
+        Ok(())
+    }
+
+    fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
+        let fd = Arc::clone(self.vms.lock().get(&vm).expect("a VM that was attached"));
+        let bound = KvmSlot::new(&fd, slot.0, gfn, self.guest.view(), pages)?;
+        self.slots.lock().insert((vm, slot), bound);
         Ok(())
     }
 
     fn unbind(&self, vm: VmId, slot: Slot) {
-        self.slots.lock().expect("nothing in it panics").remove(&(vm, slot));
+        self.slots.lock().remove(&(vm, slot));
+    }
+
+    fn map_guest(&self, _: VmId, _: Gfn, _: Level, _: PageRange) -> Result<(), Error> {
+        // KVM maps what is in the guest view.
+        Ok(())
     }
 
     fn settle(&self) -> Result<(), Error> {
@@ -173,12 +191,24 @@ impl Host for MemfdHost {
         Ok(self.trusted.write(offset, from)?)
     }
 
-    fn host_view(&self) -> &View {
-        self.host.view()
+    fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        Ok(self.host.view().read(offset, into)?)
     }
 
-    fn guest_offset(&self, address: usize) -> Option<u64> {
-        self.guest.view().offset_of(address)
+    fn touch_write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        Ok(self.host.view().write(offset, from)?)
+    }
+
+    fn touch_from(&self, file: BorrowedFd<'_>, offset: u64, count: usize) -> Result<usize, Error> {
+        Ok(self.host.view().read_from(file, offset, count)?)
+    }
+
+    fn host_view(&self) -> Option<*mut u8> {
+        Some(self.host.view().as_ptr())
+    }
+
+    fn guest_page(&self, address: usize) -> Option<PageIndex> {
+        PageIndex::new(self.guest.view().offset_of(address)? / PAGE_SIZE)
     }
 
     fn existing(&self) -> Result<Vec<PageRange>, Error> {

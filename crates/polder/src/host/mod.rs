@@ -1,15 +1,17 @@
 //! Hosts: where the bytes live, and what cuts people off from them.
 
+pub(crate) mod machine;
 pub(crate) mod memfd;
 
 use std::fmt;
+use std::os::fd::BorrowedFd;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_ioctls::VmFd;
 use polder_engine::{Response, Slot, Step, View, VmId};
-use polder_units::{Gfn, PageIndex, PageRange};
+use polder_units::{Gfn, Level, PageIndex, PageRange};
 
 use crate::Error;
 
@@ -19,17 +21,20 @@ pub enum HostKind {
     /// A memfd with three views, on any KVM. Protects private pages against stray pointers and
     /// bugs of the VMM, not against a hostile VMM.
     Memfd,
+    /// The simulated machine ([`polder_machine`]): needs nothing of the machine it runs on.
+    Machine,
 }
 
 impl HostKind {
     /// Every host.
-    pub const ALL: [Self; 1] = [Self::Memfd];
+    pub const ALL: [Self; 2] = [Self::Memfd, Self::Machine];
 }
 
 impl fmt::Display for HostKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Memfd => "memfd",
+            Self::Machine => "machine",
         })
     }
 }
@@ -44,8 +49,23 @@ impl FromStr for HostKind {
 
 /// A text that names no host.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("expected a host: memfd")]
+#[error("expected a host: memfd or machine")]
 pub struct UnknownHost;
+
+/// A VM, as its host knows it.
+#[derive(Clone, Debug)]
+pub enum Vm {
+    /// A VM of KVM's, for a host of real memory.
+    Kvm(Arc<VmFd>),
+    /// A new VM of the simulated machine.
+    Machine,
+}
+
+impl From<Arc<VmFd>> for Vm {
+    fn from(vm: Arc<VmFd>) -> Self {
+        Self::Kvm(vm)
+    }
+}
 
 /// What a host does for the driver. All of it can be called from several threads at once; that
 /// nothing overlaps that may not is the engine's affair.
@@ -70,17 +90,18 @@ pub(crate) trait Host: Send + Sync {
     /// Makes a waiting [`Host::touches`] return.
     fn nudge(&self);
 
-    /// Shows the pages to a VM.
-    fn bind(
-        &self,
-        vm: (VmId, &Arc<VmFd>),
-        slot: Slot,
-        gfn: Gfn,
-        pages: PageRange,
-    ) -> Result<(), Error>;
+    /// Makes a VM known under this name.
+    fn attach(&self, id: VmId, vm: Vm) -> Result<(), Error>;
 
-    /// Takes a slot away.
+    /// Shows the pages to a VM.
+    fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error>;
+
+    /// Takes a slot away, and the guest's mappings with it.
     fn unbind(&self, vm: VmId, slot: Slot);
+
+    /// Maps the page of `level` around `gfn` for the guest, whose pages of the object are `range`.
+    /// A host whose hypervisor maps by itself has nothing to do.
+    fn map_guest(&self, vm: VmId, gfn: Gfn, level: Level, range: PageRange) -> Result<(), Error>;
 
     /// Stops watching the guest's touches: nothing is owed any more.
     fn settle(&self) -> Result<(), Error>;
@@ -91,12 +112,26 @@ pub(crate) trait Host: Send + Sync {
     /// Copies bytes of the object in, unchecked: the caller holds a claim on them.
     fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error>;
 
-    /// The host view, where the host's memory can be mapped at all.
-    fn host_view(&self) -> &polder_linux::View;
+    /// Reads through the host view, as a device model's pointer does. The bytes lie in the object.
+    fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error>;
 
-    /// The byte of the object at an address in the guest view.
-    fn guest_offset(&self, address: usize) -> Option<u64>;
+    /// Writes through the host view.
+    fn touch_write(&self, offset: u64, from: &[u8]) -> Result<(), Error>;
+
+    /// Has the kernel read a file into the host view.
+    fn touch_from(&self, file: BorrowedFd<'_>, offset: u64, count: usize) -> Result<usize, Error>;
+
+    /// Where the host view is, if it is memory of this process.
+    fn host_view(&self) -> Option<*mut u8>;
+
+    /// The page at an address in the guest view, if that is memory of this process.
+    fn guest_page(&self, address: usize) -> Option<PageIndex>;
 
     /// The runs of pages that take up memory.
     fn existing(&self) -> Result<Vec<PageRange>, Error>;
+
+    /// The simulated machine, on that host.
+    fn machine(&self) -> Option<&machine::MachineHost> {
+        None
+    }
 }

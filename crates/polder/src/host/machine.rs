@@ -1,0 +1,468 @@
+//! Host `machine`: the simulated machine behind the same driver.
+//!
+//! ```text
+//!              guest view           host view              trusted view
+//! what         stage 2 of a VM      a watched VMA of       the object's bytes
+//!                                   a process
+//! shared page  mapped by answers    mapped by answers      always
+//! private page mapped by answers    poisoned when touched  always
+//! ```
+//! The machine is data behind one lock; each call on it is one step of one of its actors, so a
+//! toucher, a vCPU and a conversion interleave at every step. Nothing in it waits: a touch that
+//! has to wait queues itself for the fault threads and is made again once something was answered.
+//!
+//! Unlike on a memfd, every reference to a page can be counted here: a conversion to private finds
+//! pins that the engine has not given, and names their holder.
+
+use std::cell::Cell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use polder_engine::{Holder, Refusal, Response, Slot, Step, View, VmId};
+use polder_linux::Errno;
+use polder_machine::{
+    Config, Hva, LockOwner, Machine, ObjectId, ProcessId, Sigbus, Thread, View as Vma, VpnRange,
+};
+use polder_units::{
+    Gfn, GfnRange, Level, PAGE_SIZE, PageCount, PageIndex, PageRange, Pfn, PfnRange,
+};
+
+use super::{Host, Vm};
+use crate::Error;
+
+/// How long a touch that waits goes without being made again.
+const TOUCH_AGAIN: Duration = Duration::from_millis(20);
+
+/// How often a page is looked at again because of references that are soon gone, as GUP-fast's.
+const REFERENCE_RETRIES: u32 = 32;
+
+/// CPUs that the host's threads run on; each has a TLB.
+const CPUS: u16 = 16;
+
+/// Where the host view starts: aligned to every level.
+const HOST_VIEW: u64 = 1 << 18;
+
+/// The driver, as far as folio locks are concerned.
+const DRIVER: LockOwner = LockOwner(0);
+
+pub(crate) struct MachineHost {
+    machine: Mutex<Machine>,
+    object: ObjectId,
+    process: ProcessId,
+    pages: PageCount,
+    vms: Mutex<BTreeMap<VmId, Attached>>,
+    events: Mutex<Events>,
+    /// A touch was queued, or the fault threads are nudged.
+    queued: Condvar,
+    /// Something was answered or released: touch again.
+    answered: Condvar,
+}
+
+/// A VM, and where its slots are.
+struct Attached {
+    vm: polder_machine::VmId,
+    slots: BTreeMap<Slot, GfnRange>,
+}
+
+#[derive(Default)]
+struct Events {
+    touches: BTreeSet<(View, PageIndex)>,
+    nudged: bool,
+    /// How often something was answered.
+    answers: u64,
+}
+
+/// What the simulated machine refuses of its driver is the driver's mistake, but for memory.
+fn refused(error: polder_machine::Error) -> Error {
+    match error {
+        polder_machine::Error::NoMemory { .. } => failed("a folio's allocation", Errno::NOMEM),
+        other => Error::Machine(other),
+    }
+}
+
+fn failed(call: &'static str, errno: Errno) -> Error {
+    Error::Host(polder_linux::Error { call, range: None, errno })
+}
+
+impl MachineHost {
+    /// A machine with an object of `pages` pages, and room for what its driver needs.
+    pub(crate) fn new(pages: PageCount) -> Result<Self, Error> {
+        // Two frames a page: a page that is discarded while somebody pins it goes on taking one.
+        let frames = pages.checked_add(pages).unwrap_or(pages);
+        Self::on(Config::x86_64(frames), pages)
+    }
+
+    fn on(config: Config, pages: PageCount) -> Result<Self, Error> {
+        let mut machine = Machine::new(config).map_err(refused)?;
+        let object = machine.create_object(pages).map_err(refused)?;
+        let process = machine.create_process().map_err(refused)?;
+        for _ in 1..CPUS {
+            machine.add_thread(process).map_err(refused)?;
+        }
+        let all = VpnRange::between(HOST_VIEW, HOST_VIEW + pages.get())
+            .ok_or_else(|| failed("mmap", Errno::NOMEM))?;
+        let first = PageIndex::from(0);
+        machine.mmap(process, all, object, first, Vma::HOST).map_err(refused)?;
+        Ok(Self {
+            machine: Mutex::new(machine),
+            object,
+            process,
+            pages,
+            vms: Mutex::default(),
+            events: Mutex::default(),
+            queued: Condvar::new(),
+            answered: Condvar::new(),
+        })
+    }
+
+    /// The machine, locked. Each of its calls is one step.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Machine> {
+        self.machine.lock()
+    }
+
+    /// The machine's name for a VM.
+    pub(crate) fn vm(&self, id: VmId) -> Option<polder_machine::VmId> {
+        self.vms.lock().get(&id).map(|attached| attached.vm)
+    }
+
+    /// The object and the process whose host view shows it.
+    pub(crate) fn parts(&self) -> (ObjectId, ProcessId) {
+        (self.object, self.process)
+    }
+
+    /// Where pages are in the host view.
+    pub(crate) fn vpns(range: PageRange) -> VpnRange {
+        VpnRange::between(HOST_VIEW + range.start().get(), HOST_VIEW + range.end())
+            .expect("the whole view is a range")
+    }
+
+    /// Gives memory to the pages of a range that have none.
+    fn allocate(&self, machine: &mut Machine, range: PageRange) -> Result<(), Error> {
+        for page in range.frames() {
+            if machine.backing(self.object, page).map_err(refused)?.is_none() {
+                machine.allocate(self.object, page, Level::Size4K).map_err(refused)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the pages out of the host view and out of other processes' mappings.
+    fn unmap_host(&self, range: PageRange) -> Result<(), Error> {
+        let mut machine = self.lock();
+        machine.host_unmap(self.process, Self::vpns(range)).map_err(refused)?;
+        machine.zap_object(self.object, range).map_err(refused)?;
+        machine.flush_object(self.object, range).map_err(refused)
+    }
+
+    /// Takes the pages out of stage 2 of every VM.
+    fn unmap_guest(&self, range: PageRange) -> Result<(), Error> {
+        let mut machine = self.lock();
+        let gfns: Vec<_> = machine.gfns_of(self.object, range).collect();
+        gfns.into_iter()
+            .try_for_each(|(vm, gfns)| machine.tdp_zap(vm, gfns).map(|_| ()).map_err(refused))
+    }
+
+    /// Finds the first page of a range that somebody refers to, under its folio's lock.
+    fn check_references(&self, range: PageRange) -> Result<(), Error> {
+        let mut retries = REFERENCE_RETRIES;
+        loop {
+            match self.referenced(range)? {
+                Some(_) if retries > 0 => {
+                    retries -= 1;
+                    std::thread::yield_now();
+                }
+                Some(refusal) => return Err(refusal.into()),
+                None => return Ok(()),
+            }
+        }
+    }
+
+    fn referenced(&self, range: PageRange) -> Result<Option<Refusal>, Error> {
+        let mut machine = self.lock();
+        let folios = machine.folios(self.object, range).map_err(refused)?;
+        let folios: Vec<(PageIndex, Pfn)> =
+            folios.map(|(page, backing)| (page, backing.pfn)).collect();
+        for (page, pfn) in folios {
+            machine.lock_folio(pfn, DRIVER).map_err(refused)?;
+            let counts = machine.locked_counts(pfn, DRIVER);
+            machine.unlock_folio(pfn, DRIVER).map_err(refused)?;
+            let references = counts.map_err(refused)?.foreign();
+            if references > 0 {
+                let holder = machine.holders_of(PfnRange::one(pfn)).next();
+                let holder = match holder {
+                    Some(holder) => format!("{} of {}", holder.pin, holder.process),
+                    None => "somebody unknown".to_owned(),
+                };
+                let holder = Holder::new(holder);
+                return Ok(Some(Refusal::Referenced { page, references, holder }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Drops the memory of pages. Nobody has them mapped after that, markers stay.
+    fn free(&self, range: PageRange) -> Result<(), Error> {
+        self.unmap_guest(range)?;
+        let mut machine = self.lock();
+        machine.zap_object(self.object, range).map_err(refused)?;
+        machine.flush_object(self.object, range).map_err(refused)?;
+        machine.punch(self.object, range, None).map(|_| ()).map_err(refused)
+    }
+
+    /// Makes a touch by the host view until it is made or denied.
+    fn touch(
+        &self,
+        offset: u64,
+        mut touch: impl FnMut(&mut Machine, Thread, Hva) -> Result<(), polder_machine::HostExit>,
+    ) -> Result<(), Error> {
+        use polder_machine::HostExit;
+        let thread = Thread { process: self.process, index: cpu() };
+        let hva = Hva::new(HOST_VIEW * PAGE_SIZE + offset);
+        loop {
+            let before = self.events.lock().answers;
+            let exit = touch(&mut self.lock(), thread, hva);
+            match exit {
+                Ok(()) => return Ok(()),
+                Err(HostExit::Fault(fault)) => {
+                    self.wait_for_answer((View::Host, fault.page), before)
+                }
+                Err(HostExit::Wait { .. }) => std::thread::yield_now(),
+                Err(HostExit::Sigbus { vpn, why }) => {
+                    let page = vpn.get() - HOST_VIEW;
+                    let touched = (page * PAGE_SIZE).max(offset);
+                    return Err(match why {
+                        Sigbus::NoMemory => failed("a touch of the host view", Errno::NOMEM),
+                        Sigbus::Poisoned | Sigbus::Beyond => {
+                            polder_linux::Touched { offset: touched }.into()
+                        }
+                    });
+                }
+                Err(HostExit::Invalid(error)) => return Err(refused(error)),
+                Err(HostExit::Segv { .. } | HostExit::Refused(_)) => {
+                    return Err(polder_linux::Touched { offset }.into());
+                }
+            }
+        }
+    }
+
+    /// Queues a touch and waits until something was answered since `before`.
+    fn wait_for_answer(&self, touch: (View, PageIndex), before: u64) {
+        let mut events = self.events.lock();
+        if events.answers == before {
+            events.touches.insert(touch);
+            self.queued.notify_one();
+            self.answered.wait_for(&mut events, TOUCH_AGAIN);
+        }
+    }
+
+    fn answered(&self) {
+        self.events.lock().answers += 1;
+        self.answered.notify_all();
+    }
+
+    fn map_host(&self, range: PageRange) -> Result<(), Error> {
+        let mut machine = self.lock();
+        self.allocate(&mut machine, range)?;
+        machine.host_map_range(self.process, Self::vpns(range)).map(|_| ()).map_err(refused)
+    }
+
+    fn poison(&self, range: PageRange) -> Result<(), Error> {
+        match self.lock().host_poison(self.process, Self::vpns(range)) {
+            // Somebody else's answer mapped it: not what is asked for, but an answer.
+            Ok(()) | Err(polder_machine::Error::Exists { .. }) => Ok(()),
+            Err(error) => Err(refused(error)),
+        }
+    }
+}
+
+/// The simulated CPU that the calling thread runs on.
+fn cpu() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    thread_local! {
+        static CPU: Cell<Option<u16>> = const { Cell::new(None) };
+    }
+    CPU.with(|cpu| {
+        let index = cpu.get().unwrap_or_else(|| NEXT.fetch_add(1, Ordering::Relaxed) % CPUS);
+        cpu.set(Some(index));
+        index
+    })
+}
+
+impl Host for MachineHost {
+    fn take(&self, step: Step) -> Result<(), Error> {
+        match step {
+            Step::UnmapHost(range) => self.unmap_host(range),
+            Step::UnmapGuest(range) => self.unmap_guest(range),
+            Step::CheckReferences(range) => self.check_references(range),
+            Step::Free(range) => self.free(range),
+            // A guest that waits for contents asks the engine again by itself.
+            Step::Continue(_) => {
+                self.answered();
+                Ok(())
+            }
+            Step::Quarantine(range) => {
+                self.unmap_guest(range)?;
+                self.unmap_host(range)?;
+                self.poison(range)
+            }
+            // No hardware here tells private from shared.
+            Step::Protect(..) | Step::Publish(_) => Ok(()),
+        }
+    }
+
+    fn answer(&self, view: View, response: Response, range: PageRange) -> Result<(), Error> {
+        let done = match (view, response) {
+            (View::Host, Response::Map) => self.map_host(range),
+            (View::Host, Response::Poison) => self.poison(range),
+            // A guest's faults don't come this way: see `map_guest`.
+            (View::Guest, _) => Ok(()),
+        };
+        self.answered();
+        done
+    }
+
+    fn wake(&self, _: View, _: PageRange) {
+        self.answered();
+    }
+
+    fn touches(
+        &self,
+        into: &mut Vec<(View, PageIndex)>,
+        at_most: Option<Duration>,
+    ) -> Result<(), Error> {
+        let mut events = self.events.lock();
+        if events.touches.is_empty() && !events.nudged {
+            match at_most {
+                Some(time) => drop(self.queued.wait_for(&mut events, time)),
+                None => self.queued.wait(&mut events),
+            }
+        }
+        events.nudged = false;
+        into.extend(std::mem::take(&mut events.touches));
+        Ok(())
+    }
+
+    fn nudge(&self) {
+        self.events.lock().nudged = true;
+        self.queued.notify_all();
+    }
+
+    fn attach(&self, id: VmId, vm: Vm) -> Result<(), Error> {
+        let Vm::Machine = vm else {
+            return Err(Error::WrongVm { host: super::HostKind::Machine });
+        };
+        let vm = self.lock().create_vm().map_err(refused)?;
+        self.vms.lock().insert(id, Attached { vm, slots: BTreeMap::new() });
+        Ok(())
+    }
+
+    fn bind(&self, id: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
+        let mut vms = self.vms.lock();
+        let attached = vms.get_mut(&id).expect("a VM that was attached");
+        self.lock().bind(attached.vm, gfn, self.object, pages).map_err(refused)?;
+        let gfns = GfnRange::new(gfn, pages.count()).expect("the engine has checked");
+        attached.slots.insert(slot, gfns);
+        Ok(())
+    }
+
+    fn unbind(&self, id: VmId, slot: Slot) {
+        let mut vms = self.vms.lock();
+        let Some(attached) = vms.get_mut(&id) else { return };
+        let Some(gfns) = attached.slots.remove(&slot) else { return };
+        let mut machine = self.lock();
+        let gone = machine.unbind(attached.vm, gfns.start());
+        let zapped = machine.tdp_zap(attached.vm, gfns);
+        assert!(gone.is_ok() && zapped.is_ok(), "the slot was there: {gone:?}, {zapped:?}");
+    }
+
+    fn map_guest(&self, id: VmId, gfn: Gfn, level: Level, range: PageRange) -> Result<(), Error> {
+        let vm = self.vm(id).expect("a VM that was attached");
+        let mut machine = self.lock();
+        let page = machine.bound(vm, gfn).map_err(refused)?.page;
+        // No more memory is taken than the touch needs: the folio decides how much is mapped.
+        self.allocate(&mut machine, PageRange::one(page))?;
+        drop(machine);
+        let resolved = self.lock().tdp_resolve(vm, gfn).map_err(refused)?;
+        debug_assert!(range.contains(resolved.bound().page), "the answer is for this page");
+        match self.lock().tdp_map(&resolved, level.min(resolved.largest()), true) {
+            // Zapped since it was resolved: the guest faults again.
+            Ok(_) | Err(polder_machine::Error::Stale { .. }) => Ok(()),
+            Err(error) => Err(refused(error)),
+        }
+    }
+
+    fn settle(&self) -> Result<(), Error> {
+        self.answered();
+        Ok(())
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        self.lock().object_read(self.object, offset, into).map_err(refused)
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        let Some(last) = from.len().checked_sub(1) else { return Ok(()) };
+        let (first, last) = (offset / PAGE_SIZE, (offset + last as u64) / PAGE_SIZE);
+        let mut machine = self.lock();
+        let range = PageRange::between(first, last + 1).expect("bytes of the object");
+        self.allocate(&mut machine, range)?;
+        machine.object_write(self.object, offset, from).map_err(refused)
+    }
+
+    fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        self.touch(offset, |machine, thread, hva| machine.host_read(thread, hva, into))
+    }
+
+    fn touch_write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        self.touch(offset, |machine, thread, hva| machine.host_write(thread, hva, from))
+    }
+
+    fn touch_from(&self, file: BorrowedFd<'_>, offset: u64, count: usize) -> Result<usize, Error> {
+        // The kernel of the simulated machine fills page by page, and stops at the first denied.
+        let mut bytes = vec![0; count];
+        let count = rustix::io::retry_on_intr(|| rustix::io::read(file, &mut bytes))
+            .map_err(|errno| failed("read", errno))?;
+        let mut done = 0;
+        while done < count {
+            let at = offset + done as u64;
+            let in_page = usize::try_from(PAGE_SIZE - at % PAGE_SIZE).unwrap_or(1);
+            let end = count.min(done + in_page);
+            match self.touch_write(at, &bytes[done..end]) {
+                Ok(()) => done = end,
+                Err(_) if done > 0 => break,
+                Err(_) => return Err(failed("read", Errno::FAULT)),
+            }
+        }
+        Ok(done)
+    }
+
+    fn host_view(&self) -> Option<*mut u8> {
+        None
+    }
+
+    fn guest_page(&self, _: usize) -> Option<PageIndex> {
+        None
+    }
+
+    fn existing(&self) -> Result<Vec<PageRange>, Error> {
+        let all = PageRange::between(0, self.pages.get()).expect("an object has pages");
+        let machine = self.lock();
+        let mut runs: Vec<PageRange> = Vec::new();
+        for (page, backing) in machine.folios(self.object, all).map_err(refused)? {
+            let pages = machine.config().geometry.pages(backing.level);
+            let run = PageRange::new(page, pages).expect("a folio lies in its object");
+            match runs.last_mut().and_then(|last| Some((last.append(run)?, last))) {
+                Some((longer, last)) => *last = longer,
+                None => runs.push(run),
+            }
+        }
+        Ok(runs)
+    }
+
+    fn machine(&self) -> Option<&MachineHost> {
+        Some(self)
+    }
+}

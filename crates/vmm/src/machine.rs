@@ -1,0 +1,242 @@
+//! A vCPU of the simulated machine: interprets the ops that KVM's guest runs as machine code.
+//!
+//! Every load and store of an op goes through the vCPU's TLB and stage 2, a page at a time.
+//! Requests are parsed from the same numbers as a guest's registers.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use polder::units::{Gpa, PAGE_BYTES, PAGE_SIZE};
+use polder::{GuestExit, MachineVcpu, Visibility};
+
+use crate::RunError;
+use crate::guest::{
+    DeviceRequest, KVM_HC_MAP_GPA_RANGE, MAP_GPA_RANGE_ENCRYPTED, Program, Request, STATUS_OFFSET,
+    number,
+};
+use crate::requests::{Next, Requests};
+use crate::run::Failure;
+use crate::scenario::{HostAccess, Op, Pattern};
+use crate::vcpu::Ran;
+
+/// A plain VM's guest doesn't say as which side it accesses memory; the machine is told this one.
+const SIDE: Visibility = Visibility::Private;
+
+/// What ends a program early.
+enum Stop {
+    Failed(Failure),
+    Kicked,
+    Error(RunError),
+}
+
+impl From<GuestExit> for Stop {
+    fn from(exit: GuestExit) -> Self {
+        match exit {
+            GuestExit::Kicked => Self::Kicked,
+            GuestExit::Failed(error) => Self::Error(RunError::Memory(error)),
+            GuestExit::MemoryFault(fault) => Self::Error(RunError::MemoryFault(fault)),
+        }
+    }
+}
+
+/// A vCPU and its program.
+pub(crate) struct Interpreter<'a> {
+    pub(crate) index: u32,
+    pub(crate) vcpu: MachineVcpu,
+    pub(crate) program: Program,
+    pub(crate) ops: &'a [Op],
+    pub(crate) requests: &'a Requests<'a>,
+    pub(crate) handled: &'a AtomicU64,
+    pub(crate) stop: &'a AtomicBool,
+}
+
+impl Interpreter<'_> {
+    /// Runs the program to its end, until it fails, or until `stop` is set (and it is kicked).
+    pub(crate) fn run(self) -> Result<Ran, RunError> {
+        let mut checks_passed = 0;
+        let stop = match self.program {
+            Program::SelfTest => self.self_test(&mut checks_passed),
+            Program::TripleFault => Err(Stop::Failed(Failure::TripleFault { vcpu: self.index })),
+            Program::Spin => self.spin(),
+            Program::Flood => self.flood(),
+        };
+        match stop {
+            Ok(()) | Err(Stop::Kicked) => Ok(Ran { checks_passed, failure: None }),
+            Err(Stop::Failed(failure)) => Ok(Ran { checks_passed, failure: Some(failure) }),
+            Err(Stop::Error(error)) => Err(error),
+        }
+    }
+
+    fn self_test(&self, checks_passed: &mut u64) -> Result<(), Stop> {
+        for (index, op) in (0..).zip(self.ops) {
+            *checks_passed += self.op(index, op)?;
+        }
+        Ok(())
+    }
+
+    /// Does one op; returns how many checks it passed.
+    fn op(&self, index: u64, op: &Op) -> Result<u64, Stop> {
+        self.go_on()?;
+        match *op {
+            Op::Fill { gpa, len, pattern } => self.fill(gpa, len, pattern).map(|()| 0),
+            Op::Check { gpa, len, pattern } => self.check(index, gpa, len, pattern).map(|()| 1),
+            Op::Convert { gpa, pages, to, expect } => {
+                let private = if to == Visibility::Private { MAP_GPA_RANGE_ENCRYPTED } else { 0 };
+                let answer =
+                    self.request(KVM_HC_MAP_GPA_RANGE, [gpa.get(), pages, private, 0, 0])?;
+                self.compare(index, gpa, i64::from(expect.code()).cast_unsigned(), answer)
+            }
+            Op::Device { request, id, source, len, destination, expect } => {
+                let device = DeviceRequest { id, source, len, destination };
+                let found = self.device(request, &device)?;
+                self.compare(index, request, i64::from(expect.code()).cast_unsigned(), found)
+            }
+            Op::Probe { gpa, pages, expect } => {
+                let readable = u64::from(expect == HostAccess::Readable);
+                let answer = self.request(number::PROBE, [gpa.get(), pages, readable, 0, 0])?;
+                self.compare(index, gpa, 0, answer)
+            }
+            Op::Load { gpa, expect } => {
+                let found = self.load(gpa)?;
+                self.compare(index, gpa, expect, found)
+            }
+            Op::Store { gpa, value } => self.store(gpa, value).map(|()| 0),
+            Op::Churn { gpa, len, seed, until } => self.churn(index, (gpa, len), seed, until),
+            Op::SetFlag { gpa } => self.store(gpa, 1).map(|()| 0),
+            Op::WaitFlag { gpa } => {
+                while self.load(gpa)? == 0 {
+                    self.go_on()?;
+                    std::thread::yield_now();
+                }
+                Ok(0)
+            }
+            Op::Done => Ok(0),
+        }
+    }
+
+    fn churn(
+        &self,
+        index: u64,
+        (gpa, len): (Gpa, u64),
+        seed: u64,
+        until: Gpa,
+    ) -> Result<u64, Stop> {
+        for pass in 0.. {
+            self.go_on()?;
+            let pattern = Pattern::Seeded { seed: seed.wrapping_add(pass) };
+            self.fill(gpa, len, pattern)?;
+            self.check(index, gpa, len, pattern)?;
+            if self.load(until)? != 0 {
+                return Ok(pass + 1);
+            }
+        }
+        Ok(0)
+    }
+
+    fn spin(&self) -> Result<(), Stop> {
+        loop {
+            self.go_on()?;
+            std::thread::yield_now();
+        }
+    }
+
+    fn flood(&self) -> Result<(), Stop> {
+        let mut word = 1u64;
+        loop {
+            self.go_on()?;
+            // An xorshift: anything, the same each time.
+            word ^= word << 13;
+            word ^= word >> 7;
+            word ^= word << 17;
+            let number =
+                [KVM_HC_MAP_GPA_RANGE, number::PROBE, number::DOORBELL, word][(word % 4) as usize];
+            self.request(number, [word, word >> 3, word & 0x1f, word, word])?;
+        }
+    }
+
+    fn go_on(&self) -> Result<(), Stop> {
+        if self.stop.load(Ordering::Acquire) { Err(Stop::Kicked) } else { Ok(()) }
+    }
+
+    /// Makes a request; returns its answer, sign-extended.
+    fn request(&self, number: u64, arguments: [u64; 5]) -> Result<u64, Stop> {
+        self.handled.fetch_add(1, Ordering::Relaxed);
+        match self.requests.answer(self.index, Request::parse(number, arguments)) {
+            Next::Answer(answer) => Ok(answer.cast_unsigned()),
+            // A flood may hit upon these numbers by chance.
+            Next::Done { .. } | Next::Failed { .. } => Ok(0),
+        }
+    }
+
+    fn device(&self, request: Gpa, device: &DeviceRequest) -> Result<u64, Stop> {
+        let words = device.words().map(u64::to_le_bytes).concat();
+        self.vcpu.write(request, SIDE, &words)?;
+        match self.request(number::DOORBELL, [request.get(), 0, 0, 0, 0])? {
+            0 => self.load(Gpa::new(request.get() + STATUS_OFFSET)),
+            refused => Ok(refused),
+        }
+    }
+
+    fn compare(&self, op: u64, gpa: Gpa, expected: u64, found: u64) -> Result<u64, Stop> {
+        if found == expected {
+            return Ok(1);
+        }
+        Err(Stop::Failed(Failure::Check { vcpu: self.index, op, gpa, expected, found }))
+    }
+
+    fn fill(&self, gpa: Gpa, len: u64, pattern: Pattern) -> Result<(), Stop> {
+        let mut bytes = [0; PAGE_BYTES];
+        for (at, count) in pages(gpa, len) {
+            for (word, bytes) in words(at).zip(bytes[..count].chunks_exact_mut(8)) {
+                bytes.copy_from_slice(&pattern.word(word).to_le_bytes());
+            }
+            self.vcpu.write(at, SIDE, &bytes[..count])?;
+        }
+        Ok(())
+    }
+
+    fn check(&self, op: u64, gpa: Gpa, len: u64, pattern: Pattern) -> Result<(), Stop> {
+        let mut bytes = [0; PAGE_BYTES];
+        for (at, count) in pages(gpa, len) {
+            self.vcpu.read(at, SIDE, &mut bytes[..count])?;
+            for (word, bytes) in words(at).zip(bytes[..count].chunks_exact(8)) {
+                let found = u64::from_le_bytes(bytes.try_into().expect("a chunk of 8 bytes"));
+                self.compare(op, word, pattern.word(word), found)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A load; where there is no memory it gives all ones.
+    fn load(&self, gpa: Gpa) -> Result<u64, Stop> {
+        let mut bytes = [0xff; 8];
+        match self.vcpu.read(gpa, SIDE, &mut bytes) {
+            Ok(()) | Err(GuestExit::MemoryFault(_)) => Ok(u64::from_le_bytes(bytes)),
+            Err(other) => Err(other.into()),
+        }
+    }
+
+    /// A store; where there is no memory it is dropped.
+    fn store(&self, gpa: Gpa, value: u64) -> Result<(), Stop> {
+        match self.vcpu.write(gpa, SIDE, &value.to_le_bytes()) {
+            Ok(()) | Err(GuestExit::MemoryFault(_)) => Ok(()),
+            Err(other) => Err(other.into()),
+        }
+    }
+}
+
+/// The parts of `[gpa..gpa + len)` that lie in one page each, and their lengths.
+fn pages(gpa: Gpa, len: u64) -> impl Iterator<Item = (Gpa, usize)> {
+    let end = gpa.get() + len;
+    let mut next = gpa.get();
+    std::iter::from_fn(move || {
+        let count = (PAGE_SIZE - next % PAGE_SIZE).min(end - next);
+        let at = Gpa::new(next);
+        next += count;
+        (count > 0).then(|| (at, usize::try_from(count).expect("at most a page")))
+    })
+}
+
+/// The addresses of words from `gpa` on.
+fn words(gpa: Gpa) -> impl Iterator<Item = Gpa> {
+    (gpa.get()..).step_by(8).map(Gpa::new)
+}
