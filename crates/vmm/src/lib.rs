@@ -3,6 +3,7 @@
 //! - [`scenario`]: what a guest does, as data: lists of [`Op`](scenario::Op).
 //! - [`guest`]: an image of it that a KVM vCPU runs, and the requests a guest makes.
 //! - [`run`](run()): a VM with that guest, on memory of [`polder`]; what came of it is a [`Report`].
+//! - [`Vm`]: a VM whose guest does what it is told, on memory that somebody else made.
 
 mod device;
 mod error;
@@ -13,9 +14,12 @@ mod machine;
 mod requests;
 mod run;
 pub mod scenario;
+mod threads;
 mod vcpu;
+mod vm;
 
 pub use error::RunError;
 pub use intruder::Way;
 pub use kvm::{Conversion, check_kvm};
 pub use run::{Accelerator, Config, End, Failure, Progress, Report, Supervision, run};
+pub use vm::{Ended, Vm};

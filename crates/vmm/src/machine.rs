@@ -3,10 +3,11 @@
 //! Every load and store of an op goes through the vCPU's TLB and stage 2, a page at a time.
 //! Requests are parsed from the same numbers as a guest's registers.
 
+use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use polder::units::{Gpa, PAGE_BYTES, PAGE_SIZE};
-use polder::{GuestExit, MachineVcpu, Visibility};
+use polder::{GuestExit, MachineVcpu, MemoryFault, Visibility};
 
 use crate::RunError;
 use crate::guest::{
@@ -16,7 +17,7 @@ use crate::guest::{
 use crate::requests::{Next, Requests};
 use crate::run::Failure;
 use crate::scenario::{HostAccess, Op, Pattern};
-use crate::vcpu::Ran;
+use crate::vcpu::{FAULTS_KEPT, Ran};
 
 /// A plain VM's guest doesn't say as which side it accesses memory; the machine is told this one.
 const SIDE: Visibility = Visibility::Private;
@@ -40,16 +41,29 @@ impl From<GuestExit> for Stop {
 
 /// A vCPU and its program.
 pub(crate) struct Interpreter<'a> {
-    pub(crate) index: u32,
-    pub(crate) vcpu: MachineVcpu,
-    pub(crate) program: Program,
-    pub(crate) ops: &'a [Op],
-    pub(crate) requests: &'a Requests<'a>,
-    pub(crate) handled: &'a AtomicU64,
-    pub(crate) stop: &'a AtomicBool,
+    index: u32,
+    vcpu: MachineVcpu,
+    program: Program,
+    ops: &'a [Op],
+    requests: &'a Requests<'a>,
+    handled: &'a AtomicU64,
+    stop: &'a AtomicBool,
+    /// Accesses that memory did not let through.
+    faults: RefCell<Vec<MemoryFault>>,
 }
 
-impl Interpreter<'_> {
+impl<'a> Interpreter<'a> {
+    pub(crate) fn new(
+        (index, vcpu): (u32, MachineVcpu),
+        (program, ops): (Program, &'a [Op]),
+        requests: &'a Requests<'a>,
+        handled: &'a AtomicU64,
+        stop: &'a AtomicBool,
+    ) -> Self {
+        let faults = RefCell::default();
+        Self { index, vcpu, program, ops, requests, handled, stop, faults }
+    }
+
     /// Runs the program to its end, until it fails, or until `stop` is set (and it is kicked).
     pub(crate) fn run(self) -> Result<Ran, RunError> {
         let mut checks_passed = 0;
@@ -59,11 +73,12 @@ impl Interpreter<'_> {
             Program::Spin => self.spin(),
             Program::Flood => self.flood(),
         };
-        match stop {
-            Ok(()) | Err(Stop::Kicked) => Ok(Ran { checks_passed, failure: None }),
-            Err(Stop::Failed(failure)) => Ok(Ran { checks_passed, failure: Some(failure) }),
-            Err(Stop::Error(error)) => Err(error),
-        }
+        let failure = match stop {
+            Ok(()) | Err(Stop::Kicked) => None,
+            Err(Stop::Failed(failure)) => Some(failure),
+            Err(Stop::Error(error)) => return Err(error),
+        };
+        Ok(Ran { checks_passed, failure, faults: self.faults.into_inner() })
     }
 
     fn self_test(&self, checks_passed: &mut u64) -> Result<(), Stop> {
@@ -209,18 +224,23 @@ impl Interpreter<'_> {
     /// A load; where there is no memory it gives all ones.
     fn load(&self, gpa: Gpa) -> Result<u64, Stop> {
         let mut bytes = [0xff; 8];
-        match self.vcpu.read(gpa, SIDE, &mut bytes) {
-            Ok(()) | Err(GuestExit::MemoryFault(_)) => Ok(u64::from_le_bytes(bytes)),
-            Err(other) => Err(other.into()),
-        }
+        self.bus(self.vcpu.read(gpa, SIDE, &mut bytes))?;
+        Ok(u64::from_le_bytes(bytes))
     }
 
     /// A store; where there is no memory it is dropped.
     fn store(&self, gpa: Gpa, value: u64) -> Result<(), Stop> {
-        match self.vcpu.write(gpa, SIDE, &value.to_le_bytes()) {
-            Ok(()) | Err(GuestExit::MemoryFault(_)) => Ok(()),
-            Err(other) => Err(other.into()),
+        self.bus(self.vcpu.write(gpa, SIDE, &value.to_le_bytes()))
+    }
+
+    /// Lets an access that memory did not let through go by, and remembers it.
+    fn bus(&self, access: Result<(), GuestExit>) -> Result<(), Stop> {
+        let Err(GuestExit::MemoryFault(fault)) = access else { return Ok(access?) };
+        let mut faults = self.faults.borrow_mut();
+        if faults.len() < FAULTS_KEPT {
+            faults.push(fault);
         }
+        Ok(())
     }
 }
 

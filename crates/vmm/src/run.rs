@@ -3,21 +3,18 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
 
 use polder::units::{ByteSize, Gfn, GfnRange, Gpa, PAGE_BYTES, PageIndex, PageRange};
 use polder::{HostKind, Memory, PageFacts, Statistics, VmId};
-use polder_linux::{Exit, Kicker};
+use polder_linux::Exit;
 
 use crate::RunError;
 use crate::guest::{Chunk, Image, Program, Transport};
-use crate::intruder::{Intruder, Way};
+use crate::intruder::Way;
 use crate::kvm::{self, Conversion};
-use crate::machine::Interpreter;
-use crate::requests::Requests;
 use crate::scenario::{self, Scenario, ScenarioError};
-use crate::vcpu::{self, Ran};
+use crate::threads::Threads;
+use crate::vcpu::Ran;
 
 /// What to run.
 #[derive(Clone, Copy, Debug)]
@@ -193,9 +190,6 @@ pub struct Report {
     pub touched: Vec<PageRange>,
 }
 
-/// How often a supervisor is asked.
-const SUPERVISE: Duration = Duration::from_millis(50);
-
 /// Runs a guest to its end, or until the supervisor has it stopped.
 ///
 /// # Errors
@@ -233,13 +227,8 @@ fn run_on_kvm(
         .zip(&image.vcpus)
         .map(|(index, start)| Ok((index, kvm::create_vcpu(&kvm, &vm, index, start)?)));
     let vcpus = vcpus.collect::<Result<Vec<_>, RunError>>()?;
-    let kickers: Vec<Kicker> = vcpus.iter().map(|_| Kicker::default()).collect();
-    let run = Run::new(&memory, id, scenario.layout().churn)?;
-    let jobs = vcpus.into_iter().zip(&kickers).map(|(vcpu, kicker)| {
-        let run = &run;
-        move || vcpu::run(vcpu, kicker, &run.requests, &run.exits, &run.stop)
-    });
-    let (end, ran) = run.go(jobs, || kickers.iter().for_each(Kicker::kick), supervise)?;
+    let threads = Threads::new(&memory, id, Some(scenario.layout().churn))?;
+    let (end, ran) = threads.run_on_kvm(vcpus, supervise)?;
     let conversion_by = match transport {
         Transport::Port => Conversion::Port,
         Transport::Vmcall | Transport::Vmmcall => Conversion::Hypercall,
@@ -256,22 +245,9 @@ fn run_on_machine(
     memory.settle().map_err(RunError::Memory)?;
     let vcpus = (0..config.vcpus).map(|_| memory.machine_vcpu(id));
     let vcpus = vcpus.collect::<Result<Vec<_>, _>>().map_err(RunError::Memory)?;
-    let kickers: Vec<Arc<AtomicBool>> = vcpus.iter().map(polder::MachineVcpu::kicker).collect();
-    let run = Run::new(&memory, id, scenario.layout().churn)?;
-    let jobs = (0..).zip(vcpus).zip(scenario.programs()).map(|((index, vcpu), ops)| {
-        let interpreter = Interpreter {
-            index,
-            vcpu,
-            program: config.program,
-            ops,
-            requests: &run.requests,
-            handled: &run.exits,
-            stop: &run.stop,
-        };
-        move || interpreter.run()
-    });
-    let kick = || kickers.iter().for_each(|kicker| kicker.store(true, Ordering::Release));
-    let (end, ran) = run.go(jobs, kick, supervise)?;
+    let threads = Threads::new(&memory, id, Some(scenario.layout().churn))?;
+    let programs = scenario.programs();
+    let (end, ran) = threads.run_on_machine(vcpus, config.program, programs, supervise)?;
     report(&memory, Accelerator::Machine, Conversion::Hypercall, end, &ran)
 }
 
@@ -326,100 +302,4 @@ fn load(memory: &Memory, vm: VmId, chunks: &[Chunk]) -> Result<(), polder::Error
         }
     }
     Ok(())
-}
-
-/// A guest that runs.
-struct Run<'a> {
-    memory: &'a Memory,
-    requests: Requests<'a>,
-    intruder: Intruder<'a>,
-    /// Pages that are private for good.
-    private: GfnRange,
-    exits: AtomicU64,
-    stop: AtomicBool,
-}
-
-impl<'a> Run<'a> {
-    fn new(memory: &'a Memory, vm: VmId, private: GfnRange) -> Result<Self, RunError> {
-        let no_file = |source| RunError::Vm { call: "open of /dev/zero", source };
-        Ok(Self {
-            memory,
-            requests: Requests::new(memory, vm).map_err(no_file)?,
-            intruder: Intruder::new(memory, vm).map_err(no_file)?,
-            private,
-            exits: AtomicU64::new(0),
-            stop: AtomicBool::new(false),
-        })
-    }
-
-    /// Starts a thread for each vCPU's job and one for the intruder, has them supervised, and ends
-    /// them. `kick` makes every vCPU look whether it is to stop.
-    fn go<J: FnOnce() -> Result<Ran, RunError> + Send>(
-        &self,
-        jobs: impl Iterator<Item = J>,
-        kick: impl Fn(),
-        mut supervise: impl FnMut(Progress) -> Supervision,
-    ) -> Result<(End, Vec<Ran>), RunError> {
-        std::thread::scope(|scope| {
-            let intruder = scope.spawn(|| self.intrude());
-            let threads: Vec<_> = jobs
-                .map(|job| {
-                    scope.spawn(move || {
-                        job()
-                            .inspect(|ran| self.stop_if(ran.failure.is_some()))
-                            .inspect_err(|_| self.stop_if(true))
-                    })
-                })
-                .collect();
-            let mut end = End::Ok;
-            while !threads.iter().all(|thread| thread.is_finished()) {
-                if self.stop.load(Ordering::Acquire) {
-                    kick();
-                    std::thread::sleep(Duration::from_millis(1));
-                    continue;
-                }
-                std::thread::park_timeout(SUPERVISE);
-                match supervise(self.progress()) {
-                    Supervision::GoOn => continue,
-                    Supervision::TimeOut => end = End::TimedOut,
-                    Supervision::Interrupt => end = End::Interrupted,
-                }
-                self.stop_if(true);
-            }
-            self.stop_if(true);
-            let intrusion = intruder.join().map_err(|_| RunError::Panicked)?;
-            let ran = threads
-                .into_iter()
-                .map(|thread| thread.join().map_err(|_| RunError::Panicked)?)
-                .collect::<Result<Vec<Ran>, RunError>>()?;
-            let failure = intrusion.or_else(|| ran.iter().find_map(|ran| ran.failure));
-            Ok((failure.map_or(end, End::Failed), ran))
-        })
-    }
-
-    fn stop_if(&self, stop: bool) {
-        if stop {
-            self.stop.store(true, Ordering::Release);
-        }
-    }
-
-    fn progress(&self) -> Progress {
-        Progress { exits: self.exits.load(Ordering::Relaxed), memory: self.memory.statistics() }
-    }
-
-    /// Tries pages that are private for good, one after the other, until the end.
-    fn intrude(&self) -> Option<Failure> {
-        let frames: Vec<Gfn> = self.private.frames().collect();
-        for &gfn in frames.iter().cycle() {
-            if self.stop.load(Ordering::Acquire) {
-                break;
-            }
-            if let Some(way) = self.intruder.assault(gfn) {
-                self.stop_if(true);
-                return Some(Failure::Intrusion { gfn, way });
-            }
-            std::thread::sleep(Duration::from_micros(500));
-        }
-        None
-    }
 }

@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use kvm_ioctls::VcpuFd;
-use polder::Visibility;
 use polder::units::Gpa;
+use polder::{MemoryFault, Visibility};
 use polder_linux::{Exit, Kicker, Vcpu};
 
 use crate::RunError;
@@ -19,7 +19,12 @@ pub(crate) struct Ran {
     pub(crate) checks_passed: u64,
     /// Why it ended before its program did.
     pub(crate) failure: Option<Failure>,
+    /// The first accesses that memory did not let through, [`FAULTS_KEPT`] at most.
+    pub(crate) faults: Vec<MemoryFault>,
 }
+
+/// How many faults are remembered: a guest makes as many as it likes.
+pub(crate) const FAULTS_KEPT: usize = 64;
 
 /// Runs a vCPU until its program ends, it fails, or `stop` is set (and it is kicked).
 pub(crate) fn run(
@@ -30,6 +35,7 @@ pub(crate) fn run(
     stop: &AtomicBool,
 ) -> Result<Ran, RunError> {
     let mut vcpu = Vcpu::new(fd, kicker);
+    let mut faults = Vec::new();
     while !stop.load(Ordering::Acquire) {
         let exit = vcpu.run().map_err(|source| RunError::Vcpu { vcpu: index, source })?;
         let next = match exit {
@@ -38,7 +44,11 @@ pub(crate) fn run(
             Exit::Hypercall { number, arguments } => {
                 requests.answer(index, Request::from_hypercall(number, arguments))
             }
-            Exit::MmioRead { gpa, .. } | Exit::MmioWrite { gpa, .. } => beyond(requests, gpa),
+            Exit::MmioRead { gpa, .. } | Exit::MmioWrite { gpa, .. } => {
+                let fault = beyond(requests, gpa);
+                faults.extend(fault.filter(|_| faults.len() < FAULTS_KEPT));
+                Next::Answer(-1)
+            }
             Exit::Interrupted => continue,
             Exit::MemoryFailure { address } => {
                 let page = requests.memory().0.page_of_failure(address);
@@ -50,13 +60,15 @@ pub(crate) fn run(
         handled.fetch_add(1, Ordering::Relaxed);
         match next {
             Next::Answer(value) => vcpu.answer(value.cast_unsigned()),
-            Next::Done { checks_passed } => return Ok(Ran { checks_passed, failure: None }),
+            Next::Done { checks_passed } => {
+                return Ok(Ran { checks_passed, failure: None, faults });
+            }
             Next::Failed { failure, checks_passed } => {
-                return Ok(Ran { checks_passed, failure: Some(failure) });
+                return Ok(Ran { checks_passed, failure: Some(failure), faults });
             }
         }
     }
-    Ok(Ran { checks_passed: 0, failure: None })
+    Ok(Ran { checks_passed: 0, failure: None, faults })
 }
 
 fn failed(failure: Failure) -> Next {
@@ -79,10 +91,10 @@ fn ask(
     Ok(requests.answer(index, Request::from_port((read, port, bytes, 1), &registers)))
 }
 
-/// An access to where there is no memory, as on a PC: loads give all ones, stores are dropped.
-fn beyond(requests: &Requests<'_>, gpa: Gpa) -> Next {
+/// An access to where there is no memory. Whatever the fault is, a PC's bus has one answer to it:
+/// loads give all ones, stores are dropped.
+fn beyond(requests: &Requests<'_>, gpa: Gpa) -> Option<MemoryFault> {
     let (memory, vm) = requests.memory();
-    // Whatever the fault is, a PC's bus has the same answer to it.
-    let _ = memory.guest_fault(vm, gpa, Visibility::Private);
-    Next::Answer(-1)
+    // That it could not be mapped is no answer for a bus.
+    memory.guest_fault(vm, gpa, Visibility::Private).ok().flatten()
 }

@@ -19,7 +19,7 @@ use super::boot::{Table, VcpuStart};
 use super::code::{self, Program, Transport};
 use super::record;
 use super::tables::{self, TSS_BYTES};
-use crate::scenario::{Layout, MMIO_END, MMIO_START, Op, Scenario};
+use crate::scenario::{BOOT_END, MMIO_END, MMIO_START, Op, Scenario};
 
 const GDT: Gpa = Gpa::new(0x1000);
 const IDT: Gpa = Gpa::new(0x1200);
@@ -90,7 +90,19 @@ impl Image {
         program: Program,
         transport: Transport,
     ) -> Result<Self, ImageError> {
-        let vcpus = u64::from(scenario.config().vcpus);
+        Self::of_programs(scenario.programs(), program, transport)
+    }
+
+    /// The image of a guest with a vCPU for each list of ops, that runs `program`.
+    ///
+    /// # Errors
+    /// [`ImageError::Boot`] if the ops are more than fit.
+    pub fn of_programs(
+        programs: &[Vec<Op>],
+        program: Program,
+        transport: Transport,
+    ) -> Result<Self, ImageError> {
+        let vcpus = programs.len() as u64;
         let at = |base: u64, stride: u64, vcpu: u64| Gpa::new(base + stride * vcpu);
         let tss: Vec<Gpa> = (0..vcpus).map(|vcpu| at(TSS, TSS_STRIDE, vcpu)).collect();
         let code = code::assemble(CODE, program, transport)?;
@@ -112,10 +124,9 @@ impl Image {
             put(gpa, bytes);
             gpa
         };
-        put_next(tables::page_tables(page_tables, &gibibytes(scenario)));
-        let programs: Vec<Gpa> =
-            scenario.programs().iter().map(|ops| put_next(records(ops))).collect();
-        fits(free, scenario.layout())?;
+        put_next(tables::page_tables(page_tables, &gibibytes(programs)));
+        let programs: Vec<Gpa> = programs.iter().map(|ops| put_next(records(ops))).collect();
+        fits(free)?;
 
         let idt_limit = if program == Program::TripleFault { 0 } else { limit(&chunks, IDT) };
         let gdt = Table { base: GDT, limit: limit(&chunks, GDT) };
@@ -148,9 +159,9 @@ fn limit(chunks: &[Chunk], base: Gpa) -> u16 {
 }
 
 /// The gibibytes to map.
-fn gibibytes(scenario: &Scenario) -> BTreeSet<u64> {
+fn gibibytes(programs: &[Vec<Op>]) -> BTreeSet<u64> {
     let mut gibibytes = BTreeSet::from([0, MMIO_START >> 30, (MMIO_END - 1) >> 30]);
-    for op in scenario.programs().iter().flatten() {
+    for op in programs.iter().flatten() {
         // What is converted or probed is not touched, and may be nowhere.
         if let Some((gpa, len)) = op.touched() {
             gibibytes.extend([gpa.get() >> 30, (gpa.get() + len.max(1) - 1) >> 30]);
@@ -159,9 +170,8 @@ fn gibibytes(scenario: &Scenario) -> BTreeSet<u64> {
     gibibytes
 }
 
-fn fits(end: Gpa, layout: &Layout) -> Result<(), ImageError> {
-    let len = layout.boot.end() * PAGE_SIZE;
-    if end.get() > len { Err(ImageError::Boot { end, len }) } else { Ok(()) }
+fn fits(end: Gpa) -> Result<(), ImageError> {
+    if end.get() > BOOT_END { Err(ImageError::Boot { end, len: BOOT_END }) } else { Ok(()) }
 }
 
 const _: () = assert!(TSS_STRIDE >= TSS_BYTES as u64);

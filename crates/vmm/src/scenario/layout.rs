@@ -19,11 +19,12 @@ pub const MEMORY_MAX: u64 = 1 << 40;
 pub const MMIO_START: u64 = 3 << 30;
 /// Where the hole for devices ends: 4 GiB.
 pub const MMIO_END: u64 = 4 << 30;
+/// Where the boot structures end, which begin at 0: tables, code, stacks and ops. 2 MiB.
+pub const BOOT_END: u64 = 2 << 20;
 /// The most vCPUs.
 pub const VCPUS_MAX: u8 = 4;
 
 const AREA: u64 = 4 << 20;
-const BOOT_END: u64 = 2 << 20;
 const FLAGS: u64 = (3 << 20) - PAGE_SIZE;
 const CHURN: u64 = 3 << 20;
 const CHURN_LEN: u64 = 256 << 10;

@@ -25,6 +25,6 @@ mod refusal;
 mod tests;
 
 pub use generate::{Config, Scenario, ScenarioError};
-pub use layout::{Layout, MEMORY_MAX, MEMORY_MIN, MMIO_END, MMIO_START, VCPUS_MAX, ram};
+pub use layout::{BOOT_END, Layout, MEMORY_MAX, MEMORY_MIN, MMIO_END, MMIO_START, VCPUS_MAX, ram};
 pub(crate) use op::PATTERN_FACTOR;
 pub use op::{HostAccess, Op, Outcome, Pattern, Visibility, WORD, pattern};

@@ -1,0 +1,167 @@
+//! The threads of a run: one for each vCPU, one for the intruder, and the caller as supervisor.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use kvm_ioctls::VcpuFd;
+use polder::units::{Gfn, GfnRange};
+use polder::{MachineVcpu, Memory, VmId};
+use polder_linux::Kicker;
+
+use crate::RunError;
+use crate::guest::Program;
+use crate::intruder::Intruder;
+use crate::machine::Interpreter;
+use crate::requests::Requests;
+use crate::run::{End, Failure, Progress, Supervision};
+use crate::scenario::Op;
+use crate::vcpu::{self, Ran};
+
+/// How often a supervisor is asked.
+const SUPERVISE: Duration = Duration::from_millis(50);
+
+/// A guest that runs on some memory.
+pub(crate) struct Threads<'a> {
+    memory: &'a Memory,
+    requests: Requests<'a>,
+    intruder: Intruder<'a>,
+    /// Pages that are private for good, which the host tries all the while.
+    private: Option<GfnRange>,
+    exits: AtomicU64,
+    stop: AtomicBool,
+}
+
+impl<'a> Threads<'a> {
+    pub(crate) fn new(
+        memory: &'a Memory,
+        vm: VmId,
+        private: Option<GfnRange>,
+    ) -> Result<Self, RunError> {
+        let no_file = |source| RunError::Vm { call: "open of /dev/zero", source };
+        Ok(Self {
+            memory,
+            requests: Requests::new(memory, vm).map_err(no_file)?,
+            intruder: Intruder::new(memory, vm).map_err(no_file)?,
+            private,
+            exits: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+        })
+    }
+
+    /// Runs vCPUs of KVM.
+    pub(crate) fn run_on_kvm(
+        &self,
+        vcpus: Vec<(u32, VcpuFd)>,
+        supervise: impl FnMut(Progress) -> Supervision,
+    ) -> Result<(End, Vec<Ran>), RunError> {
+        let kickers: Vec<Kicker> = vcpus.iter().map(|_| Kicker::default()).collect();
+        let jobs = vcpus.into_iter().zip(&kickers).map(|(vcpu, kicker)| {
+            move || vcpu::run(vcpu, kicker, &self.requests, &self.exits, &self.stop)
+        });
+        self.go(jobs.collect(), || kickers.iter().for_each(Kicker::kick), supervise)
+    }
+
+    /// Runs vCPUs of the simulated machine, each with its ops.
+    pub(crate) fn run_on_machine(
+        &self,
+        vcpus: Vec<MachineVcpu>,
+        program: Program,
+        programs: &[Vec<Op>],
+        supervise: impl FnMut(Progress) -> Supervision,
+    ) -> Result<(End, Vec<Ran>), RunError> {
+        let kickers: Vec<Arc<AtomicBool>> = vcpus.iter().map(MachineVcpu::kicker).collect();
+        let jobs = (0..).zip(vcpus).zip(programs).map(|((index, vcpu), ops)| {
+            let interpreter = Interpreter::new(
+                (index, vcpu),
+                (program, ops),
+                &self.requests,
+                &self.exits,
+                &self.stop,
+            );
+            move || interpreter.run()
+        });
+        let kick = || kickers.iter().for_each(|kicker| kicker.store(true, Ordering::Release));
+        self.go(jobs.collect(), kick, supervise)
+    }
+
+    /// Starts a thread for each vCPU's job and one for the intruder, has them supervised, and ends
+    /// them. `kick` makes every vCPU look whether it is to stop.
+    fn go<J: FnOnce() -> Result<Ran, RunError> + Send>(
+        &self,
+        jobs: Vec<J>,
+        kick: impl Fn(),
+        mut supervise: impl FnMut(Progress) -> Supervision,
+    ) -> Result<(End, Vec<Ran>), RunError> {
+        let (running, supervisor) = (AtomicUsize::new(jobs.len()), std::thread::current());
+        std::thread::scope(|scope| {
+            let intruder = self.private.map(|private| scope.spawn(move || self.intrude(private)));
+            let (running, supervisor) = (&running, &supervisor);
+            let work = |job: J| {
+                scope.spawn(move || {
+                    let ran = job();
+                    let failed = ran.as_ref().map_or(true, |ran| ran.failure.is_some());
+                    self.stop_if(failed);
+                    running.fetch_sub(1, Ordering::Release);
+                    supervisor.unpark();
+                    ran
+                })
+            };
+            let threads: Vec<_> = jobs.into_iter().map(work).collect();
+            let mut end = End::Ok;
+            // A thread that panics doesn't count itself out.
+            let over = || threads.iter().all(|thread| thread.is_finished());
+            while running.load(Ordering::Acquire) > 0 && !over() {
+                if self.stop.load(Ordering::Acquire) {
+                    kick();
+                    std::thread::sleep(Duration::from_millis(1));
+                    continue;
+                }
+                std::thread::park_timeout(SUPERVISE);
+                match supervise(self.progress()) {
+                    Supervision::GoOn => continue,
+                    Supervision::TimeOut => end = End::TimedOut,
+                    Supervision::Interrupt => end = End::Interrupted,
+                }
+                self.stop_if(true);
+            }
+            self.stop_if(true);
+            let intrusion = match intruder {
+                Some(intruder) => intruder.join().map_err(|_| RunError::Panicked)?,
+                None => None,
+            };
+            let ran = threads
+                .into_iter()
+                .map(|thread| thread.join().map_err(|_| RunError::Panicked)?)
+                .collect::<Result<Vec<Ran>, RunError>>()?;
+            let failure = intrusion.or_else(|| ran.iter().find_map(|ran| ran.failure));
+            Ok((failure.map_or(end, End::Failed), ran))
+        })
+    }
+
+    fn stop_if(&self, stop: bool) {
+        if stop {
+            self.stop.store(true, Ordering::Release);
+        }
+    }
+
+    fn progress(&self) -> Progress {
+        Progress { exits: self.exits.load(Ordering::Relaxed), memory: self.memory.statistics() }
+    }
+
+    /// Tries pages that are private for good, one after the other, until the end.
+    fn intrude(&self, private: GfnRange) -> Option<Failure> {
+        let frames: Vec<Gfn> = private.frames().collect();
+        for &gfn in frames.iter().cycle() {
+            if self.stop.load(Ordering::Acquire) {
+                break;
+            }
+            if let Some(way) = self.intruder.assault(gfn) {
+                self.stop_if(true);
+                return Some(Failure::Intrusion { gfn, way });
+            }
+            std::thread::sleep(Duration::from_micros(500));
+        }
+        None
+    }
+}

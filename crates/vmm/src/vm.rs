@@ -1,0 +1,181 @@
+//! [`Vm`]: a guest that does what it is told, on memory that somebody else made and bound.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use kvm_ioctls::{Kvm, VmFd};
+use polder::units::{Gfn, Gpa, PAGE_SIZE, PageCount, PageRange};
+use polder::{Contents, HostKind, Memory, MemoryFault, OnBusy, Slot, Visibility, VmId};
+
+use crate::guest::{Image, Program, Transport};
+use crate::scenario::{BOOT_END, Op, ScenarioError, VCPUS_MAX};
+use crate::threads::Threads;
+use crate::vcpu::Ran;
+use crate::{End, Progress, RunError, Supervision, kvm};
+
+/// A VM whose guest runs lists of ops, on KVM or on the simulated machine.
+///
+/// On KVM the guest's own image lies in memory of its own, in the VM's last slot, at
+/// guest-physical 0 to [`Vm::RAM`]. What lies from there on is the caller's: memory of any size,
+/// in any slots.
+#[derive(Debug)]
+pub struct Vm(Kind);
+
+enum Kind {
+    Kvm(Box<KvmVm>),
+    Machine,
+}
+
+struct KvmVm {
+    kvm: Kvm,
+    fd: Arc<VmFd>,
+    transport: Transport,
+    /// The image's memory and this VM's name there; held while a guest runs.
+    boot: Mutex<(Memory, VmId)>,
+    /// KVM gives a vCPU's number once in a VM's life.
+    next_vcpu: AtomicU32,
+}
+
+/// What became of a guest's programs.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Ended {
+    /// How it ended.
+    pub end: End,
+    /// The checks that passed, on all vCPUs.
+    pub checks_passed: u64,
+    /// The first accesses that memory did not let through: loads gave all ones, stores were
+    /// dropped. In the order of vCPUs, and of each one's accesses.
+    pub faults: Vec<MemoryFault>,
+}
+
+impl Vm {
+    /// Where the caller's guest-physical memory may begin: 2 MiB.
+    pub const RAM: Gpa = Gpa::new(BOOT_END);
+
+    /// A VM for memory of `host`.
+    ///
+    /// # Errors
+    /// [`RunError::Kvm`] where a host of real memory finds no usable KVM, [`RunError::Memory`]
+    /// where the host can't be used, and others of [`RunError`].
+    pub fn new(host: HostKind) -> Result<Self, RunError> {
+        Ok(Self(match host {
+            HostKind::Memfd => Kind::Kvm(Box::new(KvmVm::new(host)?)),
+            HostKind::Machine => Kind::Machine,
+        }))
+    }
+
+    /// Makes the VM known to memory, to bind its pages to. On the simulated machine each memory
+    /// has a machine of its own, and so knows the VM apart from others.
+    ///
+    /// # Errors
+    /// [`polder::Error::WrongVm`] for memory of another kind of host.
+    pub fn attach(&self, memory: &Memory) -> Result<VmId, polder::Error> {
+        match &self.0 {
+            Kind::Kvm(vm) => memory.attach(Arc::clone(&vm.fd)),
+            Kind::Machine => memory.attach(polder::Vm::Machine),
+        }
+    }
+
+    /// How many slots the VM has for the caller: 0 to that less 1.
+    pub fn slots(&self) -> u32 {
+        match &self.0 {
+            Kind::Kvm(vm) => slots(&vm.kvm) - 1,
+            Kind::Machine => u32::MAX,
+        }
+    }
+
+    /// Runs a guest with a vCPU for each list of ops, each of which ends in [`Op::Done`], to its
+    /// end, or until the supervisor has it stopped. What it asks for, it asks of `memory`, which
+    /// knows this VM as `vm`. One guest runs at a time.
+    ///
+    /// # Errors
+    /// A [`RunError`]; that the guest fails is none.
+    pub fn run(
+        &self,
+        (memory, id): (&Memory, VmId),
+        programs: &[Vec<Op>],
+        supervise: impl FnMut(Progress) -> Supervision,
+    ) -> Result<Ended, RunError> {
+        if !(1..=usize::from(VCPUS_MAX)).contains(&programs.len()) {
+            let vcpus = u32::try_from(programs.len()).unwrap_or(u32::MAX);
+            return Err(ScenarioError::Vcpus { vcpus }.into());
+        }
+        let threads = Threads::new(memory, id, None)?;
+        let (end, ran) = match &self.0 {
+            Kind::Kvm(vm) => vm.run(&threads, programs, supervise)?,
+            Kind::Machine => {
+                let vcpus = programs.iter().map(|_| memory.machine_vcpu(id));
+                let vcpus = vcpus.collect::<Result<Vec<_>, _>>().map_err(RunError::Memory)?;
+                threads.run_on_machine(vcpus, Program::SelfTest, programs, supervise)?
+            }
+        };
+        Ok(Ended {
+            end,
+            checks_passed: ran.iter().map(|ran| ran.checks_passed).sum(),
+            faults: ran.into_iter().flat_map(|ran| ran.faults).collect(),
+        })
+    }
+}
+
+impl KvmVm {
+    fn new(host: HostKind) -> Result<Self, RunError> {
+        let kvm = kvm::open()?;
+        let transport = transport(&kvm)?;
+        let (fd, _) = kvm::create_vm(&kvm)?;
+        let pages = PageRange::between(0, BOOT_END / PAGE_SIZE).expect("2 MiB are pages");
+        let memory = Memory::builder(pages.count()).host(host).build().map_err(RunError::Memory)?;
+        let id = memory.attach(Arc::clone(&fd)).map_err(RunError::Memory)?;
+        let last = Slot(slots(&kvm) - 1);
+        memory
+            .convert(pages, Visibility::Shared, Contents::Preserve, OnBusy::Wait)
+            .and_then(|_: PageCount| memory.bind(id, last, Gfn::from(0), pages))
+            .map_err(RunError::Memory)?;
+        Ok(Self { kvm, fd, transport, boot: Mutex::new((memory, id)), next_vcpu: 0.into() })
+    }
+
+    fn run(
+        &self,
+        threads: &Threads<'_>,
+        programs: &[Vec<Op>],
+        supervise: impl FnMut(Progress) -> Supervision,
+    ) -> Result<(End, Vec<Ran>), RunError> {
+        let image = Image::of_programs(programs, Program::SelfTest, self.transport)?;
+        let boot = self.boot.lock().unwrap_or_else(PoisonError::into_inner);
+        for chunk in &image.chunks {
+            boot.0.write(boot.1, chunk.gpa, &chunk.bytes).map_err(RunError::Memory)?;
+        }
+        // KVM's number of a vCPU is a fresh one; ours is that of its program.
+        let vcpus = (0..).zip(&image.vcpus).map(|(index, start)| {
+            let fresh = self.next_vcpu.fetch_add(1, Ordering::Relaxed);
+            Ok((index, kvm::create_vcpu(&self.kvm, &self.fd, fresh, start)?))
+        });
+        let vcpus = vcpus.collect::<Result<Vec<_>, RunError>>()?;
+        threads.run_on_kvm(vcpus, supervise)
+    }
+}
+
+impl fmt::Debug for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm(_) => "kvm",
+            Self::Machine => "machine",
+        })
+    }
+}
+
+fn slots(kvm: &Kvm) -> u32 {
+    u32::try_from(kvm.get_nr_memslots()).expect("KVM numbers slots in 16 bits")
+}
+
+/// By which instruction this KVM completes hypercalls: tried once, for it takes a while.
+fn transport(kvm: &Kvm) -> Result<Transport, RunError> {
+    static FOUND: OnceLock<Transport> = OnceLock::new();
+    match FOUND.get() {
+        Some(&found) => Ok(found),
+        None => Ok(*FOUND.get_or_init({
+            let found = kvm::transport(kvm)?;
+            move || found
+        })),
+    }
+}
