@@ -1,5 +1,6 @@
 //! The program `polder`.
 
+mod output;
 mod picture;
 mod run;
 mod trouble;

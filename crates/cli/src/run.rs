@@ -13,8 +13,8 @@ use polder_vmm::guest::Program;
 use polder_vmm::{Accelerator, Config, Conversion, End, Failure, Progress, Report, Supervision};
 use serde_json::json;
 
-use crate::picture;
-use crate::trouble::{self, Trouble};
+use crate::trouble::Trouble;
+use crate::{output, picture};
 
 /// Run a guest on Polder's memory, and check every byte of it.
 ///
@@ -103,7 +103,7 @@ fn choose(host: Host) -> (HostKind, Option<Trouble>) {
 pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     let (host, instead) = choose(arguments.host);
     if let Some(instead) = instead.as_ref().filter(|_| !arguments.json) {
-        eprintln!("note: this runs on the simulated machine, because {instead}");
+        output::note(&format!("note: this runs on the simulated machine, because {instead}"));
     }
     let config = Config {
         host,
@@ -120,8 +120,7 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     let mut supervisor = match Supervisor::new(arguments) {
         Ok(supervisor) => supervisor,
         Err(error) => {
-            Trouble::new(&error, None).print(arguments.json);
-            return ExitCode::from(trouble::STATUS);
+            return Trouble::new(&error, None).print(arguments.json);
         }
     };
     let report = polder_vmm::run(&config, |progress| supervisor.look(progress));
@@ -130,16 +129,12 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
         Ok(report) => {
             if arguments.json {
                 let object = to_json(arguments, (host, instead.as_ref()), &report, seconds);
-                println!("{object}");
+                output::print(&format!("{object}\n"), status(report.end))
             } else {
-                print!("{}", to_text(arguments, host, &report, seconds));
+                output::print(&to_text(arguments, host, &report, seconds), status(report.end))
             }
-            status(report.end)
         }
-        Err(error) => {
-            Trouble::new(&error, error.way_out()).print(arguments.json);
-            ExitCode::from(trouble::STATUS)
-        }
+        Err(error) => Trouble::new(&error, error.way_out()).print(arguments.json),
     }
 }
 
@@ -155,6 +150,9 @@ impl Supervisor {
     fn new(arguments: &Arguments) -> std::io::Result<Self> {
         let interrupted = Arc::new(AtomicBool::new(false));
         for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+            // The second one ends the program at once.
+            let again = Arc::clone(&interrupted);
+            signal_hook::flag::register_conditional_shutdown(signal, 130, again)?;
             signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
         }
         // On standard error, and only where that is a terminal.
@@ -216,6 +214,8 @@ fn exit(end: End) -> &'static str {
         End::Failed(Failure::Exception { .. }) => "exception",
         End::Failed(Failure::TripleFault { .. }) => "triple-fault",
         End::Failed(Failure::MemoryFailure { .. }) => "memory-failure",
+        End::Failed(Failure::MemoryFault { .. }) => "memory-fault",
+        End::Failed(Failure::TooFewChecks { .. }) => "too-few-checks",
         End::Failed(Failure::Intrusion { .. }) => "intrusion",
         End::Failed(Failure::Exit { .. }) => "unexpected-exit",
         End::TimedOut => "timeout",

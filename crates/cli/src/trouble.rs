@@ -2,11 +2,14 @@
 
 use std::error::Error;
 use std::fmt;
+use std::process::ExitCode;
 
 use serde::Serialize;
 
+use crate::output;
+
 /// The exit status for a command that could not be carried out.
-pub(crate) const STATUS: u8 = 2;
+const STATUS: u8 = 2;
 
 /// An error, told.
 #[derive(Serialize)]
@@ -38,18 +41,18 @@ impl Trouble {
         }
     }
 
-    /// Prints it: three lines for a person, one object for a program.
-    pub(crate) fn print(&self, json: bool) {
+    /// Prints it: three lines for a person, one object for a program. Returns the exit status.
+    pub(crate) fn print(&self, json: bool) -> ExitCode {
         if json {
-            println!("{}", serde_json::json!({ "error": self }));
-            return;
+            let object = serde_json::json!({ "error": self });
+            return output::print(&format!("{object}\n"), ExitCode::from(STATUS));
         }
-        eprintln!("error: {}", self.what);
-        if let Some(why) = &self.why {
-            eprintln!("  why: {why}");
+        output::note(&format!("error: {}", self.what));
+        for (name, line) in [("why", &self.why), ("try", &self.way_out)] {
+            if let Some(line) = line {
+                output::note(&format!("  {name}: {line}"));
+            }
         }
-        if let Some(way_out) = &self.way_out {
-            eprintln!("  try: {way_out}");
-        }
+        ExitCode::from(STATUS)
     }
 }

@@ -14,7 +14,10 @@ use polder_units::{PageCount, PageRange};
 
 use crate::operation::Program;
 use crate::range_set::push_run;
-use crate::{Activity, Blocked, Contents, Engine, Operation, Refusal, Stage, Step, Visibility};
+use crate::{
+    Activity, Blocked, Contents, Engine, Operation, Population, Refusal, Stage, Step, View,
+    Visibility,
+};
 
 /// A conversion in flight.
 pub type Conversion<S> = Operation<S>;
@@ -137,15 +140,21 @@ impl Engine {
     /// Makes the conversion true: from here on faults see the pages as what they became.
     pub fn finish_conversion(&mut self, conversion: Conversion<Settled>) -> Converted {
         let record = self.finish(&conversion);
-        let Activity::Conversion { to, .. } = record.activity else {
+        let Activity::Conversion { to, contents } = record.activity else {
             unreachable!("only a conversion is ever settled")
         };
         let mut pages = PageCount::ZERO;
         for &part in &record.parts {
             self.pages.set_visibility(part, to);
+            if contents == Contents::Zero {
+                // They are zeros now: what was owed must not come any more.
+                self.pages.set_population(part, Population::Whole);
+                self.failed.remove(part);
+                self.forget_markers(View::Guest, &[part]);
+            }
             pages = pages.checked_add(part.count()).expect("parts lie in one object");
         }
-        self.forget_markers(&record.parts);
+        self.forget_markers(View::Host, &record.parts);
         Converted { pages }
     }
 

@@ -1,5 +1,7 @@
 //! Copies by the host's API: checked, held while the bytes move, given back.
 
+use alloc::vec::Vec;
+
 use polder_units::PageRange;
 
 use crate::fault::InFlight;
@@ -9,21 +11,26 @@ use crate::{Blocked, Engine};
 /// operations on its pages wait for that.
 #[must_use = "operations wait until it is given back"]
 #[derive(PartialEq, Eq, Debug)]
-pub struct Copying(InFlight);
+pub struct Copying(Vec<InFlight>);
 
 impl Engine {
-    /// Allows a copy between the host and pages that are shared.
+    /// Allows a copy between the host and pages that are shared. All of the runs or none: who
+    /// waits for one of them holds no other, so that no two can wait for each other.
     ///
     /// # Errors
     /// Refused beyond the object, for a page that is private, owed or in quarantine; busy where an
     /// operation holds a page.
-    pub fn copy(&mut self, range: PageRange) -> Result<Copying, Blocked> {
-        self.check_host_access(range)?;
-        Ok(Copying(self.take_off(range)))
+    pub fn copy(&mut self, runs: &[PageRange]) -> Result<Copying, Blocked> {
+        for &run in runs {
+            self.check_host_access(run)?;
+        }
+        Ok(Copying(runs.iter().map(|&run| self.take_off(run)).collect()))
     }
 
     /// Takes a copy back.
     pub fn copied(&mut self, copying: Copying) {
-        self.land(&copying.0);
+        for in_flight in &copying.0 {
+            self.land(in_flight);
+        }
     }
 }

@@ -5,7 +5,7 @@ use alloc::vec;
 use polder_units::PageRange;
 
 use crate::operation::Program;
-use crate::{Activity, Blocked, Engine, Operation, Population, Stage, Step};
+use crate::{Activity, Blocked, Engine, Operation, Population, Stage, Step, View};
 
 /// A discard in flight.
 pub type Discard = Operation<Clearing>;
@@ -44,7 +44,10 @@ impl Engine {
         let record = self.finish(&discard);
         for &part in &record.parts {
             self.pages.set_population(part, Population::Whole);
+            self.failed.remove(part);
         }
-        self.forget_markers(&record.parts);
+        for view in [View::Host, View::Guest] {
+            self.forget_markers(view, &record.parts);
+        }
     }
 }

@@ -32,6 +32,9 @@ pub enum Refusal {
     /// `EAGAIN`: the page's contents have not arrived.
     #[error("the contents of page {page} are still owed; populate it first")]
     Owed { page: PageIndex },
+    /// `EIO`: the page's contents were to come and did not.
+    #[error("the contents of page {page} could not be brought; discard it to have zeros")]
+    SourceFailed { page: PageIndex },
     /// `EEXIST`: a population of a page that is whole.
     #[error("page {page} is whole already; discard it before populating it again")]
     Whole { page: PageIndex },
@@ -64,6 +67,7 @@ pub enum Refusal {
 #[expect(missing_docs, reason = "Linux's names")]
 #[repr(i32)]
 pub enum Errno {
+    EIO = 5,
     EAGAIN = 11,
     ENOMEM = 12,
     EACCES = 13,
@@ -82,6 +86,7 @@ impl Refusal {
             Self::Busy { .. } | Self::Pinned { .. } => Errno::EAGAIN,
             Self::Referenced { .. } | Self::Owed { .. } => Errno::EAGAIN,
             Self::Private { .. } => Errno::EACCES,
+            Self::SourceFailed { .. } => Errno::EIO,
             Self::Whole { .. } | Self::SlotTaken { .. } => Errno::EEXIST,
             Self::GfnsTaken { .. } | Self::PagesTaken { .. } => Errno::EEXIST,
             Self::Quarantined { .. } => Errno::EHWPOISON,

@@ -4,7 +4,6 @@
 //! engine takes it back. An operation waits for the answers in flight on its pages and no new ones
 //! are given there, so no answer that was right when it was given takes effect when it is wrong.
 
-use alloc::vec::Vec;
 use core::fmt;
 
 use polder_units::{Gfn, GfnRange, Level, PageIndex, PageRange};
@@ -104,6 +103,8 @@ pub enum MemoryFault {
     },
     /// The page is in quarantine.
     Quarantined(GfnRange),
+    /// The page's contents were to come, and did not.
+    SourceFailed(GfnRange),
 }
 
 impl fmt::Display for MemoryFault {
@@ -114,6 +115,9 @@ impl fmt::Display for MemoryFault {
                 write!(f, "guest frames {gfns} are {}, not {wanted}", wanted.other())
             }
             Self::Quarantined(gfns) => write!(f, "guest frames {gfns} are in quarantine"),
+            Self::SourceFailed(gfns) => {
+                write!(f, "the contents of guest frames {gfns} could not be brought")
+            }
         }
     }
 }
@@ -149,6 +153,9 @@ impl Engine {
         if private || self.quarantine.contains(page) {
             return TouchAnswer::Now(self.answer(view, PageRange::one(page), Response::Poison));
         }
+        if self.failed.contains(page) {
+            return TouchAnswer::Now(self.answer(view, PageRange::one(page), Response::Poison));
+        }
         if facts.population == Population::Owed {
             return TouchAnswer::Wait;
         }
@@ -179,6 +186,9 @@ impl Engine {
         if self.config.platform.tells_accesses_apart() && facts.visibility != wanted {
             return GuestAnswer::Exit(MemoryFault::Mismatch { gfns, wanted });
         }
+        if self.failed.contains(page) {
+            return GuestAnswer::Exit(MemoryFault::SourceFailed(gfns));
+        }
         if facts.population == Population::Owed {
             return GuestAnswer::Wait;
         }
@@ -190,8 +200,8 @@ impl Engine {
     /// again; or poison where mapping failed for want of memory, as the kernel does it itself.
     pub fn answered(&mut self, answer: Answer, done: Option<Response>) {
         self.land(&answer.in_flight);
-        if (answer.view, done) == (View::Host, Some(Response::Poison)) {
-            self.markers.insert(answer.range());
+        if done == Some(Response::Poison) {
+            self.markers[answer.view as usize].insert(answer.range());
         }
     }
 
@@ -210,11 +220,11 @@ impl Engine {
 
     /// Whether the host view holds a marker in place of a page of `range`, or is about to.
     pub(crate) fn may_have_markers(&self, range: PageRange) -> bool {
-        self.markers.first_in(range).is_some()
+        self.markers[View::Host as usize].first_in(range).is_some()
             || self.in_flight.iter().any(|one| one.range.overlaps(range))
     }
 
-    fn answer(&mut self, view: View, range: PageRange, response: Response) -> Answer {
+    pub(crate) fn answer(&mut self, view: View, range: PageRange, response: Response) -> Answer {
         Answer { view, in_flight: self.take_off(range), response }
     }
 
@@ -227,10 +237,5 @@ impl Engine {
     pub(crate) fn land(&mut self, in_flight: &InFlight) {
         let at = self.in_flight.iter().position(|other| other.id == in_flight.id);
         self.in_flight.swap_remove(at.expect("it is given back once"));
-    }
-
-    /// The ranges of all answers and copies in flight.
-    pub fn in_flight(&self) -> Vec<PageRange> {
-        self.in_flight.iter().map(InFlight::range).collect()
     }
 }

@@ -67,7 +67,7 @@ pub use operation::{Activity, Blocked, OpId, Operation, Stage, Undoing};
 pub use page_map::{PageFacts, PageMap, Population, Visibility};
 pub use pin::{Holder, PinId, PinKind};
 pub use platform::{Contents, Platform};
-pub use populate::{Populated, Publishing, Writing};
+pub use populate::{Published, Writing};
 pub use range_set::RangeSet;
 pub use step::Step;
 
@@ -103,8 +103,10 @@ pub struct Engine {
     operations: Vec<Record>,
     in_flight: Vec<InFlight>,
     pins: Pins,
-    /// Pages in whose place the host view holds a poison marker.
-    markers: RangeSet,
+    /// Pages in whose place a view holds a poison marker, by view.
+    markers: [RangeSet; 2],
+    /// Pages that are owed for good: their source failed.
+    failed: RangeSet,
     /// Pages whose undo failed; neither side may touch them again.
     quarantine: RangeSet,
     /// The last id given out, to operations, answers and pins alike.
@@ -121,7 +123,8 @@ impl Engine {
             operations: Vec::new(),
             in_flight: Vec::new(),
             pins: Pins::default(),
-            markers: RangeSet::default(),
+            markers: <[RangeSet; 2]>::default(),
+            failed: RangeSet::default(),
             quarantine: RangeSet::default(),
             last_id: 0,
             config,
@@ -143,9 +146,9 @@ impl Engine {
         &self.quarantine
     }
 
-    /// The pages in whose place the host view holds a poison marker.
-    pub fn markers(&self) -> &RangeSet {
-        &self.markers
+    /// The pages in whose place a view holds a poison marker.
+    pub fn markers(&self, view: View) -> &RangeSet {
+        &self.markers[view as usize]
     }
 
     /// Whether nothing is in flight: no operation, no answer, no copy.

@@ -20,7 +20,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use polder_units::PageRange;
 
 use crate::step::Undo;
-use crate::{Contents, Engine, Refusal, Step, Visibility};
+use crate::{Contents, Engine, Refusal, Step, View, Visibility};
 
 /// Names an operation; never used twice.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -326,10 +326,10 @@ impl Engine {
         self.end(operation.id)
     }
 
-    /// Notes that the host view holds no markers on these pages any more.
-    pub(crate) fn forget_markers(&mut self, parts: &[PageRange]) {
+    /// Notes that a view holds no markers on these pages any more.
+    pub(crate) fn forget_markers(&mut self, view: View, parts: &[PageRange]) {
         for &part in parts {
-            self.markers.remove(part);
+            self.markers[view as usize].remove(part);
         }
     }
 

@@ -107,6 +107,9 @@ impl Engine {
         if let Some(page) = self.first_page(range, private) {
             return Err(Refusal::Private { page }.into());
         }
+        if let Some(page) = self.failed.first_in(range) {
+            return Err(Refusal::SourceFailed { page }.into());
+        }
         match self.first_page(range, |facts| facts.population == Population::Owed) {
             Some(page) => Err(Refusal::Owed { page }.into()),
             None => Ok(()),

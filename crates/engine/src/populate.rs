@@ -5,30 +5,26 @@
 //! see what protects a thread fault concurrently during write() happening, seeing partial data").
 
 use alloc::vec;
+use alloc::vec::Vec;
 
 use polder_units::PageRange;
 
 use crate::operation::Program;
-use crate::{Activity, Blocked, Engine, Operation, PageFacts, Population, Refusal, Stage, Step};
+use crate::{
+    Activity, Answer, Blocked, Engine, Operation, PageFacts, Population, RangeSet, Refusal,
+    Response, Stage, Step, View,
+};
 
 /// The pages are claimed, and their bytes are being written through the trusted view.
 #[derive(Debug)]
 pub enum Writing {}
-/// The pages are published, and whoever waits for them is let go on.
+/// The pages are published; [`Engine::finish_population`] shows them.
 #[derive(Debug)]
-pub enum Publishing {}
-/// All is done; [`Engine::finish_population`] makes it true.
-#[derive(Debug)]
-pub enum Populated {}
+pub enum Published {}
 
 impl Stage for Writing {
-    type Next = Publishing;
+    type Next = Published;
     const INDEX: usize = 0;
-}
-
-impl Stage for Publishing {
-    type Next = Populated;
-    const INDEX: usize = 1;
 }
 
 impl Engine {
@@ -45,27 +41,69 @@ impl Engine {
         if let Some(page) = self.first_page(range, whole) {
             return Err(Refusal::Whole { page }.into());
         }
-        let program = Program::default()
-            .stage([Step::Publish(range)].into_iter())
-            .stage([Step::Continue(range)].into_iter());
+        if let Some(page) = self.failed.first_in(range) {
+            return Err(Refusal::SourceFailed { page }.into());
+        }
+        let program = Program::default().stage([Step::Publish(range)].into_iter());
         Ok(self.begin(Activity::Population, vec![range], vec![range], program))
     }
 
-    /// Makes the population true.
-    pub fn finish_population(&mut self, population: Operation<Populated>) {
-        for part in self.finish(&population).parts {
-            self.pages.set_population(part, Population::Whole);
-        }
+    /// Makes the population true: from here on the pages are seen, and nothing takes them back.
+    /// Returns an answer that lets whoever waits in the guest view go on, all at once; should it
+    /// fail, they are answered one by one.
+    pub fn finish_population(&mut self, population: Operation<Published>) -> Answer {
+        let record = self.finish(&population);
+        let range = record.parts[0];
+        self.pages.set_population(range, Population::Whole);
+        self.answer(View::Guest, range, Response::Map)
     }
 
-    /// Says that nothing more will come: what is still owed is zeros.
+    /// Says that the contents of pages will not come: whoever touches one is denied from now on,
+    /// until the pages are discarded.
+    ///
+    /// # Errors
+    /// Refused beyond the object and for a page that is whole; busy where an operation holds one.
+    pub fn fail(&mut self, range: PageRange) -> Result<(), Blocked> {
+        self.check_bounds(range)?;
+        self.check_claims(range)?;
+        if let Some(page) = self.first_page(range, |facts| facts.population == Population::Whole) {
+            return Err(Refusal::Whole { page }.into());
+        }
+        self.failed.insert(range);
+        Ok(())
+    }
+
+    /// Says so of everything that is still owed, whatever goes on: the object is about to go.
+    pub fn fail_all(&mut self) {
+        let all = PageRange::between(0, self.config.pages.get()).expect("an object has pages");
+        let owed = self.pages.runs(all).filter(|(_, facts)| facts.population == Population::Owed);
+        let owed: Vec<PageRange> = owed.map(|(run, _)| run).collect();
+        owed.into_iter().for_each(|run| self.failed.insert(run));
+    }
+
+    /// The pages whose contents were to come and did not.
+    pub fn failed(&self) -> &RangeSet {
+        &self.failed
+    }
+
+    /// Says that nothing more will come: what is still owed is zeros, unless its source failed.
     ///
     /// # Errors
     /// Busy while an operation runs.
     pub fn settle(&mut self) -> Result<(), Blocked> {
         let all = PageRange::between(0, self.config.pages.get()).expect("an object has pages");
         self.check_claims(all)?;
-        self.pages.set_population(all, Population::Whole);
+        let mut next = 0;
+        let failed: Vec<PageRange> = self.failed.runs().collect();
+        for run in failed {
+            if let Some(owed) = PageRange::between(next, run.start().get()) {
+                self.pages.set_population(owed, Population::Whole);
+            }
+            next = run.end();
+        }
+        if let Some(owed) = PageRange::between(next, all.end()) {
+            self.pages.set_population(owed, Population::Whole);
+        }
         Ok(())
     }
 }

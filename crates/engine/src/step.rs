@@ -20,12 +20,10 @@ pub enum Step {
     CheckReferences(PageRange),
     /// Make hardware or kernel treat the pages as private or shared.
     Protect(PageRange, Visibility),
-    /// Make the contents zeros and free the memory, under every view.
+    /// Make the contents zeros and free the memory, under every view; lifts all markers.
     Free(PageRange),
     /// Prepare freshly written pages for their first use.
     Publish(PageRange),
-    /// Let whoever faults on the pages through the guest view go on.
-    Continue(PageRange),
     /// Cut everybody off from the pages for good.
     Quarantine(PageRange),
 }
@@ -40,7 +38,6 @@ impl Step {
             | Self::Protect(range, _)
             | Self::Free(range)
             | Self::Publish(range)
-            | Self::Continue(range)
             | Self::Quarantine(range) => range,
         }
     }
@@ -49,7 +46,7 @@ impl Step {
     pub(crate) const fn undo(self) -> Undo {
         match self {
             // Faults bring mappings back, and put markers back.
-            Self::UnmapHost(_) | Self::UnmapGuest(_) | Self::Continue(_) => Undo::Nothing,
+            Self::UnmapHost(_) | Self::UnmapGuest(_) => Undo::Nothing,
             Self::CheckReferences(_) | Self::Quarantine(_) => Undo::Nothing,
             Self::Protect(range, to) => Undo::Step(Self::Protect(range, to.other())),
             // Nobody may see what a failed population left behind.
@@ -77,7 +74,6 @@ impl fmt::Display for Step {
             Self::Protect(_, to) => write!(f, "make pages {range} {to}"),
             Self::Free(_) => write!(f, "free pages {range}"),
             Self::Publish(_) => write!(f, "publish pages {range}"),
-            Self::Continue(_) => write!(f, "continue faults on pages {range}"),
             Self::Quarantine(_) => write!(f, "quarantine pages {range}"),
         }
     }

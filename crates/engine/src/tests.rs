@@ -132,12 +132,12 @@ fn an_answer_in_flight_is_waited_for_and_no_other_is_given() {
     share(&mut engine, pages(0, 8));
     let early = now(engine.touch(View::Host, page(3)));
     assert_eq!((early.response(), early.range()), (Response::Map, pages(3, 4)));
-    let copying = engine.copy(pages(5, 6)).unwrap();
+    let copying = engine.copy(&[pages(5, 6)]).unwrap();
     let to_private = request(pages(0, 8), Visibility::Private, Contents::Preserve);
     let Start::Claimed(draining) = claim(&mut engine, &to_private).unwrap() else { panic!() };
     assert!(!engine.is_drained(&draining));
     assert!(waits(&mut engine, page(4)), "faults in a draining range wait");
-    assert!(matches!(engine.copy(pages(7, 9)), Err(Blocked::Busy(_))));
+    assert!(matches!(engine.copy(&[pages(7, 9)]), Err(Blocked::Busy(_))));
     engine.answered(early, Some(Response::Map));
     assert!(!engine.is_drained(&draining));
     engine.copied(copying);
@@ -225,7 +225,7 @@ fn pages_whose_undo_fails_are_kept_from_everybody() {
     let again = request(pages(2, 8), Visibility::Shared, Contents::Preserve);
     assert_eq!(claim(&mut engine, &again).unwrap_err(), quarantined);
     assert!(
-        matches!(engine.copy(pages(2, 3)), Err(Blocked::Refused(refusal)) if refusal == quarantined)
+        matches!(engine.copy(&[pages(2, 3)]), Err(Blocked::Refused(refusal)) if refusal == quarantined)
     );
     assert!(matches!(engine.discard(pages(2, 3)), Err(Blocked::Refused(_))));
 }
@@ -268,7 +268,7 @@ fn a_marker_is_lifted_when_its_page_becomes_shared_and_only_then() {
     let poison = now(engine.touch(View::Host, page(2)));
     assert_eq!(poison.response(), Response::Poison);
     engine.answered(poison, Some(Response::Poison));
-    assert!(engine.markers().contains(page(2)));
+    assert!(engine.markers(View::Host).contains(page(2)));
     let to_shared = request(pages(0, 2), Visibility::Shared, Contents::Preserve);
     assert!(
         !convert(&mut engine, &to_shared, None).unwrap().contains(&Step::UnmapHost(pages(0, 2)))
@@ -276,7 +276,7 @@ fn a_marker_is_lifted_when_its_page_becomes_shared_and_only_then() {
     let to_shared = request(pages(2, 4), Visibility::Shared, Contents::Preserve);
     let taken = convert(&mut engine, &to_shared, None).unwrap();
     assert_eq!(taken.last(), Some(&Step::UnmapHost(pages(2, 4))));
-    assert!(engine.markers().is_empty());
+    assert!(engine.markers(View::Host).is_empty());
 }
 
 #[test]
@@ -286,10 +286,11 @@ fn a_population_is_seen_whole_or_not_at_all() {
     assert!(waits(&mut engine, page(0)), "it is owed");
     let writing = engine.populate(pages(0, 4)).unwrap();
     assert!(matches!(engine.populate(pages(3, 5)), Err(Blocked::Busy(_))));
-    let publishing = stage(&mut engine, writing, &mut Vec::new(), &mut None).unwrap();
+    let published = stage(&mut engine, writing, &mut Vec::new(), &mut None).unwrap();
     assert!(waits(&mut engine, page(0)), "it is published, not shown");
-    let populated = stage(&mut engine, publishing, &mut Vec::new(), &mut None).unwrap();
-    engine.finish_population(populated);
+    let shown = engine.finish_population(published);
+    assert_eq!((shown.view(), shown.range()), (View::Guest, pages(0, 4)));
+    engine.answered(shown, None);
     let answer = now(engine.touch(View::Host, page(0)));
     engine.answered(answer, Some(Response::Map));
     let whole = engine.populate(pages(3, 5));
@@ -302,6 +303,58 @@ fn a_population_is_seen_whole_or_not_at_all() {
     engine.settle().unwrap();
     let answer = now(engine.touch(View::Host, page(5)));
     engine.answered(answer, Some(Response::Map));
+}
+
+#[test]
+fn what_could_not_be_brought_is_denied_until_it_is_discarded() {
+    let (mut engine, vm) = (engine(Platform::Plain, Population::Owed), VmId(0));
+    engine.bind(vm, Slot(0), 0u32.into(), pages(0, 64)).unwrap();
+    share(&mut engine, pages(0, 8));
+    engine.fail(pages(2, 4)).unwrap();
+    for view in [View::Host, View::Guest] {
+        let answer = now(engine.touch(view, page(3)));
+        assert_eq!(answer.response(), Response::Poison);
+        engine.answered(answer, Some(Response::Poison));
+        assert!(engine.markers(view).contains(page(3)));
+    }
+    let access = GuestAccess { gfn: 2u32.into(), visibility: Visibility::Shared };
+    let exit = engine.guest_fault(vm, access);
+    assert!(matches!(exit, GuestAnswer::Exit(MemoryFault::SourceFailed(_))));
+    assert!(waits(&mut engine, page(4)), "others go on waiting");
+    let refused = engine.copy(&[pages(2, 3)]);
+    assert!(matches!(refused, Err(Blocked::Refused(refusal)) if refusal.errno() == Errno::EIO));
+    assert!(matches!(engine.populate(pages(3, 5)), Err(Blocked::Refused(_))));
+    engine.settle().unwrap();
+    assert_eq!(engine.pages().get(page(3)).population, Population::Owed, "it is not zeros");
+    assert_eq!(engine.pages().get(page(4)).population, Population::Whole);
+
+    let discard = engine.discard(pages(0, 8)).unwrap();
+    let cleared = stage(&mut engine, discard, &mut Vec::new(), &mut None).unwrap();
+    engine.finish_discard(cleared);
+    assert!(engine.markers(View::Host).is_empty() && engine.markers(View::Guest).is_empty());
+    let answer = now(engine.touch(View::Host, page(3)));
+    assert_eq!(answer.response(), Response::Map);
+    engine.answered(answer, Some(Response::Map));
+}
+
+#[test]
+fn zeroed_pages_are_owed_nothing() {
+    let mut engine = engine(Platform::Plain, Population::Owed);
+    convert(&mut engine, &request(pages(0, 4), Visibility::Shared, Contents::Zero), None).unwrap();
+    assert!(matches!(engine.populate(pages(0, 4)), Err(Blocked::Refused(Refusal::Whole { .. }))));
+}
+
+#[test]
+fn a_copy_of_several_runs_holds_all_of_them_or_none() {
+    let mut engine = plain();
+    share(&mut engine, pages(0, 16));
+    let to_private = request(pages(8, 12), Visibility::Private, Contents::Preserve);
+    let Start::Claimed(draining) = claim(&mut engine, &to_private).unwrap() else { panic!() };
+    assert!(matches!(engine.copy(&[pages(0, 4), pages(8, 9)]), Err(Blocked::Busy(_))));
+    let other = request(pages(0, 4), Visibility::Private, Contents::Preserve);
+    let Start::Claimed(other) = claim(&mut engine, &other).unwrap() else { panic!() };
+    assert!(engine.is_drained(&other), "the copy that waits holds nothing");
+    drop((draining, other));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! Two things of Polder's raise it. A copy that meets a poisoned page, or no memory, ends early
 //! (see `copy`). A vCPU whose guest touches a page that is poisoned in the guest's view: KVM_RUN
 //! returns `EINTR` and the thread gets a SIGBUS with code `BUS_MCEERR_AR` and the page's address,
-//! which a [`VcpuThread`] keeps for the VMM to look at.
+//! which becomes [`Exit::MemoryFailure`](crate::Exit::MemoryFailure).
 //!
 //! Any other SIGBUS goes on to the handler that was there before, or ends the process as it
 //! would have.
@@ -21,8 +21,10 @@ struct Before(libc::sigaction);
 static BEFORE: OnceLock<Before> = OnceLock::new();
 
 thread_local! {
-    /// Whether this thread runs a vCPU, and where its guest last met a poisoned page.
-    static VCPU: Cell<Option<Option<usize>>> = const { Cell::new(None) };
+    /// Whether this thread is in KVM_RUN.
+    static IN_GUEST: Cell<bool> = const { Cell::new(false) };
+    /// Where its guest last met a poisoned page.
+    static MEMORY_FAILURE: Cell<Option<usize>> = const { Cell::new(None) };
 }
 
 /// Makes the handler known to the kernel; once for the process, however often it is called.
@@ -43,31 +45,14 @@ pub fn install() {
     });
 }
 
-/// Says that this thread runs a vCPU, for as long as it is held.
-#[derive(Debug)]
-pub struct VcpuThread {
-    // Bound to its thread.
-    _not_send: core::marker::PhantomData<*const ()>,
-}
-
-impl VcpuThread {
-    /// Marks the calling thread.
-    pub fn enter() -> Self {
-        install();
-        VCPU.set(Some(None));
-        Self { _not_send: core::marker::PhantomData }
-    }
-
-    /// The host address at which the guest met a poisoned page since this was last asked.
-    pub fn take_memory_failure(&self) -> Option<usize> {
-        VCPU.replace(Some(None)).flatten()
-    }
-}
-
-impl Drop for VcpuThread {
-    fn drop(&mut self) {
-        VCPU.set(None);
-    }
+/// Calls KVM_RUN, and returns beside its result the host address at which the guest met a poisoned
+/// page, if it did. A SIGBUS of that kind outside of this is a stray touch of the VMM's own.
+pub(crate) fn in_guest<T>(run: impl FnOnce() -> T) -> (T, Option<usize>) {
+    install();
+    IN_GUEST.set(true);
+    let result = run();
+    IN_GUEST.set(false);
+    (result, MEMORY_FAILURE.take())
 }
 
 extern "C" fn handle(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
@@ -85,8 +70,8 @@ extern "C" fn handle(signal: i32, info: *mut libc::siginfo_t, context: *mut libc
     let code = info_here.si_code;
     // SAFETY: the siginfo of a SIGBUS has an address.
     let address = unsafe { info_here.si_addr() };
-    if code == libc::BUS_MCEERR_AR && VCPU.get().is_some() {
-        VCPU.set(Some(Some(address.addr())));
+    if code == libc::BUS_MCEERR_AR && IN_GUEST.get() {
+        MEMORY_FAILURE.set(Some(address.addr()));
         return;
     }
     go_on(signal, info, context.cast());

@@ -88,13 +88,13 @@ impl Userfault {
             .map_err(|errno| Error::on("UFFDIO_REGISTER", pages.bytes(), errno))
     }
 
-    /// Watches nothing any more; whoever waits goes on, and touches again.
+    /// Watches these pages no more; whoever waits there goes on, and touches again. Markers stay.
     ///
     /// # Errors
     /// Of `UFFDIO_UNREGISTER`.
-    pub fn unwatch(&self) -> Result<(), Error> {
-        self.ask::<{ uapi::UFFDIO_UNREGISTER }, _>(&mut self.whole())
-            .map_err(|errno| Error::new("UFFDIO_UNREGISTER", errno))
+    pub fn unwatch(&self, pages: PageRange) -> Result<(), Error> {
+        self.ask::<{ uapi::UFFDIO_UNREGISTER }, _>(&mut self.range(pages.bytes()))
+            .map_err(|errno| Error::on("UFFDIO_UNREGISTER", pages.bytes(), errno))
     }
 
     /// Adds the touches that wait to be told of, at most [`Userfault::BATCH`]; none if there are
@@ -202,11 +202,6 @@ impl Userfault {
     fn range(&self, bytes: ByteRange) -> uapi::uffdio_range {
         let start = self.view.address() as u64 + bytes.start();
         uapi::uffdio_range { start, len: bytes.len().unwrap_or(0) }
-    }
-
-    fn whole(&self) -> uapi::uffdio_range {
-        let (start, len) = (self.view.address() as u64, self.view.length() as u64);
-        uapi::uffdio_range { start, len }
     }
 
     fn ask<const CODE: Opcode, T>(&self, argument: &mut T) -> Result<(), Errno> {

@@ -13,7 +13,7 @@ use polder_units::Gpa;
 use rustix::io::Errno;
 
 use crate::Error;
-use crate::sigbus::VcpuThread;
+use crate::sigbus::in_guest;
 
 /// Why a vCPU stopped running.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -97,7 +97,6 @@ enum Pending {
 pub struct Vcpu {
     fd: VcpuFd,
     pending: Pending,
-    thread: VcpuThread,
     kicker: Kicker,
 }
 
@@ -106,7 +105,7 @@ impl Vcpu {
     pub fn new(fd: VcpuFd, kicker: &Kicker) -> Self {
         install_kick();
         kicker.0.store(rustix::thread::gettid().as_raw_nonzero().get(), Ordering::Release);
-        Self { fd, pending: Pending::Nothing, thread: VcpuThread::enter(), kicker: kicker.clone() }
+        Self { fd, pending: Pending::Nothing, kicker: kicker.clone() }
     }
 
     /// The vCPU's descriptor, for everything but running it.
@@ -120,10 +119,11 @@ impl Vcpu {
     /// Of `KVM_RUN`, but for `EINTR`, which is [`Exit::Interrupted`].
     pub fn run(&mut self) -> Result<Exit, Error> {
         self.pending = Pending::Nothing;
-        let exit = match self.fd.run() {
+        let (exit, failure) = in_guest(|| self.fd.run());
+        let exit = match exit {
             Ok(exit) => exit,
             Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => {
-                return Ok(match self.thread.take_memory_failure() {
+                return Ok(match failure {
                     Some(address) => Exit::MemoryFailure { address },
                     None => Exit::Interrupted,
                 });

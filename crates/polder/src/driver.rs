@@ -20,16 +20,17 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 mod tests;
 
 use polder_engine::{
-    Blocked, Config, ConversionRequest, Converted, Engine, GuestAccess, GuestAnswer, MemoryFault,
-    Operation, Refusal, Response, Stage, Start, Undoing, VmId,
+    Blocked, Config, Contents, ConversionRequest, Converted, Copying, Engine, GuestAccess,
+    GuestAnswer, MemoryFault, Operation, Refusal, Response, Stage, Start, Undoing, Visibility,
+    VmId,
 };
 use polder_units::PageRange;
 
 use crate::host::Host;
-use crate::memory::Counters;
+use crate::statistics::Counters;
 use crate::{Error, OnBusy};
 
-/// After how long a waiter asks again by itself.
+/// [`Driver::ask_again`], as a rule.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
 
 pub(crate) struct Driver {
@@ -39,6 +40,9 @@ pub(crate) struct Driver {
     changed: Condvar,
     pub(crate) host: Box<dyn Host>,
     pub(crate) counters: Counters,
+    /// After how long a waiter asks again by itself: a claim whose thread died is released by
+    /// whoever asks.
+    pub(crate) ask_again: Duration,
 }
 
 /// The engine, locked.
@@ -71,6 +75,21 @@ impl Drop for Locked<'_> {
     }
 }
 
+/// Gives a copy back, also when its thread panics.
+struct Land<'a> {
+    driver: &'a Driver,
+    copying: Option<Copying>,
+}
+
+impl Drop for Land<'_> {
+    fn drop(&mut self) {
+        if let (Some(mut engine), Some(copying)) = (self.driver.try_engine(), self.copying.take()) {
+            engine.copied(copying);
+        }
+        self.driver.changed.notify_all();
+    }
+}
+
 impl Driver {
     pub(crate) fn new(config: Config, host: Box<dyn Host>) -> Self {
         Self {
@@ -79,14 +98,13 @@ impl Driver {
             changed: Condvar::new(),
             host,
             counters: Counters::default(),
+            ask_again: ASK_AGAIN,
         }
     }
 
     /// The engine, locked. Not to be held across a system call.
     pub(crate) fn engine(&self) -> Locked<'_> {
-        let engine = self.engine.lock();
-        assert!(!self.broken.load(Ordering::Relaxed), "the engine broke an invariant of its own");
-        Locked { engine, broken: &self.broken, unwinding: std::thread::panicking() }
+        self.try_engine().expect("the engine broke an invariant of its own")
     }
 
     /// Tells those who wait that a claim was released.
@@ -97,7 +115,16 @@ impl Driver {
 
     /// Waits until a claim was released, or for a while.
     fn wait(&self, locked: &mut Locked<'_>) {
-        self.changed.wait_for(&mut locked.engine, ASK_AGAIN);
+        self.changed.wait_for(&mut locked.engine, self.ask_again);
+        assert!(!self.broken.load(Ordering::Relaxed), "the engine broke an invariant of its own");
+    }
+
+    /// The engine, unless it broke: for those who have to go on all the same.
+    pub(crate) fn try_engine(&self) -> Option<Locked<'_>> {
+        let engine = self.engine.lock();
+        let unwinding = std::thread::panicking();
+        let broken = self.broken.load(Ordering::Relaxed);
+        (!broken).then_some(Locked { engine, broken: &self.broken, unwinding })
     }
 
     /// Asks the engine for something until it is given or refused.
@@ -124,13 +151,19 @@ impl Driver {
         }
     }
 
-    /// Converts pages: all of them, or none.
+    /// Converts pages: all of them, or none. The pages are found and claimed in one hold of the
+    /// lock, so that no slot can move under the request.
     pub(crate) fn convert(
         &self,
-        request: &ConversionRequest,
+        find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
+        (to, contents): (Visibility, Contents),
         on_busy: OnBusy,
     ) -> Result<Option<Converted>, Error> {
-        let conversion = match self.claim(on_busy, |engine| engine.convert(request))? {
+        let claim = |engine: &mut Engine| {
+            let ranges = find(engine)?;
+            engine.convert(&ConversionRequest { ranges, to, contents })
+        };
+        let conversion = match self.claim(on_busy, claim)? {
             Start::AlreadySo => return Ok(None),
             Start::Claimed(conversion) => conversion,
         };
@@ -162,17 +195,29 @@ impl Driver {
         if let Err(error) = self.host.write(range.start().offset(), bytes) {
             return Err(self.fail(writing, error));
         }
-        let publishing = self.perform(writing)?;
-        let populated = self.perform(publishing)?;
-        self.engine().finish_population(populated);
+        let published = self.perform(writing)?;
+        let answer = self.engine().finish_population(published);
+        // Should it fail, whoever waits is answered one by one.
+        let shown = self.host.answer(answer.view(), answer.response(), answer.range());
+        self.engine().answered(answer, shown.is_ok().then_some(Response::Map));
+        self.released();
+        Ok(())
+    }
+
+    /// Says that the contents of pages will not come.
+    pub(crate) fn fail_source(&self, range: PageRange) -> Result<(), Error> {
+        self.claim(OnBusy::Wait, |engine| engine.fail(range))?;
         self.released();
         Ok(())
     }
 
     /// Says that nothing is owed any more.
     pub(crate) fn settle(&self) -> Result<(), Error> {
-        self.claim(OnBusy::Wait, Engine::settle)?;
-        self.host.settle()?;
+        let failed = self.claim(OnBusy::Wait, |engine| {
+            engine.settle()?;
+            Ok(engine.failed().runs().collect::<Vec<_>>())
+        })?;
+        self.host.settle(&failed)?;
         self.released();
         Ok(())
     }
@@ -255,27 +300,20 @@ impl Driver {
         quarantined
     }
 
-    /// Moves bytes between the host and shared pages: checks and claims all of the runs, then
-    /// moves them one by one.
+    /// Moves bytes between the host and shared pages. All runs are found, checked and claimed in
+    /// one hold of the lock; then each is moved.
     pub(crate) fn copy(
         &self,
-        runs: &[PageRange],
+        find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
         mut each: impl FnMut(&dyn Host, PageRange) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let mut claims = Vec::with_capacity(runs.len());
-        let claimed = runs.iter().try_for_each(|&run| {
-            claims.push(self.claim(OnBusy::Wait, |engine| engine.copy(run))?);
-            Ok(())
-        });
-        let moved =
-            claimed.and_then(|()| runs.iter().try_for_each(|&run| each(self.host.as_ref(), run)));
-        let mut engine = self.engine();
-        for claim in claims {
-            engine.copied(claim);
-        }
-        drop(engine);
-        self.changed.notify_all();
-        moved
+        let (runs, copying) = self.claim(OnBusy::Wait, |engine| {
+            let runs = find(engine)?;
+            let copying = engine.copy(&runs)?;
+            Ok((runs, copying))
+        })?;
+        let _land = Land { driver: self, copying: Some(copying) };
+        runs.into_iter().try_for_each(|run| each(self.host.as_ref(), run))
     }
 
     /// A check of the engine that changes nothing.

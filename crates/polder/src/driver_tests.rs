@@ -82,8 +82,8 @@ impl Host for Troubled {
         self.host.map_guest(vm, gfn, level, range)
     }
 
-    fn settle(&self) -> Result<(), Error> {
-        self.host.settle()
+    fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {
+        self.host.settle(failed)
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
@@ -126,6 +126,7 @@ struct Set {
     driver: Arc<Driver>,
     threads: FaultThreads,
     plan: Arc<Mutex<(usize, usize)>>,
+    guest_view: Arc<polder_linux::View>,
 }
 
 impl Set {
@@ -141,15 +142,18 @@ impl Set {
             host_view_level: Level::Size4K,
             initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
         };
+        let guest_view = host.guest_view();
         let host = Troubled { host, trouble, plan: Arc::clone(&plan) };
-        let driver = Arc::new(Driver::new(config, Box::new(host)));
+        let mut driver = Driver::new(config, Box::new(host));
+        // Nobody is saved by asking again unprompted: a wake-up that is lost hangs the test.
+        driver.ask_again = Duration::from_secs(3600);
+        let driver = Arc::new(driver);
         let threads = FaultThreads::start(&driver).unwrap();
-        Some(Self { driver, threads, plan })
+        Some(Self { driver, threads, plan, guest_view })
     }
 
     fn convert(&self, range: PageRange, to: Visibility, contents: Contents) -> Result<(), Error> {
-        let request = ConversionRequest { ranges: vec![range], to, contents };
-        self.driver.convert(&request, OnBusy::Wait).map(drop)
+        self.driver.convert(|_| Ok(vec![range]), (to, contents), OnBusy::Wait).map(drop)
     }
 
     /// Whether nothing is in flight soon: who touches is let go before his answer is given back.
@@ -246,6 +250,14 @@ fn pages_that_can_not_be_put_right_are_out_of_use_in_every_view() {
     *set.plan.lock() = (usize::MAX, 0);
     assert!(matches!(&result, Err(Error::Quarantined { pages: out, .. }) if *out == [pages(2, 3)]));
     assert_eq!(set.touch()[2], None);
+    let guest_view = set.guest_view.as_ref();
+    assert_eq!(
+        guest_view.read(2 * 4096, &mut [0]),
+        Err(polder_linux::Touched { offset: 2 * 4096 })
+    );
+    assert_eq!(guest_view.read(3 * 4096, &mut [0]), Ok(()));
+    set.driver.settle().unwrap();
+    assert!(guest_view.read(2 * 4096, &mut [0]).is_err(), "for good");
     let again = set.convert(pages(2, 3), Visibility::Shared, Contents::Preserve);
     assert!(matches!(again, Err(Error::Refused(Refusal::Quarantined { .. }))), "{again:?}");
     set.convert(pages(3, 4), Visibility::Shared, Contents::Preserve).unwrap();

@@ -84,7 +84,14 @@ impl Error {
             Self::TooManyBytes { .. } | Self::WrongVm { .. } => Errno::EINVAL,
             Self::NotSimulated => Errno::EINVAL,
             Self::Missing { .. } => Errno::EOPNOTSUPP,
-            Self::Host(_) | Self::Machine(_) => Errno::ENOMEM,
+            Self::Machine(_) => Errno::EIO,
+            Self::Host(error) => match error.errno {
+                polder_linux::Errno::NOMEM => Errno::ENOMEM,
+                polder_linux::Errno::INVAL => Errno::EINVAL,
+                polder_linux::Errno::EXIST => Errno::EEXIST,
+                polder_linux::Errno::AGAIN => Errno::EAGAIN,
+                _ => Errno::EIO,
+            },
         }
     }
 }

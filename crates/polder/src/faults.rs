@@ -5,22 +5,22 @@
 //! back in one hold. What has to wait is asked again when a claim is released. The threads touch
 //! no view but through the host, which uses the trusted one: a thread never waits for itself.
 
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use polder_engine::{Answer, Response, TouchAnswer, View};
 use polder_units::{PageIndex, PageRange};
 
 use crate::driver::Driver;
-use crate::host::Host;
 
-/// How long a touch that has to wait is left before it is asked again unprompted: a claim whose
-/// thread died is released by whoever asks.
-const ASK_AGAIN: Duration = Duration::from_millis(20);
+/// How often an answer that fails is tried before the touch is poisoned instead: for about a
+/// second, in which memory that has run out may come back.
+const ATTEMPTS: u32 = 50;
 
-/// The threads, ended when dropped.
+/// The threads, ended when stopped.
 #[derive(Debug)]
 pub(crate) struct FaultThreads {
     stop: Arc<AtomicBool>,
@@ -32,7 +32,10 @@ impl FaultThreads {
         let stop = Arc::new(AtomicBool::new(false));
         let thread = std::thread::Builder::new().name("polder-faults".into()).spawn({
             let (driver, stop) = (Arc::clone(driver), Arc::clone(&stop));
-            move || serve(&driver, &stop)
+            move || {
+                Server { driver: &driver, touches: Vec::new(), failures: BTreeMap::new() }
+                    .run(&stop)
+            }
         })?;
         Ok(Self { stop, threads: vec![thread] })
     }
@@ -47,85 +50,145 @@ impl FaultThreads {
     }
 }
 
-fn serve(driver: &Driver, stop: &AtomicBool) {
-    let mut touches: Vec<(View, PageIndex)> = Vec::new();
-    while !stop.load(Ordering::Acquire) {
-        let at_most = if touches.is_empty() { None } else { Some(ASK_AGAIN) };
+/// What a fault thread keeps between two batches.
+struct Server<'a> {
+    driver: &'a Driver,
+    /// Touches that wait to be answered.
+    touches: Vec<(View, PageIndex)>,
+    /// How often answering each of them has failed.
+    failures: BTreeMap<(View, PageIndex), u32>,
+}
+
+impl Server<'_> {
+    fn run(&mut self, stop: &AtomicBool) {
+        while !stop.load(Ordering::Acquire) {
+            // A touch outlives a bug of ours: it is asked again, or denied if the engine broke.
+            let _ = catch_unwind(AssertUnwindSafe(|| self.serve()));
+        }
+    }
+
+    /// One batch.
+    fn serve(&mut self) {
+        let waiting = !self.touches.is_empty();
+        let at_most = waiting.then_some(self.driver.ask_again);
         // What can fail here is reading descriptors that are ours: it is tried again.
-        let _ = driver.host.touches(&mut touches, at_most);
-        touches.sort_unstable();
-        touches.dedup();
-        let answers = answer(driver, &mut touches);
-        carry_out(driver, answers);
-    }
-}
-
-/// Asks the engine about all touches. Those that have to wait stay in `touches`.
-fn answer(driver: &Driver, touches: &mut Vec<(View, PageIndex)>) -> Vec<Answer> {
-    let mut answers: Vec<Answer> = Vec::with_capacity(touches.len());
-    let mut abandoned = Vec::new();
-    let mut engine = driver.engine();
-    touches.retain(|&(view, page)| match engine.touch(view, page) {
-        TouchAnswer::Now(answer) => {
-            answers.push(answer);
-            false
+        let _ = self.driver.host.touches(&mut self.touches, at_most);
+        self.touches.sort_unstable();
+        self.touches.dedup();
+        if self.driver.try_engine().is_none() {
+            self.deny_all();
+            return;
         }
-        TouchAnswer::Wait => true,
-        TouchAnswer::Undo(operation) => {
-            abandoned.push(operation);
-            true
+        let answers = Answers { driver: self.driver, given: self.ask() };
+        self.carry_out(answers);
+    }
+
+    /// Asks the engine about all touches. Those that have to wait stay in `touches`.
+    fn ask(&mut self) -> Vec<(Answer, Option<Response>)> {
+        let mut answers = Vec::with_capacity(self.touches.len());
+        let mut abandoned = Vec::new();
+        let mut engine = self.driver.engine();
+        self.touches.retain(|&(view, page)| match engine.touch(view, page) {
+            TouchAnswer::Now(answer) => {
+                answers.push((answer, None));
+                false
+            }
+            TouchAnswer::Wait => true,
+            TouchAnswer::Undo(operation) => {
+                abandoned.push(operation);
+                true
+            }
+        });
+        drop(engine);
+        for operation in abandoned {
+            self.driver.undo(operation);
         }
-    });
-    drop(engine);
-    for operation in abandoned {
-        driver.undo(operation);
+        answers
     }
-    answers
-}
 
-/// Carries answers out, neighbours with the same one together, and gives them back.
-fn carry_out(driver: &Driver, answers: Vec<Answer>) {
-    if answers.is_empty() {
-        return;
-    }
-    let mut done = Vec::with_capacity(answers.len());
-    for (view, response, range, count) in together(&answers) {
-        let carried_out = respond(driver.host.as_ref(), view, response, range);
-        driver.counters.answered(view, carried_out, count as u64);
-        done.extend(std::iter::repeat_n(carried_out, count));
-    }
-    let mut engine = driver.engine();
-    for (answer, done) in answers.into_iter().zip(done) {
-        engine.answered(answer, done);
-    }
-    drop(engine);
-    driver.released();
-}
-
-/// Carries one answer out as far as it can be: poison where mapping fails (memory has run out), a
-/// new touch where even that does. Returns what was done.
-fn respond(host: &dyn Host, view: View, response: Response, range: PageRange) -> Option<Response> {
-    for attempt in [response, Response::Poison] {
-        if host.answer(view, attempt, range).is_ok() {
-            return Some(attempt);
+    /// Carries answers out, neighbours with the same one together. If that fails, one by one.
+    fn carry_out(&mut self, mut answers: Answers<'_>) {
+        let mut first = 0;
+        while first < answers.given.len() {
+            let (view, response, range, count) = together(&answers.given[first..]);
+            let batch = &mut answers.given[first..first + count];
+            let done = self.driver.host.answer(view, response, range).is_ok();
+            for (answer, carried_out) in batch {
+                *carried_out = match done {
+                    true => Some(response),
+                    false => self.carry_out_one(answer),
+                };
+                self.driver.counters.answered(view, *carried_out);
+            }
+            first += count;
         }
     }
-    host.wake(view, range);
-    None
-}
 
-/// The answers, joined where one follows on the other, and of how many each consists.
-fn together(answers: &[Answer]) -> Vec<(View, Response, PageRange, usize)> {
-    let mut joined: Vec<(View, Response, PageRange, usize)> = Vec::new();
-    for answer in answers {
+    /// Carries one answer out; if that fails time and again, denies the touch instead, as the
+    /// kernel does when it has no memory. Returns what was done.
+    fn carry_out_one(&mut self, answer: &Answer) -> Option<Response> {
         let (view, response, range) = (answer.view(), answer.response(), answer.range());
-        match joined.last_mut() {
-            Some(last) if (last.0, last.1) == (view, response) => match last.2.append(range) {
-                Some(longer) => (last.2, last.3) = (longer, last.3 + 1),
-                None => joined.push((view, response, range, 1)),
-            },
-            _ => joined.push((view, response, range, 1)),
+        let touch = (view, range.start());
+        if self.driver.host.answer(view, response, range).is_ok() {
+            self.failures.remove(&touch);
+            return Some(response);
+        }
+        let failures = self.failures.entry(touch).or_default();
+        *failures += 1;
+        if *failures >= ATTEMPTS {
+            self.failures.remove(&touch);
+            if self.driver.host.answer(view, Response::Poison, range).is_ok() {
+                return Some(Response::Poison);
+            }
+        }
+        // It stays queued, and is asked again after a while.
+        self.touches.push(touch);
+        None
+    }
+
+    /// Denies all touches, without an engine to ask.
+    fn deny_all(&mut self) {
+        for (view, page) in self.touches.drain(..) {
+            let page = PageRange::one(page);
+            if self.driver.host.answer(view, Response::Poison, page).is_err() {
+                self.driver.host.wake(view, page);
+            }
         }
     }
-    joined
+}
+
+/// Answers that were given, and what was done of each so far. They are given back in one hold of
+/// the lock when this is dropped, also by a panic.
+struct Answers<'a> {
+    driver: &'a Driver,
+    given: Vec<(Answer, Option<Response>)>,
+}
+
+impl Drop for Answers<'_> {
+    fn drop(&mut self) {
+        if self.given.is_empty() {
+            return;
+        }
+        if let Some(mut engine) = self.driver.try_engine() {
+            for (answer, done) in self.given.drain(..) {
+                engine.answered(answer, done);
+            }
+        }
+        self.driver.released();
+    }
+}
+
+/// The first answers that can be carried out as one, and of how many that consists.
+fn together(answers: &[(Answer, Option<Response>)]) -> (View, Response, PageRange, usize) {
+    let first = &answers[0].0;
+    let (view, response, mut range) = (first.view(), first.response(), first.range());
+    let mut count = 1;
+    for (next, _) in &answers[1..] {
+        match range.append(next.range()) {
+            Some(longer) if (next.view(), next.response()) == (view, response) => range = longer,
+            _ => break,
+        }
+        count += 1;
+    }
+    (view, response, range, count)
 }

@@ -27,14 +27,16 @@ mod driver;
 mod error;
 mod faults;
 mod host;
+mod host_view;
 mod memory;
+mod pin;
+mod statistics;
 mod vcpu;
 
 pub use polder_engine::{
     Contents, Errno, Holder, MemoryFault, PageFacts, PinId, PinKind, Platform, Population, Refusal,
     Slot, Visibility, VmId,
 };
-pub use polder_linux::sigbus::VcpuThread;
 /// The simulated machine, for who looks into it by [`Memory::simulated`].
 pub use polder_machine as machine;
 /// The numbers of guest memory, each a type of its own.
@@ -42,5 +44,8 @@ pub use polder_units as units;
 
 pub use error::Error;
 pub use host::{HostKind, Vm};
-pub use memory::{Builder, HostView, Memory, OnBusy, Pin, Statistics};
+pub use host_view::HostView;
+pub use memory::{Builder, Memory, OnBusy};
+pub use pin::Pin;
+pub use statistics::Statistics;
 pub use vcpu::{GuestExit, MachineVcpu};

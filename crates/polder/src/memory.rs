@@ -1,13 +1,13 @@
 //! [`Memory`]: what a VMM holds.
 
 use std::fmt;
-use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
+use parking_lot::Mutex;
 use polder_engine::{
-    Binding, Config, Contents, ConversionRequest, GuestAccess, Holder, MemoryFault, PageFacts,
-    PinId, PinKind, Platform, Population, Refusal, Response, Slot, View, Visibility, VmId,
+    Binding, Config, Contents, Engine, GuestAccess, Holder, MemoryFault, PageFacts, PinKind,
+    Platform, Population, Refusal, Slot, Visibility, VmId,
 };
 use polder_machine::{ObjectId, ProcessId};
 use polder_units::{
@@ -20,7 +20,9 @@ use crate::faults::FaultThreads;
 use crate::host::machine::MachineHost;
 use crate::host::memfd::MemfdHost;
 use crate::host::{Host, HostKind, Vm};
+use crate::statistics::Statistics;
 use crate::vcpu::MachineVcpu;
+use crate::{HostView, Pin};
 
 /// What to do when another operation holds a part of the range.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -90,7 +92,7 @@ impl Builder {
                 errno: errno.unwrap_or(polder_linux::Errno::AGAIN),
             }
         })?;
-        Ok(Memory { driver, faults, vms: AtomicU32::new(0) })
+        Ok(Memory { driver, faults, vms: AtomicU32::new(0), slots: Mutex::default() })
     }
 }
 
@@ -98,9 +100,11 @@ impl Builder {
 ///
 /// All methods may be called from any thread. Dropping it unbinds it from every VM.
 pub struct Memory {
-    driver: Arc<Driver>,
+    pub(crate) driver: Arc<Driver>,
     faults: FaultThreads,
     vms: AtomicU32,
+    /// Held while a slot is bound or unbound, in the engine and on the host.
+    slots: Mutex<()>,
 }
 
 impl Memory {
@@ -163,18 +167,21 @@ impl Memory {
     /// # Panics
     /// If `vm` is not of this memory's [`Memory::attach`].
     pub fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
+        let _one_at_a_time = self.slots.lock();
         self.driver.ask(|engine| engine.bind(vm, slot, gfn, pages))?;
         self.driver.host.bind(vm, slot, gfn, pages).inspect_err(|_| {
-            // It was bound a moment ago; if somebody unbound it meanwhile, so much the better.
-            let _ = self.driver.engine().unbind(vm, slot);
+            let unbound = self.driver.engine().unbind(vm, slot);
+            assert!(unbound.is_ok(), "it was bound a moment ago: {unbound:?}");
         })
     }
 
-    /// Takes a slot away. No page is freed.
+    /// Takes a slot away. No page is freed. KVM waits until no vCPU is amid an access to the slot:
+    /// one that waits for contents that are owed has to get them, or [`Memory::fail`], first.
     ///
     /// # Errors
     /// [`Refusal::NoSuchSlot`].
     pub fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
+        let _one_at_a_time = self.slots.lock();
         self.driver.ask(|engine| engine.unbind(vm, slot))?;
         self.driver.host.unbind(vm, slot);
         Ok(())
@@ -206,7 +213,7 @@ impl Memory {
         contents: Contents,
         on_busy: OnBusy,
     ) -> Result<PageCount, Error> {
-        self.convert_runs(vec![range], to, contents, on_busy)
+        self.convert_found(|_| Ok(vec![range]), (to, contents), on_busy)
     }
 
     /// [`Memory::convert`] by guest frames.
@@ -221,19 +228,16 @@ impl Memory {
         contents: Contents,
         on_busy: OnBusy,
     ) -> Result<PageCount, Error> {
-        let runs = self.pages_of(vm, gfns).inspect_err(|_| self.driver.counters.refused())?;
-        self.convert_runs(runs, to, contents, on_busy)
+        self.convert_found(|engine| engine.pages_of(vm, gfns), (to, contents), on_busy)
     }
 
-    fn convert_runs(
+    fn convert_found(
         &self,
-        ranges: Vec<PageRange>,
-        to: Visibility,
-        contents: Contents,
+        find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
+        (to, contents): (Visibility, Contents),
         on_busy: OnBusy,
     ) -> Result<PageCount, Error> {
-        let request = ConversionRequest { ranges, to, contents };
-        match self.driver.convert(&request, on_busy) {
+        match self.driver.convert(find, (to, contents), on_busy) {
             Ok(converted) => {
                 let pages = converted.map_or(PageCount::ZERO, |converted| converted.pages);
                 self.driver.counters.converted(to, pages);
@@ -267,7 +271,16 @@ impl Memory {
         self.driver.populate(range, bytes)
     }
 
-    /// Says that nothing more will come: what is still owed is zeros.
+    /// Says that the contents of pages that are owed will not come: whoever touches or waits for
+    /// one is denied from now on. Discarding the pages makes them zeros.
+    ///
+    /// # Errors
+    /// [`Refusal::Whole`] for a page whose contents are not owed, [`Refusal::Beyond`].
+    pub fn fail(&self, range: PageRange) -> Result<(), Error> {
+        self.driver.fail_source(range)
+    }
+
+    /// Says that nothing more will come: what is still owed is zeros, but for what failed.
     ///
     /// # Errors
     /// [`Error::Host`].
@@ -315,15 +328,17 @@ impl Memory {
         let end = gpa.checked_add(last as u64).ok_or(Refusal::Range(overflow))?;
         let gfns = GfnRange::between(gpa.gfn().get(), end.gfn().get() + 1)
             .ok_or(Refusal::Range(overflow))?;
-        let runs = self.pages_of(vm, gfns)?;
         let (mut skip, mut left) = (gpa.page_offset(), count as u64);
-        let copied = self.driver.copy(&runs, |host, run| {
-            let in_run = run.count().get().saturating_mul(PAGE_SIZE) - skip;
-            let now = in_run.min(left);
-            let offset = run.start().offset() + skip;
-            (skip, left) = (0, left - now);
-            each(host, offset, usize::try_from(now).expect("part of a slice's length"))
-        });
+        let copied = self.driver.copy(
+            |engine| engine.pages_of(vm, gfns),
+            |host, run| {
+                let in_run = run.count().get().saturating_mul(PAGE_SIZE) - skip;
+                let now = in_run.min(left);
+                let offset = run.start().offset() + skip;
+                (skip, left) = (0, left - now);
+                each(host, offset, usize::try_from(now).expect("part of a slice's length"))
+            },
+        );
         if let Err(Error::Refused(Refusal::Private { .. } | Refusal::Quarantined { .. })) = copied {
             self.driver.counters.denied();
         }
@@ -334,10 +349,10 @@ impl Memory {
     ///
     /// # Errors
     /// [`Refusal::Private`] and the other refusals, naming the page.
-    pub fn pin(&self, range: PageRange, kind: PinKind, holder: Holder) -> Result<Pin, Error> {
-        let pinned = |engine: &mut polder_engine::Engine| engine.pin(range, kind, holder.clone());
+    pub fn pin(&self, range: PageRange, kind: PinKind, holder: Holder) -> Result<Pin<'_>, Error> {
+        let pinned = |engine: &mut Engine| engine.pin(range, kind, holder.clone());
         let id = self.driver.claim(OnBusy::Wait, pinned)?;
-        Ok(Pin { driver: Arc::clone(&self.driver), id, range })
+        Ok(Pin { memory: self, id, range })
     }
 
     /// Says what a guest's access that KVM gave up on means (`KVM_EXIT_MMIO` without a device,
@@ -407,7 +422,14 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        for (vm, slot, _) in self.bindings() {
+        let mut bindings = Vec::new();
+        if let Some(mut engine) = self.driver.try_engine() {
+            // Who waits for contents is denied: a vCPU amid such an access would keep its slot.
+            engine.fail_all();
+            bindings.extend(engine.bindings().map(|(vm, slot, _)| (vm, slot)));
+        }
+        self.driver.released();
+        for (vm, slot) in bindings {
             self.driver.host.unbind(vm, slot);
         }
         self.faults.stop(&self.driver);
@@ -417,182 +439,5 @@ impl Drop for Memory {
 impl fmt::Debug for Memory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Memory").field("pages", &self.pages()).finish_non_exhaustive()
-    }
-}
-
-/// The mapping that device models get pointers into. A touch of a shared page works; one of a
-/// private page raises SIGBUS (in a system call: fails with `EFAULT`); one of a page that is being
-/// converted waits.
-#[derive(Clone, Copy)]
-pub struct HostView<'a> {
-    host: &'a dyn Host,
-    pages: PageCount,
-}
-
-impl HostView<'_> {
-    /// Where the object's page 0 is, if the view is memory of this process (not on the simulated
-    /// machine). Valid while the memory lives; what is there changes at any time.
-    pub fn as_ptr(self) -> Option<*mut u8> {
-        self.host.host_view()
-    }
-
-    /// Its length in bytes.
-    pub fn length(self) -> u64 {
-        self.pages.bytes().unwrap_or(u64::MAX)
-    }
-
-    /// A raw touch that survives being denied: reads bytes at an offset of the object.
-    ///
-    /// # Errors
-    /// [`Error::Copy`] at the first byte denied.
-    pub fn touch_read(self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
-        self.check(offset, into.len())?;
-        self.host.touch_read(offset, into)
-    }
-
-    /// A raw touch that survives being denied: writes bytes at an offset of the object.
-    ///
-    /// # Errors
-    /// [`Error::Copy`] at the first byte denied.
-    pub fn touch_write(self, offset: u64, from: &[u8]) -> Result<(), Error> {
-        self.check(offset, from.len())?;
-        self.host.touch_write(offset, from)
-    }
-
-    /// Reads up to `count` bytes of a file straight into memory, by one `read(2)`; returns how many
-    /// came.
-    ///
-    /// # Errors
-    /// `EFAULT` where the first page is denied.
-    pub fn read_from(self, file: impl AsFd, offset: u64, count: usize) -> Result<usize, Error> {
-        self.check(offset, count)?;
-        self.host.touch_from(file.as_fd(), offset, count)
-    }
-
-    /// Refuses bytes beyond the object: there is nothing to touch.
-    fn check(self, offset: u64, count: usize) -> Result<(), Error> {
-        let end = offset.checked_add(count as u64);
-        if end.is_some_and(|end| end <= self.length()) {
-            return Ok(());
-        }
-        Err(polder_linux::Touched { offset: offset.max(self.length()) }.into())
-    }
-}
-
-impl fmt::Debug for HostView<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("HostView").field("pages", &self.pages).finish_non_exhaustive()
-    }
-}
-
-/// Pages that stay shared while it is held.
-#[must_use = "dropping it unpins the pages"]
-pub struct Pin {
-    driver: Arc<Driver>,
-    id: PinId,
-    range: PageRange,
-}
-
-impl Pin {
-    /// The pages.
-    pub fn range(&self) -> PageRange {
-        self.range
-    }
-}
-
-impl Drop for Pin {
-    fn drop(&mut self) {
-        // A pin is given back once, here.
-        let _ = self.driver.engine().unpin(self.id);
-        self.driver.released();
-    }
-}
-
-impl fmt::Debug for Pin {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pin").field("range", &self.range).finish_non_exhaustive()
-    }
-}
-
-/// What has happened to a memory so far.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub struct Statistics {
-    /// Conversions to private that succeeded.
-    pub to_private: u64,
-    /// Conversions to shared that succeeded.
-    pub to_shared: u64,
-    /// Pages that they changed.
-    pub converted_pages: u64,
-    /// Conversions that were refused or failed.
-    pub refused: u64,
-    /// Guest accesses that came to [`Memory::guest_fault`] or to a fault thread.
-    pub guest_faults: u64,
-    /// Touches of the host view that were mapped.
-    pub host_faults: u64,
-    /// Touches and copies by the host that were denied.
-    pub denied: u64,
-}
-
-/// [`Statistics`] in the making.
-#[derive(Default)]
-pub(crate) struct Counters {
-    to_private: AtomicU64,
-    to_shared: AtomicU64,
-    converted_pages: AtomicU64,
-    refused: AtomicU64,
-    guest_faults: AtomicU64,
-    host_faults: AtomicU64,
-    denied: AtomicU64,
-}
-
-fn add(counter: &AtomicU64, count: u64) {
-    counter.fetch_add(count, Ordering::Relaxed);
-}
-
-impl Counters {
-    fn converted(&self, to: Visibility, pages: PageCount) {
-        add(
-            match to {
-                Visibility::Private => &self.to_private,
-                Visibility::Shared => &self.to_shared,
-            },
-            1,
-        );
-        add(&self.converted_pages, pages.get());
-    }
-
-    fn refused(&self) {
-        add(&self.refused, 1);
-    }
-
-    pub(crate) fn guest_fault(&self) {
-        add(&self.guest_faults, 1);
-    }
-
-    fn denied(&self) {
-        add(&self.denied, 1);
-    }
-
-    /// `count` touches of a view, and what was done about them.
-    pub(crate) fn answered(&self, view: View, done: Option<Response>, count: u64) {
-        match (view, done) {
-            (_, None) => {}
-            (View::Guest, Some(_)) => add(&self.guest_faults, count),
-            (View::Host, Some(Response::Map)) => add(&self.host_faults, count),
-            (View::Host, Some(Response::Poison)) => add(&self.denied, count),
-        }
-    }
-
-    fn read(&self) -> Statistics {
-        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Statistics {
-            to_private: of(&self.to_private),
-            to_shared: of(&self.to_shared),
-            converted_pages: of(&self.converted_pages),
-            refused: of(&self.refused),
-            guest_faults: of(&self.guest_faults),
-            host_faults: of(&self.host_faults),
-            denied: of(&self.denied),
-        }
     }
 }

@@ -1,7 +1,9 @@
 //! The memfd host on this kernel's userfaultfd: what a VMM sees of it.
 
+use std::sync::Arc;
+
 use polder::units::{PageCount, PageRange};
-use polder::{Contents, Error, Holder, Memory, OnBusy, PinKind, Refusal, Visibility};
+use polder::{Contents, Error, Holder, Memory, OnBusy, PinKind, Refusal, Slot, Visibility};
 use polder_require::{Facility, require};
 
 fn pages(start: u64, end: u64) -> PageRange {
@@ -121,21 +123,6 @@ fn zeroing_conversion_leaves_nothing_of_the_old_bytes() {
 }
 
 #[test]
-fn no_view_is_inherited_or_dumped() {
-    let Some(_memory) = memory(2) else { return };
-    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-    let views = smaps.split("VmFlags:").zip(smaps.split("VmFlags:").skip(1));
-    let flags: Vec<&str> = views
-        .filter(|(before, _)| before.lines().any(|line| line.contains("/memfd:polder")))
-        .map(|(_, after)| after.lines().next().unwrap_or_default())
-        .collect();
-    assert!(flags.len() >= 3, "guest, host and trusted view: {flags:?}");
-    for view in flags {
-        assert!(view.contains(" dc") && view.contains(" dd"), "{view}");
-    }
-}
-
-#[test]
 fn impossible_sizes_are_refused() {
     assert!(matches!(
         Memory::builder(PageCount::ZERO).build(),
@@ -145,4 +132,60 @@ fn impossible_sizes_are_refused() {
         let huge = Memory::builder(PageCount::new(1 << shift).unwrap()).build();
         assert!(matches!(huge, Err(Error::Host(_))), "{huge:?}");
     }
+}
+
+/// A VM of KVM's with slots of the given gfns and pages, two pages each.
+fn bound(memory: &Memory, slots: &[(u32, u64)]) -> Option<polder::VmId> {
+    let kvm = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm());
+    let vm = require(Facility::Kvm, kvm)?;
+    let vm = memory.attach(Arc::new(vm)).expect("a VM of KVM's");
+    for (slot, &(gfn, page)) in (0..).zip(slots) {
+        memory.bind(vm, Slot(slot), gfn.into(), pages(page, page + 1)).expect("a free slot");
+    }
+    Some(vm)
+}
+
+#[test]
+fn a_copy_over_two_slots_and_a_conversion_of_both_do_not_wait_for_each_other() {
+    let Some(memory) = memory(16) else { return };
+    // Neighbours for the guest, apart in the object, the later one first.
+    let Some(vm) = bound(&memory, &[(0, 8), (1, 2)]) else { return };
+    let both = polder::units::GfnRange::between(0, 2).unwrap();
+    let to = |to| memory.convert_gfns(vm, both, to, Contents::Preserve, OnBusy::Wait);
+    std::thread::scope(|scope| {
+        let copies = scope.spawn(|| {
+            let across = polder::units::Gpa::new(4096 - 8);
+            let copy = |_: &u32| memory.read(vm, across, &mut [0; 16]).is_ok();
+            (0..20_000).filter(copy).count()
+        });
+        while !copies.is_finished() {
+            to(Visibility::Shared).unwrap();
+            to(Visibility::Private).unwrap();
+        }
+        assert!(copies.join().unwrap() > 0);
+    });
+}
+
+#[test]
+fn a_slot_bound_and_unbound_by_two_threads_is_there_or_not() {
+    let Some(memory) = memory(16) else { return };
+    let Some(vm) = bound(&memory, &[]) else { return };
+    std::thread::scope(|scope| {
+        for page in [0, 8] {
+            let memory = &memory;
+            scope.spawn(move || {
+                for _ in 0..2_000 {
+                    match memory.bind(vm, Slot(0), 0u32.into(), pages(page, page + 4)) {
+                        Ok(()) | Err(Error::Refused(Refusal::SlotTaken { .. })) => {}
+                        Err(other) => panic!("{other}"),
+                    }
+                    match memory.unbind(vm, Slot(0)) {
+                        Ok(()) | Err(Error::Refused(Refusal::NoSuchSlot { .. })) => {}
+                        Err(other) => panic!("{other}"),
+                    }
+                }
+            });
+        }
+    });
+    memory.bind(vm, Slot(0), 0u32.into(), pages(0, 16)).expect("nobody has the slot");
 }

@@ -37,9 +37,18 @@ pub enum RunError {
         #[source]
         source: polder_linux::Error,
     },
-    /// The guest's ordinary memory was refused to it: a fault of ours.
-    #[error("the guest was refused its own memory: {0}")]
-    MemoryFault(polder::MemoryFault),
+    /// A thread could not be started.
+    #[error("a thread can't be started")]
+    Thread(#[source] std::io::Error),
+    /// A file that the VMM needs can't be opened.
+    #[error("{path} can't be opened")]
+    File {
+        /// Which.
+        path: &'static str,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// A thread of the VMM panicked: a fault of ours.
     #[error("a thread of the VMM panicked")]
     Panicked,
@@ -64,10 +73,12 @@ impl RunError {
                 _ => "check that /dev/kvm is KVM's and that no other hypervisor holds the CPU",
             }),
             Self::Memory(error) => error.way_out(),
-            Self::Image(_) | Self::MemoryFault(_) | Self::Panicked => {
-                Some("report it: this is a bug in Polder")
-            }
+            Self::Image(_) | Self::Panicked => Some("report it: this is a bug in Polder"),
             Self::Vm { .. } => Some("try less --memory, or fewer --vcpus"),
+            Self::Thread(_) => {
+                Some("raise the limits of processes and memory (ulimit -u, ulimit -v)")
+            }
+            Self::File { .. } => Some("mount a devtmpfs on /dev"),
             Self::Vcpu { .. } => Some("see the kernel's log (dmesg) for what KVM says"),
         }
     }

@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kvm_bindings::{KVM_CAP_EXIT_HYPERCALL, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap};
@@ -118,17 +117,13 @@ fn completes(vm: &Arc<VmFd>, probe: &HypercallProbe) -> Result<bool, RunError> {
     fd.set_sregs(&probe.sregs(&reset)).map_err(RunError::vm("KVM_SET_SREGS"))?;
     fd.set_regs(&probe.regs).map_err(RunError::vm("KVM_SET_REGS"))?;
 
-    let (kicker, done) = (Kicker::default(), AtomicBool::new(false));
+    let kicker = Kicker::default();
     let exit = std::thread::scope(|scope| {
-        let vcpu = std::thread::Builder::new().spawn_scoped(scope, || {
-            let exit = Vcpu::new(fd, &kicker).run();
-            done.store(true, Ordering::Release);
-            exit
-        });
-        let vcpu = vcpu.map_err(|source| RunError::Vm { call: "clone", source })?;
+        let vcpu = std::thread::Builder::new().spawn_scoped(scope, || Vcpu::new(fd, &kicker).run());
+        let vcpu = vcpu.map_err(RunError::Thread)?;
         let pause = Duration::from_millis(1);
         let mut waited = Duration::ZERO;
-        while !done.load(Ordering::Acquire) {
+        while !vcpu.is_finished() {
             std::thread::sleep(pause);
             waited += pause;
             if waited >= HYPERCALL_LIMIT {

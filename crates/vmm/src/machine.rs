@@ -25,6 +25,7 @@ const SIDE: Visibility = Visibility::Private;
 /// What ends a program early.
 enum Stop {
     Failed(Failure),
+    Fault(MemoryFault),
     Kicked,
     Error(RunError),
 }
@@ -34,7 +35,7 @@ impl From<GuestExit> for Stop {
         match exit {
             GuestExit::Kicked => Self::Kicked,
             GuestExit::Failed(error) => Self::Error(RunError::Memory(error)),
-            GuestExit::MemoryFault(fault) => Self::Error(RunError::MemoryFault(fault)),
+            GuestExit::MemoryFault(fault) => Self::Fault(fault),
         }
     }
 }
@@ -76,6 +77,7 @@ impl<'a> Interpreter<'a> {
         let failure = match stop {
             Ok(()) | Err(Stop::Kicked) => None,
             Err(Stop::Failed(failure)) => Some(failure),
+            Err(Stop::Fault(fault)) => Some(Failure::MemoryFault { vcpu: self.index, fault }),
             Err(Stop::Error(error)) => return Err(error),
         };
         Ok(Ran { checks_passed, failure, faults: self.faults.into_inner() })
@@ -235,7 +237,9 @@ impl<'a> Interpreter<'a> {
 
     /// Lets an access that memory did not let through go by, and remembers it.
     fn bus(&self, access: Result<(), GuestExit>) -> Result<(), Stop> {
-        let Err(GuestExit::MemoryFault(fault)) = access else { return Ok(access?) };
+        let Err(GuestExit::MemoryFault(fault @ MemoryFault::Unbound(_))) = access else {
+            return Ok(access?);
+        };
         let mut faults = self.faults.borrow_mut();
         if faults.len() < FAULTS_KEPT {
             faults.push(fault);

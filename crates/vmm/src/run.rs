@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use polder::units::{ByteSize, Gfn, GfnRange, Gpa, PAGE_BYTES, PageIndex, PageRange};
-use polder::{HostKind, Memory, PageFacts, Statistics, VmId};
+use polder::{HostKind, Memory, MemoryFault, PageFacts, Statistics, VmId};
 use polder_linux::Exit;
 
 use crate::RunError;
@@ -105,6 +105,20 @@ pub enum Failure {
         /// The page.
         page: Option<PageIndex>,
     },
+    /// Memory refused the guest what it is to have.
+    MemoryFault {
+        /// On which vCPU.
+        vcpu: u32,
+        /// What was refused.
+        fault: MemoryFault,
+    },
+    /// The guest ended early: checks are missing.
+    TooFewChecks {
+        /// How many passed.
+        passed: u64,
+        /// How many there are at least.
+        least: u64,
+    },
     /// The host reached a private page.
     Intrusion {
         /// The page.
@@ -137,6 +151,10 @@ impl fmt::Display for Failure {
             }
             Self::MemoryFailure { vcpu, page: None } => {
                 write!(f, "vCPU {vcpu}: memory failed outside the guest's")
+            }
+            Self::MemoryFault { vcpu, fault } => write!(f, "vCPU {vcpu}: {fault}"),
+            Self::TooFewChecks { passed, least } => {
+                write!(f, "the guest ended after {passed} checks of at least {least}")
             }
             Self::Intrusion { gfn, way } => {
                 let way = match way {
@@ -228,12 +246,12 @@ fn run_on_kvm(
         .map(|(index, start)| Ok((index, kvm::create_vcpu(&kvm, &vm, index, start)?)));
     let vcpus = vcpus.collect::<Result<Vec<_>, RunError>>()?;
     let threads = Threads::new(&memory, id, Some(scenario.layout().churn))?;
-    let (end, ran) = threads.run_on_kvm(vcpus, supervise)?;
+    let ended = threads.run_on_kvm(vcpus, supervise)?;
     let conversion_by = match transport {
         Transport::Port => Conversion::Port,
         Transport::Vmcall | Transport::Vmmcall => Conversion::Hypercall,
     };
-    report(&memory, Accelerator::Kvm, conversion_by, end, &ran)
+    report(&memory, (Accelerator::Kvm, conversion_by), ended, least_checks(config, scenario))
 }
 
 fn run_on_machine(
@@ -247,8 +265,9 @@ fn run_on_machine(
     let vcpus = vcpus.collect::<Result<Vec<_>, _>>().map_err(RunError::Memory)?;
     let threads = Threads::new(&memory, id, Some(scenario.layout().churn))?;
     let programs = scenario.programs();
-    let (end, ran) = threads.run_on_machine(vcpus, config.program, programs, supervise)?;
-    report(&memory, Accelerator::Machine, Conversion::Hypercall, end, &ran)
+    let ended = threads.run_on_machine(vcpus, config.program, programs, supervise)?;
+    let by = (Accelerator::Machine, Conversion::Hypercall);
+    report(&memory, by, ended, least_checks(config, scenario))
 }
 
 /// Memory as the scenario has it, owed, bound to a VM.
@@ -261,19 +280,31 @@ fn bound(config: &Config, vm: polder::Vm) -> Result<(Memory, VmId), polder::Erro
     Ok((memory, id))
 }
 
+/// How many checks have to pass, if the guest comes to its end.
+fn least_checks(config: &Config, scenario: &Scenario) -> u64 {
+    match config.program {
+        Program::SelfTest => scenario.least_checks(),
+        Program::TripleFault | Program::Spin | Program::Flood => 0,
+    }
+}
+
 fn report(
     memory: &Memory,
-    accelerator: Accelerator,
-    conversion_by: Conversion,
-    end: End,
-    ran: &[Ran],
+    (accelerator, conversion_by): (Accelerator, Conversion),
+    (mut end, ran): (End, Vec<Ran>),
+    least: u64,
 ) -> Result<Report, RunError> {
+    // The guest says how many, and may say anything.
+    let passed = ran.iter().fold(0u64, |sum, ran| sum.saturating_add(ran.checks_passed));
+    if end == End::Ok && passed < least {
+        end = End::Failed(Failure::TooFewChecks { passed, least });
+    }
     let all = PageRange::between(0, memory.pages().get()).expect("memory has pages");
     Ok(Report {
         accelerator,
         conversion_by,
         end,
-        checks_passed: ran.iter().map(|ran| ran.checks_passed).sum(),
+        checks_passed: passed,
         checks_failed: u64::from(matches!(end, End::Failed(Failure::Check { .. }))),
         memory: memory.statistics(),
         facts: memory.facts(all).map_err(RunError::Memory)?,

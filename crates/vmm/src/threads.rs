@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::thread::{Builder, Thread};
 use std::time::Duration;
 
 use kvm_ioctls::VcpuFd;
@@ -21,6 +22,40 @@ use crate::vcpu::{self, Ran};
 /// How often a supervisor is asked.
 const SUPERVISE: Duration = Duration::from_millis(50);
 
+/// When dropped, stops every vCPU and waits until each has stopped.
+struct Ending<'a, K: Fn()> {
+    stop: &'a AtomicBool,
+    running: &'a AtomicUsize,
+    kick: &'a K,
+}
+
+impl<K: Fn()> Drop for Ending<'_, K> {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        while self.running.load(Ordering::Acquire) > 0 {
+            (self.kick)();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// When dropped, says that a vCPU's thread is at its end; at a panic, that all others are to end.
+struct CountOut<'a> {
+    stop: &'a AtomicBool,
+    running: &'a AtomicUsize,
+    supervisor: &'a Thread,
+}
+
+impl Drop for CountOut<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.stop.store(true, Ordering::Release);
+        }
+        self.running.fetch_sub(1, Ordering::Release);
+        self.supervisor.unpark();
+    }
+}
+
 /// A guest that runs on some memory.
 pub(crate) struct Threads<'a> {
     memory: &'a Memory,
@@ -38,7 +73,7 @@ impl<'a> Threads<'a> {
         vm: VmId,
         private: Option<GfnRange>,
     ) -> Result<Self, RunError> {
-        let no_file = |source| RunError::Vm { call: "open of /dev/zero", source };
+        let no_file = |source| RunError::File { path: "/dev/zero", source };
         Ok(Self {
             memory,
             requests: Requests::new(memory, vm).map_err(no_file)?,
@@ -93,39 +128,44 @@ impl<'a> Threads<'a> {
         kick: impl Fn(),
         mut supervise: impl FnMut(Progress) -> Supervision,
     ) -> Result<(End, Vec<Ran>), RunError> {
-        let (running, supervisor) = (AtomicUsize::new(jobs.len()), std::thread::current());
+        let vcpus = jobs.len();
+        let (running, supervisor) = (AtomicUsize::new(vcpus), std::thread::current());
+        let thread = |name: &str| Builder::new().name(name.to_owned());
         std::thread::scope(|scope| {
-            let intruder = self.private.map(|private| scope.spawn(move || self.intrude(private)));
             let (running, supervisor) = (&running, &supervisor);
-            let work = |job: J| {
-                scope.spawn(move || {
+            // Ends all threads whatever happens here: one that can't be started, a panic.
+            let ending = Ending { stop: &self.stop, running, kick: &kick };
+            let mut intruder = None;
+            if let Some(private) = self.private {
+                let intrude = move || self.intrude(private);
+                let started = thread("intruder").spawn_scoped(scope, intrude);
+                intruder = Some(started.map_err(RunError::Thread)?);
+            }
+            let mut threads = Vec::with_capacity(jobs.len());
+            for job in jobs {
+                let work = move || {
+                    let _counted = CountOut { stop: &self.stop, running, supervisor };
                     let ran = job();
-                    let failed = ran.as_ref().map_or(true, |ran| ran.failure.is_some());
-                    self.stop_if(failed);
-                    running.fetch_sub(1, Ordering::Release);
-                    supervisor.unpark();
+                    self.stop_if(ran.as_ref().map_or(true, |ran| ran.failure.is_some()));
                     ran
-                })
-            };
-            let threads: Vec<_> = jobs.into_iter().map(work).collect();
+                };
+                let started = thread("vcpu").spawn_scoped(scope, work).inspect_err(|_| {
+                    // Neither it nor those after it will count themselves out.
+                    running.fetch_sub(vcpus - threads.len(), Ordering::AcqRel);
+                });
+                threads.push(started.map_err(RunError::Thread)?);
+            }
             let mut end = End::Ok;
-            // A thread that panics doesn't count itself out.
-            let over = || threads.iter().all(|thread| thread.is_finished());
-            while running.load(Ordering::Acquire) > 0 && !over() {
-                if self.stop.load(Ordering::Acquire) {
-                    kick();
-                    std::thread::sleep(Duration::from_millis(1));
-                    continue;
-                }
+            while running.load(Ordering::Acquire) > 0 && !self.stop.load(Ordering::Acquire) {
                 std::thread::park_timeout(SUPERVISE);
                 match supervise(self.progress()) {
-                    Supervision::GoOn => continue,
+                    Supervision::GoOn => {}
                     Supervision::TimeOut => end = End::TimedOut,
                     Supervision::Interrupt => end = End::Interrupted,
                 }
-                self.stop_if(true);
+                self.stop_if(end != End::Ok);
             }
-            self.stop_if(true);
+            drop(ending);
             let intrusion = match intruder {
                 Some(intruder) => intruder.join().map_err(|_| RunError::Panicked)?,
                 None => None,

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use kvm_ioctls::VcpuFd;
-use polder::units::Gpa;
+use polder::units::{GfnRange, Gpa};
 use polder::{MemoryFault, Visibility};
 use polder_linux::{Exit, Kicker, Vcpu};
 
@@ -45,9 +45,9 @@ pub(crate) fn run(
                 requests.answer(index, Request::from_hypercall(number, arguments))
             }
             Exit::MmioRead { gpa, .. } | Exit::MmioWrite { gpa, .. } => {
-                let fault = beyond(requests, gpa);
-                faults.extend(fault.filter(|_| faults.len() < FAULTS_KEPT));
-                Next::Answer(-1)
+                let fault = no_memory(index, requests, gpa);
+                faults.extend(fault.as_ref().ok().filter(|_| faults.len() < FAULTS_KEPT));
+                fault.map_or_else(failed, |_| Next::Answer(-1))
             }
             Exit::Interrupted => continue,
             Exit::MemoryFailure { address } => {
@@ -86,15 +86,20 @@ fn ask(
         .fd()
         .get_regs()
         .map_err(|error| RunError::Vm { call: "KVM_GET_REGS", source: os(error) })?;
-    // What is more than 255 bytes long is no request, whatever its exact length.
-    let bytes = u8::try_from(bytes).unwrap_or(u8::MAX);
-    Ok(requests.answer(index, Request::from_port((read, port, bytes, 1), &registers)))
+    Ok(requests.answer(index, Request::from_port((read, port, bytes), &registers)))
 }
 
-/// An access to where there is no memory. Whatever the fault is, a PC's bus has one answer to it:
-/// loads give all ones, stores are dropped.
-fn beyond(requests: &Requests<'_>, gpa: Gpa) -> Option<MemoryFault> {
+/// An access that KVM found no memory for. Where the VM has none, a PC's bus has an answer: loads
+/// give all ones, stores are dropped. Where it has some, that memory has failed: an instruction
+/// that KVM emulates meets a poisoned page in this way.
+fn no_memory(vcpu: u32, requests: &Requests<'_>, gpa: Gpa) -> Result<MemoryFault, Failure> {
     let (memory, vm) = requests.memory();
-    // That it could not be mapped is no answer for a bus.
-    memory.guest_fault(vm, gpa, Visibility::Private).ok().flatten()
+    match memory.guest_fault(vm, gpa, Visibility::Private) {
+        Ok(Some(fault @ MemoryFault::Unbound(_))) => Ok(fault),
+        Ok(Some(fault)) => Err(Failure::MemoryFault { vcpu, fault }),
+        Ok(None) | Err(_) => {
+            let pages = memory.pages_of(vm, GfnRange::one(gpa.gfn())).unwrap_or_default();
+            Err(Failure::MemoryFailure { vcpu, page: pages.first().map(|run| run.start()) })
+        }
+    }
 }

@@ -112,7 +112,7 @@ impl Vm {
         };
         Ok(Ended {
             end,
-            checks_passed: ran.iter().map(|ran| ran.checks_passed).sum(),
+            checks_passed: ran.iter().fold(0, |sum, ran| sum.saturating_add(ran.checks_passed)),
             faults: ran.into_iter().flat_map(|ran| ran.faults).collect(),
         })
     }

@@ -1,10 +1,12 @@
-//! A guest on KVM that does what it is told.
+//! A guest that does what it is told, on KVM and on the simulated machine.
 
-use polder::units::{Gfn, GfnRange, PAGE_SIZE, PageRange};
-use polder::{HostKind, Memory, MemoryFault, Slot};
+use std::time::Duration;
+
+use polder::units::{Gfn, GfnRange, Gpa, PAGE_SIZE, PageRange};
+use polder::{HostKind, Memory, MemoryFault, OnBusy, Slot, VmId};
 use polder_require::{Facility, require};
 use polder_vmm::scenario::{HostAccess, Op, Outcome, Pattern, Visibility};
-use polder_vmm::{End, Failure, Supervision, Vm};
+use polder_vmm::{End, Ended, Failure, Supervision, Vm};
 
 #[test]
 fn ops_run_on_memory_that_somebody_else_made() {
@@ -45,4 +47,80 @@ fn ops_run_on_memory_that_somebody_else_made() {
             End::Failed(Failure::Check { op: 1, gpa: at, .. }) if at == gpa
         ));
     }
+}
+
+/// Memory whose contents are owed, bound to a VM, on each host that can run a guest here.
+fn owed_memory(each: impl Fn(&Vm, &Memory, VmId)) {
+    for host in HostKind::ALL {
+        let Some(vm) = require(Facility::Kvm, Vm::new(host)) else { continue };
+        let pages = PageRange::between(0, 8).expect("a range");
+        let memory = Memory::builder(pages.count()).host(host).owed().build().expect("memory");
+        let id = vm.attach(&memory).expect("a VM of the host's");
+        memory.bind(id, Slot(0), Vm::RAM.gfn(), pages).expect("a first slot");
+        each(&vm, &memory, id);
+    }
+}
+
+/// Runs a guest that checks page 0, and does something else once the guest waits for it.
+fn meanwhile(
+    (vm, memory, id): (&Vm, &Memory, VmId),
+    pattern: Pattern,
+    then: impl FnOnce(),
+) -> Ended {
+    let check = Op::Check { gpa: Vm::RAM, len: PAGE_SIZE, pattern };
+    std::thread::scope(|scope| {
+        let guest = scope
+            .spawn(move || vm.run((memory, id), &[vec![check, Op::Done]], |_| Supervision::GoOn));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!guest.is_finished(), "the page is owed: the guest waits");
+        then();
+        guest.join().expect("it doesn't panic").expect("the guest runs")
+    })
+}
+
+#[test]
+fn a_guest_waits_for_what_is_owed_and_sees_it_whole() {
+    owed_memory(|vm, memory, id| {
+        let pattern = Pattern::Seeded { seed: 9 };
+        let words = (0..512).map(|word| Gpa::new(Vm::RAM.get() + 8 * word));
+        let bytes: Vec<u8> = words.flat_map(|gpa| pattern.word(gpa).to_le_bytes()).collect();
+        let pages = PageRange::between(0, 4).expect("a range");
+        let ended = meanwhile((vm, memory, id), pattern, || {
+            memory.populate(pages, &bytes).expect("the pages are owed");
+        });
+        assert_eq!((ended.end, ended.checks_passed), (End::Ok, 1));
+    });
+}
+
+#[test]
+fn a_guest_that_waits_sees_zeros_once_nothing_more_will_come() {
+    owed_memory(|vm, memory, id| {
+        let ended = meanwhile((vm, memory, id), Pattern::Zero, || memory.settle().expect("idle"));
+        assert_eq!((ended.end, ended.checks_passed), (End::Ok, 1));
+    });
+}
+
+#[test]
+fn a_guest_that_waits_for_a_source_that_fails_stops_with_the_page_named() {
+    owed_memory(|vm, memory, id| {
+        let all = PageRange::between(0, 8).expect("a range");
+        let ended = meanwhile((vm, memory, id), Pattern::Zero, || memory.fail(all).expect("owed"));
+        let named = match ended.end {
+            End::Failed(Failure::MemoryFailure { page, .. }) => page == Some(all.start()),
+            End::Failed(Failure::MemoryFault { fault, .. }) => {
+                fault == MemoryFault::SourceFailed(GfnRange::one(Vm::RAM.gfn()))
+            }
+            _ => false,
+        };
+        assert!(named, "{:?}", ended.end);
+        // Who comes later is denied too, also once nothing else is owed.
+        memory.settle().expect("idle");
+        let check = Op::Check { gpa: Vm::RAM, len: 8, pattern: Pattern::Zero };
+        let again = vm.run((memory, id), &[vec![check, Op::Done]], |_| Supervision::GoOn);
+        assert!(matches!(again.expect("it runs").end, End::Failed(_)));
+        // Discarded, the pages are zeros.
+        memory.discard(all, OnBusy::Wait).expect("no pins");
+        let again = vm.run((memory, id), &[vec![check, Op::Done]], |_| Supervision::GoOn);
+        assert_eq!(again.expect("it runs").end, End::Ok);
+    });
 }

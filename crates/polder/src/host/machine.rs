@@ -203,10 +203,11 @@ impl MachineHost {
         Ok(None)
     }
 
-    /// Drops the memory of pages. Nobody has them mapped after that, markers stay.
+    /// Drops the memory of pages. Nobody has them mapped after that, and no marker is left.
     fn free(&self, range: PageRange) -> Result<(), Error> {
         self.unmap_guest(range)?;
         let mut machine = self.lock();
+        machine.host_unmap(self.process, Self::vpns(range)).map_err(refused)?;
         machine.zap_object(self.object, range).map_err(refused)?;
         machine.flush_object(self.object, range).map_err(refused)?;
         machine.punch(self.object, range, None).map(|_| ()).map_err(refused)
@@ -298,11 +299,6 @@ impl Host for MachineHost {
             Step::UnmapGuest(range) => self.unmap_guest(range),
             Step::CheckReferences(range) => self.check_references(range),
             Step::Free(range) => self.free(range),
-            // A guest that waits for contents asks the engine again by itself.
-            Step::Continue(_) => {
-                self.answered();
-                Ok(())
-            }
             Step::Quarantine(range) => {
                 self.unmap_guest(range)?;
                 self.unmap_host(range)?;
@@ -394,7 +390,7 @@ impl Host for MachineHost {
         }
     }
 
-    fn settle(&self) -> Result<(), Error> {
+    fn settle(&self, _: &[PageRange]) -> Result<(), Error> {
         self.answered();
         Ok(())
     }

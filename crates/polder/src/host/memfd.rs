@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
-use polder_engine::{Response, Slot, Step, View as ViewKind, VmId};
+use polder_engine::{RangeSet, Response, Slot, Step, View as ViewKind, VmId};
 use polder_linux::{Continued, Errno, KvmSlot, Memfd, Userfault, View};
 use polder_units::{Gfn, Level, PAGE_SIZE, PageCount, PageIndex, PageRange};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -38,6 +38,9 @@ pub(crate) struct MemfdHost {
     host: Userfault,
     vms: Mutex<BTreeMap<VmId, Arc<VmFd>>>,
     slots: Mutex<BTreeMap<(VmId, Slot), KvmSlot>>,
+    /// Pages of the guest view that are watched for good, because they are in quarantine. Held
+    /// while that view's watching changes.
+    kept: Mutex<RangeSet>,
     nudge: OwnedFd,
 }
 
@@ -62,8 +65,15 @@ impl MemfdHost {
             host,
             vms: Mutex::default(),
             slots: Mutex::default(),
+            kept: Mutex::default(),
             nudge,
         })
+    }
+
+    /// What KVM's slots show, for tests that look without a guest.
+    #[cfg(test)]
+    pub(crate) fn guest_view(&self) -> Arc<View> {
+        Arc::clone(self.guest.view())
     }
 
     fn watched(&self, view: ViewKind) -> &Userfault {
@@ -90,6 +100,8 @@ impl MemfdHost {
 
     /// Takes pages out of all views for good, by markers in their place.
     fn quarantine(&self, range: PageRange) -> Result<(), Error> {
+        let mut kept = self.kept.lock();
+        kept.insert(range);
         // Watching what is watched already is harmless.
         self.guest.watch(range)?;
         for watched in [&self.guest, &self.host] {
@@ -104,9 +116,13 @@ impl Host for MemfdHost {
     fn take(&self, step: Step) -> Result<(), Error> {
         match step {
             Step::UnmapHost(range) => self.host.view().zap(range)?,
-            Step::Free(range) => self.memfd.punch_hole(range)?,
+            Step::Free(range) => {
+                self.memfd.punch_hole(range)?;
+                // Markers survive that.
+                self.host.view().zap(range)?;
+                self.guest.view().zap(range)?;
+            }
             Step::Quarantine(range) => self.quarantine(range)?,
-            Step::Continue(range) => self.map(ViewKind::Guest, range)?,
             // A guest's mapping is right for private and shared alike, and nothing but the host
             // view enforces the difference; references from outside are not to be seen; a page
             // that was written is ready.
@@ -179,8 +195,18 @@ impl Host for MemfdHost {
         Ok(())
     }
 
-    fn settle(&self) -> Result<(), Error> {
-        Ok(self.guest.unwatch()?)
+    fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {
+        let mut kept = self.kept.lock();
+        failed.iter().for_each(|&run| kept.insert(run));
+        let mut next = 0;
+        let ends = kept.runs().map(|run| (run.start().get(), run.end()));
+        for (start, end) in ends.chain([(self.memfd.pages().get(), u64::MAX)]) {
+            if let Some(free) = PageRange::between(next, start) {
+                self.guest.unwatch(free)?;
+            }
+            next = end;
+        }
+        Ok(())
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {

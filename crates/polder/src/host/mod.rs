@@ -103,8 +103,8 @@ pub(crate) trait Host: Send + Sync {
     /// A host whose hypervisor maps by itself has nothing to do.
     fn map_guest(&self, vm: VmId, gfn: Gfn, level: Level, range: PageRange) -> Result<(), Error>;
 
-    /// Stops watching the guest's touches: nothing is owed any more.
-    fn settle(&self) -> Result<(), Error>;
+    /// Stops watching the guest's touches: nothing is owed any more but `failed`, for good.
+    fn settle(&self, failed: &[PageRange]) -> Result<(), Error>;
 
     /// Copies bytes of the object out, unchecked: the caller holds a claim on them.
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error>;

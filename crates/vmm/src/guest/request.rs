@@ -108,17 +108,15 @@ pub enum Request {
 /// Why registers are no request.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, thiserror::Error)]
 pub enum RequestError {
-    /// An access of the port that is not a single 4-byte IN, or of another port.
-    #[error("{kind} of {size} x {count} bytes at port {port:#x}; a request is IN of 4 at 0xe0")]
+    /// An access of the port that is not an IN of 4 bytes, or of another port.
+    #[error("{kind} of {bytes} bytes at port {port:#x}; a request is an IN of 4 at 0xe0")]
     Access {
         /// IN or OUT.
         kind: &'static str,
         /// The port.
         port: u16,
-        /// Bytes an element.
-        size: u8,
-        /// Elements.
-        count: u32,
+        /// Bytes, in all elements.
+        bytes: usize,
     },
     /// No request has this number.
     #[error("no request has the number {number:#x}")]
@@ -173,19 +171,19 @@ impl RequestError {
 }
 
 impl Request {
-    /// The request of a `KVM_EXIT_IO`: `read` is whether it was IN, `size` and `count` are its
-    /// element size and number of elements, `regs` is what `KVM_GET_REGS` gives now.
+    /// The request of a `KVM_EXIT_IO`: `read` is whether it was IN, `bytes` how many it was of in
+    /// all, `regs` is what `KVM_GET_REGS` gives now.
     ///
     /// # Errors
-    /// [`RequestError::Access`] if it isn't one 4-byte IN from [`PORT`], and as
+    /// [`RequestError::Access`] if it isn't an IN of 4 bytes from [`PORT`], and as
     /// [`Request::parse`].
     pub fn from_port(
-        (read, port, size, count): (bool, u16, u8, u32),
+        (read, port, bytes): (bool, u16, usize),
         regs: &kvm_regs,
     ) -> Result<Self, RequestError> {
-        if (read, port, size, count) != (true, PORT, 4, 1) {
+        if (read, port, bytes) != (true, PORT, 4) {
             let kind = if read { "IN" } else { "OUT" };
-            return Err(RequestError::Access { kind, port, size, count });
+            return Err(RequestError::Access { kind, port, bytes });
         }
         Self::parse(regs.rax, [regs.rbx, regs.rcx, regs.rdx, regs.rsi, regs.rdi])
     }

@@ -1,0 +1,74 @@
+//! [`HostView`]: what device models get.
+
+use std::fmt;
+use std::os::fd::AsFd;
+
+use polder_units::PageCount;
+
+use crate::Error;
+use crate::host::Host;
+
+/// The mapping that device models get pointers into. A touch of a shared page works; one of a
+/// private page raises SIGBUS (in a system call: fails with `EFAULT`); one of a page that is being
+/// converted waits.
+#[derive(Clone, Copy)]
+pub struct HostView<'a> {
+    pub(crate) host: &'a dyn Host,
+    pub(crate) pages: PageCount,
+}
+
+impl HostView<'_> {
+    /// Where the object's page 0 is, if the view is memory of this process (not on the simulated
+    /// machine). Valid while the memory lives; what is there changes at any time.
+    pub fn as_ptr(self) -> Option<*mut u8> {
+        self.host.host_view()
+    }
+
+    /// Its length in bytes.
+    pub fn length(self) -> u64 {
+        self.pages.bytes().unwrap_or(u64::MAX)
+    }
+
+    /// A raw touch that survives being denied: reads bytes at an offset of the object.
+    ///
+    /// # Errors
+    /// [`Error::Copy`] at the first byte denied.
+    pub fn touch_read(self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        self.check(offset, into.len())?;
+        self.host.touch_read(offset, into)
+    }
+
+    /// A raw touch that survives being denied: writes bytes at an offset of the object.
+    ///
+    /// # Errors
+    /// [`Error::Copy`] at the first byte denied.
+    pub fn touch_write(self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        self.check(offset, from.len())?;
+        self.host.touch_write(offset, from)
+    }
+
+    /// Reads up to `count` bytes of a file straight into memory, by one `read(2)`; returns how many
+    /// came.
+    ///
+    /// # Errors
+    /// `EFAULT` where the first page is denied.
+    pub fn read_from(self, file: impl AsFd, offset: u64, count: usize) -> Result<usize, Error> {
+        self.check(offset, count)?;
+        self.host.touch_from(file.as_fd(), offset, count)
+    }
+
+    /// Refuses bytes beyond the object: there is nothing to touch.
+    fn check(self, offset: u64, count: usize) -> Result<(), Error> {
+        let end = offset.checked_add(count as u64);
+        if end.is_some_and(|end| end <= self.length()) {
+            return Ok(());
+        }
+        Err(polder_linux::Touched { offset: offset.max(self.length()) }.into())
+    }
+}
+
+impl fmt::Debug for HostView<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HostView").field("pages", &self.pages).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,89 @@
+//! What has happened, counted.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use polder_engine::{Response, View, Visibility};
+use polder_units::PageCount;
+
+/// What has happened to a memory so far.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Statistics {
+    /// Conversions to private that succeeded.
+    pub to_private: u64,
+    /// Conversions to shared that succeeded.
+    pub to_shared: u64,
+    /// Pages that they changed.
+    pub converted_pages: u64,
+    /// Conversions that were refused or failed.
+    pub refused: u64,
+    /// Guest accesses that came to [`Memory::guest_fault`] or to a fault thread.
+    pub guest_faults: u64,
+    /// Touches of the host view that were mapped.
+    pub host_faults: u64,
+    /// Touches and copies by the host that were denied.
+    pub denied: u64,
+}
+
+/// [`Statistics`] in the making.
+#[derive(Default)]
+pub(crate) struct Counters {
+    to_private: AtomicU64,
+    to_shared: AtomicU64,
+    converted_pages: AtomicU64,
+    refused: AtomicU64,
+    guest_faults: AtomicU64,
+    host_faults: AtomicU64,
+    denied: AtomicU64,
+}
+
+fn add(counter: &AtomicU64, count: u64) {
+    counter.fetch_add(count, Ordering::Relaxed);
+}
+
+impl Counters {
+    pub(crate) fn converted(&self, to: Visibility, pages: PageCount) {
+        add(
+            match to {
+                Visibility::Private => &self.to_private,
+                Visibility::Shared => &self.to_shared,
+            },
+            1,
+        );
+        add(&self.converted_pages, pages.get());
+    }
+
+    pub(crate) fn refused(&self) {
+        add(&self.refused, 1);
+    }
+
+    pub(crate) fn guest_fault(&self) {
+        add(&self.guest_faults, 1);
+    }
+
+    pub(crate) fn denied(&self) {
+        add(&self.denied, 1);
+    }
+
+    /// A touch of a view, and what was done about it.
+    pub(crate) fn answered(&self, view: View, done: Option<Response>) {
+        match (view, done) {
+            (_, None) => {}
+            (View::Guest, Some(_)) => add(&self.guest_faults, 1),
+            (View::Host, Some(Response::Map)) => add(&self.host_faults, 1),
+            (View::Host, Some(Response::Poison)) => add(&self.denied, 1),
+        }
+    }
+
+    pub(crate) fn read(&self) -> Statistics {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Statistics {
+            to_private: of(&self.to_private),
+            to_shared: of(&self.to_shared),
+            converted_pages: of(&self.converted_pages),
+            refused: of(&self.refused),
+            guest_faults: of(&self.guest_faults),
+            host_faults: of(&self.host_faults),
+            denied: of(&self.denied),
+        }
+    }
+}
