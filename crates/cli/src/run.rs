@@ -290,7 +290,8 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
     format!(
         "{verdict}: {ended}; {passed} checks passed, {failed} failed in {seconds:.1} s\n\
          \n\
-         \x20 guest        {vcpus} vCPUs, {size} on host {host}, accelerator {accelerator}{simulated}\n\
+         \x20 guest        {vcpus} vCPUs, {size} on host {host}, \
+         accelerator {accelerator}{simulated}\n\
          \x20 requests by  {conversion_by}\n\
          \x20 conversions  {to_shared} to shared, {to_private} to private, {converted} pages; \
          {refused} refused\n\

@@ -109,7 +109,8 @@ mod tests {
             prop_assert_eq!(pages, naive.iter().copied().collect::<Vec<_>>());
             let window = PageRange::between(start, start + count).unwrap();
             let within: Vec<_> = set.within(window).flat_map(PageRange::frames).collect();
-            prop_assert_eq!(within, naive.into_iter().filter(|&p| window.contains(p)).collect::<Vec<_>>());
+            let naive: Vec<_> = naive.into_iter().filter(|&p| window.contains(p)).collect();
+            prop_assert_eq!(within, naive);
         }
     }
 }

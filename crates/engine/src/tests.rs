@@ -224,9 +224,8 @@ fn pages_whose_undo_fails_are_kept_from_everybody() {
     let quarantined = Refusal::Quarantined { page: page(2) };
     let again = request(pages(2, 8), Visibility::Shared, Contents::Preserve);
     assert_eq!(claim(&mut engine, &again).unwrap_err(), quarantined);
-    assert!(
-        matches!(engine.copy(&[pages(2, 3)]), Err(Blocked::Refused(refusal)) if refusal == quarantined)
-    );
+    let copy = engine.copy(&[pages(2, 3)]);
+    assert!(matches!(copy, Err(Blocked::Refused(refusal)) if refusal == quarantined));
     assert!(matches!(engine.discard(pages(2, 3)), Err(Blocked::Refused(_))));
 }
 
@@ -522,7 +521,8 @@ proptest! {
         acts in prop::collection::vec(act(), 0..60),
     ) {
         let mut engine = plain();
-        let mut naive: BTreeMap<u64, Naive> = (0..64).map(|page| (page, Naive::default())).collect();
+        let mut naive: BTreeMap<u64, Naive> =
+            (0..64).map(|page| (page, Naive::default())).collect();
         let mut pins = Vec::new();
         for act in acts {
             both(&mut engine, &mut naive, &mut pins, act);

@@ -303,8 +303,11 @@ mod tests {
             let (x, y) = (range(a, a + a_len), range(b, b + b_len));
             let in_both: Vec<_> = x.frames().filter(|&frame| y.contains(frame)).collect();
             let in_x_only: Vec<_> = x.frames().filter(|&frame| !y.contains(frame)).collect();
-            let intersection: Vec<_> = x.intersection(y).into_iter().flat_map(|r| r.frames()).collect();
-            let without: Vec<_> = x.without(y).into_iter().flatten().flat_map(|r| r.frames()).collect();
+            let frames = |ranges: &[PageRange]| -> Vec<_> {
+                ranges.iter().flat_map(|range| range.frames()).collect()
+            };
+            let intersection = frames(&Vec::from_iter(x.intersection(y)));
+            let without = frames(&Vec::from_iter(x.without(y).into_iter().flatten()));
             prop_assert_eq!(&intersection, &in_both);
             prop_assert_eq!(without, in_x_only);
             prop_assert_eq!(x.overlaps(y), !in_both.is_empty());
