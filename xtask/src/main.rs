@@ -3,11 +3,13 @@
 mod layers;
 mod readme;
 
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
 
 const USAGE: &str = "\
 usage: cargo xtask NAME
+  behaviours [--host NAME] [--case TEXT] [--json] [--write]
+           run the behaviour table (verify/behaviour), or write it to its file
   layers   check which crate uses which, and where `unsafe` stands (crates/README.md)
   readme   run the commands that README.md and docs/ show";
 
@@ -18,6 +20,7 @@ fn root() -> PathBuf {
 
 fn main() -> ExitCode {
     let done = match std::env::args().nth(1).as_deref() {
+        Some("behaviours") => return behaviours(&root()),
         Some("layers") => layers::check(&root()),
         Some("readme") => readme::run(&root()),
         _ => Err(USAGE.to_owned()),
@@ -26,6 +29,23 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
             eprintln!("{why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The table's own program, so that chores that don't need it build without it.
+fn behaviours(root: &Path) -> ExitCode {
+    let status = Command::new(env!("CARGO"))
+        .args(["run", "--quiet", "--package", "polder-behaviour", "--"])
+        .args(std::env::args_os().skip(2))
+        .current_dir(root)
+        .status();
+    match status {
+        Ok(status) if status.success() => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("cargo run: {error}");
             ExitCode::FAILURE
         }
     }

@@ -23,6 +23,12 @@ impl Facility {
             Self::Userfault => "userfault",
         }
     }
+
+    /// Whether `POLDER_REQUIRE` names it.
+    pub fn is_required(self) -> bool {
+        let required = std::env::var("POLDER_REQUIRE").unwrap_or_default();
+        required.split(',').any(|required| required == self.name())
+    }
 }
 
 /// What was found, or `None` if the test is to be skipped.
@@ -35,10 +41,9 @@ pub fn require<T, E: Display>(facility: Facility, found: Result<T, E>) -> Option
         Err(why) => why,
     };
     let name = facility.name();
-    let required = std::env::var("POLDER_REQUIRE").unwrap_or_default();
     assert!(
-        !required.split(',').any(|required| required == name),
-        "{name} is required (POLDER_REQUIRE={required}) and missing: {why}"
+        !facility.is_required(),
+        "{name} is required (POLDER_REQUIRE names it) and missing: {why}"
     );
     let test = std::thread::current().name().unwrap_or("a test").to_owned();
     // Not by `eprintln`, which the test harness would keep to itself.

@@ -1,0 +1,296 @@
+//! Conversions, asked for by the VMM.
+
+use polder::units::{PAGE_SIZE, PageRange};
+use polder::{Error, Holder, Memory, OnBusy, PinKind, Refusal, Slot, Visibility};
+use polder_vmm::scenario::{HostAccess, Op, Outcome};
+
+use crate::Section::Conversion;
+use crate::world::{
+    BASE, PASSED, World, all, byte, bytes, check, facts, fill, gfn, gfns, page, pages, probe, put,
+    share_all, to, touch, zero,
+};
+use crate::{Case, Ran, Trouble};
+
+pub(crate) const REFERENCED: &str = "a page that somebody unknown refers to is refused, named";
+
+const SHARED: Visibility = Visibility::Shared;
+const PRIVATE: Visibility = Visibility::Private;
+
+pub(super) const CASES: &[Case] = &[
+    Case::new(Conversion, "pages past the end, and no pages, are refused", beyond),
+    Case::new(Conversion, "before allocation: it is recorded, and nothing is allocated", before),
+    Case::new(Conversion, "pages that exist and pages that don't, mixed", mixed),
+    Case::new(Conversion, "what is so already is left as it is, mappings and all", already_so),
+    Case::new(
+        Conversion,
+        "pages that differ become one, and only those that changed count",
+        differ,
+    ),
+    Case::new(Conversion, "private pages are in no mapping of the host view", unmapped),
+    Case::new(Conversion, "a pinned page refuses the whole range, naming page and holder", pinned),
+    Case::new(Conversion, "the other pages convert singly, and all after the unpin", unpinned),
+    Case::new(Conversion, "a private page can't be pinned", private_pin),
+    Case::new(Conversion, REFERENCED, referenced),
+    Case::new(Conversion, "a request across two slots is all or nothing", two_slots),
+    Case::new(Conversion, "a request across a gap between slots is refused", gap),
+    Case::new(Conversion, "a step that fails changes nothing, and denies nobody", failed),
+    Case::new(
+        Conversion,
+        "what can't be undone is put out of use, its neighbours are not",
+        quarantine,
+    ),
+];
+
+fn filled(memory: &Memory, range: PageRange, byte: u8) {
+    range.frames().for_each(|page| put(memory, page.get(), byte));
+}
+
+fn beyond(w: &World<'_>) -> Ran {
+    let memory = w.memory(8)?;
+    for range in [pages(0, 9), pages(8, 9), pages(7, 1 << 52)] {
+        for visibility in [SHARED, PRIVATE] {
+            let beyond = Refusal::Beyond { range, pages: memory.pages() };
+            assert_eq!(to(&memory, range, visibility), Err(beyond.into()));
+        }
+    }
+    assert_eq!(PageRange::between(4, 4), None);
+    assert!(PageRange::from_bytes(PAGE_SIZE, 0).is_err());
+    assert_eq!(bytes(&memory, all(&memory)), [None; 8]);
+    PASSED
+}
+
+fn before(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(1024)?)?;
+    let memory = &bound.memory;
+    assert_eq!(to(memory, pages(3, 1000), SHARED), Ok(997));
+    assert_eq!(to(memory, pages(10, 20), PRIVATE), Ok(10));
+    assert_eq!(memory.existing(), Ok(vec![]));
+    assert_eq!([2, 3, 9, 10, 19, 20, 999].map(|page| byte(memory, page).is_some()), {
+        [false, true, true, false, false, true, true]
+    });
+    bound.passes([zero(gfns(pages(0, 30)))]);
+    PASSED
+}
+
+fn mixed(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(16)?)?;
+    let memory = &bound.memory;
+    let touched: Vec<_> = [1, 2, 5, 9, 10, 11].map(page).to_vec();
+    bound.passes(touched.iter().map(|&page| fill(gfns(page), 1)));
+    let expected = |at: u64| touched.contains(&page(at));
+    assert_eq!(to(memory, all(memory), SHARED), Ok(16));
+    for at in 0..16 {
+        let is = touch(memory, at).expect("a shared page");
+        assert_eq!(is == vec![0; is.len()], !expected(at), "page {at}");
+    }
+    assert_eq!(to(memory, all(memory), PRIVATE), Ok(16));
+    let look = |at| if expected(at) { check(gfns(page(at)), 1) } else { zero(gfns(page(at))) };
+    bound.passes((0..16).map(look));
+    PASSED
+}
+
+fn already_so(w: &World<'_>) -> Ran {
+    let memory = w.memory(16)?;
+    assert_eq!(to(&memory, pages(0, 16), PRIVATE), Ok(0));
+    assert_eq!(to(&memory, pages(0, 8), SHARED), Ok(8));
+    filled(&memory, pages(0, 8), 4);
+    let mapped = w.mapped(&memory, all(&memory));
+    assert_eq!(mapped.len(), 8);
+    assert_eq!(to(&memory, pages(2, 6), SHARED), Ok(0));
+    // A part that is so already stays mapped also when the rest is converted.
+    assert_eq!(to(&memory, pages(4, 12), SHARED), Ok(4));
+    assert_eq!(w.mapped(&memory, all(&memory)), mapped);
+    let statistics = memory.statistics();
+    assert_eq!((statistics.converted_pages, statistics.refused), (12, 0));
+    PASSED
+}
+
+fn differ(w: &World<'_>) -> Ran {
+    let memory = w.memory(64)?;
+    for at in (0..64).step_by(2) {
+        assert_eq!(to(&memory, page(at), SHARED), Ok(1));
+        put(&memory, at, 9);
+    }
+    assert_eq!(facts(&memory, all(&memory)).len(), 64);
+    assert_eq!(to(&memory, pages(1, 63), SHARED), Ok(31));
+    assert_eq!(facts(&memory, all(&memory)).len(), 2);
+    let expected = (0..64).map(|at| (at < 63).then_some(if at % 2 == 0 { 9 } else { 0 }));
+    assert_eq!(bytes(&memory, all(&memory)), expected.collect::<Vec<_>>());
+    PASSED
+}
+
+fn unmapped(w: &World<'_>) -> Ran {
+    let memory = w.memory(64)?;
+    share_all(&memory);
+    filled(&memory, all(&memory), 1);
+    assert_eq!(w.mapped(&memory, all(&memory)).len(), 64);
+    to(&memory, pages(16, 48), PRIVATE).expect("no pins");
+    let expected: Vec<_> =
+        pages(0, 64).frames().filter(|at| !(16..48).contains(&at.get())).collect();
+    assert_eq!(w.mapped(&memory, all(&memory)), expected);
+    assert_eq!(bytes(&memory, pages(16, 48)), [None; 32]);
+    assert_eq!(w.mapped(&memory, pages(16, 48)), [], "nor after they were touched");
+    PASSED
+}
+
+fn pinned(w: &World<'_>) -> Ran {
+    let memory = w.memory(16)?;
+    to(&memory, pages(0, 12), SHARED).expect("no pins");
+    filled(&memory, pages(0, 12), 6);
+    let mapped = w.mapped(&memory, all(&memory));
+    for kind in [PinKind::Short, PinKind::LongTerm] {
+        let holder = Holder::new("virtio-blk");
+        let late = memory.pin(page(9), kind, Holder::new("late")).expect("a shared page");
+        let pin = memory.pin(pages(5, 7), kind, holder.clone()).expect("shared pages");
+        assert_eq!(pin.range(), pages(5, 7));
+        let named = Error::Refused(Refusal::Pinned { page: 5u32.into(), kind, holder });
+        assert_eq!(named.errno() as i32, 11, "EAGAIN");
+        for range in [pages(0, 16), page(5), pages(4, 6)] {
+            assert_eq!(to(&memory, range, PRIVATE), Err(named.clone()), "{range}");
+        }
+        drop((pin, late));
+    }
+    assert_eq!(w.mapped(&memory, all(&memory)), mapped, "nothing was unmapped");
+    assert_eq!(bytes(&memory, pages(0, 12)), [Some(6); 12]);
+    assert_eq!(bytes(&memory, pages(12, 16)), [None; 4]);
+    PASSED
+}
+
+fn unpinned(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(8)?)?;
+    let memory = &bound.memory;
+    share_all(memory);
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    let holder = || Holder::new("vhost-net");
+    let pin = memory.pin(pages(3, 5), PinKind::LongTerm, holder()).expect("shared pages");
+    let again = memory.pin(page(4), PinKind::Short, holder()).expect("pins add up");
+    // The guest is told to try again, and nothing is different.
+    let (gpa, to_private) = (gfns(pages(0, 8)).start().gpa(), PRIVATE);
+    let refused = memory.convert_gfns(
+        bound.vm,
+        gfns(all(memory)),
+        to_private,
+        polder::Contents::Preserve,
+        OnBusy::Wait,
+    );
+    assert_eq!(refused.map_err(|error| error.errno() as i32), Err(11), "at {gpa}");
+    for at in 0..8 {
+        assert_eq!(to(memory, page(at), PRIVATE).is_ok(), !(3..5).contains(&at), "page {at}");
+    }
+    bound.passes([probe(gfns(pages(3, 5)), HostAccess::Readable), check(gfns(pages(3, 5)), 1)]);
+    drop(pin);
+    assert_eq!(to(memory, page(3), PRIVATE), Ok(1));
+    assert!(to(memory, page(4), PRIVATE).is_err(), "one pin is left");
+    drop(again);
+    assert_eq!(to(memory, all(memory), PRIVATE), Ok(1));
+    bound.passes([probe(gfns(all(memory)), HostAccess::Denied), check(gfns(all(memory)), 1)]);
+    PASSED
+}
+
+fn private_pin(w: &World<'_>) -> Ran {
+    let memory = w.memory(8)?;
+    to(&memory, pages(0, 4), SHARED).expect("no pins");
+    let pin = |range| memory.pin(range, PinKind::Short, Holder::new("virtio-blk")).map(drop);
+    assert_eq!(pin(pages(2, 6)), Err(Refusal::Private { page: 4u32.into() }.into()));
+    assert!(matches!(pin(pages(0, 9)), Err(Error::Refused(Refusal::Beyond { .. }))));
+    // A refused pin holds nothing.
+    assert_eq!(to(&memory, pages(0, 8), PRIVATE), Ok(4));
+    PASSED
+}
+
+fn referenced(w: &World<'_>) -> Ran {
+    let memory = w.memory(8)?;
+    share_all(&memory);
+    filled(&memory, all(&memory), 2);
+    let reference = w.inside().refer(&memory, 5u32.into());
+    let refused = to(&memory, all(&memory), PRIVATE);
+    assert!(
+        matches!(&refused, Err(Error::Refused(Refusal::Referenced { page, .. })) if page.get() == 5),
+        "{refused:?}"
+    );
+    assert_eq!(bytes(&memory, all(&memory)), [Some(2); 8]);
+    drop(reference);
+    assert_eq!(to(&memory, all(&memory), PRIVATE), Ok(8));
+    PASSED
+}
+
+fn two_slots(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(16)?)?;
+    let (memory, vm) = (&bound.memory, bound.vm);
+    // Neighbours in the guest that are none in the object.
+    memory.unbind(vm, Slot(0)).expect("it is bound");
+    memory.bind(vm, Slot(0), gfn(BASE), pages(8, 12)).expect("free");
+    memory.bind(vm, Slot(1), gfn(BASE + 4), pages(0, 4)).expect("free");
+    let both = gfns(pages(0, 8));
+    bound.passes([fill(both, 1), crate::world::convert(gfns(pages(2, 6)), SHARED)]);
+    let shared = |memory: &Memory| {
+        let shared = (0..16).filter(|page| touch(memory, *page).is_ok());
+        shared.collect::<Vec<u64>>()
+    };
+    assert_eq!(shared(memory), [0, 1, 10, 11]);
+    let pin = memory.pin(page(1), PinKind::Short, Holder::new("virtio-blk")).expect("shared");
+    let request = |visibility| {
+        let contents = polder::Contents::Preserve;
+        memory.convert_gfns(vm, gfns(pages(2, 6)), visibility, contents, OnBusy::Wait)
+    };
+    let named = matches!(request(PRIVATE), Err(Error::Refused(Refusal::Pinned { page, .. }))
+        if page.get() == 1);
+    assert!(named, "the page in the second slot is in the way");
+    assert_eq!(shared(memory), [0, 1, 10, 11]);
+    drop(pin);
+    assert_eq!(request(PRIVATE).map(polder::units::PageCount::get), Ok(4));
+    assert_eq!(shared(memory), []);
+    bound.passes([check(both, 1)]);
+    PASSED
+}
+
+fn gap(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(16)?)?;
+    let (memory, vm) = (&bound.memory, bound.vm);
+    memory.unbind(vm, Slot(0)).expect("it is bound");
+    memory.bind(vm, Slot(0), gfn(BASE), pages(0, 4)).expect("free");
+    memory.bind(vm, Slot(1), gfn(BASE + 5), pages(5, 9)).expect("free");
+    let (gpa, expect) = (gfn(BASE).gpa(), Outcome::Invalid);
+    let across = [SHARED, PRIVATE].map(|to| Op::Convert { gpa, pages: 9, to, expect });
+    bound.passes(across);
+    assert_eq!(bytes(memory, all(memory)), [None; 16]);
+    assert_eq!(memory.statistics().converted_pages, 0);
+    PASSED
+}
+
+fn failed(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(8)?)?;
+    let memory = &bound.memory;
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    share_all(memory);
+    let before = facts(memory, all(memory));
+    let failed = w.in_trouble(Trouble::Unmap, || to(memory, pages(2, 6), PRIVATE));
+    assert!(matches!(failed, Err(Error::Host(_))), "{failed:?}");
+    assert_eq!(facts(memory, all(memory)), before);
+    assert_eq!(memory.quarantined(), []);
+    assert!(crate::world::holds(memory, all(memory), 1));
+    assert_eq!(to(memory, pages(2, 6), PRIVATE), Ok(4), "it can be tried again");
+    bound.passes([probe(gfns(pages(2, 6)), HostAccess::Denied), check(gfns(all(memory)), 1)]);
+    PASSED
+}
+
+fn quarantine(w: &World<'_>) -> Ran {
+    let memory = w.memory(8)?;
+    share_all(&memory);
+    filled(&memory, all(&memory), 7);
+    let failed = w.in_trouble(Trouble::Free, || {
+        memory.convert(pages(2, 4), PRIVATE, polder::Contents::Zero, OnBusy::Wait)
+    });
+    let Err(Error::Quarantined { pages: out, .. }) = failed else { panic!("{failed:?}") };
+    assert_eq!((&out, &memory.quarantined()), (&vec![pages(2, 4)], &vec![pages(2, 4)]));
+    assert_eq!([1, 2, 3, 4].map(|at| byte(&memory, at)), [Some(7), None, None, Some(7)]);
+    let refused = Error::Refused(Refusal::Quarantined { page: 2u32.into() });
+    for visibility in [SHARED, PRIVATE] {
+        assert_eq!(to(&memory, pages(0, 8), visibility), Err(refused.clone()));
+    }
+    assert_eq!(memory.discard(pages(0, 8), OnBusy::Wait), Err(refused.clone()));
+    let pin = memory.pin(page(2), PinKind::Short, Holder::new("virtio-blk")).map(drop);
+    assert_eq!(pin, Err(refused));
+    assert_eq!(to(&memory, pages(4, 8), PRIVATE), Ok(4));
+    PASSED
+}

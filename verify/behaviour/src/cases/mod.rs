@@ -1,0 +1,48 @@
+//! The rows, a file for each section; conversion has several.
+
+mod bind;
+mod contents;
+mod conversion;
+mod create;
+mod discard;
+mod exits;
+mod guest_conversion;
+mod host_view;
+mod population;
+mod together;
+
+use crate::{Case, Section};
+
+// Names that hosts refer to.
+pub(crate) use contents::LOST;
+pub(crate) use conversion::REFERENCED;
+pub(crate) use exits::{FAILED, MISMATCH};
+pub(crate) use guest_conversion::IMPLICIT;
+pub(crate) use host_view::{CHILD, OTHER, STRAY};
+
+/// Every row, in the table's order within a section.
+pub fn cases() -> impl Iterator<Item = &'static Case> {
+    let files: [&[Case]; 10] = [
+        create::CASES,
+        bind::CASES,
+        host_view::CASES,
+        discard::CASES,
+        guest_conversion::CASES,
+        conversion::CASES,
+        contents::CASES,
+        together::CASES,
+        exits::CASES,
+        population::CASES,
+    ];
+    files.into_iter().flatten()
+}
+
+impl Case {
+    const fn new(
+        section: Section,
+        name: &'static str,
+        run: fn(&crate::World<'_>) -> crate::Ran,
+    ) -> Self {
+        Self { section, name, run }
+    }
+}

@@ -1,0 +1,386 @@
+//! Contents that are owed, and arrive.
+
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use polder::units::{Gpa, PAGE_BYTES, PAGE_SIZE, PageRange};
+use polder::{Contents, Error, Memory, OnBusy, Population as Facts, Refusal, Visibility};
+use polder_vmm::scenario::HostAccess;
+
+use crate::Section::Population;
+use crate::world::{
+    BASE, Bound, PASSED, World, all, byte, bytes, check, facts, fill, gfn, gfns, holds, meanwhile,
+    page, pages, probe, put, seeded, share_all, to, zero,
+};
+use crate::{Case, Ran, Trouble};
+
+pub(super) const CASES: &[Case] = &[
+    Case::new(Population, "a raw touch of an owed page waits, and sees it whole", raw_touch),
+    Case::new(Population, "a guest's access to an owed page waits, and sees it whole", guest),
+    Case::new(Population, "guest and host that wait for one page see the same", both),
+    Case::new(Population, "a write to an owed page waits, and lands on what arrived", write),
+    Case::new(Population, "a system call on an owed page waits, too", system_call),
+    Case::new(Population, "the API refuses an owed page, named, rather than wait", api),
+    Case::new(Population, "private pages are populated for the guest alone", private),
+    Case::new(
+        Population,
+        "bytes that are too few are followed by zeros, too many refused",
+        lengths,
+    ),
+    Case::new(Population, "a page that is whole is not populated again", whole),
+    Case::new(Population, "of two populations of one range, one is done and one refused", race),
+    Case::new(Population, "nobody sees a torn page, by raw touch, by the API or as a guest", torn),
+    Case::new(Population, "a conversion of owed pages leaves them owed", conversion),
+    Case::new(
+        Population,
+        "a zeroing conversion of owed pages makes them whole, and zeros",
+        zeroing,
+    ),
+    Case::new(Population, "a discard of owed pages makes them whole, and zeros", discard),
+    Case::new(Population, "a discard against a population: zeros, whoever was first", discard_race),
+    Case::new(Population, "once settled, what was owed is zeros and nobody waits", settled),
+    Case::new(
+        Population,
+        "a population that fails leaves its pages owed, without its bytes",
+        failed,
+    ),
+];
+
+/// Long enough for a thread to reach what it waits for, and to get through if nothing held it. Too
+/// short a time lets a broken host pass now and then; it never fails a sound one.
+const A_WHILE: Duration = Duration::from_millis(40);
+
+/// Populates pages with the pattern that a guest bound from [`BASE`] on would write.
+fn populate(memory: &Memory, range: PageRange, seed: u64) -> Result<(), Error> {
+    let bytes: Vec<u8> = gfns(range).frames().flat_map(|at| seeded(at, seed)).collect();
+    memory.populate(range, &bytes)
+}
+
+/// Does `one`, which has to wait until `then` was done.
+fn waits<T: Send>(one: impl FnOnce() -> T + Send, then: impl FnOnce()) -> T {
+    let done = AtomicBool::new(false);
+    let one = || {
+        let one = one();
+        done.store(true, Ordering::Release);
+        one
+    };
+    let (one, waited) = meanwhile(one, || {
+        std::thread::sleep(A_WHILE);
+        let waited = !done.load(Ordering::Acquire);
+        then();
+        waited
+    });
+    assert!(waited, "it did not wait");
+    one
+}
+
+fn raw_touch(w: &World<'_>) -> Ran {
+    let memory = w.owed(8)?;
+    share_all(&memory);
+    // Its neighbours exist, and are whole: that is nobody's word for it.
+    populate(&memory, page(1), 1).expect("it is owed");
+    populate(&memory, page(3), 1).expect("it is owed");
+    let seen =
+        waits(|| holds(&memory, page(2), 2), || populate(&memory, page(2), 2).expect("it is owed"));
+    assert!(seen);
+    assert!(holds(&memory, page(1), 1) && holds(&memory, page(3), 1));
+    PASSED
+}
+
+fn guest(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.owed(8)?)?;
+    let memory = &bound.memory;
+    for (at, visibility) in [(2, Visibility::Private), (5, Visibility::Shared)] {
+        to(memory, page(at), visibility).expect("no pins");
+        waits(
+            || bound.passes([check(gfns(page(at)), 2)]),
+            || populate(memory, page(at), 2).expect("it is owed"),
+        );
+    }
+    let whole: Vec<_> = facts(memory, all(memory)).into_iter().map(|(_, facts)| facts).collect();
+    assert_eq!(whole.iter().filter(|facts| facts.population == Facts::Whole).count(), 2);
+    PASSED
+}
+
+fn both(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.owed(4)?)?;
+    let memory = &bound.memory;
+    share_all(memory);
+    let together = || {
+        let ((), host) =
+            meanwhile(|| bound.passes([check(gfns(page(1)), 3)]), || holds(memory, page(1), 3));
+        host
+    };
+    assert!(waits(together, || populate(memory, page(1), 3).expect("it is owed")));
+    PASSED
+}
+
+fn write(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.owed(4)?)?;
+    let memory = &bound.memory;
+    share_all(memory);
+    let wrote = waits(
+        || memory.host_view().touch_write(PAGE_SIZE + 8, &[0; 8]),
+        || memory.populate(page(1), &[7; PAGE_BYTES]).expect("it is owed"),
+    );
+    assert_eq!(wrote, Ok(()));
+    waits(
+        || {
+            let gpa = gfn(BASE + 2).gpa();
+            bound.passes([polder_vmm::scenario::Op::Store { gpa, value: 0 }]);
+        },
+        || memory.populate(page(2), &[7; PAGE_BYTES]).expect("it is owed"),
+    );
+    let mut expected = vec![7; PAGE_BYTES];
+    expected[8..16].fill(0);
+    assert!(crate::world::touch(memory, 1) == Ok(expected));
+    let mut expected = vec![7; PAGE_BYTES];
+    expected[..8].fill(0);
+    assert!(crate::world::touch(memory, 2) == Ok(expected));
+    PASSED
+}
+
+fn system_call(w: &World<'_>) -> Ran {
+    let memory = w.owed(4)?;
+    share_all(&memory);
+    let zeros = File::open("/dev/zero").expect("every Linux has it");
+    let came = waits(
+        || memory.host_view().read_from(&zeros, PAGE_SIZE, 16),
+        || memory.populate(page(1), &[7; PAGE_BYTES]).expect("it is owed"),
+    );
+    assert_eq!(came, Ok(16));
+    let mut expected = vec![7; PAGE_BYTES];
+    expected[..16].fill(0);
+    assert!(crate::world::touch(&memory, 1) == Ok(expected));
+    PASSED
+}
+
+fn api(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.owed(4)?)?;
+    let memory = &bound.memory;
+    share_all(memory);
+    populate(memory, page(0), 1).expect("it is owed");
+    let named = Error::Refused(Refusal::Owed { page: 1u32.into() });
+    assert_eq!(named.errno() as i32, 11, "EAGAIN");
+    let mut read = vec![9; 2 * PAGE_BYTES];
+    assert_eq!(memory.read(bound.vm, gfn(BASE).gpa(), &mut read), Err(named.clone()));
+    assert!(read.iter().all(|byte| *byte == 9), "it was refused before anything was read");
+    assert_eq!(memory.write(bound.vm, gfn(BASE).gpa(), &read), Err(named));
+    populate(memory, page(1), 1).expect("it is owed still");
+    assert_eq!(memory.read(bound.vm, gfn(BASE).gpa(), &mut read), Ok(()));
+    assert!(read[PAGE_BYTES..] == seeded(gfn(BASE + 1), 1));
+    PASSED
+}
+
+fn private(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.owed(8)?)?;
+    let memory = &bound.memory;
+    populate(memory, pages(2, 6), 1).expect("it is owed");
+    let some = gfns(pages(2, 6));
+    bound.passes([check(some, 1), probe(some, HostAccess::Denied), fill(some, 2), check(some, 2)]);
+    assert_eq!(bytes(memory, all(memory)), [None; 8], "whole or owed, it is private");
+    to(memory, pages(2, 6), Visibility::Shared).expect("no pins");
+    assert!(holds(memory, pages(2, 6), 2));
+    PASSED
+}
+
+fn lengths(w: &World<'_>) -> Ran {
+    let memory = w.owed(8)?;
+    share_all(&memory);
+    let range = pages(2, 4);
+    let long = memory.populate(range, &vec![1; 2 * PAGE_BYTES + 1]);
+    assert_eq!(long, Err(Error::TooManyBytes { range, bytes: 2 * PAGE_BYTES + 1 }));
+    let beyond = memory.populate(pages(7, 9), &[]);
+    assert!(matches!(beyond, Err(Error::Refused(Refusal::Beyond { .. }))), "{beyond:?}");
+    assert_eq!(memory.populate(range, &[1; PAGE_BYTES + 100]), Ok(()));
+    assert_eq!(byte(&memory, 2), Some(1));
+    let last = crate::world::touch(&memory, 3).expect("it is whole");
+    assert!(last[..100] == [1; 100] && last[100..].iter().all(|byte| *byte == 0));
+    assert_eq!(memory.populate(pages(4, 8), &[]), Ok(()));
+    assert_eq!(bytes(&memory, pages(4, 8)), [Some(0); 4]);
+    PASSED
+}
+
+fn whole(w: &World<'_>) -> Ran {
+    let memory = w.owed(8)?;
+    share_all(&memory);
+    populate(&memory, pages(2, 4), 1).expect("it is owed");
+    let whole = |page: u32| Error::Refused(Refusal::Whole { page: page.into() });
+    assert_eq!(whole(2).errno() as i32, 17, "EEXIST");
+    assert_eq!(populate(&memory, pages(0, 8), 2), Err(whole(2)));
+    assert_eq!(populate(&memory, page(3), 2), Err(whole(3)));
+    assert!(holds(&memory, pages(2, 4), 1));
+    // What was refused is owed as before.
+    assert_eq!(populate(&memory, pages(0, 2), 2), Ok(()));
+    let never = w.memory(4)?;
+    assert_eq!(populate(&never, page(1), 2), Err(whole(1)), "nothing was ever owed");
+    PASSED
+}
+
+fn race(w: &World<'_>) -> Ran {
+    for _ in 0..20 {
+        let memory = w.owed(256)?;
+        share_all(&memory);
+        let put = |seed| populate(&memory, pages(0, 256), seed);
+        let (one, other) = meanwhile(|| put(1), || put(2));
+        let exists = Err(Error::Refused(Refusal::Whole { page: 0u32.into() }));
+        let seed = if one.is_ok() { 1 } else { 2 };
+        let refused = if one.is_ok() { &other } else { &one };
+        assert!(one.is_ok() || other.is_ok(), "{one:?}, {other:?}");
+        assert_eq!(*refused, exists);
+        assert!(holds(&memory, pages(0, 256), seed), "all of it is the first one's");
+    }
+    PASSED
+}
+
+/// Reads a page by the API until it is no longer owed.
+fn read_by_api(bound: &Bound, gpa: Gpa, into: &mut [u8]) {
+    loop {
+        match bound.memory.read(bound.vm, gpa, into) {
+            Ok(()) => return,
+            Err(Error::Refused(Refusal::Owed { .. })) => std::thread::yield_now(),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+fn torn(w: &World<'_>) -> Ran {
+    const PAGES: u64 = 2048;
+    for round in 0..3 {
+        let bound = w.bound(w.owed(PAGES)?)?;
+        let memory = &bound.memory;
+        share_all(memory);
+        let all = gfns(pages(0, PAGES));
+        std::thread::scope(|scope| {
+            scope.spawn(|| bound.passes([check(all, round)]));
+            // Close behind the front, where it is torn if anywhere, from the end of a chunk on.
+            scope.spawn(|| {
+                for at in (0..PAGES).map(|at| at ^ 255) {
+                    assert!(holds(memory, page(at), round), "page {at:#x} by a raw touch");
+                }
+            });
+            scope.spawn(|| {
+                let mut read = vec![0; PAGE_BYTES];
+                for at in (0..PAGES).map(|at| at ^ 127) {
+                    read_by_api(&bound, gfn(BASE + at).gpa(), &mut read);
+                    assert!(read == seeded(gfn(BASE + at), round), "page {at:#x} by the API");
+                }
+            });
+            for chunk in (0..PAGES).step_by(256) {
+                populate(memory, pages(chunk, chunk + 256), round).expect("it is owed");
+            }
+        });
+    }
+    PASSED
+}
+
+fn conversion(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.owed(8)?)?;
+    let memory = &bound.memory;
+    assert_eq!(to(memory, pages(0, 4), Visibility::Shared), Ok(4));
+    assert_eq!(to(memory, pages(2, 3), Visibility::Private), Ok(1));
+    assert!(facts(memory, all(memory)).iter().all(|(_, facts)| facts.population == Facts::Owed));
+    assert_eq!(memory.existing(), Ok(vec![]));
+    // Who waits for a page that becomes private while it waits is denied.
+    let touched = waits(
+        || byte(memory, 1),
+        || {
+            to(memory, page(1), Visibility::Private).expect("no pins");
+        },
+    );
+    assert_eq!(touched, None);
+    populate(memory, all(memory), 4).expect("it is owed");
+    assert!(holds(memory, page(0), 4) && holds(memory, page(3), 4));
+    bound.passes([check(gfns(all(memory)), 4), probe(gfns(pages(1, 3)), HostAccess::Denied)]);
+    PASSED
+}
+
+fn zeroing(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.owed(8)?)?;
+    let memory = &bound.memory;
+    let convert = |to| memory.convert(pages(2, 4), to, Contents::Zero, OnBusy::Wait);
+    assert!(convert(Visibility::Shared).is_ok());
+    assert_eq!(bytes(memory, pages(2, 4)), [Some(0); 2]);
+    let whole = Error::Refused(Refusal::Whole { page: 2u32.into() });
+    assert_eq!(populate(memory, all(memory), 1), Err(whole.clone()));
+    assert!(convert(Visibility::Private).is_ok());
+    bound.passes([zero(gfns(pages(2, 4)))]);
+    assert_eq!(populate(memory, pages(2, 3), 1), Err(whole));
+    populate(memory, pages(4, 8), 1).expect("it is owed");
+    bound.passes([check(gfns(pages(4, 8)), 1)]);
+    PASSED
+}
+
+fn discard(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.owed(8)?)?;
+    let memory = &bound.memory;
+    to(memory, pages(0, 4), Visibility::Shared).expect("no pins");
+    let drop_them = || memory.discard(pages(2, 6), OnBusy::Wait).expect("no pins");
+    let host = waits(|| byte(memory, 3), drop_them);
+    assert_eq!(host, Some(0), "who waited sees zeros");
+    let whole = Error::Refused(Refusal::Whole { page: 2u32.into() });
+    assert_eq!(populate(memory, all(memory), 1), Err(whole));
+    bound.passes([zero(gfns(pages(2, 6)))]);
+    waits(
+        || bound.passes([zero(gfns(page(7)))]),
+        || memory.discard(page(7), OnBusy::Wait).expect("no pins"),
+    );
+    populate(memory, pages(0, 2), 1).expect("it is owed");
+    assert!(holds(memory, pages(0, 2), 1));
+    PASSED
+}
+
+fn discard_race(w: &World<'_>) -> Ran {
+    for _ in 0..40 {
+        let memory = w.owed(128)?;
+        share_all(&memory);
+        let range = pages(0, 128);
+        let (populated, discarded) =
+            meanwhile(|| populate(&memory, range, 1), || memory.discard(range, OnBusy::Wait));
+        assert_eq!(discarded, Ok(()));
+        let whole = Error::Refused(Refusal::Whole { page: 0u32.into() });
+        assert!(populated == Ok(()) || populated == Err(whole), "{populated:?}");
+        assert_eq!(bytes(&memory, range), [Some(0); 128]);
+    }
+    PASSED
+}
+
+fn settled(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.owed(8)?)?;
+    let memory = &bound.memory;
+    to(memory, pages(0, 4), Visibility::Shared).expect("no pins");
+    populate(memory, pages(0, 2), 1).expect("it is owed");
+    let together = || {
+        let ((), host) = meanwhile(|| bound.passes([zero(gfns(page(6)))]), || byte(memory, 3));
+        host
+    };
+    let host = waits(together, || memory.settle().expect("nothing is in the way"));
+    assert_eq!(host, Some(0));
+    let whole = Error::Refused(Refusal::Whole { page: 5u32.into() });
+    assert_eq!(populate(memory, page(5), 1), Err(whole));
+    bound.passes([check(gfns(pages(0, 2)), 1), zero(gfns(pages(2, 8)))]);
+    assert_eq!(memory.settle(), Ok(()), "as often as one likes");
+    put(memory, 2, 1);
+    to(memory, all(memory), Visibility::Private).expect("no pins");
+    assert_eq!(bytes(memory, all(memory)), [None; 8], "the host is watched for good");
+    PASSED
+}
+
+fn failed(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.owed(8)?)?;
+    let memory = &bound.memory;
+    share_all(memory);
+    let failed = w.in_trouble(Trouble::Continue, || populate(memory, pages(2, 4), 1));
+    assert!(matches!(failed, Err(Error::Host(_))), "{failed:?}");
+    let now = facts(memory, all(memory));
+    assert!(now.iter().all(|(_, facts)| facts.population == Facts::Owed), "{now:?}");
+    assert_eq!(memory.existing(), Ok(vec![]), "its bytes are gone");
+    let seen = waits(
+        || holds(memory, pages(2, 4), 2),
+        || populate(memory, pages(2, 4), 2).expect("it is owed"),
+    );
+    assert!(seen);
+    bound.passes([check(gfns(pages(2, 4)), 2)]);
+    PASSED
+}

@@ -1,0 +1,294 @@
+//! Conversions that meet others: operations, touches, vCPUs.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use polder::units::{GfnRange, PAGE_BYTES, PAGE_SIZE};
+use polder::{Contents, Error, Holder, Memory, OnBusy, PinKind, Refusal, Slot, Visibility};
+use polder_vmm::scenario::{HostAccess, Op};
+
+use crate::Section::Conversion;
+use crate::world::{
+    BASE, PASSED, World, all, byte, check, convert, facts, fill, gfn, meanwhile, page, pages,
+    probe, put, share_all, to, zero,
+};
+use crate::{Case, Ran};
+
+const SHARED: Visibility = Visibility::Shared;
+const PRIVATE: Visibility = Visibility::Private;
+
+pub(super) const CASES: &[Case] = &[
+    Case::new(Conversion, "a range that is busy is refused, where the caller won't wait", busy),
+    Case::new(Conversion, "a range that is busy is waited for, where the caller will", wait),
+    Case::new(Conversion, "conversions of one range by two threads end as one of them asked", race),
+    Case::new(
+        Conversion,
+        "touches meanwhile see right bytes or are denied; none maps late",
+        touches,
+    ),
+    Case::new(
+        Conversion,
+        "touches of pinned pages are never denied by refused conversions",
+        denied,
+    ),
+    Case::new(Conversion, "a guest at work on the pages loses none of its words", churned),
+    Case::new(Conversion, "two vCPUs convert pages of their own, in one slot", |w| vcpus(w, 1)),
+    Case::new(Conversion, "two vCPUs convert pages of their own, in two slots", |w| vcpus(w, 2)),
+];
+
+/// The most rounds that two threads are given to meet.
+const ROUNDS: usize = 50;
+
+/// Populates 16 MiB in one go, and calls `beside` again and again until it says so or that is over.
+/// Whether it ever did.
+fn beside_a_population(memory: &Memory, mut beside: impl FnMut() -> bool) -> bool {
+    let over = AtomicBool::new(false);
+    let contents = vec![3; 4096 * PAGE_BYTES];
+    let populate = || {
+        let populated = memory.populate(all(memory), &contents);
+        over.store(true, Ordering::Release);
+        populated
+    };
+    let (populated, met) = meanwhile(populate, || {
+        let mut met = false;
+        while !met && !over.load(Ordering::Acquire) {
+            met = beside();
+        }
+        met
+    });
+    assert_eq!(populated, Ok(()), "the population is in nobody's way");
+    met
+}
+
+fn busy(w: &World<'_>) -> Ran {
+    for _ in 0..ROUNDS {
+        let memory = w.owed(4096)?;
+        let mut next = SHARED;
+        let met = beside_a_population(&memory, || {
+            let before = facts(&memory, page(7))[0].1.visibility;
+            match memory.convert(page(7), next, Contents::Preserve, OnBusy::Refuse) {
+                Ok(_) => {
+                    next = next.other();
+                    false
+                }
+                Err(error) => {
+                    assert_eq!(error.errno() as i32, 11, "EAGAIN");
+                    let held = pages(0, 4096);
+                    let Error::Refused(Refusal::Busy { range, held: by, .. }) = error else {
+                        panic!("{error}")
+                    };
+                    assert_eq!((range, by), (page(7), held));
+                    assert_eq!(facts(&memory, page(7))[0].1.visibility, before);
+                    true
+                }
+            }
+        });
+        if met {
+            to(&memory, page(7), SHARED).expect("it is free again");
+            assert_eq!(byte(&memory, 7), Some(3));
+            return PASSED;
+        }
+    }
+    panic!("{ROUNDS} populations, and never was a page busy");
+}
+
+fn wait(w: &World<'_>) -> Ran {
+    for round in 0..8 {
+        let memory = w.owed(4096)?;
+        let mut next = SHARED;
+        beside_a_population(&memory, || {
+            let converted = to(&memory, pages(round, round + 2), next);
+            assert_eq!(converted, Ok(2), "it waits, and then it is done");
+            next = next.other();
+            false
+        });
+        to(&memory, pages(0, 16), SHARED).expect("no pins");
+        assert!((0..16).all(|at| byte(&memory, at) == Some(3)));
+    }
+    PASSED
+}
+
+fn race(w: &World<'_>) -> Ran {
+    let memory = w.memory(256)?;
+    share_all(&memory);
+    (0..256).for_each(|at| put(&memory, at, 8));
+    for round in 0..100 {
+        let (low, high) = (pages(0, 160), pages(96, 256));
+        let (one, other) = meanwhile(|| to(&memory, low, PRIVATE), || to(&memory, high, PRIVATE));
+        assert_eq!(one.and_then(|one| Ok(one + other?)), Ok(256), "each page changed once");
+        let (one, other) = meanwhile(|| to(&memory, low, SHARED), || to(&memory, high, PRIVATE));
+        assert_eq!(other.map(|pages| pages <= 64), Ok(true), "round {round}");
+        assert!(one.is_ok_and(|pages| pages == 160));
+        let runs = facts(&memory, all(&memory));
+        let visibility = |at: u64| runs.iter().find(|(run, _)| run.contains(frame(at)));
+        let visibility = |at| visibility(at).expect("all pages").1.visibility;
+        assert!((0..96).all(|at| visibility(at) == SHARED));
+        assert!((96..160).all(|at| visibility(at) == visibility(96)), "a part was converted");
+        assert!((160..256).all(|at| visibility(at) == PRIVATE));
+        share_all(&memory);
+    }
+    assert!((0..256).all(|at| byte(&memory, at) == Some(8)));
+    PASSED
+}
+
+fn frame(at: u64) -> polder::units::PageIndex {
+    page(at).start()
+}
+
+fn touches(w: &World<'_>) -> Ran {
+    const PAGES: u64 = 64;
+    let memory = w.memory(PAGES)?;
+    share_all(&memory);
+    let word = |page: u64| (page + 1).wrapping_mul(0x0123_4567_89ab_cdef).to_le_bytes();
+    let write =
+        |page: u64, at: u64| memory.host_view().touch_write(page * PAGE_SIZE + at, &word(page));
+    for page in 0..PAGES {
+        (0..512).for_each(|index| write(page, index * 8).expect("all is shared"));
+    }
+    let stop = AtomicBool::new(false);
+    let toucher = |first: u64| {
+        let (mut page, mut denied) = (first, 0);
+        while !stop.load(Ordering::Relaxed) {
+            page = (page * 5 + 3) % PAGES;
+            let mut read = [0; 8];
+            match memory.host_view().touch_read(page * PAGE_SIZE + 64, &mut read) {
+                Ok(()) => assert_eq!(read, word(page), "page {page}"),
+                Err(_) => denied += 1,
+            }
+            denied += u32::from(write(page, 128).is_err());
+        }
+        denied
+    };
+    std::thread::scope(|scope| {
+        let touchers = [1, 30].map(|first| scope.spawn(move || toucher(first)));
+        for round in 0..1500 {
+            let start = round * 7 % (PAGES - 4);
+            let range = pages(start, start + 1 + round % 4);
+            to(&memory, range, PRIVATE).expect("no pins");
+            std::thread::yield_now();
+            let late = w.mapped(&memory, range);
+            if !late.is_empty() {
+                stop.store(true, Ordering::Relaxed);
+                panic!("private pages {late:x?} of {range} are mapped");
+            }
+            to(&memory, range, SHARED).expect("no pins");
+        }
+        stop.store(true, Ordering::Relaxed);
+        let denied: u32 = touchers.map(|one| one.join().expect("right bytes")).into_iter().sum();
+        assert!(denied > 0, "nobody ever touched a private page");
+    });
+    let mut read = vec![0; PAGE_BYTES];
+    for page in 0..PAGES {
+        memory.host_view().touch_read(page * PAGE_SIZE, &mut read).expect("all is shared");
+        assert_eq!(read, word(page).repeat(512), "page {page}");
+    }
+    PASSED
+}
+
+fn denied(w: &World<'_>) -> Ran {
+    let memory = w.memory(64)?;
+    share_all(&memory);
+    (0..64).for_each(|at| put(&memory, at, 5));
+    let pin = memory.pin(pages(60, 64), PinKind::LongTerm, Holder::new("vhost-net"));
+    let pin = pin.expect("shared pages");
+    let stop = AtomicBool::new(false);
+    let touch = || {
+        let mut touches = 0;
+        while !stop.load(Ordering::Relaxed) {
+            for at in 0..64 {
+                let mut byte = [0];
+                let touched = memory.host_view().touch_read(at * PAGE_SIZE, &mut byte);
+                assert_eq!((touched, byte), (Ok(()), [5]), "page {at}");
+                touches += 1;
+            }
+        }
+        touches
+    };
+    let (touches, ()) = meanwhile(touch, || {
+        for _ in 0..2000 {
+            assert!(to(&memory, all(&memory), PRIVATE).is_err(), "some of it is pinned");
+        }
+        // Also where it is not refused at once, but fails half-way.
+        for _ in 0..20 {
+            let failed = w.in_trouble(crate::Trouble::Unmap, || to(&memory, pages(0, 60), PRIVATE));
+            assert!(matches!(failed, Err(Error::Host(_))), "{failed:?}");
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert!(touches > 0);
+    drop(pin);
+    assert_eq!(to(&memory, all(&memory), PRIVATE), Ok(64));
+    PASSED
+}
+
+fn churned(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(34)?)?;
+    let memory = &bound.memory;
+    let flag = page(33);
+    to(memory, flag, SHARED).expect("no pins");
+    let (gpa, until) = (gfn(BASE).gpa(), gfn(BASE + 33).gpa());
+    let churn = [Op::Churn { gpa, len: 32 * PAGE_SIZE, seed: 1, until }];
+    let ((), ()) = meanwhile(
+        || bound.passes(churn),
+        || {
+            for round in 0..400 {
+                let range = pages(round % 28, round % 28 + 5);
+                for visibility in [SHARED, PRIVATE] {
+                    to(memory, range, visibility).expect("no pins");
+                }
+            }
+            let one = 1u64.to_le_bytes();
+            memory.write(bound.vm, until, &one).expect("a shared page");
+        },
+    );
+    bound.passes([zero(GfnRange::one(gfn(BASE + 32)))]);
+    PASSED
+}
+
+/// A vCPU's story on an area of its own.
+fn story(area: GfnRange, seed: u64) -> Vec<Op> {
+    let mut ops = vec![fill(area, seed)];
+    for round in 0..24 {
+        let start = area.start().get() + round % 12;
+        let part = GfnRange::between(start, start + 1 + round % 4).expect("in the area");
+        ops.extend([convert(part, SHARED), probe(part, HostAccess::Readable), check(area, seed)]);
+        ops.extend([fill(part, seed + 1), check(part, seed + 1), convert(part, PRIVATE)]);
+        ops.extend([probe(area, HostAccess::Denied), check(part, seed + 1), fill(part, seed)]);
+    }
+    ops.push(check(area, seed));
+    ops
+}
+
+fn vcpus(w: &World<'_>, slots: u32) -> Ran {
+    let bound = w.bound(w.memory(32)?)?;
+    let (memory, vm) = (&bound.memory, bound.vm);
+    let second = if slots == 2 { BASE + 0x400 } else { BASE + 16 };
+    if slots == 2 {
+        memory.unbind(vm, Slot(0)).expect("it is bound");
+        memory.bind(vm, Slot(0), gfn(BASE), pages(0, 16)).expect("free");
+        memory.bind(vm, Slot(1), gfn(second), pages(16, 32)).expect("free");
+    }
+    let area = |start: u64| GfnRange::between(start, start + 16).expect("16 frames");
+    let stop = AtomicBool::new(false);
+    let intrude = || {
+        let mut read = [0];
+        while !stop.load(Ordering::Relaxed) {
+            for at in 0..32 {
+                // Whether it is denied, the guest's probes say; it is in their way here.
+                let _ = memory.host_view().touch_read(at * PAGE_SIZE, &mut read);
+            }
+        }
+    };
+    meanwhile(intrude, || {
+        // Ends the other thread also where the guest fails.
+        struct Stop<'a>(&'a AtomicBool);
+        impl Drop for Stop<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::Relaxed);
+            }
+        }
+        let _stop = Stop(&stop);
+        bound.pass(vec![story(area(BASE), 1), story(area(second), 100)]);
+    });
+    assert!(memory.statistics().to_shared >= 48);
+    PASSED
+}

@@ -1,0 +1,104 @@
+//! What a host gives to the cases.
+
+use polder::units::{Gpa, PageIndex, PageRange};
+use polder::{HostKind, Memory, MemoryFault, Visibility, VmId};
+use polder_vmm::Ended;
+use polder_vmm::scenario::Op;
+
+use crate::Skipped;
+
+/// A column of the table.
+pub trait Host: Sync {
+    /// Which host; memory of it is made by `Memory::builder(..).host(..)`.
+    fn kind(&self) -> HostKind;
+
+    /// The cases that do not apply to it, by name, each with the reason.
+    fn not_applicable(&self) -> &'static [(&'static str, &'static str)];
+
+    /// What memory of this host needs that this machine may lack.
+    fn missing(&self, error: &polder::Error) -> Option<Skipped>;
+
+    /// A new VM, without memory.
+    ///
+    /// # Errors
+    /// [`Skipped`] where this machine can't run one.
+    fn guest(&self) -> Result<Box<dyn Guest>, Skipped>;
+
+    /// Calls `run`, while what it asks of the host goes wrong as `trouble` says.
+    fn in_trouble(&self, trouble: Trouble, run: &mut (dyn FnMut() + Send));
+
+    /// The pages of `range` that are mapped in the host view right now, by an account that is not
+    /// Polder's.
+    fn mapped(&self, memory: &Memory, range: PageRange) -> Vec<PageIndex>;
+
+    /// What a child process would inherit of the views of `memory`, and what a core dump would
+    /// contain of them: a line for each.
+    fn inherited(&self, memory: &Memory) -> Vec<String>;
+
+    /// What only a host can do that has its kernel and hardware within reach. The cases that need
+    /// it are not applicable to others.
+    fn inside(&self) -> Option<&dyn Inside> {
+        None
+    }
+}
+
+/// What goes wrong on the host.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Trouble {
+    /// Pages can't be taken out of the host view.
+    Unmap,
+    /// Pages can't be freed.
+    Free,
+    /// Whoever waits for pages can't be let go on.
+    Continue,
+}
+
+/// A VM, and the guest in it.
+pub trait Guest: Sync {
+    /// Makes the VM known to memory, to bind its pages to.
+    fn attach(&self, memory: &Memory) -> VmId;
+
+    /// How many slots the VM has: 0 to that less 1.
+    fn slots(&self) -> u32;
+
+    /// Runs a guest with a vCPU for each list of ops, each of which ends in [`Op::Done`]. What it
+    /// asks for it asks of `memory`, which knows the VM as `vm`. Ops may name guest-physical memory
+    /// from 2 MiB on.
+    ///
+    /// # Panics
+    /// Where the guest can't be run; that it fails is an [`Ended`].
+    fn run(&self, memory: (&Memory, VmId), programs: &[Vec<Op>]) -> Ended;
+
+    /// One access of the guest's to the word at `gpa`, as to private or to shared memory where the
+    /// platform tells them apart: writes `value`, if there is one, and returns the word.
+    ///
+    /// # Errors
+    /// The fault by which it came to the VMM instead.
+    fn access(
+        &self,
+        memory: (&Memory, VmId),
+        gpa: Gpa,
+        visibility: Visibility,
+        value: Option<u64>,
+    ) -> Result<u64, MemoryFault>;
+}
+
+/// Inside a host whose kernel and hardware are simulated.
+pub trait Inside {
+    /// Takes a reference to a shared page that Polder is not told of, as `vmsplice` or direct I/O
+    /// do; held until dropped.
+    fn refer(&self, memory: &Memory, page: PageIndex) -> Box<dyn Send>;
+
+    /// Has the hardware report that the page's memory failed.
+    fn fail(&self, memory: &Memory, page: PageIndex);
+
+    /// What a child of the VMM's process reads of a page by the addresses of the host view.
+    fn touch_in_child(&self, memory: &Memory, page: PageIndex) -> Option<u8>;
+
+    /// What a process reads of a page through a mapping of its own of the same object.
+    fn touch_in_other(&self, memory: &Memory, page: PageIndex) -> Option<u8>;
+
+    /// Whether a touch of a page through the host view, by code that does not expect to be denied,
+    /// ends the process.
+    fn stray_touch_ends(&self, memory: &Memory, page: PageIndex) -> bool;
+}

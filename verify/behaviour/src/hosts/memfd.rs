@@ -1,0 +1,192 @@
+//! Host `memfd`: this machine's userfaultfd and KVM.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use polder::units::{Gpa, PAGE_SIZE, PageIndex, PageRange};
+use polder::{HostKind, Memory, MemoryFault, Visibility, VmId};
+use polder_require::Facility;
+use polder_vmm::scenario::Op;
+use polder_vmm::{End, Ended, Failure, RunError, Supervision, Vm};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+use crate::host::{Guest, Host, Trouble};
+use crate::{Skipped, cases};
+
+/// The memfd host.
+pub(super) struct Memfd;
+
+impl Host for Memfd {
+    fn kind(&self) -> HostKind {
+        HostKind::Memfd
+    }
+
+    fn not_applicable(&self) -> &'static [(&'static str, &'static str)] {
+        const SAME_ACCESS: &str = "a guest of KVM's default VM type has one kind of access to \
+            memory, neither private nor shared";
+        &[
+            (cases::IMPLICIT, SAME_ACCESS),
+            (cases::MISMATCH, SAME_ACCESS),
+            (cases::LOST, "memory is converted in place: every treatment of contents is on offer"),
+            (
+                cases::REFERENCED,
+                "a reference that the kernel took through the host view is not to be seen from \
+                 outside the kernel",
+            ),
+            (
+                cases::FAILED,
+                "failing memory for real (`MADV_HWPOISON`) takes a page of this machine out of \
+                 use for good; a page in quarantine takes the same road to the VMM",
+            ),
+            (
+                cases::CHILD,
+                "a fork needs `unsafe`, which `crates/linux` alone may have: \
+                 `a_child_has_no_view` in its `tests/views.rs`",
+            ),
+            (
+                cases::OTHER,
+                "the memfd is the VMM's alone: Polder neither hands out its descriptor nor lets a \
+                 child inherit it",
+            ),
+            (
+                cases::STRAY,
+                "a touch by a plain pointer needs `unsafe`, which `crates/linux` alone may have: \
+                 `a_stray_touch_of_a_denied_page_ends_the_process` in its `tests/views.rs`",
+            ),
+        ]
+    }
+
+    fn missing(&self, error: &polder::Error) -> Option<Skipped> {
+        let why = error.to_string();
+        matches!(error, polder::Error::Missing { .. })
+            .then_some(Skipped { facility: Facility::Userfault, why })
+    }
+
+    fn guest(&self) -> Result<Box<dyn Guest>, Skipped> {
+        match Vm::new(self.kind()) {
+            Ok(vm) => Ok(Box::new(vm)),
+            Err(RunError::Kvm(error)) => {
+                Err(Skipped { facility: Facility::Kvm, why: error.to_string() })
+            }
+            Err(RunError::Memory(error)) => Err(self.missing(&error).expect("memory for a guest")),
+            Err(error) => panic!("no VM: {error:?}"),
+        }
+    }
+
+    fn in_trouble(&self, trouble: Trouble, run: &mut (dyn FnMut() + Send)) {
+        std::thread::scope(|scope| {
+            // A thread can't get rid of its filter: this one has it and ends.
+            let ran = scope.spawn(move || {
+                seccompiler::apply_filter(&filter(trouble)).expect("a filter for our own thread");
+                run();
+            });
+            if let Err(panic) = ran.join() {
+                std::panic::resume_unwind(panic);
+            }
+        });
+    }
+
+    fn mapped(&self, memory: &Memory, range: PageRange) -> Vec<PageIndex> {
+        let first = memory.host_view().as_ptr().addr() as u64 / PAGE_SIZE + range.start().get();
+        let count = usize::try_from(range.count().get()).expect("pages of a small object");
+        let mut entries = vec![0; 8 * count];
+        let pagemap = File::open("/proc/self/pagemap").expect("procfs");
+        pagemap.read_exact_at(&mut entries, first * 8).expect("pagemap of our own mapping");
+        // Bit 63: the page is present (Documentation/admin-guide/mm/pagemap.rst).
+        let present = entries.chunks_exact(8).map(|entry| entry[7] & 0x80 != 0);
+        range.frames().zip(present).filter(|(_, present)| *present).map(|(page, _)| page).collect()
+    }
+
+    fn inherited(&self, memory: &Memory) -> Vec<String> {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").expect("procfs");
+        let start = format!("{:x}-", memory.host_view().as_ptr().addr());
+        let mut mappings: BTreeMap<&str, Vec<(&str, &str)>> = BTreeMap::new();
+        let mut host_view = None;
+        let mut header = "";
+        for line in smaps.lines() {
+            match line.strip_prefix("VmFlags:") {
+                Some(flags) => {
+                    let inode = header.split_whitespace().nth(4).unwrap_or_default();
+                    mappings.entry(inode).or_default().push((header, flags));
+                    host_view = host_view.or(header.starts_with(&start).then_some(inode));
+                }
+                // A mapping begins with its addresses, all else with a name and a colon.
+                None if !line.split(' ').next().unwrap_or_default().ends_with(':') => header = line,
+                None => {}
+            }
+        }
+        let views = host_view.and_then(|inode| mappings.remove(inode)).expect("the host view");
+        assert!(views.len() >= 3, "guest, host and trusted view: {views:?}");
+        // dc: not copied by a fork. dd: not dumped.
+        let kept = |flags: &str| flags.contains(" dc") && flags.contains(" dd");
+        let inherited = views.into_iter().filter(|(_, flags)| !kept(flags));
+        inherited.map(|(header, flags)| format!("{header}:{flags}")).collect()
+    }
+}
+
+/// Has the system call that `trouble` is about fail in this thread, with `ENOMEM`.
+fn filter(trouble: Trouble) -> BpfProgram {
+    let when = |argument, value: i32| {
+        let value = u64::from(value.cast_unsigned());
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+            .and_then(|condition| SeccompRule::new(vec![condition]))
+            .expect("a system call has six arguments")
+    };
+    let (call, rules) = match trouble {
+        Trouble::Unmap => (libc::SYS_madvise, vec![when(2, libc::MADV_DONTNEED)]),
+        Trouble::Free => (libc::SYS_fallocate, Vec::new()),
+        Trouble::Continue => (libc::SYS_ioctl, Vec::new()),
+    };
+    let fail = SeccompAction::Errno(libc::ENOMEM.cast_unsigned());
+    let rules = BTreeMap::from([(call, rules)]);
+    SeccompFilter::new(rules, SeccompAction::Allow, fail, TargetArch::x86_64)
+        .and_then(BpfProgram::try_from)
+        .expect("a filter of one system call")
+}
+
+/// How often a run is looked at before it counts as hung; some twenty times a second.
+const LOOKS: u32 = 20 * 30;
+
+impl Guest for Vm {
+    fn attach(&self, memory: &Memory) -> VmId {
+        Self::attach(self, memory)
+    }
+
+    fn slots(&self) -> u32 {
+        Self::slots(self)
+    }
+
+    fn run(&self, memory: (&Memory, VmId), programs: &[Vec<Op>]) -> Ended {
+        let mut looks = 0;
+        let supervise = |_| {
+            looks += 1;
+            if looks < LOOKS { Supervision::GoOn } else { Supervision::TimeOut }
+        };
+        Self::run(self, memory, programs, supervise).expect("KVM runs the guest")
+    }
+
+    fn access(
+        &self,
+        memory: (&Memory, VmId),
+        gpa: Gpa,
+        _: Visibility,
+        value: Option<u64>,
+    ) -> Result<u64, MemoryFault> {
+        // What a guest finds it tells by failing: the word that it is to expect is not there.
+        const UNLIKELY: u64 = 0x5eed_5eed_dead_dead;
+        let store = value.map(|value| Op::Store { gpa, value });
+        let load = Op::Load { gpa, expect: UNLIKELY };
+        let ops: Vec<Op> = store.into_iter().chain([load, Op::Done]).collect();
+        let ended = Guest::run(self, memory, &[ops]);
+        match (ended.end, ended.faults.first()) {
+            (_, Some(fault)) => Err(*fault),
+            (End::Failed(Failure::Check { found, .. }), None) => Ok(found),
+            (End::Ok, None) => Ok(UNLIKELY),
+            (end, None) => panic!("an access at {gpa} ended in {end:?}"),
+        }
+    }
+}

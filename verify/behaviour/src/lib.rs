@@ -1,0 +1,106 @@
+//! What memory promises: one table of [`Case`]s and [`Host`]s.
+//!
+//! A case is a sentence about memory and the code that tries it, through the API of [`polder`] and
+//! from inside a guest. Every host is given the same cases. A cell of the table, one case on one
+//! host, *runs*, or is *not applicable* for a reason that its host states ([`Cell`]). The table is
+//! checked in as `table.md`; a test fails where it is not what is declared here, and where a cell
+//! that runs does not pass.
+//!
+//! | to add | do |
+//! |---|---|
+//! | a case | write it in the file of its section, and list it in that file's `CASES` |
+//! | a host | implement [`Host`] and [`Guest`], and list it in [`hosts()`] |
+//!
+//! Then `cargo xtask behaviours --write` writes the table anew.
+//!
+//! # Holes
+//! What the API has no words for yet has no row: a source that fails, an event instead of a wait, a
+//! slot without a private side, huge pages, prefault, exclusive pins, preload and moving. A row
+//! that needs two threads to meet tries often enough that they do, and fails if they don't.
+
+mod cases;
+mod host;
+mod hosts;
+mod table;
+mod verdict;
+mod world;
+
+use std::fmt;
+
+use polder_require::Facility;
+
+pub use cases::cases;
+pub use host::{Guest, Host, Inside, Trouble};
+pub use hosts::hosts;
+pub use table::{Cell, cell, render};
+pub use verdict::{Verdict, run};
+pub use world::{Bound, World};
+
+/// What a case is about: the table's headings.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Section {
+    /// Making memory.
+    Create,
+    /// Showing it to VMs.
+    Bind,
+    /// What device models see of it.
+    HostView,
+    /// Dropping contents.
+    Discard,
+    /// Private to shared and back.
+    Conversion,
+    /// Guest accesses that end in the VMM.
+    Exits,
+    /// Contents that are owed, and arrive.
+    Population,
+}
+
+impl Section {
+    /// Every section, in the table's order.
+    pub const ALL: [Self; 7] = [
+        Self::Create,
+        Self::Bind,
+        Self::HostView,
+        Self::Discard,
+        Self::Conversion,
+        Self::Exits,
+        Self::Population,
+    ];
+}
+
+impl fmt::Display for Section {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Create => "create",
+            Self::Bind => "bind",
+            Self::HostView => "host view",
+            Self::Discard => "discard",
+            Self::Conversion => "conversion",
+            Self::Exits => "exits",
+            Self::Population => "population",
+        })
+    }
+}
+
+/// A row of the table.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    /// What it is about.
+    pub section: Section,
+    /// What is promised, as a sentence. No two cases have the same.
+    pub name: &'static str,
+    /// Tries it; panics where the promise is broken.
+    pub run: fn(&World<'_>) -> Ran,
+}
+
+/// What came of a case that did not panic.
+pub type Ran = Result<(), Skipped>;
+
+/// A cell that could not be run, because this machine lacks something.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Skipped {
+    /// What it lacks.
+    pub facility: Facility,
+    /// How that showed.
+    pub why: String,
+}

@@ -1,0 +1,88 @@
+//! `cargo xtask behaviours`: runs the table, here and now.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Parser;
+use polder::HostKind;
+use polder_behaviour::{Case, Cell, Host, Verdict, cases, cell, hosts, render, run};
+use serde_json::{Value, json};
+
+/// Runs every cell of the behaviour table that runs on this machine.
+#[derive(Parser)]
+#[command(name = "cargo xtask behaviours")]
+struct Arguments {
+    /// Only the cells of this host
+    #[arg(long, value_name = "NAME")]
+    host: Option<HostKind>,
+    /// Only the cases in whose sentence this occurs
+    #[arg(long, value_name = "TEXT")]
+    case: Option<String>,
+    /// Print one JSON object instead of lines
+    #[arg(long)]
+    json: bool,
+    /// Run nothing; write verify/behaviour/table.md
+    #[arg(long, conflicts_with_all = ["host", "case", "json"])]
+    write: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    if arguments.write {
+        let table = Path::new(env!("CARGO_MANIFEST_DIR")).join("table.md");
+        return match std::fs::write(&table, render()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("{}: {error}", table.display());
+                ExitCode::FAILURE
+            }
+        };
+    }
+    let mut rows = Vec::new();
+    let mut failed = 0;
+    for host in hosts().iter().filter(|host| arguments.host.is_none_or(|one| one == host.kind())) {
+        let asked = |case: &&Case| arguments.case.as_ref().is_none_or(|a| case.name.contains(a));
+        for case in cases().filter(asked) {
+            let (word, why) = came(*host, case);
+            failed += u32::from(word == "FAILED");
+            if arguments.json {
+                rows.push(row(*host, case, word, why));
+            } else {
+                let why = why.map(|why| format!(" ({why})")).unwrap_or_default();
+                println!("{word:8} {}: {}: {}{why}", host.kind(), case.section, case.name);
+            }
+        }
+    }
+    if arguments.json {
+        println!("{}", json!({ "behaviours": rows, "failed": failed }));
+    } else if failed > 0 {
+        println!("{failed} FAILED");
+    }
+    if failed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+/// What came of a cell, in a word, and why it is not `ok`.
+fn came(host: &'static dyn Host, case: &'static Case) -> (&'static str, Option<String>) {
+    match cell(host, case) {
+        Cell::NotApplicable(reason) => ("n/a", Some(reason.to_owned())),
+        Cell::Runs => match run(host, case) {
+            Verdict::Ok => ("ok", None),
+            Verdict::Failed(why) => ("FAILED", Some(why)),
+            Verdict::Skipped(skipped) => {
+                let word = if skipped.facility.is_required() { "FAILED" } else { "skipped" };
+                let name = skipped.facility.name();
+                (word, Some(format!("needs {name}: {}", skipped.why)))
+            }
+        },
+    }
+}
+
+fn row(host: &dyn Host, case: &Case, word: &str, why: Option<String>) -> Value {
+    json!({
+        "host": host.kind().to_string(),
+        "section": case.section.to_string(),
+        "case": case.name,
+        "result": word.to_lowercase(),
+        "why": why,
+    })
+}

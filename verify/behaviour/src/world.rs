@@ -1,0 +1,270 @@
+//! What a case stands on: memory of its host, a guest on it, and touches of it.
+
+use polder::units::{Gfn, GfnRange, PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange};
+use polder::{
+    Builder, Contents, Error, Memory, OnBusy, PageFacts, Platform, Slot, Visibility, VmId,
+};
+use polder_vmm::scenario::{HostAccess, Op, Outcome, Pattern, pattern};
+use polder_vmm::{End, Ended};
+
+use crate::host::{Guest, Host, Inside, Trouble};
+use crate::{Ran, Skipped};
+
+/// A host, in the words of the cases.
+#[derive(Clone, Copy)]
+pub struct World<'a>(&'a dyn Host);
+
+/// Where a case's memory begins in its guest, unless it says otherwise: a multiple of 2 MiB.
+pub(crate) const BASE: u64 = 0x1000;
+
+impl<'a> World<'a> {
+    /// The world of a host.
+    pub fn new(host: &'a dyn Host) -> Self {
+        Self(host)
+    }
+
+    /// Builds memory of the host; that it is refused is the case's affair.
+    ///
+    /// # Errors
+    /// [`Skipped`] where this machine lacks what the host needs.
+    pub fn try_build(&self, builder: Builder) -> Result<Result<Memory, Error>, Skipped> {
+        let built = builder.host(self.0.kind()).build();
+        match built.as_ref().err().and_then(|error| self.0.missing(error)) {
+            Some(skipped) => Err(skipped),
+            None => Ok(built),
+        }
+    }
+
+    /// Memory of `pages` pages, private and whole.
+    ///
+    /// # Errors
+    /// [`Skipped`].
+    pub fn memory(&self, pages: u64) -> Result<Memory, Skipped> {
+        self.build(Memory::builder(count(pages)))
+    }
+
+    /// The same for a platform that is not the plain one.
+    ///
+    /// # Errors
+    /// [`Skipped`].
+    pub fn memory_for(&self, platform: Platform, pages: u64) -> Result<Memory, Skipped> {
+        self.build(Memory::builder(count(pages)).platform(platform))
+    }
+
+    /// Memory whose contents are owed.
+    ///
+    /// # Errors
+    /// [`Skipped`].
+    pub fn owed(&self, pages: u64) -> Result<Memory, Skipped> {
+        self.build(Memory::builder(count(pages)).owed())
+    }
+
+    fn build(&self, builder: Builder) -> Result<Memory, Skipped> {
+        Ok(self.try_build(builder)?.expect("memory of a sensible size"))
+    }
+
+    /// A VM without memory.
+    ///
+    /// # Errors
+    /// [`Skipped`].
+    pub fn guest(&self) -> Result<Box<dyn Guest>, Skipped> {
+        self.0.guest()
+    }
+
+    /// A VM in which all of `memory` is bound, from guest frame 0x1000 on, by slot 0.
+    ///
+    /// # Errors
+    /// [`Skipped`].
+    pub fn bound(&self, memory: Memory) -> Result<Bound, Skipped> {
+        let guest = self.0.guest()?;
+        let vm = guest.attach(&memory);
+        memory.bind(vm, Slot(0), gfn(BASE), all(&memory)).expect("a VM's first slot");
+        Ok(Bound { memory, vm, guest })
+    }
+
+    /// Calls `run`, while the host is in trouble. Returns what it returned.
+    pub fn in_trouble<T: Send>(&self, trouble: Trouble, run: impl Fn() -> T + Sync) -> T {
+        let mut returned = None;
+        self.0.in_trouble(trouble, &mut || returned = Some(run()));
+        returned.expect("the host calls it")
+    }
+
+    /// [`Host::mapped`].
+    pub fn mapped(&self, memory: &Memory, range: PageRange) -> Vec<PageIndex> {
+        self.0.mapped(memory, range)
+    }
+
+    /// [`Host::inherited`].
+    pub fn inherited(&self, memory: &Memory) -> Vec<String> {
+        self.0.inherited(memory)
+    }
+
+    /// [`Host::inside`], where the case applies only to hosts that have it.
+    pub fn inside(&self) -> &dyn Inside {
+        self.0.inside().expect("a host without it declares the case not applicable")
+    }
+}
+
+/// Memory that a guest has.
+pub struct Bound {
+    /// The memory.
+    pub memory: Memory,
+    /// The VM's name there.
+    pub vm: VmId,
+    /// The VM.
+    pub guest: Box<dyn Guest>,
+}
+
+impl Bound {
+    /// Runs a guest of one vCPU.
+    pub fn run(&self, ops: impl IntoIterator<Item = Op>) -> Ended {
+        let program = ops.into_iter().chain([Op::Done]).collect();
+        self.guest.run((&self.memory, self.vm), &[program])
+    }
+
+    /// Runs a guest, all of whose checks pass.
+    pub fn passes(&self, ops: impl IntoIterator<Item = Op>) {
+        self.pass(vec![ops.into_iter().collect()]);
+    }
+
+    /// Runs a guest of several vCPUs, all of whose checks pass.
+    pub fn pass(&self, mut programs: Vec<Vec<Op>>) {
+        programs.iter_mut().for_each(|ops| ops.push(Op::Done));
+        let ended = self.guest.run((&self.memory, self.vm), &programs);
+        let Ended { end, faults, .. } = ended;
+        assert_eq!((end, faults.as_slice()), (End::Ok, [].as_slice()), "the guest");
+    }
+}
+
+/// Pages `[start..end)` of an object.
+pub(crate) fn pages(start: u64, end: u64) -> PageRange {
+    PageRange::between(start, end).expect("a range in a case")
+}
+
+/// One page.
+pub(crate) fn page(page: u64) -> PageRange {
+    pages(page, page + 1)
+}
+
+/// All of an object.
+pub(crate) fn all(memory: &Memory) -> PageRange {
+    pages(0, memory.pages().get())
+}
+
+pub(crate) fn count(pages: u64) -> PageCount {
+    PageCount::new(pages).expect("a number of pages in a case")
+}
+
+pub(crate) fn gfn(number: u64) -> Gfn {
+    Gfn::new(number).expect("a frame in a case")
+}
+
+/// The guest frames of pages that are bound from [`BASE`] on.
+pub(crate) fn gfns(range: PageRange) -> GfnRange {
+    let start = BASE + range.start().get();
+    GfnRange::between(start, start + range.count().get()).expect("frames of small memory")
+}
+
+/// What `range` is now.
+pub(crate) fn facts(memory: &Memory, range: PageRange) -> Vec<(PageRange, PageFacts)> {
+    memory.facts(range).expect("pages of the object")
+}
+
+/// Converts, contents kept; waits for others.
+pub(crate) fn to(memory: &Memory, range: PageRange, to: Visibility) -> Result<u64, Error> {
+    memory.convert(range, to, Contents::Preserve, OnBusy::Wait).map(PageCount::get)
+}
+
+/// Makes all of an object shared.
+pub(crate) fn share_all(memory: &Memory) {
+    to(memory, all(memory), Visibility::Shared).expect("nothing stands in the way");
+}
+
+/// A page's bytes, by a raw touch.
+pub(crate) fn touch(memory: &Memory, page: u64) -> Result<Vec<u8>, Error> {
+    let mut bytes = vec![0; PAGE_BYTES];
+    memory.host_view().touch_read(page * PAGE_SIZE, &mut bytes)?;
+    Ok(bytes)
+}
+
+/// The byte that all of a page holds; `None` where the touch is denied.
+///
+/// # Panics
+/// If the page holds different bytes.
+pub(crate) fn byte(memory: &Memory, page: u64) -> Option<u8> {
+    let bytes = touch(memory, page).ok()?;
+    let uniform = bytes.iter().all(|byte| *byte == bytes[0]);
+    assert!(uniform, "page {page:#x} holds bytes of several kinds");
+    Some(bytes[0])
+}
+
+/// [`byte`] of every page of a range.
+pub(crate) fn bytes(memory: &Memory, range: PageRange) -> Vec<Option<u8>> {
+    range.frames().map(|page| byte(memory, page.get())).collect()
+}
+
+/// Fills a page, by a raw touch.
+pub(crate) fn put(memory: &Memory, page: u64, byte: u8) {
+    let bytes = [byte; PAGE_BYTES];
+    memory.host_view().touch_write(page * PAGE_SIZE, &bytes).expect("a shared page");
+}
+
+/// The bytes of a guest frame that holds a seeded pattern.
+pub(crate) fn seeded(gfn: Gfn, seed: u64) -> Vec<u8> {
+    let start = gfn.gpa().get();
+    let words = (start..start + PAGE_SIZE).step_by(8);
+    words.flat_map(|gpa| pattern(polder::units::Gpa::new(gpa), seed).to_le_bytes()).collect()
+}
+
+/// Whether the pages, bound from [`BASE`] on, hold a seeded pattern by a raw touch.
+pub(crate) fn holds(memory: &Memory, range: PageRange, seed: u64) -> bool {
+    let frames = range.frames().zip(gfns(range).frames());
+    frames.into_iter().all(|(page, gfn)| touch(memory, page.get()) == Ok(seeded(gfn, seed)))
+}
+
+/// The op that fills frames with a seeded pattern.
+pub(crate) fn fill(gfns: GfnRange, seed: u64) -> Op {
+    let (gpa, len) = (gfns.start().gpa(), gfns.count().get() * PAGE_SIZE);
+    Op::Fill { gpa, len, pattern: Pattern::Seeded { seed } }
+}
+
+/// The op that checks for it.
+pub(crate) fn check(gfns: GfnRange, seed: u64) -> Op {
+    let (gpa, len) = (gfns.start().gpa(), gfns.count().get() * PAGE_SIZE);
+    Op::Check { gpa, len, pattern: Pattern::Seeded { seed } }
+}
+
+/// The op that checks for zeros.
+pub(crate) fn zero(gfns: GfnRange) -> Op {
+    let (gpa, len) = (gfns.start().gpa(), gfns.count().get() * PAGE_SIZE);
+    Op::Check { gpa, len, pattern: Pattern::Zero }
+}
+
+/// The op that asks for a conversion, which is done.
+pub(crate) fn convert(gfns: GfnRange, to: Visibility) -> Op {
+    let (gpa, pages) = (gfns.start().gpa(), gfns.count().get());
+    Op::Convert { gpa, pages, to, expect: Outcome::Done }
+}
+
+/// The op that has the host try frames, by the API and by a raw touch.
+pub(crate) fn probe(gfns: GfnRange, expect: HostAccess) -> Op {
+    Op::Probe { gpa: gfns.start().gpa(), pages: gfns.count().get(), expect }
+}
+
+/// Does two things at once. Both end, or the cell hangs and fails for that.
+pub(crate) fn meanwhile<A: Send, B>(
+    one: impl FnOnce() -> A + Send,
+    other: impl FnOnce() -> B,
+) -> (A, B) {
+    std::thread::scope(|scope| {
+        let one = scope.spawn(one);
+        let other = other();
+        match one.join() {
+            Ok(one) => (one, other),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
+/// The end of a case that has passed.
+pub(crate) const PASSED: Ran = Ok(());

@@ -1,0 +1,84 @@
+//! The table is what it says: every cell that runs passes, and `table.md` shows all of them.
+
+use std::collections::BTreeSet;
+
+use polder_behaviour::{Cell, Section, Verdict, cases, cell, hosts, render, run};
+use polder_require::require;
+
+#[test]
+fn the_checked_in_table_is_what_is_declared() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/table.md");
+    let checked_in = std::fs::read_to_string(path).unwrap();
+    assert!(checked_in == render(), "table.md is out of date: cargo xtask behaviours --write");
+}
+
+#[test]
+fn every_case_has_a_sentence_of_its_own_and_every_reason_a_case() {
+    let names: Vec<&str> = cases().map(|case| case.name).collect();
+    let known: BTreeSet<&str> = names.iter().copied().collect();
+    assert_eq!(known.len(), names.len());
+    for host in hosts() {
+        let reasons: Vec<&str> = host.not_applicable().iter().map(|(name, _)| *name).collect();
+        assert!(reasons.iter().all(|name| known.contains(name)), "{}: {reasons:?}", host.kind());
+        let once: BTreeSet<&str> = reasons.iter().copied().collect();
+        assert_eq!(once.len(), reasons.len(), "{}: a case twice", host.kind());
+    }
+}
+
+/// Runs the cells of a section, on every host.
+fn section(section: Section) {
+    let mut failed = Vec::new();
+    for host in hosts() {
+        for case in cases().filter(|case| case.section == section) {
+            if cell(*host, case) != Cell::Runs {
+                continue;
+            }
+            match run(*host, case) {
+                Verdict::Ok => {}
+                Verdict::Failed(why) => {
+                    failed.push(format!("{}: {}: {why}", host.kind(), case.name));
+                }
+                Verdict::Skipped(skipped) => {
+                    let why = format!("{}: {}: {}", host.kind(), case.name, skipped.why);
+                    require(skipped.facility, Err::<(), _>(why));
+                }
+            }
+        }
+    }
+    assert!(failed.is_empty(), "\n{}", failed.join("\n"));
+}
+
+#[test]
+fn create() {
+    section(Section::Create);
+}
+
+#[test]
+fn bind() {
+    section(Section::Bind);
+}
+
+#[test]
+fn host_view() {
+    section(Section::HostView);
+}
+
+#[test]
+fn discard() {
+    section(Section::Discard);
+}
+
+#[test]
+fn conversion() {
+    section(Section::Conversion);
+}
+
+#[test]
+fn exits() {
+    section(Section::Exits);
+}
+
+#[test]
+fn population() {
+    section(Section::Population);
+}
