@@ -40,6 +40,7 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Population, "a discard of owed pages makes them whole, and zeros", discard),
     Case::new(Population, "a discard against a population: zeros, whoever was first", discard_race),
     Case::new(Population, "once settled, what was owed is zeros and nobody waits", settled),
+    Case::new(Population, "once settled, a guest's first touches no longer come to Polder", plain),
     Case::new(
         Population,
         "a population that fails leaves its pages owed, without its bytes",
@@ -364,6 +365,17 @@ fn settled(w: &World<'_>) -> Ran {
     put(memory, 2, 1);
     to(memory, all(memory), Visibility::Private).expect("no pins");
     assert_eq!(bytes(memory, all(memory)), [None; 8], "the host is watched for good");
+    PASSED
+}
+
+fn plain(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.owed(16)?)?;
+    let memory = &bound.memory;
+    populate(memory, pages(0, 4), 1).expect("it is owed");
+    memory.settle().expect("nothing is in the way");
+    let before = memory.statistics().guest_faults;
+    bound.passes([check(gfns(pages(0, 4)), 1), zero(gfns(pages(4, 16)))]);
+    assert_eq!(memory.statistics().guest_faults, before);
     PASSED
 }
 

@@ -1,6 +1,6 @@
 //! Conversions that meet others: operations, touches, vCPUs.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use polder::units::{GfnRange, PAGE_BYTES, PAGE_SIZE};
 use polder::{Contents, Error, Holder, Memory, OnBusy, PinKind, Refusal, Slot, Visibility};
@@ -25,6 +25,7 @@ pub(super) const CASES: &[Case] = &[
         "touches meanwhile see right bytes or are denied; none maps late",
         touches,
     ),
+    Case::new(Conversion, "so do touches of pages converted first of many", long_touches),
     Case::new(
         Conversion,
         "touches of pinned pages are never denied by refused conversions",
@@ -134,54 +135,96 @@ fn frame(at: u64) -> polder::units::PageIndex {
     page(at).start()
 }
 
-fn touches(w: &World<'_>) -> Ran {
-    const PAGES: u64 = 64;
+/// What every word of a page holds, always.
+fn word(page: u64) -> [u8; 8] {
+    (page + 1).wrapping_mul(0x0123_4567_89ab_cdef).to_le_bytes()
+}
+
+/// Reads and writes words of the pages from `target` on until told to stop. Returns how many
+/// touches were denied.
+fn toucher(memory: &Memory, target: &AtomicU64, stop: &AtomicBool) -> u64 {
+    let (mut step, mut denied) = (0, 0);
+    while !stop.load(Ordering::Relaxed) {
+        step = (step + 3) % 4;
+        let page = target.load(Ordering::Relaxed) + step;
+        let mut read = [0; 8];
+        match memory.host_view().touch_read(page * PAGE_SIZE + 64, &mut read) {
+            Ok(()) => assert_eq!(read, word(page), "page {page}"),
+            Err(_) => denied += 1,
+        }
+        let wrote = memory.host_view().touch_write(page * PAGE_SIZE + 128, &word(page));
+        denied += u64::from(wrote.is_err());
+    }
+    denied
+}
+
+/// Converts the pages from a target on to private and back, by `convert`, under the touches of two
+/// threads that look for just those. Private pages are in no mapping, right away and later.
+fn under_touches(w: &World<'_>, rounds: u64, convert: impl Fn(&Memory, u64, Visibility)) -> Ran {
+    const PAGES: u64 = 128;
     let memory = w.memory(PAGES)?;
     share_all(&memory);
-    let word = |page: u64| (page + 1).wrapping_mul(0x0123_4567_89ab_cdef).to_le_bytes();
-    let write =
-        |page: u64, at: u64| memory.host_view().touch_write(page * PAGE_SIZE + at, &word(page));
     for page in 0..PAGES {
-        (0..512).for_each(|index| write(page, index * 8).expect("all is shared"));
+        let bytes = word(page).repeat(512);
+        memory.host_view().touch_write(page * PAGE_SIZE, &bytes).expect("all is shared");
     }
-    let stop = AtomicBool::new(false);
-    let toucher = |first: u64| {
-        let (mut page, mut denied) = (first, 0);
-        while !stop.load(Ordering::Relaxed) {
-            page = (page * 5 + 3) % PAGES;
-            let mut read = [0; 8];
-            match memory.host_view().touch_read(page * PAGE_SIZE + 64, &mut read) {
-                Ok(()) => assert_eq!(read, word(page), "page {page}"),
-                Err(_) => denied += 1,
+    let (target, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let denied: u64 = std::thread::scope(|scope| {
+        let touch = || toucher(&memory, &target, &stop);
+        let touchers = [touch; 2].map(|touch| scope.spawn(touch));
+        let stopping = Stop(&stop);
+        for round in 0..rounds {
+            let first = round / 20 * 4 % 64;
+            target.store(first, Ordering::Relaxed);
+            convert(&memory, first, PRIVATE);
+            for _ in 0..2 {
+                let late = w.mapped(&memory, pages(first, first + 4));
+                assert!(late.is_empty(), "private pages {late:x?} are mapped, in round {round}");
+                std::thread::yield_now();
             }
-            denied += u32::from(write(page, 128).is_err());
+            convert(&memory, first, SHARED);
+            // So that answers are under way, one time more of them than the other.
+            (0..round % 4).for_each(|_| std::thread::yield_now());
         }
-        denied
-    };
-    std::thread::scope(|scope| {
-        let touchers = [1, 30].map(|first| scope.spawn(move || toucher(first)));
-        for round in 0..1500 {
-            let start = round * 7 % (PAGES - 4);
-            let range = pages(start, start + 1 + round % 4);
-            to(&memory, range, PRIVATE).expect("no pins");
-            std::thread::yield_now();
-            let late = w.mapped(&memory, range);
-            if !late.is_empty() {
-                stop.store(true, Ordering::Relaxed);
-                panic!("private pages {late:x?} of {range} are mapped");
-            }
-            to(&memory, range, SHARED).expect("no pins");
-        }
-        stop.store(true, Ordering::Relaxed);
-        let denied: u32 = touchers.map(|one| one.join().expect("right bytes")).into_iter().sum();
-        assert!(denied > 0, "nobody ever touched a private page");
+        drop(stopping);
+        touchers.map(|one| one.join().expect("it sees right bytes")).into_iter().sum()
     });
-    let mut read = vec![0; PAGE_BYTES];
+    assert!(denied > 0, "nobody ever touched a private page");
+    share_all(&memory);
     for page in 0..PAGES {
-        memory.host_view().touch_read(page * PAGE_SIZE, &mut read).expect("all is shared");
-        assert_eq!(read, word(page).repeat(512), "page {page}");
+        assert!(crate::world::touch(&memory, page) == Ok(word(page).repeat(512)), "page {page}");
     }
     PASSED
+}
+
+fn touches(w: &World<'_>) -> Ran {
+    under_touches(w, 3000, |memory, first, visibility| {
+        to(memory, pages(first, first + 4), visibility).expect("no pins");
+    })
+}
+
+fn long_touches(w: &World<'_>) -> Ran {
+    under_touches(w, 150, |memory, first, visibility| {
+        // Behind the four pages, every other one is private: a conversion takes many steps, and
+        // the four have lost their mapping long before it is over.
+        let behind = (first + 5..first + 64).step_by(2);
+        match visibility {
+            PRIVATE => behind.map(page).for_each(|page| {
+                to(memory, page, PRIVATE).expect("no pins");
+            }),
+            SHARED => {}
+        }
+        to(memory, pages(first, first + 64), visibility).expect("no pins");
+    })
+}
+
+/// Ends other threads, also where this one panics.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 fn denied(w: &World<'_>) -> Ran {
@@ -204,6 +247,7 @@ fn denied(w: &World<'_>) -> Ran {
         touches
     };
     let (touches, ()) = meanwhile(touch, || {
+        let _stop = Stop(&stop);
         for _ in 0..2000 {
             assert!(to(&memory, all(&memory), PRIVATE).is_err(), "some of it is pinned");
         }
@@ -212,7 +256,6 @@ fn denied(w: &World<'_>) -> Ran {
             let failed = w.in_trouble(crate::Trouble::Unmap, || to(&memory, pages(0, 60), PRIVATE));
             assert!(matches!(failed, Err(Error::Host(_))), "{failed:?}");
         }
-        stop.store(true, Ordering::Relaxed);
     });
     assert!(touches > 0);
     drop(pin);
@@ -279,13 +322,6 @@ fn vcpus(w: &World<'_>, slots: u32) -> Ran {
         }
     };
     meanwhile(intrude, || {
-        // Ends the other thread also where the guest fails.
-        struct Stop<'a>(&'a AtomicBool);
-        impl Drop for Stop<'_> {
-            fn drop(&mut self) {
-                self.0.store(true, Ordering::Relaxed);
-            }
-        }
         let _stop = Stop(&stop);
         bound.pass(vec![story(area(BASE), 1), story(area(second), 100)]);
     });
