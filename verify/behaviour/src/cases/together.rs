@@ -28,6 +28,11 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Conversion, "so do touches of pages converted first of many", long_touches),
     Case::new(
         Conversion,
+        "no answer to many touches comes too late for the last of them",
+        last_of_many,
+    ),
+    Case::new(
+        Conversion,
         "touches of pinned pages are never denied by refused conversions",
         denied,
     ),
@@ -216,6 +221,38 @@ fn long_touches(w: &World<'_>) -> Ran {
         }
         to(memory, pages(first, first + 64), visibility).expect("no pins");
     })
+}
+
+fn last_of_many(w: &World<'_>) -> Ran {
+    const PAGES: [u64; 5] = [0, 2, 4, 6, 8];
+    let memory = w.memory(9)?;
+    share_all(&memory);
+    let (last, stop) = (PAGES[PAGES.len() - 1], AtomicBool::new(false));
+    let touch = |page: u64| {
+        while !stop.load(Ordering::Relaxed) {
+            let _ = memory.host_view().touch_read(page * PAGE_SIZE, &mut [0]);
+        }
+    };
+    let wait = |turns: u64| (0..turns).for_each(|_| std::hint::spin_loop());
+    std::thread::scope(|scope| {
+        let touch = &touch;
+        PAGES.iter().for_each(|&page| drop(scope.spawn(move || touch(page))));
+        let _stopping = Stop(&stop);
+        for round in 0..2000 {
+            // All of them are touched anew, and answered one after the other; meanwhile the last
+            // becomes private.
+            to(&memory, all(&memory), PRIVATE).expect("no pins");
+            to(&memory, all(&memory), SHARED).expect("no pins");
+            wait(round * 37 % 4000);
+            to(&memory, page(last), PRIVATE).expect("no pins");
+            for _ in 0..2 {
+                let late = w.mapped(&memory, page(last));
+                assert!(late.is_empty(), "the private page is mapped, in round {round}");
+                std::thread::yield_now();
+            }
+        }
+    });
+    PASSED
 }
 
 /// Ends other threads, also where this one panics.
