@@ -18,6 +18,9 @@ pub trait Host: Sync {
     /// What memory of this host needs that this machine may lack.
     fn missing(&self, error: &polder::Error) -> Option<Skipped>;
 
+    /// Does to memory what has to be done before a case has it.
+    fn prepare(&self, _: &Memory) {}
+
     /// A new VM, without memory.
     ///
     /// # Errors
@@ -87,7 +90,7 @@ pub trait Guest: Sync {
 pub trait Inside {
     /// Takes a reference to a shared page that Polder is not told of, as `vmsplice` or direct I/O
     /// do; held until dropped.
-    fn refer(&self, memory: &Memory, page: PageIndex) -> Box<dyn Send>;
+    fn refer<'a>(&self, memory: &'a Memory, page: PageIndex) -> Box<dyn Send + 'a>;
 
     /// Has the hardware report that the page's memory failed.
     fn fail(&self, memory: &Memory, page: PageIndex);
@@ -101,4 +104,14 @@ pub trait Inside {
     /// Whether a touch of a page through the host view, by code that does not expect to be denied,
     /// ends the process.
     fn stray_touch_ends(&self, memory: &Memory, page: PageIndex) -> bool;
+
+    /// Has GUP-fast read the host view's entry of a page, then `between` happen, then GUP-fast go
+    /// on to its end. Whether it has pinned the page; the pin is released.
+    fn gup_fast_across(&self, memory: &Memory, page: PageIndex, between: &mut dyn FnMut()) -> bool;
+
+    /// Whether all references, mappings and pins add up.
+    ///
+    /// # Errors
+    /// What does not.
+    fn audit(&self, memory: &Memory) -> Result<(), String>;
 }

@@ -31,7 +31,7 @@ use polder_require::Facility;
 
 pub use cases::cases;
 pub use host::{Guest, Host, Inside, Trouble};
-pub use hosts::hosts;
+pub use hosts::{hosts, planted};
 pub use table::{Cell, cell, render};
 pub use verdict::{Verdict, run};
 pub use world::{Bound, World};

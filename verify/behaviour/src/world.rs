@@ -29,6 +29,9 @@ impl<'a> World<'a> {
     /// [`Skipped`] where this machine lacks what the host needs.
     pub fn try_build(&self, builder: Builder) -> Result<Result<Memory, Error>, Skipped> {
         let built = builder.host(self.0.kind()).build();
+        if let Ok(memory) = &built {
+            self.0.prepare(memory);
+        }
         match built.as_ref().err().and_then(|error| self.0.missing(error)) {
             Some(skipped) => Err(skipped),
             None => Ok(built),

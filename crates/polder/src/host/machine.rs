@@ -79,6 +79,9 @@ struct Events {
 fn refused(error: polder_machine::Error) -> Error {
     match error {
         polder_machine::Error::NoMemory { .. } => failed("a folio's allocation", Errno::NOMEM),
+        polder_machine::Error::Space { .. } => {
+            failed("an address space's reservation", Errno::NOMEM)
+        }
         other => Error::Machine(other),
     }
 }
@@ -279,6 +282,12 @@ impl MachineHost {
     }
 }
 
+/// How many of `count` bytes at `offset` lie in its page.
+fn in_page(offset: u64, count: usize) -> usize {
+    let rest = PAGE_SIZE - offset % PAGE_SIZE;
+    usize::try_from(rest).map_or(count, |rest| rest.min(count))
+}
+
 /// The simulated CPU that the calling thread runs on.
 fn cpu() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
@@ -409,11 +418,27 @@ impl Host for MachineHost {
     }
 
     fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
-        self.touch(offset, |machine, thread, hva| machine.host_read(thread, hva, into))
+        // A CPU copies upwards and stops where it is stopped: a page is one access here.
+        let mut left = into;
+        let mut offset = offset;
+        while !left.is_empty() {
+            let (now, rest) = left.split_at_mut(in_page(offset, left.len()));
+            self.touch(offset, |machine, thread, hva| machine.host_read(thread, hva, now))?;
+            offset += now.len() as u64;
+            left = rest;
+        }
+        Ok(())
     }
 
     fn touch_write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
-        self.touch(offset, |machine, thread, hva| machine.host_write(thread, hva, from))
+        let (mut left, mut offset) = (from, offset);
+        while !left.is_empty() {
+            let (now, rest) = left.split_at(in_page(offset, left.len()));
+            self.touch(offset, |machine, thread, hva| machine.host_write(thread, hva, now))?;
+            offset += now.len() as u64;
+            left = rest;
+        }
+        Ok(())
     }
 
     fn touch_from(&self, file: BorrowedFd<'_>, offset: u64, count: usize) -> Result<usize, Error> {
@@ -424,8 +449,7 @@ impl Host for MachineHost {
         let mut done = 0;
         while done < count {
             let at = offset + done as u64;
-            let in_page = usize::try_from(PAGE_SIZE - at % PAGE_SIZE).unwrap_or(1);
-            let end = count.min(done + in_page);
+            let end = done + in_page(at, count - done);
             match self.touch_write(at, &bytes[done..end]) {
                 Ok(()) => done = end,
                 Err(_) if done > 0 => break,

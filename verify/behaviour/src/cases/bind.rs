@@ -11,14 +11,18 @@ use crate::world::{
 };
 use crate::{Case, Ran};
 
+pub(crate) const SLOTS: &str = "every slot of the VM can be bound, and none past the last";
+
+pub(crate) const DROPPED: &str = "memory that is dropped leaves no slot behind";
+
 pub(super) const CASES: &[Case] = &[
     Case::new(Bind, "pages past the object's end, or frames past the last, are refused", beyond),
     Case::new(Bind, "an overlap in guest frames is refused, in another VM it is not", frames),
     Case::new(Bind, "an overlap in pages is refused, in another VM it is not", overlap),
     Case::new(Bind, "a slot in use is refused; a slot unbound can be bound anew", rebind),
-    Case::new(Bind, "every slot of the VM can be bound, and none past the last", slots),
+    Case::new(Bind, SLOTS, slots),
     Case::new(Bind, "unbinding frees no page and changes none", unbind),
-    Case::new(Bind, "memory that is dropped leaves no slot behind", dropped),
+    Case::new(Bind, DROPPED, dropped),
     Case::new(Bind, "two VMs see one object, and a conversion holds for both", two_vms),
     Case::new(Bind, "how large a page a binding can map is decided when it is made", levels),
 ];

@@ -16,7 +16,19 @@ pub(crate) const REFERENCED: &str = "a page that somebody unknown refers to is r
 const SHARED: Visibility = Visibility::Shared;
 const PRIVATE: Visibility = Visibility::Private;
 
+pub(crate) const STEP_FAILS: &str = "a step that fails changes nothing, and denies nobody";
+
+pub(crate) const QUARANTINE: &str =
+    "what can't be undone is put out of use, its neighbours are not";
+
+pub(crate) const GUP: &str =
+    "GUP-fast that began before a conversion does not end in a pin after it";
+pub(crate) const AUDIT: &str =
+    "what the kernel counts adds up after conversions, pins and discards";
+
 pub(super) const CASES: &[Case] = &[
+    Case::new(Conversion, GUP, gup),
+    Case::new(Conversion, AUDIT, audit),
     Case::new(Conversion, "pages past the end, and no pages, are refused", beyond),
     Case::new(Conversion, "before allocation: it is recorded, and nothing is allocated", before),
     Case::new(Conversion, "pages that exist and pages that don't, mixed", mixed),
@@ -33,12 +45,8 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Conversion, REFERENCED, referenced),
     Case::new(Conversion, "a request across two slots is all or nothing", two_slots),
     Case::new(Conversion, "a request across a gap between slots is refused", gap),
-    Case::new(Conversion, "a step that fails changes nothing, and denies nobody", failed),
-    Case::new(
-        Conversion,
-        "what can't be undone is put out of use, its neighbours are not",
-        quarantine,
-    ),
+    Case::new(Conversion, STEP_FAILS, failed),
+    Case::new(Conversion, QUARANTINE, quarantine),
 ];
 
 fn filled(memory: &Memory, range: PageRange, byte: u8) {
@@ -286,5 +294,36 @@ fn quarantine(w: &World<'_>) -> Ran {
     let pin = memory.pin(page(2), PinKind::Short, Holder::new("virtio-blk")).map(drop);
     assert_eq!(pin, Err(refused));
     assert_eq!(to(&memory, pages(4, 8), PRIVATE), Ok(4));
+    PASSED
+}
+
+fn gup(w: &World<'_>) -> Ran {
+    let memory = w.memory(4)?;
+    share_all(&memory);
+    let at = page(1);
+    let alone = w.inside().gup_fast_across(&memory, at.start(), &mut || {});
+    assert!(alone, "with nothing between its steps it pins");
+    let mut converted = None;
+    let pinned = w.inside().gup_fast_across(&memory, at.start(), &mut || {
+        converted = Some(to(&memory, at, PRIVATE));
+    });
+    assert_eq!(converted, Some(Ok(1)));
+    assert!(!pinned, "the private page is pinned");
+    PASSED
+}
+
+fn audit(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(8)?)?;
+    let memory = &bound.memory;
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    share_all(memory);
+    assert!(crate::world::holds(memory, all(memory), 1));
+    let reference = w.inside().refer(memory, 5u32.into());
+    assert_eq!(w.inside().audit(memory), Ok(()));
+    assert!(to(memory, pages(4, 8), PRIVATE).is_err(), "page 5 is referred to");
+    drop(reference);
+    assert_eq!(to(memory, pages(4, 8), PRIVATE), Ok(4));
+    memory.discard(pages(0, 2), OnBusy::Wait).expect("no pins");
+    assert_eq!(w.inside().audit(memory), Ok(()));
     PASSED
 }

@@ -82,7 +82,7 @@ fn past_the_end(w: &World<'_>) -> Ran {
         assert!(memory.host_view().touch_write(offset, &[1; 16]).is_err());
     }
     assert_eq!(memory.host_view().touch_read(end - 16, &mut some), Ok(()));
-    assert_eq!(memory.host_view().length() as u64, end);
+    assert_eq!(memory.host_view().length(), end);
     let past = (BASE + 4) * PAGE_SIZE;
     for gpa in [past, past - 8, u64::MAX - 3, 0x10_0000_0000] {
         let refused = memory.read(bound.vm, Gpa::new(gpa), &mut some);

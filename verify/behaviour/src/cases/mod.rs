@@ -14,11 +14,14 @@ mod together;
 use crate::{Case, Section};
 
 // Names that hosts refer to.
+pub(crate) use bind::{DROPPED, SLOTS};
 pub(crate) use contents::LOST;
-pub(crate) use conversion::REFERENCED;
-pub(crate) use exits::{FAILED, MISMATCH};
+pub(crate) use conversion::{AUDIT, GUP, QUARANTINE, REFERENCED, STEP_FAILS};
+pub(crate) use exits::{FAILED, MISMATCH, QUARANTINE_EXIT};
 pub(crate) use guest_conversion::IMPLICIT;
 pub(crate) use host_view::{CHILD, OTHER, STRAY};
+pub(crate) use population::{CONTINUE_FAILS, PLAIN_FAULTS};
+pub(crate) use together::DENIED_WHILE_FAILING;
 
 /// Every row, in the table's order within a section.
 pub fn cases() -> impl Iterator<Item = &'static Case> {

@@ -16,6 +16,9 @@ use crate::{Case, Ran};
 const SHARED: Visibility = Visibility::Shared;
 const PRIVATE: Visibility = Visibility::Private;
 
+pub(crate) const DENIED_WHILE_FAILING: &str =
+    "touches of pinned pages are never denied by refused conversions";
+
 pub(super) const CASES: &[Case] = &[
     Case::new(Conversion, "a range that is busy is refused, where the caller won't wait", busy),
     Case::new(Conversion, "a range that is busy is waited for, where the caller will", wait),
@@ -31,11 +34,7 @@ pub(super) const CASES: &[Case] = &[
         "no answer to many touches comes too late for the last of them",
         last_of_many,
     ),
-    Case::new(
-        Conversion,
-        "touches of pinned pages are never denied by refused conversions",
-        denied,
-    ),
+    Case::new(Conversion, DENIED_WHILE_FAILING, denied),
     Case::new(Conversion, "a guest at work on the pages loses none of its words", churned),
     Case::new(Conversion, "two vCPUs convert pages of their own, in one slot", |w| vcpus(w, 1)),
     Case::new(Conversion, "two vCPUs convert pages of their own, in two slots", |w| vcpus(w, 2)),

@@ -14,6 +14,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
+use super::LOOKS;
 use crate::host::{Guest, Host, Trouble};
 use crate::{Skipped, cases};
 
@@ -53,6 +54,11 @@ impl Host for Memfd {
                  child inherit it",
             ),
             (
+                cases::GUP,
+                "GUP-fast can't be stopped between two of its steps from outside the kernel",
+            ),
+            (cases::AUDIT, "the kernel's counts are not to be seen from outside"),
+            (
                 cases::STRAY,
                 "a touch by a plain pointer needs `unsafe`, which `crates/linux` alone may have: \
                  `a_stray_touch_of_a_denied_page_ends_the_process` in its `tests/views.rs`",
@@ -91,7 +97,7 @@ impl Host for Memfd {
     }
 
     fn mapped(&self, memory: &Memory, range: PageRange) -> Vec<PageIndex> {
-        let first = memory.host_view().as_ptr().addr() as u64 / PAGE_SIZE + range.start().get();
+        let first = address(memory) / PAGE_SIZE + range.start().get();
         let count = usize::try_from(range.count().get()).expect("pages of a small object");
         let mut entries = vec![0; 8 * count];
         let pagemap = File::open("/proc/self/pagemap").expect("procfs");
@@ -103,7 +109,7 @@ impl Host for Memfd {
 
     fn inherited(&self, memory: &Memory) -> Vec<String> {
         let smaps = std::fs::read_to_string("/proc/self/smaps").expect("procfs");
-        let start = format!("{:x}-", memory.host_view().as_ptr().addr());
+        let start = format!("{:x}-", address(memory));
         let mut mappings: BTreeMap<&str, Vec<(&str, &str)>> = BTreeMap::new();
         let mut host_view = None;
         let mut header = "";
@@ -128,6 +134,11 @@ impl Host for Memfd {
     }
 }
 
+/// Where the host view is.
+fn address(memory: &Memory) -> u64 {
+    memory.host_view().as_ptr().expect("memory of this process").addr() as u64
+}
+
 /// Has the system call that `trouble` is about fail in this thread, with `ENOMEM`.
 fn filter(trouble: Trouble) -> BpfProgram {
     let when = |argument, value: i32| {
@@ -148,12 +159,9 @@ fn filter(trouble: Trouble) -> BpfProgram {
         .expect("a filter of one system call")
 }
 
-/// How often a run is looked at before it counts as hung; some twenty times a second.
-const LOOKS: u32 = 20 * 30;
-
 impl Guest for Vm {
     fn attach(&self, memory: &Memory) -> VmId {
-        Self::attach(self, memory)
+        Self::attach(self, memory).expect("memory of this host")
     }
 
     fn slots(&self) -> u32 {

@@ -1,0 +1,241 @@
+//! Host `machine`: the simulated one, with its kernel and hardware within reach.
+
+use std::collections::BTreeSet;
+
+use polder::machine::{
+    GupFast, GupStep, HostExit, HostPte, Hva, PinId, PinKind, Plant, Thread, Vpn, VpnRange,
+};
+use polder::units::{Gpa, PAGE_SIZE, PageIndex, PageRange};
+use polder::{GuestExit, HostKind, Memory, MemoryFault, Visibility, VmId};
+use polder_vmm::scenario::Op;
+use polder_vmm::{Ended, Supervision, Vm};
+
+use super::LOOKS;
+use crate::host::{Guest, Host, Inside, Trouble};
+use crate::{Skipped, cases};
+
+/// The simulated machine, with a bug planted or without.
+pub(super) struct Machine(pub(super) Option<Plant>);
+
+/// Where the object's page 0 is in the host view: the 1 GiB page after the first.
+const HOST_VIEW: u64 = 1 << 18;
+
+fn vpn(page: PageIndex) -> Vpn {
+    Vpn::new(HOST_VIEW + page.get()).expect("a page of a small object")
+}
+
+impl Host for Machine {
+    fn kind(&self) -> HostKind {
+        HostKind::Machine
+    }
+
+    fn not_applicable(&self) -> &'static [(&'static str, &'static str)] {
+        const NEVER_FAILS: &str = "the simulated kernel unmaps and frees without fail; the \
+            driver's own tests (`polder/src/driver_tests.rs`) have every step fail";
+        const EITHER: &str = "without hardware that tells them apart (SNP), stage 2 lets either \
+            kind of access through once a page is mapped";
+        &[
+            (cases::LOST, "memory is converted in place: every treatment of contents is on offer"),
+            (cases::STEP_FAILS, NEVER_FAILS),
+            (cases::QUARANTINE, NEVER_FAILS),
+            (cases::QUARANTINE_EXIT, NEVER_FAILS),
+            (cases::DENIED_WHILE_FAILING, NEVER_FAILS),
+            (cases::CONTINUE_FAILS, NEVER_FAILS),
+            (cases::FAILED, "the machine does not model memory that fails"),
+            (
+                cases::OTHER,
+                "another process's own mapping is the kernel's to fill: what keeps it off private \
+                 pages is hardware (SNP, pKVM), which this machine does not have yet",
+            ),
+            (cases::IMPLICIT, EITHER),
+            (cases::MISMATCH, EITHER),
+            (
+                cases::DROPPED,
+                "each memory is on a machine of its own: a VM has no other memory to run on",
+            ),
+            (
+                cases::PLAIN_FAULTS,
+                "on the machine Polder is the hypervisor: every stage-2 fault comes to it",
+            ),
+            (cases::SLOTS, "the machine has as many slots as there are numbers for them"),
+        ]
+    }
+
+    fn missing(&self, _: &polder::Error) -> Option<Skipped> {
+        None
+    }
+
+    fn prepare(&self, memory: &Memory) {
+        if let Some(plant) = self.0 {
+            let planted = memory.simulated(|machine, _, _| machine.plant(plant, true));
+            planted.expect("memory of this host");
+        }
+    }
+
+    fn guest(&self) -> Result<Box<dyn Guest>, Skipped> {
+        Ok(Box::new(MachineGuest(Vm::new(self.kind()).expect("the machine needs nothing"))))
+    }
+
+    fn in_trouble(&self, trouble: Trouble, _: &mut (dyn FnMut() + Send)) {
+        panic!("{trouble:?} is not applicable to the machine, and declared so");
+    }
+
+    fn mapped(&self, memory: &Memory, range: PageRange) -> Vec<PageIndex> {
+        let mapped = memory.simulated(|machine, _, process| {
+            let is_mapped = |&page: &PageIndex| {
+                matches!(machine.host_pte(process, vpn(page)), Ok(HostPte::Mapped { .. }))
+            };
+            range.frames().filter(is_mapped).collect()
+        });
+        mapped.expect("memory of this host")
+    }
+
+    fn inherited(&self, memory: &Memory) -> Vec<String> {
+        let inherited = memory.simulated(|machine, object, process| {
+            let child = machine.fork(process).expect("a process");
+            let all = PageRange::between(0, 1).expect("a page");
+            let views: BTreeSet<_> = machine.views_of(object, all).map(|(id, _)| id).collect();
+            machine.exit_process(child).expect("the child");
+            views.contains(&child).then(|| "the host view".to_owned())
+        });
+        Vec::from_iter(inherited.expect("memory of this host"))
+    }
+
+    fn inside(&self) -> Option<&dyn Inside> {
+        Some(self)
+    }
+}
+
+/// A guest whose accesses the cases make one by one, as private or as shared.
+struct MachineGuest(Vm);
+
+impl Guest for MachineGuest {
+    fn attach(&self, memory: &Memory) -> VmId {
+        self.0.attach(memory).expect("memory of this host")
+    }
+
+    fn slots(&self) -> u32 {
+        self.0.slots()
+    }
+
+    fn run(&self, memory: (&Memory, VmId), programs: &[Vec<Op>]) -> Ended {
+        let mut looks = 0;
+        let supervise = |_| {
+            looks += 1;
+            if looks < LOOKS { Supervision::GoOn } else { Supervision::TimeOut }
+        };
+        self.0.run(memory, programs, supervise).expect("the machine runs the guest")
+    }
+
+    fn access(
+        &self,
+        (memory, vm): (&Memory, VmId),
+        gpa: Gpa,
+        visibility: Visibility,
+        value: Option<u64>,
+    ) -> Result<u64, MemoryFault> {
+        let vcpu = memory.machine_vcpu(vm).expect("memory of this host");
+        let refused = |exit| match exit {
+            GuestExit::MemoryFault(fault) => fault,
+            other => panic!("{other}"),
+        };
+        if let Some(value) = value {
+            vcpu.write(gpa, visibility, &value.to_le_bytes()).map_err(refused)?;
+        }
+        let mut word = [0; 8];
+        vcpu.read(gpa, visibility, &mut word).map_err(refused)?;
+        Ok(u64::from_le_bytes(word))
+    }
+}
+
+impl Inside for Machine {
+    fn refer<'a>(&self, memory: &'a Memory, page: PageIndex) -> Box<dyn Send + 'a> {
+        touch(memory, page);
+        let pin = memory.simulated(|machine, _, process| {
+            machine.pin_user_pages(process, VpnRange::one(vpn(page)), true, PinKind::LongTerm)
+        });
+        let pin = pin.expect("memory of this host").expect("a page that is mapped");
+        Box::new(Reference { memory, pin })
+    }
+
+    fn fail(&self, _: &Memory, _: PageIndex) {
+        panic!("memory that fails is not applicable to the machine, and declared so");
+    }
+
+    fn touch_in_child(&self, memory: &Memory, page: PageIndex) -> Option<u8> {
+        let read = memory.simulated(|machine, _, process| {
+            let child = machine.fork(process).expect("a process");
+            let mut byte = [0];
+            let thread = Thread { process: child, index: 0 };
+            let read = machine.host_read(thread, hva(page), &mut byte);
+            machine.exit_process(child).expect("the child");
+            read.is_ok().then_some(byte[0])
+        });
+        read.expect("memory of this host")
+    }
+
+    fn touch_in_other(&self, _: &Memory, _: PageIndex) -> Option<u8> {
+        panic!("another process's mapping is not applicable to the machine, and declared so");
+    }
+
+    fn stray_touch_ends(&self, memory: &Memory, page: PageIndex) -> bool {
+        // The first touch waits for its answer; the pointer meets what that left behind.
+        let _ = memory.host_view().touch_read(page.offset(), &mut [0]);
+        let exit = memory.simulated(|machine, _, process| {
+            let thread = Thread { process, index: 0 };
+            machine.host_read(thread, hva(page), &mut [0])
+        });
+        matches!(exit.expect("memory of this host"), Err(HostExit::Sigbus { .. }))
+    }
+
+    fn gup_fast_across(&self, memory: &Memory, page: PageIndex, between: &mut dyn FnMut()) -> bool {
+        touch(memory, page);
+        let pinned = memory.simulated(|machine, _, process| {
+            let begun = GupFast::new(process, vpn(page), true, PinKind::Short);
+            match begun.step(machine) {
+                Ok(GupStep::Again(begun)) => begun,
+                other => panic!("the page is mapped: {other:?}"),
+            }
+        });
+        let mut gup = pinned.expect("memory of this host");
+        between();
+        loop {
+            let step = memory.simulated(|machine, _, _| gup.step(machine));
+            match step.expect("memory of this host").expect("nobody else releases its pin") {
+                GupStep::Again(next) => gup = next,
+                GupStep::Pinned(pin) => {
+                    drop(Reference { memory, pin });
+                    return true;
+                }
+                GupStep::Fallback => return false,
+            }
+        }
+    }
+
+    fn audit(&self, memory: &Memory) -> Result<(), String> {
+        let audit = memory.simulated(|machine, _, _| machine.audit());
+        audit.expect("memory of this host").map_err(|wrong| wrong.to_string())
+    }
+}
+
+/// Has a shared page mapped in the host view.
+fn touch(memory: &Memory, page: PageIndex) {
+    memory.host_view().touch_read(page.offset(), &mut [0]).expect("a shared page");
+}
+
+fn hva(page: PageIndex) -> Hva {
+    Hva::new(HOST_VIEW * PAGE_SIZE + page.offset())
+}
+
+/// A pin that Polder knows nothing of.
+struct Reference<'a> {
+    memory: &'a Memory,
+    pin: PinId,
+}
+
+impl Drop for Reference<'_> {
+    fn drop(&mut self) {
+        let unpinned = self.memory.simulated(|machine, _, _| machine.unpin(self.pin));
+        assert!(matches!(unpinned, Ok(Ok(()))), "a pin is released once: {unpinned:?}");
+    }
+}
