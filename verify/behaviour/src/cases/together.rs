@@ -227,8 +227,17 @@ fn last_of_many(w: &World<'_>) -> Ran {
     let memory = w.memory(9)?;
     share_all(&memory);
     let (last, stop) = (PAGES[PAGES.len() - 1], AtomicBool::new(false));
+    let round = AtomicU64::new(0);
+    // Once a round, for more would only keep the others from the processor.
     let touch = |page: u64| {
+        let mut seen = 0;
         while !stop.load(Ordering::Relaxed) {
+            let now = round.load(Ordering::Acquire);
+            if now == seen {
+                std::thread::yield_now();
+                continue;
+            }
+            seen = now;
             let _ = memory.host_view().touch_read(page * PAGE_SIZE, &mut [0]);
         }
     };
@@ -237,16 +246,18 @@ fn last_of_many(w: &World<'_>) -> Ran {
         let touch = &touch;
         PAGES.iter().for_each(|&page| drop(scope.spawn(move || touch(page))));
         let _stopping = Stop(&stop);
-        for round in 0..2000 {
+        for now in 1..3000 {
             // All of them are touched anew, and answered one after the other; meanwhile the last
             // becomes private.
             to(&memory, all(&memory), PRIVATE).expect("no pins");
             to(&memory, all(&memory), SHARED).expect("no pins");
-            wait(round * 37 % 4000);
+            round.store(now, Ordering::Release);
+            std::thread::yield_now();
+            wait(now * 37 % 4000);
             to(&memory, page(last), PRIVATE).expect("no pins");
             for _ in 0..2 {
                 let late = w.mapped(&memory, page(last));
-                assert!(late.is_empty(), "the private page is mapped, in round {round}");
+                assert!(late.is_empty(), "the private page is mapped, in round {now}");
                 std::thread::yield_now();
             }
         }
