@@ -11,19 +11,20 @@
 //!            four bits for each 1G page: its facts, MIXED, SPLIT
 //! row_1g     | p | M | s |                    512 bytes for 1T, always there
 //!                  :
-//! row_2m     |p..p|psMp..s|s..s|              four bits for each 2M page of the whole object
+//! row_2m     |0..0|psMp..s|0..0|              four bits for each 2M page of the whole object
 //!                    :
 //! leaves     |0000|..psps..|0000|             two bits for each 4K page of the whole object
 //! ```
-//! - `row_2m` and `leaves` are made when a 1G page is split (becomes mixed for the first time).
-//!   From then on `row_2m` is true of every 2M page, also inside uniform 1G pages. The leaf of a
-//!   2M page is true from its own first split on, also when it is uniform again; before, it is 0.
-//! - So a page's bits in its leaf are its facts, unless they are 0; then the 2M page is asked, and
-//!   if that is mixed the 0 was (or has become) a page's facts like any other. A lookup in mixed
-//!   memory is one load of a leaf, in uniform memory one more. That, and few instructions, is what
-//!   its speed comes from: at 1T every lookup of a leaf misses the cache.
-//! - A large page that was never split is converted by one store, a 1G page by one for every 16 of
-//!   its 2M pages once there is a `row_2m`. One that was costs its 2M pages, or 16 words of leaf.
+//! - `row_2m` and `leaves` are made when a page is *split* (becomes mixed) for the first time. All
+//!   of them is 0 and takes no memory until it is written to. What is below a large page is filled
+//!   at its first split and from then on **kept true**, also while it is uniform again.
+//! - So two bits in a leaf are the page's facts, unless they are 0: then the 1G page is asked, if
+//!   that is mixed the 2M page, and if that is mixed the leaf again, where 0 is now facts like any
+//!   other. A lookup in mixed memory is one load of a leaf; in uniform memory one more, of a row
+//!   that fits a few cache lines. That, and few instructions, is what its speed comes from: at 1T
+//!   every lookup in a leaf misses the cache.
+//! - A large page that was never split is converted by one store. One that was costs a store for
+//!   each of its 2M pages, and 16 for those of them that were split.
 //! - The pages that would fill up the object's last 1G page always have the facts of the object's
 //!   last page, so that a large page cut short by the end is kept as one, not page by page.
 //!   [`PageMap::level`] does not let it pass for a large page: it names only what lies wholly
@@ -37,15 +38,14 @@
 //!
 //! Every store of the writer is a release and every load of a reader an acquire: a reader that has
 //! seen a store sees all that were made before it. The writer keeps this order:
-//! - *Mixed before it is.* A 2M page is split by filling its leaf with what is true already, then
-//!   calling it mixed, then changing the leaf. A 1G page is called mixed, then its `row_2m`
-//!   changes.
+//! - *Mixed before it is.* A large page is split by filling what is below it with what is true
+//!   already, then calling it mixed, then changing what is below.
 //! - *Uniform after it is.* The finer row is uniform before the coarser one says so.
 //! - So what a page's facts are changes at one store: of a word of a row, or of a leaf. No other
 //!   store changes the facts of any page, wherever a reader found them.
 //! - A reader that found 0 in a leaf and then a mixed 2M page looks at the leaf again, because the
-//!   0 may be from before it was filled. It need not ask whether the page is still mixed: once
-//!   filled a leaf is never emptied, and what it says was true when it said so.
+//!   0 may be from before it was filled. It need not ask whether the page is still mixed: what is
+//!   below a page is true from its split on, for good.
 //!
 //! What a reader may count on while the writer is at work (a change happens, to a reader, when its
 //! store becomes visible to it: at once or a little late, and at the latest when the reader
@@ -72,7 +72,6 @@
 //! # Holes
 //! - `leaves` are a quarter of a byte a page, asked of the system zeroed and untouched: with an
 //!   allocator that clears memory by hand, the first split costs 64 MiB of it at 1T.
-//! - The first split also fills `row_2m`: 256 KiB, some 20 us, once, at 1T.
 //! - A lookup in a leaf that nobody wrote to makes the system map its zero page there: no memory,
 //!   but one page fault for every 64M of guest memory.
 

@@ -57,25 +57,28 @@ impl Tree {
     #[inline]
     pub(super) fn get(&self, page: PageIndex) -> PageFacts {
         let page = self.checked(page);
-        let bits = match self.finer.get() {
-            Some(finer) => match finer.leaves.get(page) {
-                0 => self.get_by_2m(finer, page),
-                bits => bits,
-            },
-            None => match self.row_1g.get(page >> self.shift_1g) {
-                // Split between the two looks.
-                entry if entry & MIXED != 0 => self.get_by_2m(self.finer(), page),
-                entry => entry & FACTS,
-            },
-        };
-        PageFacts::from_bits(bits)
+        if let Some(finer) = self.finer.get() {
+            let bits = finer.leaves.get(page);
+            if bits != 0 {
+                return PageFacts::from_bits(bits);
+            }
+        }
+        self.get_coarse(page)
     }
 
-    /// The facts of `page` by its 2M page, and by its leaf only if that has to be in use.
-    #[inline]
-    fn get_by_2m(&self, finer: &Finer, page: usize) -> u8 {
-        let entry = finer.row_2m.get(page >> self.shift_2m);
-        if entry & MIXED == 0 { entry & FACTS } else { finer.leaves.get(page) }
+    /// The facts of `page` from the coarsest row that has them. Apart from `get`, for which it
+    /// would need registers.
+    #[inline(never)]
+    fn get_coarse(&self, page: usize) -> PageFacts {
+        let mut entry = self.row_1g.get(page >> self.shift_1g);
+        if entry & MIXED != 0 {
+            let finer = self.finer();
+            entry = finer.row_2m.get(page >> self.shift_2m);
+            if entry & MIXED != 0 {
+                entry = finer.leaves.get(page);
+            }
+        }
+        PageFacts::from_bits(entry & FACTS)
     }
 
     #[inline]
@@ -104,23 +107,23 @@ impl Tree {
         }
     }
 
-    /// A 1G page is called mixed before it is, and uniform only after it is again.
+    /// A 1G page is called mixed before it is, and uniform only after it is again. What is finer
+    /// is filled with what is true already before it counts: wherever a reader finds its answer,
+    /// it is the same.
     fn change_1g(&self, of_1g: usize, part: Range<usize>, change: Change) {
-        let old = self.row_1g.get(of_1g);
+        let (old, inside) = (self.row_1g.get(of_1g), self.inside(of_1g));
         let new = change.apply(old);
-        let inside = self.inside(of_1g);
         if old & MIXED == 0 {
             if new == old {
                 return;
             }
-            if old & SPLIT == 0 && part.len() == 1 << self.shift_1g {
-                if let Some(finer) = self.finer.get() {
-                    self.row_1g.put(of_1g, MIXED);
-                    finer.row_2m.change(inside, change);
+            if old & SPLIT == 0 {
+                if part.len() == 1 << self.shift_1g {
+                    return self.row_1g.put(of_1g, new);
                 }
-                return self.row_1g.put(of_1g, new);
+                let finer = self.finer.get_or_init(|| Box::new(self.new_finer()));
+                finer.row_2m.change(inside.clone(), PageFacts::from_bits(old).into());
             }
-            self.finer.get_or_init(|| Box::new(self.new_finer()));
             self.row_1g.put(of_1g, SPLIT | MIXED);
         }
         let finer = self.finer();
@@ -133,14 +136,13 @@ impl Tree {
         }
     }
 
-    /// As [`Tree::change_1g`]; returns whether the 2M page is mixed now. Its leaf is filled with
-    /// what is true already before it counts: wherever a reader finds its answer, it is the same.
+    /// As [`Tree::change_1g`]; returns whether the 2M page is mixed now.
     fn change_2m(&self, finer: &Finer, of_2m: usize, part: Range<usize>, change: Change) -> bool {
         let Finer { row_2m, leaves } = finer;
         let whole = of_2m << self.shift_2m..(of_2m + 1) << self.shift_2m;
         let old = row_2m.get(of_2m);
+        let new = change.apply(old);
         if old & MIXED == 0 {
-            let new = change.apply(old);
             if new == old {
                 return false;
             }
@@ -207,17 +209,10 @@ impl Tree {
         self.finer.get().expect("a mixed 1G page has its 2M pages")
     }
 
-    /// The 2M pages of every 1G page, as uniform as that is: none is mixed yet.
+    /// What is below every 1G page, of which none has been split yet.
     fn new_finer(&self) -> Finer {
         let len = self.pages_1g();
         let row_2m = LargePages::new(self.inside(len).start);
-        let mut at = 0;
-        while at < len {
-            let end = self.row_1g.run_end(at..len);
-            let facts = PageFacts::from_bits(self.row_1g.get(at));
-            row_2m.change(self.inside(at).start..self.inside(end).start, facts.into());
-            at = end;
-        }
         Finer { row_2m, leaves: Leaves::new(len << self.shift_1g) }
     }
 
