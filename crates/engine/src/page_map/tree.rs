@@ -141,16 +141,20 @@ impl Tree {
         let Finer { row_2m, leaves } = finer;
         let whole = of_2m << self.shift_2m..(of_2m + 1) << self.shift_2m;
         let old = row_2m.get(of_2m);
-        let new = change.apply(old);
         if old & MIXED == 0 {
+            let new = change.apply(old);
             if new == old {
                 return false;
             }
-            if old & SPLIT == 0 {
-                if part == whole {
-                    row_2m.put(of_2m, new);
-                    return false;
+            if part == whole {
+                if old & SPLIT != 0 {
+                    row_2m.put(of_2m, SPLIT | MIXED);
+                    leaves.change(part, change);
                 }
+                row_2m.put(of_2m, new);
+                return false;
+            }
+            if old & SPLIT == 0 {
                 leaves.change(whole.clone(), PageFacts::from_bits(old).into());
             }
             row_2m.put(of_2m, SPLIT | MIXED);
