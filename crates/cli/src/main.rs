@@ -1,5 +1,6 @@
 //! The program `polder`.
 
+mod bench;
 mod picture;
 mod run;
 mod trouble;
@@ -19,10 +20,12 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Run(run::Arguments),
+    Bench(bench::Arguments),
 }
 
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Run(arguments) => run::main(&arguments),
+        Command::Bench(arguments) => bench::main(&arguments),
     }
 }
