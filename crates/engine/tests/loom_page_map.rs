@@ -7,8 +7,6 @@
 use polder_engine::{PageFacts, PageMap, PageReader, Population, Visibility};
 use polder_units::{Geometry, Level, PageIndex, PageRange};
 
-const PAGES: u32 = 4;
-
 /// What a writer does, one call each.
 #[derive(Clone, Copy)]
 enum Step {
@@ -21,7 +19,10 @@ use Visibility::{Private, Shared};
 
 /// Not all zeroes, so that a leaf nobody has filled yet can't be taken for one that is.
 const FIRST: PageFacts = PageFacts { visibility: Shared, population: Whole };
-const GEOMETRY: Geometry = Geometry::new(2, 2).unwrap();
+/// Two 2M pages of two pages each.
+const SMALL: Geometry = Geometry::new(2, 2).unwrap();
+/// Two 2M pages whose leaves have two words each, so that they don't change by one store.
+const WIDE: Geometry = Geometry::new(64, 2).unwrap();
 
 fn apply(map: &mut PageMap, step: Step) {
     match step {
@@ -41,12 +42,12 @@ enum Seen {
 }
 
 /// The facts of all pages at one moment, apart from the map, whose every access loom would count.
-type State = [PageFacts; PAGES as usize];
+type State = Vec<PageFacts>;
 
 /// Whether `seen` is right of a page while `state` holds. A level may be too small.
-fn holds(state: &State, seen: Seen) -> bool {
+fn holds(state: &State, geometry: Geometry, seen: Seen) -> bool {
     let around = |page: PageIndex, level| {
-        let pages = PageRange::enclosing(page, level, GEOMETRY).frames();
+        let pages = PageRange::enclosing(page, level, geometry).frames();
         pages.map(|page| state[usize::try_from(page.get()).unwrap()]).collect::<Vec<_>>()
     };
     match seen {
@@ -56,12 +57,13 @@ fn holds(state: &State, seen: Seen) -> bool {
 }
 
 /// The states that are passed through: a call that changes several pages changes one at a time.
-fn states(steps: &[Step]) -> Vec<State> {
-    let mut states = vec![[FIRST; PAGES as usize]];
+fn states(steps: &[Step], geometry: Geometry) -> Vec<State> {
+    let pages = usize::try_from(geometry.pages(Level::Size1G).get()).unwrap();
+    let mut states = vec![vec![FIRST; pages]];
     for step in steps {
         let (Convert(start, end, _) | Populate(start, end, _)) = *step;
         for page in start..end {
-            let mut state = *states.last().unwrap();
+            let mut state = states.last().unwrap().clone();
             let facts = &mut state[usize::try_from(page).unwrap()];
             match *step {
                 Convert(.., visibility) => facts.visibility = visibility,
@@ -73,25 +75,34 @@ fn states(steps: &[Step]) -> Vec<State> {
     states
 }
 
-/// Runs `steps` against a reader that makes a few observations, and asserts that there are
-/// moments, none before the one before it, at which they were right.
+/// As [`explore_in`], in a [`SMALL`] map.
 fn explore<const N: usize>(
     steps: &'static [Step],
     observe: impl Fn(&PageReader) -> [Seen; N] + Copy + Send + Sync + 'static,
 ) {
-    let states = states(steps);
+    explore_in(SMALL, steps, observe);
+}
+
+/// Runs `steps` on a map of one 1G page against a reader that makes a few observations, and
+/// asserts that there are moments, none before the one before it, at which they were right.
+fn explore_in<const N: usize>(
+    geometry: Geometry,
+    steps: &'static [Step],
+    observe: impl Fn(&PageReader) -> [Seen; N] + Copy + Send + Sync + 'static,
+) {
+    let states = states(steps, geometry);
     let mut model = loom::model::Builder::new();
     // Every stale value all the same; without the bound the search takes ten times as long.
     model.preemption_bound = Some(2);
     model.check(move || {
-        let mut map = PageMap::new(PAGES.into(), GEOMETRY, FIRST);
+        let mut map = PageMap::new(geometry.pages(Level::Size1G), geometry, FIRST);
         let reader = map.reader();
         let observer = loom::thread::spawn(move || observe(&reader));
         steps.iter().for_each(|step| apply(&mut map, *step));
         let seen = observer.join().unwrap();
         let mut moment = 0;
         for seen in seen {
-            let later = states[moment..].iter().position(|state| holds(state, seen));
+            let later = states[moment..].iter().position(|state| holds(state, geometry, seen));
             moment += later.unwrap_or_else(|| panic!("{seen:?} was never true, or no longer is"));
         }
     });
@@ -169,4 +180,23 @@ fn a_leaf_of_zeros_is_filled_with_others_and_back() {
     explore(STEPS, |reader| [facts_of(reader, 1), facts_of(reader, 1)]);
     explore(STEPS, |reader| [facts_of(reader, 0), facts_of(reader, 1)]);
     explore(STEPS, |reader| [level_of(reader, 0), facts_of(reader, 1)]);
+}
+
+#[test]
+fn a_2m_page_that_was_split_is_called_mixed_while_it_is_converted() {
+    const STEPS: &[Step] =
+        &[Convert(1, 2, Private), Convert(1, 2, Shared), Convert(0, 64, Private)];
+    explore_in(WIDE, STEPS, |reader| {
+        [facts_of(reader, 0), level_of(reader, 0), facts_of(reader, 63)]
+    });
+    explore_in(WIDE, STEPS, |reader| [facts_of(reader, 63), facts_of(reader, 0)]);
+}
+
+#[test]
+fn a_2m_page_is_filled_before_it_is_called_mixed() {
+    const STEPS: &[Step] = &[Convert(63, 64, Private), Convert(0, 63, Private)];
+    explore_in(WIDE, STEPS, |reader| [facts_of(reader, 0), facts_of(reader, 63)]);
+    explore_in(WIDE, STEPS, |reader| {
+        [facts_of(reader, 63), level_of(reader, 63), facts_of(reader, 0)]
+    });
 }
