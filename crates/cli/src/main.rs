@@ -1,5 +1,6 @@
 //! The program `polder`.
 
+mod bench;
 mod output;
 mod picture;
 mod run;
@@ -20,10 +21,12 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Run(run::Arguments),
+    Bench(bench::Arguments),
 }
 
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Run(arguments) => run::main(&arguments),
+        Command::Bench(arguments) => bench::main(&arguments),
     }
 }

@@ -30,7 +30,7 @@
 #![no_std]
 
 extern crate alloc;
-#[cfg(test)]
+#[cfg(any(test, loom))]
 extern crate std;
 
 mod binding;
@@ -64,7 +64,7 @@ pub use discard::{Cleared, Clearing, Discard};
 pub use error::{Errno, Refusal};
 pub use fault::{Answer, GuestAccess, GuestAnswer, MemoryFault, Response, TouchAnswer, View};
 pub use operation::{Activity, Blocked, OpId, Operation, Stage, Undoing};
-pub use page_map::{PageFacts, PageMap, Population, Visibility};
+pub use page_map::{PageFacts, PageMap, PageReader, Population, Visibility};
 pub use pin::{Holder, PinId, PinKind};
 pub use platform::{Contents, Platform};
 pub use populate::{Published, Writing};
@@ -139,6 +139,11 @@ impl Engine {
     /// Private or shared, owed or whole, for every page.
     pub fn pages(&self) -> &PageMap {
         &self.pages
+    }
+
+    /// A reader of the same, for threads that don't hold whatever guards the engine.
+    pub fn reader(&self) -> PageReader {
+        self.pages.reader()
     }
 
     /// The pages that nobody may touch because an operation on them could not be undone.

@@ -1,0 +1,124 @@
+//! The benches of `polder bench`: what a part of Polder costs, next to what somebody would use
+//! instead of it.
+//!
+//! # Vocabulary
+//! - **Bench**: a part that is measured ([`Bench`]); a function that returns rows.
+//! - **Case**: one thing that the part does.
+//! - **Baseline**: what else would do it.
+//! - **Row**: a case, a baseline, and the figures of both ([`Row`]). Its **ratio** is above 1
+//!   where Polder is better than the baseline, whatever the unit.
+//!
+//! # The rules
+//! - Baseline and Polder are measured in the same run, in turns (A B A B ...), so that whatever
+//!   else the machine does meets both. What is told is the median of the turns.
+//! - Both do the same work and are given their input in the same way. A baseline that could not be
+//!   measured at the size of the case is measured at another, and the note says at which.
+
+mod here;
+mod machine;
+mod map;
+mod turns;
+
+use serde::Serialize;
+
+/// A part of Polder that can be measured.
+#[derive(Debug)]
+pub struct Bench {
+    /// What it is called on the command line.
+    pub name: &'static str,
+    /// What it measures, in a line.
+    pub about: &'static str,
+    /// Measures; tells how far it is while it does.
+    pub run: fn(&mut dyn FnMut(Progress)) -> Vec<Row>,
+}
+
+/// How far a bench is.
+#[derive(Clone, Debug)]
+pub struct Progress {
+    /// The parts done.
+    pub done: usize,
+    /// The parts there are.
+    pub of: usize,
+    /// What it does now.
+    pub doing: String,
+}
+
+/// A case, measured with a baseline and with Polder.
+#[derive(Clone, PartialEq, Serialize, Debug)]
+pub struct Row {
+    /// What is done.
+    pub case: String,
+    /// What Polder is compared with.
+    pub baseline: &'static str,
+    /// What the two values are in.
+    pub unit: &'static str,
+    /// The baseline's.
+    pub baseline_value: f64,
+    /// Polder's.
+    pub polder_value: f64,
+    /// How many times better Polder is: above 1, better; below 1, worse.
+    pub ratio: f64,
+    /// What else one has to know; often nothing.
+    pub note: String,
+}
+
+impl Row {
+    /// A row of costs, where the smaller value is the better one.
+    fn of_costs(case: String, baseline: &'static str, unit: &'static str, values: Costs) -> Self {
+        let Costs { baseline: baseline_value, polder: polder_value } = values;
+        let ratio = baseline_value / polder_value;
+        Self { case, baseline, unit, baseline_value, polder_value, ratio, note: String::new() }
+    }
+}
+
+/// What a case costs, in whatever unit.
+#[derive(Clone, Copy, Debug)]
+struct Costs {
+    baseline: f64,
+    polder: f64,
+}
+
+/// All that one bench found.
+#[derive(Clone, Serialize, Debug)]
+pub struct Report {
+    /// The bench's name.
+    pub bench: &'static str,
+    /// Where it ran: CPU, cores, kernel.
+    pub machine: String,
+    /// What it found.
+    pub rows: Vec<Row>,
+}
+
+/// Every bench.
+pub const ALL: &[Bench] = &[map::BENCH, machine::BENCH];
+
+/// No bench has this name.
+#[derive(Debug, thiserror::Error)]
+#[error("there is no bench `{name}`")]
+pub struct UnknownBench {
+    name: String,
+}
+
+impl UnknownBench {
+    /// What to do instead.
+    pub fn way_out(&self) -> String {
+        let names: Vec<&str> = ALL.iter().map(|bench| bench.name).collect();
+        format!("one of: {}", names.join(", "))
+    }
+}
+
+impl Bench {
+    /// The bench called `name`.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn named(name: &str) -> Result<&'static Self, UnknownBench> {
+        let found = ALL.iter().find(|bench| bench.name == name);
+        found.ok_or_else(|| UnknownBench { name: name.to_owned() })
+    }
+
+    /// Measures.
+    pub fn report(&self, progress: &mut dyn FnMut(Progress)) -> Report {
+        Report { bench: self.name, machine: here::describe(), rows: (self.run)(progress) }
+    }
+}

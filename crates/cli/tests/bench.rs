@@ -1,0 +1,39 @@
+//! `polder bench` as a user sees it. The benches themselves are tested where they are, with less
+//! of everything.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn polder(arguments: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_polder"));
+    command.args(arguments.split_whitespace()).output().expect("the program starts")
+}
+
+fn json(output: &Output) -> Value {
+    let text = String::from_utf8_lossy(&output.stdout);
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+#[test]
+fn the_benches_are_listed() {
+    let output = polder("bench list");
+    assert!(output.status.success());
+    assert!(String::from_utf8_lossy(&output.stdout).starts_with("map "));
+    assert_eq!(json(&polder("bench list --json"))["benches"][0]["bench"], "map");
+}
+
+#[test]
+fn an_unknown_bench_is_answered_with_those_there_are() {
+    let output = polder("bench mop --json");
+    assert_eq!(output.status.code(), Some(2));
+    let error = &json(&output)["error"];
+    assert_eq!(error["what"], "there is no bench `mop`");
+    assert!(error["try"].as_str().is_some_and(|names| names.contains("map")), "{error}");
+}
+
+#[test]
+fn help_shows_examples() {
+    let output = polder("bench --help");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("polder bench map --json"));
+}
