@@ -25,7 +25,7 @@ fn json(output: &Output) -> Value {
 
 /// Whether a guest can run here at all; says so if not.
 fn can_run() -> bool {
-    let first = output("run --guest triple-fault --json");
+    let first = output("run --host memfd --guest triple-fault --json");
     let found = match &json(&first)["error"] {
         Value::Null => Ok(()),
         error => Err(error.to_string()),
@@ -42,7 +42,7 @@ fn every_check_passes_for_every_number_of_vcpus_and_seed() {
         std::env::var("POLDER_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(1);
     for vcpus in [1, 2, 4] {
         for seed in 1..=seeds {
-            let output = output(&format!("run --json --vcpus {vcpus} --seed {seed}"));
+            let output = output(&format!("run --json --host memfd --vcpus {vcpus} --seed {seed}"));
             let report = json(&output);
             assert!(output.status.success(), "{vcpus} vCPUs, seed {seed}: {report}");
             assert_eq!(report["host"], "memfd");
@@ -60,6 +60,33 @@ fn every_check_passes_for_every_number_of_vcpus_and_seed() {
                 assert!(count(path) > 0, "{path} in {report}");
             }
         }
+    }
+}
+
+#[test]
+fn the_simulated_machine_needs_nothing_and_passes_every_check() {
+    for (vcpus, seed) in [(1, 1), (2, 2), (4, 3)] {
+        let arguments = format!("run --json --host machine --vcpus {vcpus} --seed {seed}");
+        let output = output(&arguments);
+        let report = json(&output);
+        assert!(output.status.success(), "{vcpus} vCPUs, seed {seed}: {report}");
+        assert_eq!(
+            (&report["host"], &report["accelerator"]),
+            (&"machine".into(), &"machine".into())
+        );
+        assert_eq!(report["guest"]["checks_failed"], 0);
+        for path in
+            ["/guest/checks_passed", "/conversions/refused", "/faults/guest", "/faults/denied"]
+        {
+            assert!(report.pointer(path).and_then(Value::as_u64) > Some(0), "{path} in {report}");
+        }
+    }
+    for (guest, exit) in
+        [("triple-fault", "triple-fault"), ("spin", "timeout"), ("flood", "timeout")]
+    {
+        let output = output(&format!("run --json --host machine --timeout 1 --guest {guest}"));
+        assert_eq!(output.status.code(), Some(1));
+        assert_eq!(json(&output)["guest"]["exit"], exit, "{guest}");
     }
 }
 
