@@ -14,8 +14,8 @@ use crate::guest::{
     DeviceRequest, KVM_HC_MAP_GPA_RANGE, MAP_GPA_RANGE_ENCRYPTED, Program, Request, STATUS_OFFSET,
     number,
 };
+use crate::report::Failure;
 use crate::requests::{Next, Requests};
-use crate::run::Failure;
 use crate::scenario::{HostAccess, Op, Pattern};
 use crate::vcpu::{FAULTS_KEPT, Ran};
 

@@ -6,7 +6,7 @@ use polder::{Contents, Memory, OnBusy, VmId};
 use crate::device;
 use crate::guest::{Request, RequestError};
 use crate::intruder::Intruder;
-use crate::run::Failure;
+use crate::report::Failure;
 use crate::scenario::Outcome;
 
 /// The most pages that one request has the host try: what it costs is the host's time.

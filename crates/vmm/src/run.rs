@@ -1,17 +1,15 @@
 //! A whole run: memory, VM, guest, intruder; supervised, ended, reported.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::sync::Arc;
 
-use polder::units::{ByteSize, Gfn, GfnRange, Gpa, PAGE_BYTES, PageIndex, PageRange};
-use polder::{HostKind, Memory, MemoryFault, PageFacts, Statistics, VmId};
-use polder_linux::Exit;
+use polder::units::{ByteSize, Gfn, GfnRange, Gpa, PAGE_BYTES, PageRange};
+use polder::{HostKind, Memory, VmId};
 
 use crate::RunError;
 use crate::guest::{Chunk, Image, Program, Transport};
-use crate::intruder::Way;
 use crate::kvm::{self, Conversion};
+use crate::report::{Accelerator, End, Failure, Progress, Report, Supervision};
 use crate::scenario::{self, Scenario, ScenarioError};
 use crate::threads::Threads;
 use crate::vcpu::Ran;
@@ -29,183 +27,6 @@ pub struct Config {
     pub seed: u64,
     /// What the guest does.
     pub program: Program,
-}
-
-/// What a supervisor is told, some twenty times a second.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Progress {
-    /// Exits of the guest that were handled.
-    pub exits: u64,
-    /// What happened to the memory.
-    pub memory: Statistics,
-}
-
-/// What a supervisor says.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Supervision {
-    /// Go on.
-    GoOn,
-    /// Stop: it takes too long.
-    TimeOut,
-    /// Stop: the user has had enough.
-    Interrupt,
-}
-
-/// How a run ended.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum End {
-    /// Every check passed.
-    Ok,
-    /// Something failed.
-    Failed(Failure),
-    /// It took too long.
-    TimedOut,
-    /// The user stopped it.
-    Interrupted,
-}
-
-/// What failed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Failure {
-    /// A check of the guest's.
-    Check {
-        /// On which vCPU.
-        vcpu: u32,
-        /// The op's index in that vCPU's program.
-        op: u64,
-        /// Where.
-        gpa: Gpa,
-        /// What should have been there, or have been answered.
-        expected: u64,
-        /// What was.
-        found: u64,
-    },
-    /// The guest took an exception that it should not have.
-    Exception {
-        /// On which vCPU.
-        vcpu: u32,
-        /// Its vector.
-        vector: u64,
-        /// At which instruction.
-        rip: u64,
-        /// The address of a page fault.
-        cr2: u64,
-        /// Its error code.
-        error: u64,
-    },
-    /// A vCPU shut down.
-    TripleFault {
-        /// Which.
-        vcpu: u32,
-    },
-    /// The guest touched a page that is out of use.
-    MemoryFailure {
-        /// On which vCPU.
-        vcpu: u32,
-        /// The page.
-        page: Option<PageIndex>,
-    },
-    /// Memory refused the guest what it is to have.
-    MemoryFault {
-        /// On which vCPU.
-        vcpu: u32,
-        /// What was refused.
-        fault: MemoryFault,
-    },
-    /// The guest ended early: checks are missing.
-    TooFewChecks {
-        /// How many passed.
-        passed: u64,
-        /// How many there are at least.
-        least: u64,
-    },
-    /// The host reached a private page.
-    Intrusion {
-        /// The page.
-        gfn: Gfn,
-        /// How.
-        way: Way,
-    },
-    /// A vCPU exited in a way that nothing was expected to cause.
-    Exit {
-        /// Which.
-        vcpu: u32,
-        /// How.
-        exit: Exit,
-    },
-}
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Check { vcpu, op, gpa, expected, found } => {
-                write!(f, "vCPU {vcpu}, op {op}: at {gpa} expected {expected:#x}, found {found:#x}")
-            }
-            Self::Exception { vcpu, vector, rip, cr2, error } => write!(
-                f,
-                "vCPU {vcpu}: exception {vector} at {rip:#x} (error {error:#x}, cr2 {cr2:#x})"
-            ),
-            Self::TripleFault { vcpu } => write!(f, "vCPU {vcpu}: triple fault"),
-            Self::MemoryFailure { vcpu, page: Some(page) } => {
-                write!(f, "vCPU {vcpu}: touched page {page}, which is out of use")
-            }
-            Self::MemoryFailure { vcpu, page: None } => {
-                write!(f, "vCPU {vcpu}: memory failed outside the guest's")
-            }
-            Self::MemoryFault { vcpu, fault } => write!(f, "vCPU {vcpu}: {fault}"),
-            Self::TooFewChecks { passed, least } => {
-                write!(f, "the guest ended after {passed} checks of at least {least}")
-            }
-            Self::Intrusion { gfn, way } => {
-                let way = match way {
-                    Way::Api => "the API",
-                    Way::RawTouch => "a raw touch",
-                    Way::SystemCall => "a system call",
-                };
-                write!(f, "the host reached private frame {gfn} by {way}")
-            }
-            Self::Exit { vcpu, exit } => write!(f, "vCPU {vcpu}: unexpected exit {exit:x?}"),
-        }
-    }
-}
-
-/// What runs a guest.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Accelerator {
-    /// KVM.
-    Kvm,
-    /// The simulated machine.
-    Machine,
-}
-
-impl fmt::Display for Accelerator {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Kvm => "kvm",
-            Self::Machine => "machine",
-        })
-    }
-}
-
-/// What a run came to.
-#[derive(Clone, Debug)]
-pub struct Report {
-    /// What ran the guest.
-    pub accelerator: Accelerator,
-    /// How requests to convert came.
-    pub conversion_by: Conversion,
-    /// How it ended.
-    pub end: End,
-    /// The guest's checks that passed.
-    pub checks_passed: u64,
-    /// Those that failed; the first ends the run.
-    pub checks_failed: u64,
-    /// What happened to the memory.
-    pub memory: Statistics,
-    /// What every page is in the end.
-    pub facts: Vec<(PageRange, PageFacts)>,
-    /// The pages that were touched.
-    pub touched: Vec<PageRange>,
 }
 
 /// Runs a guest to its end, or until the supervisor has it stopped.

@@ -14,8 +14,8 @@ use crate::RunError;
 use crate::guest::Program;
 use crate::intruder::Intruder;
 use crate::machine::Interpreter;
+use crate::report::{End, Failure, Progress, Supervision};
 use crate::requests::Requests;
-use crate::run::{End, Failure, Progress, Supervision};
 use crate::scenario::Op;
 use crate::vcpu::{self, Ran};
 

@@ -10,8 +10,8 @@ use polder_linux::{Exit, Kicker, Vcpu};
 use crate::RunError;
 use crate::error::os;
 use crate::guest::Request;
+use crate::report::Failure;
 use crate::requests::{Next, Requests};
-use crate::run::Failure;
 
 /// What a vCPU's run came to.
 #[derive(Debug)]
