@@ -10,7 +10,8 @@
 //!
 //! # The rules
 //! - Baseline and Polder are measured in the same run, in turns (A B A B ...), so that whatever
-//!   else the machine does meets both. What is told is the median of the turns.
+//!   else the machine does meets both. What is told is the median of the turns. A baseline that is
+//!   called *goal* is a number that was set, not measured.
 //! - Both do the same work and are given their input in the same way. A baseline that could not be
 //!   measured at the size of the case is measured at another, and the note says at which.
 

@@ -62,11 +62,12 @@
 //! - *Nothing about two pages or two calls together.* A conversion of a range is seen in part, and
 //!   a level is no promise about the facts that the next `get` returns.
 //!
-//! That is enough for the readers there are, because none acts on what it read alone: it announces
-//! itself first (a pin, a fault's claim) and looks again, and the writer changes the map first and
-//! then looks for announcements. Either sees the other only with a sequentially consistent fence
-//! between the two steps on both sides; acquire and release do not order a store before a later
-//! load. Those fences are the driver's, at the pin and at the drain, and not in here.
+//! No reader may act on what it read alone: it announces itself first (a pin, a fault's claim) and
+//! looks again, and the writer changes the map first and then looks for announcements. Either sees
+//! the other only with a sequentially consistent fence between the two steps on both sides; acquire
+//! and release do not order a store before a later load. So far every answer and copy is given
+//! under the engine's lock; whoever adds a reader that goes without puts those fences at its
+//! announcement and at the drain.
 //!
 //! `tests/loom_page_map.rs` checks this against every interleaving of a small map.
 //!

@@ -20,7 +20,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 mod tests;
 
 use polder_engine::{
-    Blocked, Config, Contents, ConversionRequest, Converted, Copying, Engine, GuestAccess,
+    Answer, Blocked, Config, Contents, ConversionRequest, Converted, Copying, Engine, GuestAccess,
     GuestAnswer, MemoryFault, Operation, Refusal, Response, Stage, Start, Undoing, Visibility,
     VmId,
 };
@@ -75,18 +75,36 @@ impl Drop for Locked<'_> {
     }
 }
 
-/// Gives a copy back, also when its thread panics.
+/// What is to be given back to the engine, also when its thread panics.
 struct Land<'a> {
     driver: &'a Driver,
-    copying: Option<Copying>,
+    landing: Option<Landing>,
+}
+
+enum Landing {
+    Copy(Copying),
+    /// With what was done.
+    Answer(Answer, Option<Response>),
+}
+
+impl Land<'_> {
+    /// Notes whether an answer was carried out.
+    fn done(&mut self, carried_out: bool) {
+        if let Some(Landing::Answer(answer, done)) = &mut self.landing {
+            *done = carried_out.then(|| answer.response());
+        }
+    }
 }
 
 impl Drop for Land<'_> {
     fn drop(&mut self) {
-        if let (Some(mut engine), Some(copying)) = (self.driver.try_engine(), self.copying.take()) {
-            engine.copied(copying);
+        if let (Some(mut engine), Some(landing)) = (self.driver.try_engine(), self.landing.take()) {
+            match landing {
+                Landing::Copy(copying) => engine.copied(copying),
+                Landing::Answer(answer, done) => engine.answered(answer, done),
+            }
         }
-        self.driver.changed.notify_all();
+        self.driver.released();
     }
 }
 
@@ -111,6 +129,11 @@ impl Driver {
     pub(crate) fn released(&self) {
         self.changed.notify_all();
         self.host.nudge();
+    }
+
+    /// Tells those who wait in a call, and not the fault threads.
+    pub(crate) fn changed(&self) {
+        self.changed.notify_all();
     }
 
     /// Waits until a claim was released, or for a while.
@@ -197,10 +220,10 @@ impl Driver {
         }
         let published = self.perform(writing)?;
         let answer = self.engine().finish_population(published);
+        let (view, response, range) = (answer.view(), answer.response(), answer.range());
+        let mut given = Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
         // Should it fail, whoever waits is answered one by one.
-        let shown = self.host.answer(answer.view(), answer.response(), answer.range());
-        self.engine().answered(answer, shown.is_ok().then_some(Response::Map));
-        self.released();
+        given.done(self.host.answer(view, response, range).is_ok());
         Ok(())
     }
 
@@ -238,9 +261,11 @@ impl Driver {
                 GuestAnswer::Exit(fault) => return Ok(Some(fault)),
                 GuestAnswer::Now { answer, level } => {
                     drop(engine);
-                    let mapped = self.host.map_guest(vm, access.gfn, level, answer.range());
-                    self.engine().answered(answer, mapped.is_ok().then_some(Response::Map));
-                    self.changed.notify_all();
+                    let range = answer.range();
+                    let mut given =
+                        Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
+                    let mapped = self.host.map_guest(vm, access.gfn, level, range);
+                    given.done(mapped.is_ok());
                     return mapped.map(|()| None);
                 }
                 GuestAnswer::Wait if stop() => return Ok(None),
@@ -312,7 +337,7 @@ impl Driver {
             let copying = engine.copy(&runs)?;
             Ok((runs, copying))
         })?;
-        let _land = Land { driver: self, copying: Some(copying) };
+        let _given = Land { driver: self, landing: Some(Landing::Copy(copying)) };
         runs.into_iter().try_for_each(|run| each(self.host.as_ref(), run))
     }
 

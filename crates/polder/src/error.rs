@@ -31,6 +31,9 @@ pub enum Error {
         /// The host.
         host: crate::HostKind,
     },
+    /// A VM that was never attached to this memory.
+    #[error("the VM is not attached to this memory")]
+    NoSuchVm,
     /// What only the simulated machine has was asked of another host.
     #[error("this memory is not on the simulated machine")]
     NotSimulated,
@@ -82,7 +85,7 @@ impl Error {
             Self::Refused(refusal) => refusal.errno(),
             Self::Quarantined { .. } | Self::Copy(_) => Errno::EHWPOISON,
             Self::TooManyBytes { .. } | Self::WrongVm { .. } => Errno::EINVAL,
-            Self::NotSimulated => Errno::EINVAL,
+            Self::NotSimulated | Self::NoSuchVm => Errno::EINVAL,
             Self::Missing { .. } => Errno::EOPNOTSUPP,
             Self::Machine(_) => Errno::EIO,
             Self::Host(error) => match error.errno {

@@ -5,20 +5,15 @@
 //! back in one hold. What has to wait is asked again when a claim is released. The threads touch
 //! no view but through the host, which uses the trusted one: a thread never waits for itself.
 
-use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-use polder_engine::{Answer, Response, TouchAnswer, View};
+use polder_engine::{Answer, Operation, Response, TouchAnswer, Undoing, View};
 use polder_units::{PageIndex, PageRange};
 
 use crate::driver::Driver;
-
-/// How often an answer that fails is tried before the touch is poisoned instead: for about a
-/// second, in which memory that has run out may come back.
-const ATTEMPTS: u32 = 50;
 
 /// The threads, ended when stopped.
 #[derive(Debug)]
@@ -32,10 +27,7 @@ impl FaultThreads {
         let stop = Arc::new(AtomicBool::new(false));
         let thread = std::thread::Builder::new().name("polder-faults".into()).spawn({
             let (driver, stop) = (Arc::clone(driver), Arc::clone(&stop));
-            move || {
-                Server { driver: &driver, touches: Vec::new(), failures: BTreeMap::new() }
-                    .run(&stop)
-            }
+            move || Server { driver: &driver, touches: Vec::new() }.run(&stop)
         })?;
         Ok(Self { stop, threads: vec![thread] })
     }
@@ -55,8 +47,6 @@ struct Server<'a> {
     driver: &'a Driver,
     /// Touches that wait to be answered.
     touches: Vec<(View, PageIndex)>,
-    /// How often answering each of them has failed.
-    failures: BTreeMap<(View, PageIndex), u32>,
 }
 
 impl Server<'_> {
@@ -79,71 +69,14 @@ impl Server<'_> {
             self.deny_all();
             return;
         }
-        let answers = Answers { driver: self.driver, given: self.ask() };
-        self.carry_out(answers);
-    }
-
-    /// Asks the engine about all touches. Those that have to wait stay in `touches`.
-    fn ask(&mut self) -> Vec<(Answer, Option<Response>)> {
-        let mut answers = Vec::with_capacity(self.touches.len());
-        let mut abandoned = Vec::new();
-        let mut engine = self.driver.engine();
-        self.touches.retain(|&(view, page)| match engine.touch(view, page) {
-            TouchAnswer::Now(answer) => {
-                answers.push((answer, None));
-                false
-            }
-            TouchAnswer::Wait => true,
-            TouchAnswer::Undo(operation) => {
-                abandoned.push(operation);
-                true
-            }
-        });
-        drop(engine);
+        let mut answers =
+            Answers { driver: self.driver, given: Vec::new(), left: &mut self.touches };
+        let abandoned = answers.ask();
+        answers.carry_out();
+        drop(answers);
         for operation in abandoned {
             self.driver.undo(operation);
         }
-        answers
-    }
-
-    /// Carries answers out, neighbours with the same one together. If that fails, one by one.
-    fn carry_out(&mut self, mut answers: Answers<'_>) {
-        let mut first = 0;
-        while first < answers.given.len() {
-            let (view, response, range, count) = together(&answers.given[first..]);
-            let batch = &mut answers.given[first..first + count];
-            let done = self.driver.host.answer(view, response, range).is_ok();
-            for (answer, carried_out) in batch {
-                *carried_out = match done {
-                    true => Some(response),
-                    false => self.carry_out_one(answer),
-                };
-                self.driver.counters.answered(view, *carried_out);
-            }
-            first += count;
-        }
-    }
-
-    /// Carries one answer out; if that fails time and again, denies the touch instead, as the
-    /// kernel does when it has no memory. Returns what was done.
-    fn carry_out_one(&mut self, answer: &Answer) -> Option<Response> {
-        let (view, response, range) = (answer.view(), answer.response(), answer.range());
-        let touch = (view, range.start());
-        if self.driver.host.answer(view, response, range).is_ok() {
-            self.failures.remove(&touch);
-            return Some(response);
-        }
-        let failures = self.failures.entry(touch).or_default();
-        *failures += 1;
-        if *failures >= ATTEMPTS {
-            self.failures.remove(&touch);
-            if self.driver.host.answer(view, Response::Poison, range).is_ok() {
-                return Some(Response::Poison);
-            }
-        }
-        // It stays queued, and is asked again after a while.
-        self.touches.push(touch);
-        None
     }
 
     /// Denies all touches, without an engine to ask.
@@ -158,23 +91,72 @@ impl Server<'_> {
 }
 
 /// Answers that were given, and what was done of each so far. They are given back in one hold of
-/// the lock when this is dropped, also by a panic.
+/// the lock when this is dropped, also by a panic; touches that were not answered are left to be
+/// asked about again, after a while.
 struct Answers<'a> {
     driver: &'a Driver,
     given: Vec<(Answer, Option<Response>)>,
+    left: &'a mut Vec<(View, PageIndex)>,
+}
+
+impl Answers<'_> {
+    /// Asks the engine about all touches. Those that have to wait stay; what they wait for and
+    /// nobody drives is returned, to be undone.
+    fn ask(&mut self) -> Vec<Operation<Undoing>> {
+        let mut abandoned = Vec::new();
+        let mut engine = self.driver.engine();
+        self.left.retain(|&(view, page)| match engine.touch(view, page) {
+            TouchAnswer::Now(answer) => {
+                self.given.push((answer, None));
+                false
+            }
+            TouchAnswer::Wait => true,
+            TouchAnswer::Undo(operation) => {
+                abandoned.push(operation);
+                true
+            }
+        });
+        abandoned
+    }
+
+    /// Carries answers out, neighbours with the same one together. If that fails, one by one.
+    fn carry_out(&mut self) {
+        let mut first = 0;
+        while first < self.given.len() {
+            let (view, response, range, count) = together(&self.given[first..]);
+            let host = self.driver.host.as_ref();
+            let done = host.answer(view, response, range).is_ok();
+            for (answer, carried_out) in &mut self.given[first..first + count] {
+                // Memory that has run out may come back: who touches waits for that.
+                let done = done || host.answer(view, response, answer.range()).is_ok();
+                *carried_out = done.then_some(response);
+                self.driver.counters.answered(view, *carried_out);
+            }
+            first += count;
+        }
+    }
 }
 
 impl Drop for Answers<'_> {
     fn drop(&mut self) {
-        if self.given.is_empty() {
-            return;
-        }
-        if let Some(mut engine) = self.driver.try_engine() {
-            for (answer, done) in self.given.drain(..) {
+        let mut any = false;
+        let mut engine = self.driver.try_engine();
+        for (answer, done) in self.given.drain(..) {
+            any |= done.is_some();
+            if done.is_none() {
+                self.left.push((answer.view(), answer.range().start()));
+            }
+            if let Some(engine) = &mut engine {
                 engine.answered(answer, done);
             }
         }
-        self.driver.released();
+        drop(engine);
+        if any {
+            self.driver.released();
+        } else {
+            // Not the fault thread itself: what failed is tried again after a while.
+            self.driver.changed();
+        }
     }
 }
 

@@ -144,7 +144,8 @@ impl Memory {
 
     /// Looks into the simulated machine, or has something happen there that no device model does:
     /// another process, a pin by the kernel, a planted bug. Also told: the object that the memory
-    /// is, and the process whose host view shows it.
+    /// is, and the process whose host view shows it. The machine is locked meanwhile: a call of
+    /// this memory from within would wait for itself.
     ///
     /// # Errors
     /// [`Error::NotSimulated`] on another host.
@@ -427,6 +428,10 @@ impl Drop for Memory {
             // Who waits for contents is denied: a vCPU amid such an access would keep its slot.
             engine.fail_all();
             bindings.extend(engine.bindings().map(|(vm, slot, _)| (vm, slot)));
+            for &(vm, slot) in &bindings {
+                let unbound = engine.unbind(vm, slot);
+                assert!(unbound.is_ok(), "it was listed: {unbound:?}");
+            }
         }
         self.driver.released();
         for (vm, slot) in bindings {

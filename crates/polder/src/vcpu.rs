@@ -37,12 +37,12 @@ pub struct MachineVcpu {
 impl MachineVcpu {
     pub(crate) fn new(driver: &Arc<Driver>, vm: VmId) -> Result<Self, Error> {
         let host = driver.host.machine().ok_or(Error::NotSimulated)?;
-        let machine_vm = host.vm(vm).ok_or(Error::NotSimulated)?;
+        let machine_vm = host.vm(vm).ok_or(Error::NoSuchVm)?;
         let id = host.lock().add_vcpu(machine_vm).map_err(Error::Machine)?;
         Ok(Self { driver: Arc::clone(driver), vm, id, kicked: Arc::default() })
     }
 
-    /// What makes an access that waits return [`GuestExit::Kicked`], once set.
+    /// What makes an access that is not let through at once return [`GuestExit::Kicked`], once set.
     pub fn kicker(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.kicked)
     }

@@ -188,7 +188,7 @@ impl<'a> Interpreter<'a> {
         let words = device.words().map(u64::to_le_bytes).concat();
         self.vcpu.write(request, SIDE, &words)?;
         match self.request(number::DOORBELL, [request.get(), 0, 0, 0, 0])? {
-            0 => self.load(Gpa::new(request.get() + STATUS_OFFSET)),
+            0 => self.load(Gpa::new(request.get().saturating_add(STATUS_OFFSET))),
             refused => Ok(refused),
         }
     }
@@ -250,7 +250,8 @@ impl<'a> Interpreter<'a> {
 
 /// The parts of `[gpa..gpa + len)` that lie in one page each, and their lengths.
 fn pages(gpa: Gpa, len: u64) -> impl Iterator<Item = (Gpa, usize)> {
-    let end = gpa.get() + len;
+    // What reaches past the last address is beyond memory anyway.
+    let end = gpa.get().saturating_add(len);
     let mut next = gpa.get();
     std::iter::from_fn(move || {
         let count = (PAGE_SIZE - next % PAGE_SIZE).min(end - next);

@@ -128,8 +128,7 @@ impl<'a> Threads<'a> {
         kick: impl Fn(),
         mut supervise: impl FnMut(Progress) -> Supervision,
     ) -> Result<(End, Vec<Ran>), RunError> {
-        let vcpus = jobs.len();
-        let (running, supervisor) = (AtomicUsize::new(vcpus), std::thread::current());
+        let (running, supervisor) = (AtomicUsize::new(0), std::thread::current());
         let thread = |name: &str| Builder::new().name(name.to_owned());
         std::thread::scope(|scope| {
             let (running, supervisor) = (&running, &supervisor);
@@ -149,9 +148,9 @@ impl<'a> Threads<'a> {
                     self.stop_if(ran.as_ref().map_or(true, |ran| ran.failure.is_some()));
                     ran
                 };
+                running.fetch_add(1, Ordering::AcqRel);
                 let started = thread("vcpu").spawn_scoped(scope, work).inspect_err(|_| {
-                    // Neither it nor those after it will count themselves out.
-                    running.fetch_sub(vcpus - threads.len(), Ordering::AcqRel);
+                    running.fetch_sub(1, Ordering::AcqRel);
                 });
                 threads.push(started.map_err(RunError::Thread)?);
             }

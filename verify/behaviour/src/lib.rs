@@ -14,8 +14,8 @@
 //! Then `cargo xtask behaviours --write` writes the table anew.
 //!
 //! # Holes
-//! What the API has no words for yet has no row: a source that fails, an event instead of a wait, a
-//! slot without a private side, huge pages, prefault, exclusive pins, preload and moving. A row
+//! What the API has no words for yet has no row: an event instead of a wait, a slot without a
+//! private side, huge pages, prefault, exclusive pins, preload and moving. A row
 //! that needs two threads to meet tries often enough that they do, and fails if they don't.
 
 mod cases;

@@ -39,11 +39,12 @@ fn main() -> ExitCode {
         };
     }
     let mut rows = Vec::new();
-    let mut failed = 0;
+    let (mut failed, mut looked) = (0, 0);
     for host in hosts().iter().filter(|host| arguments.host.is_none_or(|one| one == host.kind())) {
         let asked = |case: &&Case| arguments.case.as_ref().is_none_or(|a| case.name.contains(a));
         for case in cases().filter(asked) {
             let (word, why) = came(*host, case);
+            looked += 1;
             failed += u32::from(word == "FAILED");
             if arguments.json {
                 rows.push(row(*host, case, word, why));
@@ -52,6 +53,10 @@ fn main() -> ExitCode {
                 println!("{word:8} {}: {}: {}{why}", host.kind(), case.section, case.name);
             }
         }
+    }
+    if looked == 0 {
+        eprintln!("no cell of the table has such a host and case");
+        return ExitCode::FAILURE;
     }
     if arguments.json {
         println!("{}", json!({ "behaviours": rows, "failed": failed }));

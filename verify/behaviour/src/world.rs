@@ -1,5 +1,7 @@
 //! What a case stands on: memory of its host, a guest on it, and touches of it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use polder::units::{Gfn, GfnRange, PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange};
 use polder::{
     Builder, Contents, Error, Memory, OnBusy, PageFacts, Platform, Slot, Visibility, VmId,
@@ -271,3 +273,12 @@ pub(crate) fn meanwhile<A: Send, B>(
 
 /// The end of a case that has passed.
 pub(crate) const PASSED: Ran = Ok(());
+
+/// Ends other threads, also where this one panics.
+pub(crate) struct Stop<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}

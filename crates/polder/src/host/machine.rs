@@ -27,7 +27,7 @@ use polder_machine::{
     Config, Hva, LockOwner, Machine, ObjectId, ProcessId, Sigbus, Thread, View as Vma, VpnRange,
 };
 use polder_units::{
-    Gfn, GfnRange, Level, PAGE_SIZE, PageCount, PageIndex, PageRange, Pfn, PfnRange,
+    Gfn, GfnRange, Level, PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange, Pfn, PfnRange,
 };
 
 use super::{Host, Vm};
@@ -189,7 +189,15 @@ impl MachineHost {
         let folios: Vec<(PageIndex, Pfn)> =
             folios.map(|(page, backing)| (page, backing.pfn)).collect();
         for (page, pfn) in folios {
-            machine.lock_folio(pfn, DRIVER).map_err(refused)?;
+            match machine.lock_folio(pfn, DRIVER) {
+                Ok(()) => {}
+                // Whoever holds the lock may be about to refer to it.
+                Err(polder_machine::Error::Locked { .. }) => {
+                    let holder = Holder::new("somebody with the folio locked");
+                    return Ok(Some(Refusal::Referenced { page, references: 0, holder }));
+                }
+                Err(error) => return Err(refused(error)),
+            }
             let counts = machine.locked_counts(pfn, DRIVER);
             machine.unlock_folio(pfn, DRIVER).map_err(refused)?;
             let references = counts.map_err(refused)?.foreign();
@@ -209,10 +217,8 @@ impl MachineHost {
     /// Drops the memory of pages. Nobody has them mapped after that, and no marker is left.
     fn free(&self, range: PageRange) -> Result<(), Error> {
         self.unmap_guest(range)?;
+        self.unmap_host(range)?;
         let mut machine = self.lock();
-        machine.host_unmap(self.process, Self::vpns(range)).map_err(refused)?;
-        machine.zap_object(self.object, range).map_err(refused)?;
-        machine.flush_object(self.object, range).map_err(refused)?;
         machine.punch(self.object, range, None).map(|_| ()).map_err(refused)
     }
 
@@ -385,13 +391,20 @@ impl Host for MachineHost {
 
     fn map_guest(&self, id: VmId, gfn: Gfn, level: Level, range: PageRange) -> Result<(), Error> {
         let vm = self.vm(id).expect("a VM that was attached");
+        // Where the slot has gone or moved since the answer was given, the answer is not for what
+        // the frame shows now: the guest faults again. The claim holds the pages, not the slot.
+        let is_ours = |bound: Result<polder_machine::Bound, polder_machine::Error>| {
+            bound.ok().map(|bound| bound.page).filter(|&page| range.contains(page))
+        };
         let mut machine = self.lock();
-        let page = machine.bound(vm, gfn).map_err(refused)?.page;
+        let Some(page) = is_ours(machine.bound(vm, gfn)) else { return Ok(()) };
         // No more memory is taken than the touch needs: the folio decides how much is mapped.
         self.allocate(&mut machine, PageRange::one(page))?;
         drop(machine);
-        let resolved = self.lock().tdp_resolve(vm, gfn).map_err(refused)?;
-        debug_assert!(range.contains(resolved.bound().page), "the answer is for this page");
+        let Ok(resolved) = self.lock().tdp_resolve(vm, gfn) else { return Ok(()) };
+        if is_ours(Ok(resolved.bound())).is_none() {
+            return Ok(());
+        }
         match self.lock().tdp_map(&resolved, level.min(resolved.largest()), true) {
             // Zapped since it was resolved: the guest faults again.
             Ok(_) | Err(polder_machine::Error::Stale { .. }) => Ok(()),
@@ -442,18 +455,23 @@ impl Host for MachineHost {
     }
 
     fn touch_from(&self, file: BorrowedFd<'_>, offset: u64, count: usize) -> Result<usize, Error> {
-        // The kernel of the simulated machine fills page by page, and stops at the first denied.
-        let mut bytes = vec![0; count];
-        let count = rustix::io::retry_on_intr(|| rustix::io::read(file, &mut bytes))
-            .map_err(|errno| failed("read", errno))?;
+        // The kernel fills page by page, and reads nothing that it has no place for.
         let mut done = 0;
         while done < count {
             let at = offset + done as u64;
-            let end = done + in_page(at, count - done);
-            match self.touch_write(at, &bytes[done..end]) {
-                Ok(()) => done = end,
+            let mut bytes = [0; PAGE_BYTES];
+            let page = &mut bytes[..in_page(at, count - done)];
+            match self.touch_read(at, &mut page[..1]) {
+                Ok(()) => {}
                 Err(_) if done > 0 => break,
                 Err(_) => return Err(failed("read", Errno::FAULT)),
+            }
+            let came = rustix::io::retry_on_intr(|| rustix::io::read(file, &mut *page))
+                .map_err(|errno| failed("read", errno))?;
+            self.touch_write(at, &page[..came])?;
+            done += came;
+            if came < page.len() {
+                break;
             }
         }
         Ok(done)

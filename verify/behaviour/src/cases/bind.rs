@@ -1,13 +1,15 @@
 //! Showing memory to VMs.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use polder::units::{Geometry, GfnRange, Level};
 use polder::{Error, MemoryFault, Refusal, Slot, Visibility};
 use polder_vmm::scenario::{HostAccess, Op, Visibility as Side};
 
 use crate::Section::Bind;
 use crate::world::{
-    BASE, PASSED, World, all, bytes, check, convert, facts, fill, gfn, gfns, holds, page, pages,
-    probe, share_all, to,
+    BASE, PASSED, Stop, World, all, bytes, check, convert, facts, fill, gfn, gfns, holds, page,
+    pages, probe, share_all, to,
 };
 use crate::{Case, Ran};
 
@@ -15,12 +17,15 @@ pub(crate) const SLOTS: &str = "every slot of the VM can be bound, and none past
 
 pub(crate) const DROPPED: &str = "memory that is dropped leaves no slot behind";
 
+pub(crate) const MOVED: &str = "a slot that moves under a guest at work shows it what it shows now";
+
 pub(super) const CASES: &[Case] = &[
     Case::new(Bind, "pages past the object's end, or frames past the last, are refused", beyond),
     Case::new(Bind, "an overlap in guest frames is refused, in another VM it is not", frames),
     Case::new(Bind, "an overlap in pages is refused, in another VM it is not", overlap),
     Case::new(Bind, "a slot in use is refused; a slot unbound can be bound anew", rebind),
     Case::new(Bind, SLOTS, slots),
+    Case::new(Bind, MOVED, moved),
     Case::new(Bind, "unbinding frees no page and changes none", unbind),
     Case::new(Bind, DROPPED, dropped),
     Case::new(Bind, "two VMs see one object, and a conversion holds for both", two_vms),
@@ -191,4 +196,47 @@ fn levels(w: &World<'_>) -> Ran {
     assert_eq!(level_at(aligned + 1, pages(1, 2048), 511), Level::Size4K, "reaches out");
     assert_eq!(level_at(aligned, pages(0, 1000), 700), Level::Size4K, "reaches out above");
     PASSED
+}
+
+fn moved(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(8)?)?;
+    let (memory, vm) = (&bound.memory, bound.vm);
+    bound.passes([fill(gfns(pages(0, 4)), 1), fill(gfns(pages(4, 8)), 2)]);
+    let gpa = gfn(BASE).gpa();
+    let look = || bound.guest.access((memory, vm), gpa, polder::Visibility::Private, None);
+    let first = look().expect("it is bound");
+    let stop = AtomicBool::new(false);
+    let mut words = [first, first];
+    std::thread::scope(|scope| {
+        let _stop = Stop(&stop);
+        for _ in 0..2 {
+            scope.spawn(|| {
+                // Each look is by a new vCPU, of which a VM has 65536 at most.
+                for _ in 0..20_000 {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let seen = look();
+                    assert!(seen.is_ok() || seen.is_err_and(is_unbound), "{seen:?}");
+                }
+            });
+        }
+        for round in 0..2000_usize {
+            let start = 4 * ((round as u64 + 1) % 2);
+            memory.unbind(vm, Slot(0)).expect("it is bound");
+            memory.bind(vm, Slot(0), gfn(BASE), pages(start, start + 4)).expect("it is free");
+            let word = look().expect("it is bound");
+            let known = &mut words[round % 2];
+            if round < 2 {
+                *known = word;
+            }
+            assert_eq!(word, *known, "in round {round}");
+        }
+    });
+    assert_ne!(words[0], words[1]);
+    PASSED
+}
+
+fn is_unbound(fault: MemoryFault) -> bool {
+    matches!(fault, MemoryFault::Unbound(_))
 }

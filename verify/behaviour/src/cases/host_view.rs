@@ -18,6 +18,7 @@ pub(crate) const OTHER: &str = "another process's mapping of the object is cut o
 pub(crate) const STRAY: &str = "a stray touch of a private page ends the process by SIGBUS";
 
 pub(super) const CASES: &[Case] = &[
+    Case::new(HostView, "a page that a thread has used is denied to it once it is private", used),
     Case::new(HostView, "guest, API and raw touches see the same bytes of a page", same_bytes),
     Case::new(
         HostView,
@@ -220,5 +221,19 @@ fn stray(w: &World<'_>) -> Ran {
     to(&memory, page(1), Visibility::Shared).expect("no pins");
     assert!(w.inside().stray_touch_ends(&memory, 0u32.into()));
     assert!(!w.inside().stray_touch_ends(&memory, 1u32.into()));
+    PASSED
+}
+
+fn used(w: &World<'_>) -> Ran {
+    let memory = w.memory(4)?;
+    share_all(&memory);
+    put(&memory, 1, 5);
+    assert_eq!(byte(&memory, 1), Some(5));
+    to(&memory, page(1), Visibility::Private).expect("no pins");
+    assert_eq!(byte(&memory, 1), None);
+    let offset = page(1).start().offset();
+    assert!(memory.host_view().touch_write(offset, &[6]).is_err());
+    to(&memory, page(1), Visibility::Shared).expect("no pins");
+    assert_eq!(byte(&memory, 1), Some(5), "nothing was written");
     PASSED
 }

@@ -14,7 +14,7 @@ mod together;
 use crate::{Case, Section};
 
 // Names that hosts refer to.
-pub(crate) use bind::{DROPPED, SLOTS};
+pub(crate) use bind::{DROPPED, MOVED, SLOTS};
 pub(crate) use contents::LOST;
 pub(crate) use conversion::{AUDIT, GUP, QUARANTINE, REFERENCED, STEP_FAILS};
 pub(crate) use exits::{FAILED, MISMATCH, QUARANTINE_EXIT};

@@ -5,8 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use polder::units::{Gpa, PAGE_BYTES, PAGE_SIZE, PageRange};
-use polder::{Contents, Error, Memory, OnBusy, Population as Facts, Refusal, Visibility};
-use polder_vmm::scenario::HostAccess;
+use polder::{
+    Contents, Error, Memory, MemoryFault, OnBusy, Population as Facts, Refusal, Visibility,
+};
+use polder_vmm::scenario::{HostAccess, Op};
+use polder_vmm::{End, Failure};
 
 use crate::Section::Population;
 use crate::world::{
@@ -46,6 +49,13 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Population, "a discard of owed pages makes them whole, and zeros", discard),
     Case::new(Population, "a discard against a population: zeros, whoever was first", discard_race),
     Case::new(Population, "once settled, what was owed is zeros and nobody waits", settled),
+    Case::new(Population, "a source that fails denies its pages to all, and no others", fails),
+    Case::new(Population, "who waits for a source that fails is denied at once", waiter_denied),
+    Case::new(
+        Population,
+        "failed pages stay so when nothing more will come, until discarded",
+        stays,
+    ),
     Case::new(Population, PLAIN_FAULTS, plain),
     Case::new(Population, CONTINUE_FAILS, failed),
 ];
@@ -389,5 +399,52 @@ fn failed(w: &World<'_>) -> Ran {
     assert_eq!(populated, Ok(()));
     assert!(holds(memory, pages(2, 4), 1));
     bound.passes([check(gfns(pages(2, 4)), 1)]);
+    PASSED
+}
+
+fn fails(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.owed(8)?)?;
+    let memory = &bound.memory;
+    share_all(memory);
+    memory.fail(pages(2, 4)).expect("it is owed");
+    populate(memory, pages(4, 8), 3).expect("it is owed");
+    assert_eq!([2, 3].map(|at| byte(memory, at)), [None, None]);
+    assert!(holds(memory, pages(4, 8), 3));
+    let refused = Error::Refused(Refusal::SourceFailed { page: 2u32.into() });
+    let gpa = gfns(page(2)).start().gpa();
+    assert_eq!(memory.read(bound.vm, gpa, &mut [0]), Err(refused.clone()));
+    assert_eq!(populate(memory, pages(2, 3), 1), Err(refused));
+    let whole = Error::Refused(Refusal::Whole { page: 4u32.into() });
+    assert_eq!(memory.fail(pages(4, 5)), Err(whole));
+    bound.passes([check(gfns(pages(4, 8)), 3)]);
+    let ended = bound.run([Op::Load { gpa, expect: 0 }]);
+    let fault = MemoryFault::SourceFailed(gfns(page(2)));
+    let failures = [
+        Failure::MemoryFailure { vcpu: 0, page: Some(2u32.into()) },
+        Failure::MemoryFault { vcpu: 0, fault },
+    ];
+    assert!(failures.map(End::Failed).contains(&ended.end), "{:?}", ended.end);
+    PASSED
+}
+
+fn waiter_denied(w: &World<'_>) -> Ran {
+    let memory = w.owed(4)?;
+    share_all(&memory);
+    let denied =
+        waits(|| byte(&memory, 1).is_none(), || memory.fail(pages(1, 2)).expect("it is owed"));
+    assert!(denied);
+    PASSED
+}
+
+fn stays(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.owed(8)?)?;
+    let memory = &bound.memory;
+    share_all(memory);
+    memory.fail(pages(2, 4)).expect("it is owed");
+    memory.settle().expect("nothing is in the way");
+    assert_eq!([1, 2, 3, 4].map(|at| byte(memory, at)), [Some(0), None, None, Some(0)]);
+    memory.discard(pages(2, 4), polder::OnBusy::Wait).expect("no pins");
+    assert_eq!([2, 3].map(|at| byte(memory, at)), [Some(0), Some(0)]);
+    bound.passes([zero(gfns(all(memory)))]);
     PASSED
 }

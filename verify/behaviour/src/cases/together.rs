@@ -8,7 +8,7 @@ use polder_vmm::scenario::{HostAccess, Op};
 
 use crate::Section::Conversion;
 use crate::world::{
-    BASE, PASSED, World, all, byte, check, convert, facts, fill, gfn, meanwhile, page, pages,
+    BASE, PASSED, Stop, World, all, byte, check, convert, facts, fill, gfn, meanwhile, page, pages,
     probe, put, share_all, to, zero,
 };
 use crate::{Case, Ran};
@@ -263,15 +263,6 @@ fn last_of_many(w: &World<'_>) -> Ran {
         }
     });
     PASSED
-}
-
-/// Ends other threads, also where this one panics.
-struct Stop<'a>(&'a AtomicBool);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 fn denied(w: &World<'_>) -> Ran {

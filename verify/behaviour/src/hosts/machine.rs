@@ -31,7 +31,7 @@ impl Host for Machine {
 
     fn not_applicable(&self) -> &'static [(&'static str, &'static str)] {
         const NEVER_FAILS: &str = "the simulated kernel unmaps and frees without fail; the \
-            driver's own tests (`polder/src/driver_tests.rs`) have every step fail";
+            driver's own tests (`polder/src/driver_tests.rs`) have every step fail on it";
         const EITHER: &str = "without hardware that tells them apart (SNP), stage 2 lets either \
             kind of access through once a page is mapped";
         &[

@@ -57,6 +57,11 @@ impl Host for Memfd {
                 cases::GUP,
                 "GUP-fast can't be stopped between two of its steps from outside the kernel",
             ),
+            (
+                cases::MOVED,
+                "an access amid the change of a slot ends in the VMM by the time the slot is there \
+                 again; a VMM stops its vCPUs first",
+            ),
             (cases::AUDIT, "the kernel's counts are not to be seen from outside"),
             (
                 cases::STRAY,
