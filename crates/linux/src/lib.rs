@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`Memfd`] | `memfd_create(2)`, `fallocate(2)`, `lseek(2)` |
 //! | [`View`] | `mmap(2)` and `madvise(2)` of a memfd, and copies through it |
-//! | [`Userfault`] | `userfaultfd(2)` |
+//! | [`Userfault`], [`UserfaultOffer`] | `userfaultfd(2)` |
 //! | [`KvmSlot`] | `KVM_SET_USER_MEMORY_REGION` |
 //! | [`Vcpu`] | `KVM_RUN` |
 //! | [`sigbus`] | `sigaction(2)` of SIGBUS |
@@ -37,7 +37,7 @@ use polder_units::ByteRange;
 pub use kvm::KvmSlot;
 pub use memfd::Memfd;
 pub use rustix::io::Errno;
-pub use userfault::{Continued, Touch, Userfault};
+pub use userfault::{Continued, Touch, Userfault, UserfaultOffer, Way};
 pub use vcpu::{Exit, Kicker, Vcpu};
 pub use view::{Touched, View};
 

@@ -3,6 +3,8 @@
 //! No `EVENT_*` feature is asked for: with `EVENT_REMOVE` a zap would wait until its event is read
 //! (Linux `Documentation/admin-guide/mm/userfaultfd.rst`).
 
+mod offer;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -14,6 +16,17 @@ use rustix::mm::UserfaultfdFlags;
 
 use crate::uapi::userfaultfd as uapi;
 use crate::{Error, View};
+
+pub use offer::UserfaultOffer;
+
+/// How a userfaultfd may be had.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Way {
+    /// By `/dev/userfaultfd`: the file's permissions decide.
+    Device,
+    /// By the system call: privilege decides, or `vm.unprivileged_userfaultfd`.
+    SystemCall,
+}
 
 /// A touch of a watched page, waiting for an answer.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -58,16 +71,9 @@ impl Userfault {
     /// `vm.unprivileged_userfaultfd`); `EINVAL` from `UFFDIO_API` on a kernel without poison
     /// (before 6.6).
     pub fn new(view: Arc<View>) -> Result<Self, Error> {
-        let userfault = Self { fd: open()?, view };
-        let mut api = uapi::uffdio_api {
-            api: uapi::UFFD_API.into(),
-            features: Self::FEATURES.into(),
-            ioctls: 0,
-        };
-        userfault
-            .ask::<{ uapi::UFFDIO_API }, _>(&mut api)
-            .map_err(|errno| Error::new("UFFDIO_API", errno))?;
-        Ok(userfault)
+        let (fd, _) = open()?;
+        handshake(&fd, Self::FEATURES.into())?;
+        Ok(Self { fd, view })
     }
 
     /// The view.
@@ -222,18 +228,30 @@ impl AsFd for Userfault {
 
 /// A new userfaultfd, by the device (its file permissions decide) or by the system call
 /// (privilege decides).
-fn open() -> Result<OwnedFd, Error> {
+fn open() -> Result<(OwnedFd, Way), Error> {
     let device = rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, 0.into());
     let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
     if let Ok(device) = device {
         // SAFETY: USERFAULTFD_IOC_NEW takes flags by value and returns a descriptor.
         let made = unsafe { ioctl(&device, NewUserfault(flags.bits())) };
         if let Ok(fd) = made {
-            return Ok(fd);
+            return Ok((fd, Way::Device));
         }
     }
     // SAFETY: it is used on a view of ours alone.
-    unsafe { rustix::mm::userfaultfd(flags) }.map_err(|errno| Error::new("userfaultfd", errno))
+    unsafe { rustix::mm::userfaultfd(flags) }
+        .map(|fd| (fd, Way::SystemCall))
+        .map_err(|errno| Error::new("userfaultfd", errno))
+}
+
+/// Enables features of a new userfaultfd; returns all that the kernel has.
+fn handshake(fd: &OwnedFd, features: u64) -> Result<u64, Error> {
+    let mut api = uapi::uffdio_api { api: uapi::UFFD_API.into(), features, ioctls: 0 };
+    // SAFETY: the opcode is computed from the structure, which the kernel fills in.
+    let request = unsafe { Updater::<{ uapi::UFFDIO_API }, _>::new(&mut api) };
+    // SAFETY: as above.
+    unsafe { ioctl(fd, request) }.map_err(|errno| Error::new("UFFDIO_API", errno))?;
+    Ok(api.features)
 }
 
 /// `USERFAULTFD_IOC_NEW`: takes flags, returns a descriptor.

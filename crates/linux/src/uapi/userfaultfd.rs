@@ -4,7 +4,7 @@
 use linux_raw_sys::general as sys;
 pub(crate) use linux_raw_sys::general::{
     UFFD_API, UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_MINOR_SHMEM, UFFD_FEATURE_MISSING_SHMEM,
-    UFFD_FEATURE_POISON, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WRITE,
+    UFFD_FEATURE_POISON, UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WRITE, UFFD_USER_MODE_ONLY,
     UFFDIO_REGISTER_MODE_MINOR, UFFDIO_REGISTER_MODE_MISSING, uffdio_api, uffdio_continue,
     uffdio_poison, uffdio_range, uffdio_register,
 };
@@ -38,3 +38,24 @@ pub(crate) const UFFD_MSG_SIZE: usize = size_of::<sys::uffd_msg>();
 pub(crate) const UFFD_MSG_EVENT: usize = core::mem::offset_of!(sys::uffd_msg, event);
 /// Where `arg` stands in it; `arg.pagefault` is `{ flags: u64, address: u64, .. }`.
 pub(crate) const UFFD_MSG_ARG: usize = core::mem::offset_of!(sys::uffd_msg, arg);
+
+/// The features, by the names that they have after `UFFD_FEATURE_`.
+pub(crate) const FEATURES: [(&str, u32); 17] = [
+    ("PAGEFAULT_FLAG_WP", sys::UFFD_FEATURE_PAGEFAULT_FLAG_WP),
+    ("EVENT_FORK", sys::UFFD_FEATURE_EVENT_FORK),
+    ("EVENT_REMAP", sys::UFFD_FEATURE_EVENT_REMAP),
+    ("EVENT_REMOVE", sys::UFFD_FEATURE_EVENT_REMOVE),
+    ("MISSING_HUGETLBFS", sys::UFFD_FEATURE_MISSING_HUGETLBFS),
+    ("MISSING_SHMEM", sys::UFFD_FEATURE_MISSING_SHMEM),
+    ("EVENT_UNMAP", sys::UFFD_FEATURE_EVENT_UNMAP),
+    ("SIGBUS", sys::UFFD_FEATURE_SIGBUS),
+    ("THREAD_ID", sys::UFFD_FEATURE_THREAD_ID),
+    ("MINOR_HUGETLBFS", sys::UFFD_FEATURE_MINOR_HUGETLBFS),
+    ("MINOR_SHMEM", sys::UFFD_FEATURE_MINOR_SHMEM),
+    ("EXACT_ADDRESS", sys::UFFD_FEATURE_EXACT_ADDRESS),
+    ("WP_HUGETLBFS_SHMEM", sys::UFFD_FEATURE_WP_HUGETLBFS_SHMEM),
+    ("WP_UNPOPULATED", sys::UFFD_FEATURE_WP_UNPOPULATED),
+    ("POISON", sys::UFFD_FEATURE_POISON),
+    ("WP_ASYNC", sys::UFFD_FEATURE_WP_ASYNC),
+    ("MOVE", sys::UFFD_FEATURE_MOVE),
+];
