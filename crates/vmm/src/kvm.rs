@@ -40,6 +40,7 @@ pub(crate) fn open() -> Result<Kvm, RunError> {
     let kvm = Kvm::new().map_err(|error| RunError::Kvm(os(error)))?;
     match kvm.get_api_version() {
         12 => Ok(kvm),
+        ..0 => Err(RunError::Kvm(std::io::Error::other("what stands at /dev/kvm is not KVM"))),
         version => Err(RunError::Kvm(std::io::Error::other(format!(
             "/dev/kvm speaks version {version} of KVM's interface, not 12"
         )))),

@@ -3,9 +3,11 @@
 //! - [`scenario`]: what a guest does, as data: lists of [`Op`](scenario::Op).
 //! - [`guest`]: an image of it that a KVM vCPU runs, and the requests a guest makes.
 //! - [`run`](run()): a VM with that guest, on memory of [`polder`]; what came of it is a [`Report`].
+//! - [`doctor`]: what this machine offers to all that.
 //! - [`Vm`]: a VM whose guest does what it is told, on memory that somebody else made.
 
 mod device;
+pub mod doctor;
 mod error;
 pub mod guest;
 mod intruder;
