@@ -1,6 +1,7 @@
 //! The program `polder`.
 
 mod bench;
+mod doctor;
 mod output;
 mod picture;
 mod run;
@@ -22,11 +23,13 @@ struct Cli {
 enum Command {
     Run(run::Arguments),
     Bench(bench::Arguments),
+    Doctor(doctor::Arguments),
 }
 
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Run(arguments) => run::main(&arguments),
         Command::Bench(arguments) => bench::main(&arguments),
+        Command::Doctor(arguments) => doctor::main(&arguments),
     }
 }
