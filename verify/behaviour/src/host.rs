@@ -28,7 +28,10 @@ pub trait Host: Sync {
     fn guest(&self) -> Result<Box<dyn Guest>, Skipped>;
 
     /// Calls `run`, while what it asks of the host goes wrong as `trouble` says.
-    fn in_trouble(&self, trouble: Trouble, run: &mut (dyn FnMut() + Send));
+    ///
+    /// # Errors
+    /// [`Skipped`] where this machine can't make it so; then `run` was not called.
+    fn in_trouble(&self, trouble: Trouble, run: &mut (dyn FnMut() + Send)) -> Result<(), Skipped>;
 
     /// The pages of `range` that are mapped in the host view right now, by an account that is not
     /// Polder's.

@@ -4,6 +4,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc;
 use std::time::Duration;
 
+use polder_require::patience;
+
 use crate::{Case, Host, Skipped, World};
 
 /// What came of a cell.
@@ -33,10 +35,11 @@ pub fn run(host: &'static dyn Host, case: &'static Case) -> Verdict {
             Err(panic) => Verdict::Failed(message(panic.as_ref())),
         });
     });
-    match (started, came.recv_timeout(LIMIT)) {
+    let limit = patience(LIMIT);
+    match (started, came.recv_timeout(limit)) {
         (Err(error), _) => Verdict::Failed(format!("no thread to run it in: {error}")),
         (Ok(_), Ok(verdict)) => verdict,
-        (Ok(_), Err(_)) => Verdict::Failed(format!("it hangs, for {LIMIT:?} by now")),
+        (Ok(_), Err(_)) => Verdict::Failed(format!("it hangs, for {limit:?} by now")),
     }
 }
 

@@ -88,10 +88,17 @@ impl<'a> World<'a> {
     }
 
     /// Calls `run`, while the host is in trouble. Returns what it returned.
-    pub fn in_trouble<T: Send>(&self, trouble: Trouble, run: impl Fn() -> T + Sync) -> T {
+    ///
+    /// # Errors
+    /// [`Skipped`].
+    pub fn in_trouble<T: Send>(
+        &self,
+        trouble: Trouble,
+        run: impl Fn() -> T + Sync,
+    ) -> Result<T, Skipped> {
         let mut returned = None;
-        self.0.in_trouble(trouble, &mut || returned = Some(run()));
-        returned.expect("the host calls it")
+        self.0.in_trouble(trouble, &mut || returned = Some(run()))?;
+        Ok(returned.expect("the host calls it"))
     }
 
     /// [`Host::mapped`].

@@ -5,6 +5,7 @@
 
 use std::fmt::Display;
 use std::io::Write;
+use std::time::Duration;
 
 /// What a test may need.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -13,6 +14,8 @@ pub enum Facility {
     Kvm,
     /// A userfaultfd that is told of the kernel's own touches, with poison.
     Userfault,
+    /// System calls that fail by a filter (seccomp).
+    Seccomp,
 }
 
 impl Facility {
@@ -21,6 +24,7 @@ impl Facility {
         match self {
             Self::Kvm => "kvm",
             Self::Userfault => "userfault",
+            Self::Seccomp => "seccomp",
         }
     }
 
@@ -29,6 +33,13 @@ impl Facility {
         let required = std::env::var("POLDER_REQUIRE").unwrap_or_default();
         required.split(',').any(|required| required == self.name())
     }
+}
+
+/// How long to wait where `on_a_machine` would do on a machine that is one: emulated, it is
+/// `POLDER_SLOW` times as long.
+pub fn patience(on_a_machine: Duration) -> Duration {
+    let slow = std::env::var("POLDER_SLOW").ok().and_then(|times| times.parse().ok());
+    on_a_machine.saturating_mul(slow.unwrap_or(1).max(1))
 }
 
 /// What was found, or `None` if the test is to be skipped.

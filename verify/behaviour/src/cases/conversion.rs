@@ -266,7 +266,7 @@ fn failed(w: &World<'_>) -> Ran {
     bound.passes([fill(gfns(all(memory)), 1)]);
     share_all(memory);
     let before = facts(memory, all(memory));
-    let failed = w.in_trouble(Trouble::Unmap, || to(memory, pages(2, 6), PRIVATE));
+    let failed = w.in_trouble(Trouble::Unmap, || to(memory, pages(2, 6), PRIVATE))?;
     assert!(matches!(failed, Err(Error::Host(_))), "{failed:?}");
     assert_eq!(facts(memory, all(memory)), before);
     assert_eq!(memory.quarantined(), []);
@@ -282,7 +282,7 @@ fn quarantine(w: &World<'_>) -> Ran {
     filled(&memory, all(&memory), 7);
     let failed = w.in_trouble(Trouble::Free, || {
         memory.convert(pages(2, 4), PRIVATE, polder::Contents::Zero, OnBusy::Wait)
-    });
+    })?;
     let Err(Error::Quarantined { pages: out, .. }) = failed else { panic!("{failed:?}") };
     assert_eq!((&out, &memory.quarantined()), (&vec![pages(2, 4)], &vec![pages(2, 4)]));
     assert_eq!([1, 2, 3, 4].map(|at| byte(&memory, at)), [Some(7), None, None, Some(7)]);

@@ -141,7 +141,7 @@ fn quarantine(w: &World<'_>) -> Ran {
         bound.passes([fill(gfns(all(memory)), 1)]);
         let failed = w.in_trouble(Trouble::Free, || {
             memory.convert(page(2), to, Contents::Zero, OnBusy::Wait)
-        });
+        })?;
         assert!(matches!(failed, Err(Error::Quarantined { .. })), "{failed:?}");
         out_of_use(&bound, 1);
     }

@@ -8,6 +8,7 @@ use polder::units::{Gpa, PAGE_BYTES, PAGE_SIZE, PageRange};
 use polder::{
     Contents, Error, Memory, MemoryFault, OnBusy, Population as Facts, Refusal, Visibility,
 };
+use polder_require::patience;
 use polder_vmm::scenario::{HostAccess, Op};
 use polder_vmm::{End, Failure};
 
@@ -79,7 +80,7 @@ fn waits<T: Send>(one: impl FnOnce() -> T + Send, then: impl FnOnce()) -> T {
         one
     };
     let (one, waited) = meanwhile(one, || {
-        std::thread::sleep(A_WHILE);
+        std::thread::sleep(patience(A_WHILE));
         let waited = !done.load(Ordering::Acquire);
         then();
         waited
@@ -395,7 +396,7 @@ fn failed(w: &World<'_>) -> Ran {
     let bound = w.bound(w.owed(8)?)?;
     let memory = &bound.memory;
     share_all(memory);
-    let populated = w.in_trouble(Trouble::Continue, || populate(memory, pages(2, 4), 1));
+    let populated = w.in_trouble(Trouble::Continue, || populate(memory, pages(2, 4), 1))?;
     assert_eq!(populated, Ok(()));
     assert!(holds(memory, pages(2, 4), 1));
     bound.passes([check(gfns(pages(2, 4)), 1)]);

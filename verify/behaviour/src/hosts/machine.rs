@@ -76,7 +76,7 @@ impl Host for Machine {
         Ok(Box::new(MachineGuest(Vm::new(self.kind()).expect("the machine needs nothing"))))
     }
 
-    fn in_trouble(&self, trouble: Trouble, _: &mut (dyn FnMut() + Send)) {
+    fn in_trouble(&self, trouble: Trouble, _: &mut (dyn FnMut() + Send)) -> Result<(), Skipped> {
         panic!("{trouble:?} is not applicable to the machine, and declared so");
     }
 

@@ -88,17 +88,26 @@ impl Host for Memfd {
         }
     }
 
-    fn in_trouble(&self, trouble: Trouble, run: &mut (dyn FnMut() + Send)) {
+    fn in_trouble(&self, trouble: Trouble, run: &mut (dyn FnMut() + Send)) -> Result<(), Skipped> {
         std::thread::scope(|scope| {
             // A thread can't get rid of its filter: this one has it and ends.
             let ran = scope.spawn(move || {
-                seccompiler::apply_filter(&filter(trouble)).expect("a filter for our own thread");
+                match seccompiler::apply_filter(&filter(trouble)) {
+                    Err(seccompiler::Error::Seccomp(error))
+                        if error.raw_os_error() == Some(libc::ENOSYS) =>
+                    {
+                        return Err(Skipped {
+                            facility: Facility::Seccomp,
+                            why: error.to_string(),
+                        });
+                    }
+                    applied => applied.expect("a filter for our own thread"),
+                }
                 run();
+                Ok(())
             });
-            if let Err(panic) = ran.join() {
-                std::panic::resume_unwind(panic);
-            }
-        });
+            ran.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
     }
 
     fn mapped(&self, memory: &Memory, range: PageRange) -> Vec<PageIndex> {
