@@ -1,5 +1,6 @@
 //! The project's own chores: `cargo xtask NAME`.
 
+mod lab;
 mod layers;
 mod readme;
 
@@ -10,6 +11,8 @@ const USAGE: &str = "\
 usage: cargo xtask NAME
   behaviours [--host NAME] [--case TEXT] [--json] [--write]
            run the behaviour table (verify/behaviour), or write it to its file
+  lab [--cpus N] [--memory MIB] [--timeout SECONDS] [-- COMMAND]
+           run a command, else the behaviour table, in a Linux with private memory (docs/lab.md)
   layers   check which crate uses which, and where `unsafe` stands (crates/README.md)
   readme   run the commands that README.md and docs/ show";
 
@@ -21,6 +24,7 @@ fn root() -> PathBuf {
 fn main() -> ExitCode {
     let done = match std::env::args().nth(1).as_deref() {
         Some("behaviours") => return behaviours(&root()),
+        Some("lab") => return lab::main(&root()),
         Some("layers") => layers::check(&root()),
         Some("readme") => readme::run(&root()),
         _ => Err(USAGE.to_owned()),

@@ -1,0 +1,75 @@
+//! The command line of `cargo xtask lab`.
+
+use std::ffi::OsString;
+
+const USAGE: &str = "\
+usage: cargo xtask lab [--cpus N] [--memory MIB] [--timeout SECONDS] [-- COMMAND [ARGUMENT]...]
+  without a command: the behaviour table and `polder run`, on every host";
+
+/// What was asked for.
+#[derive(PartialEq, Eq, Debug)]
+pub(super) struct Arguments {
+    /// CPUs of the lab's kernel.
+    pub(super) cpus: u32,
+    /// Its memory, in MiB.
+    pub(super) memory: u32,
+    /// After how many seconds it counts as hung.
+    pub(super) timeout: u32,
+    /// What to run; nothing means the table.
+    pub(super) command: Vec<OsString>,
+}
+
+impl Arguments {
+    pub(super) fn parse(given: impl Iterator<Item = OsString>) -> Result<Self, String> {
+        let mut parsed = Self { cpus: 2, memory: 1024, timeout: 1800, command: Vec::new() };
+        let mut given = given;
+        while let Some(option) = given.next() {
+            // The kernel is built for 8 CPUs, and takes some 100 MiB for itself.
+            let (value, allowed) = match option.to_str() {
+                Some("--cpus") => (&mut parsed.cpus, 1..=8),
+                Some("--memory") => (&mut parsed.memory, 256..=1 << 20),
+                Some("--timeout") => (&mut parsed.timeout, 1..=86_400),
+                Some("--") => {
+                    parsed.command = given.collect();
+                    let empty = parsed.command.is_empty();
+                    return if empty { Err(wrong("-- without a command")) } else { Ok(parsed) };
+                }
+                _ => return Err(wrong(&format!("{} is no option", option.display()))),
+            };
+            let number = given.next().and_then(|number| number.to_str()?.parse().ok());
+            *value = number.filter(|number| allowed.contains(number)).ok_or_else(|| {
+                let (least, most) = allowed.into_inner();
+                wrong(&format!("{} takes a number from {least} to {most}", option.display()))
+            })?;
+        }
+        Ok(parsed)
+    }
+}
+
+fn wrong(what: &str) -> String {
+    format!("{what}\n{USAGE}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Arguments, String> {
+        Arguments::parse(line.split_whitespace().map(OsString::from))
+    }
+
+    #[test]
+    fn options_come_first_and_the_command_is_left_as_it_is() {
+        let parsed = parse("--cpus 3 --memory 512 --timeout 9 -- ls --cpus x -- y").unwrap();
+        assert_eq!((parsed.cpus, parsed.memory, parsed.timeout), (3, 512, 9));
+        assert_eq!(parsed.command, ["ls", "--cpus", "x", "--", "y"]);
+        assert_eq!(parse("").unwrap().command, [""; 0]);
+    }
+
+    #[test]
+    fn what_is_not_understood_is_refused_with_the_usage() {
+        for line in ["ls", "--cpus", "--cpus 0", "--cpus 9", "--memory 1", "--timeout x", "--"] {
+            assert!(parse(line).unwrap_err().contains("usage:"), "{line}");
+        }
+    }
+}
