@@ -212,7 +212,7 @@ fn moved(w: &World<'_>) -> Ran {
         for _ in 0..2 {
             scope.spawn(|| {
                 // Each look is by a new vCPU, of which a VM has 65536 at most.
-                for _ in 0..20_000 {
+                for _ in 0..2_000 {
                     if stop.load(Ordering::Relaxed) {
                         break;
                     }
@@ -221,7 +221,7 @@ fn moved(w: &World<'_>) -> Ran {
                 }
             });
         }
-        for round in 0..2000_usize {
+        for round in 0..500_usize {
             let start = 4 * ((round as u64 + 1) % 2);
             memory.unbind(vm, Slot(0)).expect("it is bound");
             memory.bind(vm, Slot(0), gfn(BASE), pages(start, start + 4)).expect("it is free");
