@@ -64,6 +64,9 @@ enum Host {
     Auto,
     /// A memfd on KVM, private pages guarded by userfaultfd
     Memfd,
+    /// The kernel's guest_memfd: private pages are the guest's alone; needs a KVM with TDP
+    #[value(name = "guest_memfd")]
+    GuestMemfd,
     /// The simulated machine: needs nothing
     Machine,
 }
@@ -92,6 +95,7 @@ fn page_size(text: &str) -> Result<Level, String> {
 fn choose(host: Host) -> (HostKind, Option<Trouble>) {
     match host {
         Host::Memfd => (HostKind::Memfd, None),
+        Host::GuestMemfd => (HostKind::GuestMemfd, None),
         Host::Machine => (HostKind::Machine, None),
         Host::Auto => match polder_vmm::check_kvm() {
             Ok(()) => (HostKind::Memfd, None),

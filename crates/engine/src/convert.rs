@@ -133,8 +133,15 @@ impl Engine {
                 each()
                     .filter(|&part| !to_private && self.may_have_markers(part))
                     .map(Step::UnmapHost)
-                    .chain(each().filter(|_| how == Contents::Zero).map(Step::Free)),
+                    .chain(each().filter(|_| self.frees(how)).map(Step::Free)),
             )
+    }
+
+    /// Whether a conversion frees the pages: asked for zeros; or to have no memory left on the
+    /// side that loses them, where the sides are two pools. Only when both sides are told what
+    /// the pages are does a page go, so that what fails before can be undone.
+    fn frees(&self, how: Contents) -> bool {
+        how == Contents::Zero || !self.config.in_place
     }
 
     /// Makes the conversion true: from here on faults see the pages as what they became.
@@ -146,7 +153,7 @@ impl Engine {
         let mut pages = PageCount::ZERO;
         for &part in &record.parts {
             self.pages.set_visibility(part, to);
-            if contents == Contents::Zero {
+            if self.frees(contents) {
                 // They are zeros now: what was owed must not come any more.
                 self.pages.set_population(part, Population::Whole);
                 self.failed.remove(part);

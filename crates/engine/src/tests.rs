@@ -433,6 +433,17 @@ fn what_can_not_be_offered_is_refused_before_anything_changed() {
     assert!(engine.is_idle());
 }
 
+#[test]
+fn two_pools_free_the_side_that_is_left_once_all_is_protected() {
+    for contents in [Contents::Zero, Contents::Unspecified] {
+        let mut engine = Engine::new(Config { in_place: false, ..*plain().config() });
+        let to_shared = request(pages(2, 4), Visibility::Shared, contents);
+        let steps = convert(&mut engine, &to_shared, None).unwrap();
+        let protect = Step::Protect(pages(2, 4), Visibility::Shared);
+        assert_eq!(steps, [Step::UnmapGuest(pages(2, 4)), protect, Step::Free(pages(2, 4))]);
+    }
+}
+
 /// One thing to do to an engine and to its oracle.
 #[derive(Clone, Copy, Debug)]
 enum Act {

@@ -1,20 +1,25 @@
 //! KVM memory slots.
 
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{
+    KVM_MEM_GUEST_MEMFD, kvm_userspace_memory_region, kvm_userspace_memory_region2,
+};
 use kvm_ioctls::VmFd;
 use polder_units::{Gfn, PAGE_SIZE, PageRange};
 use rustix::io::Errno;
 
-use crate::{Error, View};
+use crate::{Error, GuestMemfd, View};
 
-/// A slot of a VM that shows it a part of a view. Dropping it deletes the slot: the guest's
-/// mappings go, the pages stay.
+/// A slot of a VM that shows it a part of a view, and where it has a guest_memfd the same part of
+/// that, by each frame's attribute. Dropping it deletes the slot: the guest's mappings go, the
+/// pages stay. What it shows stays at least as long as the slot.
 pub struct KvmSlot {
     vm: Arc<VmFd>,
     region: kvm_userspace_memory_region,
     view: Arc<View>,
+    guest_memfd: Option<Arc<GuestMemfd>>,
 }
 
 impl KvmSlot {
@@ -31,27 +36,84 @@ impl KvmSlot {
         pages: PageRange,
     ) -> Result<Self, Error> {
         const CALL: &str = "KVM_SET_USER_MEMORY_REGION";
-        let bytes = pages.bytes();
-        let inside = pages.end() <= view.length() as u64 / PAGE_SIZE;
-        let size = bytes.len().filter(|_| inside).ok_or(Error::on(CALL, bytes, Errno::INVAL))?;
-        let region = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: gfn.gpa().get(),
-            memory_size: size,
-            userspace_addr: view.address() as u64 + bytes.start(),
-        };
+        let region =
+            region(slot, gfn, view, pages).ok_or(Error::on(CALL, pages.bytes(), Errno::INVAL))?;
         // SAFETY: the addresses lie in the view, which stays mapped until the slot is deleted: the
         // slot made here holds it. No Rust reference points into it.
-        unsafe { vm.set_user_memory_region(region) }
-            .map_err(|error| Error::on(CALL, bytes, Errno::from_raw_os_error(error.errno())))?;
-        Ok(Self { vm: Arc::clone(vm), region, view: Arc::clone(view) })
+        unsafe { vm.set_user_memory_region(region) }.map_err(|error| {
+            Error::on(CALL, pages.bytes(), Errno::from_raw_os_error(error.errno()))
+        })?;
+        Ok(Self { vm: Arc::clone(vm), region, view: Arc::clone(view), guest_memfd: None })
+    }
+
+    /// Makes slot `slot` of `vm` show at guest frame `gfn` the same `pages` of the guest_memfd,
+    /// where a frame is private, and of the view where it is shared.
+    ///
+    /// # Errors
+    /// Of `KVM_SET_USER_MEMORY_REGION2`: as [`KvmSlot::new`], and `EINVAL` for a guest_memfd of
+    /// another VM, `EEXIST` for pages of it that another slot shows. Pages beyond the guest_memfd
+    /// are `EINVAL` from here: Linux 6.18 takes them.
+    pub fn with_guest_memfd(
+        vm: &Arc<VmFd>,
+        slot: u32,
+        gfn: Gfn,
+        (guest_memfd, view): (&Arc<GuestMemfd>, &Arc<View>),
+        pages: PageRange,
+    ) -> Result<Self, Error> {
+        const CALL: &str = "KVM_SET_USER_MEMORY_REGION2";
+        let invalid = Error::on(CALL, pages.bytes(), Errno::INVAL);
+        let inside = pages.end() <= guest_memfd.pages().get();
+        let region = region(slot, gfn, view, pages).filter(|_| inside).ok_or(invalid)?;
+        let fd = guest_memfd.as_fd().as_raw_fd();
+        let region2 = kvm_userspace_memory_region2 {
+            slot,
+            flags: KVM_MEM_GUEST_MEMFD,
+            guest_phys_addr: region.guest_phys_addr,
+            memory_size: region.memory_size,
+            userspace_addr: region.userspace_addr,
+            guest_memfd_offset: pages.bytes().start(),
+            guest_memfd: u32::try_from(fd).map_err(|_| invalid)?,
+            ..Default::default()
+        };
+        // SAFETY: as in `new`; the guest_memfd has no address.
+        unsafe { vm.set_user_memory_region2(region2) }.map_err(|error| {
+            Error::on(CALL, pages.bytes(), Errno::from_raw_os_error(error.errno()))
+        })?;
+        Ok(Self {
+            vm: Arc::clone(vm),
+            region,
+            view: Arc::clone(view),
+            guest_memfd: Some(Arc::clone(guest_memfd)),
+        })
     }
 
     /// The view that it shows.
     pub fn view(&self) -> &Arc<View> {
         &self.view
     }
+
+    /// The guest_memfd that it shows, if it has one.
+    pub fn guest_memfd(&self) -> Option<&Arc<GuestMemfd>> {
+        self.guest_memfd.as_ref()
+    }
+}
+
+/// What both ioctls are told; `None` for pages beyond the view.
+fn region(
+    slot: u32,
+    gfn: Gfn,
+    view: &View,
+    pages: PageRange,
+) -> Option<kvm_userspace_memory_region> {
+    let bytes = pages.bytes();
+    let inside = pages.end() <= view.length() as u64 / PAGE_SIZE;
+    Some(kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: gfn.gpa().get(),
+        memory_size: bytes.len().filter(|_| inside)?,
+        userspace_addr: view.address() as u64 + bytes.start(),
+    })
 }
 
 impl Drop for KvmSlot {

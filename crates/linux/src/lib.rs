@@ -5,7 +5,10 @@
 //! | [`Memfd`] | `memfd_create(2)`, `fallocate(2)`, `lseek(2)` |
 //! | [`View`] | `mmap(2)` and `madvise(2)` of a memfd, and copies through it |
 //! | [`Userfault`], [`UserfaultOffer`] | `userfaultfd(2)` |
-//! | [`KvmSlot`] | `KVM_SET_USER_MEMORY_REGION` |
+//! | [`KvmSlot`] | `KVM_SET_USER_MEMORY_REGION`, `KVM_SET_USER_MEMORY_REGION2` |
+//! | [`GuestMemfd`], [`set_private`] | `KVM_CREATE_GUEST_MEMFD`, `KVM_SET_MEMORY_ATTRIBUTES` |
+//! | `window` | `mincore(2)` of a guest_memfd |
+//! | [`pre_fault()`] | `KVM_PRE_FAULT_MEMORY` |
 //! | [`Vcpu`] | `KVM_RUN` |
 //! | [`sigbus`] | `sigaction(2)` of SIGBUS |
 //!
@@ -24,18 +27,23 @@
 compile_error!("polder-linux is written for Linux on x86-64");
 
 mod copy;
+mod guest_memfd;
 mod kvm;
 mod memfd;
+mod pre_fault;
 pub mod sigbus;
 mod uapi;
 mod userfault;
 mod vcpu;
 mod view;
+mod window;
 
 use polder_units::ByteRange;
 
+pub use guest_memfd::{GuestMemfd, PrivateMemory, set_private};
 pub use kvm::KvmSlot;
 pub use memfd::Memfd;
+pub use pre_fault::pre_fault;
 pub use rustix::io::Errno;
 pub use userfault::{Continued, Touch, Userfault, UserfaultOffer, Way};
 pub use vcpu::{Exit, Kicker, Vcpu};

@@ -48,6 +48,22 @@ pub enum Error {
         /// How many bytes came.
         bytes: usize,
     },
+    /// The host can't do this, on this machine or anywhere.
+    #[error("{what}")]
+    NotOffered {
+        /// What it can't, and why.
+        what: &'static str,
+        /// What to do instead.
+        way_out: &'static str,
+    },
+    /// The memory belongs to one VM, and this is another.
+    #[error("a guest_memfd belongs to one VM: VM {} has it, and so VM {} can't", .owner.0, .vm.0)]
+    OneVm {
+        /// The VM that it belongs to.
+        owner: polder_engine::VmId,
+        /// The VM that it was to be bound to.
+        vm: polder_engine::VmId,
+    },
     /// A facility that the host needs is missing or not allowed.
     #[error("{what}")]
     Missing {
@@ -65,7 +81,7 @@ impl Error {
     /// What the user can do about it.
     pub fn way_out(&self) -> Option<&'static str> {
         match self {
-            Self::Missing { way_out, .. } => Some(way_out),
+            Self::Missing { way_out, .. } | Self::NotOffered { way_out, .. } => Some(way_out),
             Self::Host(error) => match error.errno {
                 polder_linux::Errno::NOMEM | polder_linux::Errno::FBIG => {
                     Some("ask for less memory, or free some")
@@ -85,8 +101,8 @@ impl Error {
             Self::Refused(refusal) => refusal.errno(),
             Self::Quarantined { .. } | Self::Copy(_) => Errno::EHWPOISON,
             Self::TooManyBytes { .. } | Self::WrongVm { .. } => Errno::EINVAL,
-            Self::NotSimulated | Self::NoSuchVm => Errno::EINVAL,
-            Self::Missing { .. } => Errno::EOPNOTSUPP,
+            Self::NotSimulated | Self::NoSuchVm | Self::OneVm { .. } => Errno::EINVAL,
+            Self::Missing { .. } | Self::NotOffered { .. } => Errno::EOPNOTSUPP,
             Self::Machine(_) => Errno::EIO,
             Self::Host(error) => match error.errno {
                 polder_linux::Errno::NOMEM => Errno::ENOMEM,

@@ -17,6 +17,7 @@ use polder_units::{
 use crate::Error;
 use crate::driver::Driver;
 use crate::faults::FaultThreads;
+use crate::host::guest_memfd::GuestMemfdHost;
 use crate::host::machine::MachineHost;
 use crate::host::memfd::MemfdHost;
 use crate::host::{Host, HostKind, Vm};
@@ -73,13 +74,16 @@ impl Builder {
                 Box::new(MemfdHost::new(self.pages, self.population == Population::Owed)?)
                     as Box<dyn Host>
             }
+            HostKind::GuestMemfd => {
+                Box::new(GuestMemfdHost::new(self.pages, self.population == Population::Owed)?)
+            }
             HostKind::Machine => Box::new(MachineHost::new(self.pages)?),
         };
         let config = Config {
             pages: self.pages,
             geometry: Geometry::X86_64,
             platform: self.platform,
-            in_place: true,
+            in_place: self.host.is_in_place(),
             host_view_level: Level::Size4K,
             initial: PageFacts { visibility: Visibility::Private, population: self.population },
         };
@@ -408,6 +412,19 @@ impl Memory {
     /// [`Error::Host`].
     pub fn existing(&self) -> Result<Vec<PageRange>, Error> {
         self.driver.host.existing()
+    }
+
+    /// How many pages of memory the object takes up: of both sides, where they are two pools.
+    ///
+    /// # Errors
+    /// [`Error::Host`].
+    pub fn resident(&self) -> Result<PageCount, Error> {
+        self.driver.host.resident()
+    }
+
+    /// Whether a conversion can keep contents: [`HostKind::is_in_place`].
+    pub fn is_in_place(&self) -> bool {
+        self.driver.engine().config().in_place
     }
 
     /// The mapping for device models.

@@ -37,6 +37,15 @@ pub enum RunError {
         #[source]
         source: polder_linux::Error,
     },
+    /// This KVM makes no VM whose memory can be private.
+    #[error("this KVM offers no VM with private memory: that needs TDP (EPT or NPT)")]
+    NoPrivateMemory,
+    /// The vCPU that was to bring the guest's image into private memory stopped before.
+    #[error("the guest's image can't be copied into private memory: the vCPU stopped by {exit}")]
+    Launch {
+        /// By which exit.
+        exit: String,
+    },
     /// A thread could not be started.
     #[error("a thread can't be started")]
     Thread(#[source] std::io::Error),
@@ -73,7 +82,12 @@ impl RunError {
                 _ => "check that /dev/kvm is KVM's and that no other hypervisor holds the CPU",
             }),
             Self::Memory(error) => error.way_out(),
-            Self::Image(_) | Self::Panicked => Some("report it: this is a bug in Polder"),
+            Self::NoPrivateMemory => {
+                Some("use --host memfd, or a kernel with CONFIG_KVM_SW_PROTECTED_VM and TDP")
+            }
+            Self::Image(_) | Self::Launch { .. } | Self::Panicked => {
+                Some("report it: this is a bug in Polder")
+            }
             Self::Vm { .. } => Some("try less --memory, or fewer --vcpus"),
             Self::Thread(_) => {
                 Some("raise the limits of processes and memory (ulimit -u, ulimit -v)")

@@ -4,10 +4,13 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvm_bindings::{KVM_CAP_EXIT_HYPERCALL, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap};
+use kvm_bindings::{
+    KVM_CAP_EXIT_HYPERCALL, KVM_CAP_VM_TYPES, KVM_MAX_CPUID_ENTRIES, KVM_X86_DEFAULT_VM,
+    KVM_X86_SW_PROTECTED_VM, kvm_enable_cap,
+};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use polder::units::{Gfn, PageCount, PageRange};
-use polder::{Contents, Memory, OnBusy, Slot, Visibility};
+use polder::{Contents, HostKind, Memory, OnBusy, Slot, Visibility};
 use polder_linux::{Exit, Kicker, Vcpu};
 
 use crate::RunError;
@@ -53,13 +56,22 @@ pub(crate) fn open() -> Result<Kvm, RunError> {
 /// What is missing, with the way out.
 pub fn check_kvm() -> Result<(), RunError> {
     let kvm = open()?;
-    create_vm(&kvm)?;
+    create_vm(&kvm, HostKind::Memfd)?;
     Memory::builder(PageCount::ONE).build().map(drop).map_err(RunError::Memory)
 }
 
-/// A VM that hands `KVM_HC_MAP_GPA_RANGE` to us, if KVM can; whether it can.
-pub(crate) fn create_vm(kvm: &Kvm) -> Result<(Arc<VmFd>, bool), RunError> {
-    let vm = kvm.create_vm().map_err(RunError::vm("KVM_CREATE_VM"))?;
+/// A VM for memory of `host` that hands `KVM_HC_MAP_GPA_RANGE` to us, if KVM can; whether it can.
+pub(crate) fn create_vm(kvm: &Kvm, host: HostKind) -> Result<(Arc<VmFd>, bool), RunError> {
+    let kind = match host {
+        HostKind::Memfd | HostKind::Machine => KVM_X86_DEFAULT_VM,
+        HostKind::GuestMemfd => KVM_X86_SW_PROTECTED_VM,
+    };
+    let types = kvm.check_extension_raw(KVM_CAP_VM_TYPES.into());
+    // A kernel that does not say which types it has, has the default one.
+    if kind != KVM_X86_DEFAULT_VM && types & (1 << kind) == 0 {
+        return Err(RunError::NoPrivateMemory);
+    }
+    let vm = kvm.create_vm_with_type(kind.into()).map_err(RunError::vm("KVM_CREATE_VM"))?;
     let mut enable = kvm_enable_cap { cap: KVM_CAP_EXIT_HYPERCALL, ..Default::default() };
     enable.args[0] = 1 << KVM_HC_MAP_GPA_RANGE;
     let offered = vm.check_extension_raw(u64::from(KVM_CAP_EXIT_HYPERCALL));
@@ -91,7 +103,7 @@ pub(crate) fn create_vcpu(
 pub(crate) fn transport(kvm: &Kvm) -> Result<Transport, RunError> {
     for transport in [Transport::Vmcall, Transport::Vmmcall] {
         let Some(probe) = HypercallProbe::new(transport) else { continue };
-        let (vm, enabled) = create_vm(kvm)?;
+        let (vm, enabled) = create_vm(kvm, HostKind::Memfd)?;
         if !enabled {
             break;
         }

@@ -12,6 +12,7 @@ mod error;
 pub mod guest;
 mod intruder;
 mod kvm;
+mod launch;
 mod machine;
 mod report;
 mod requests;

@@ -72,8 +72,8 @@ impl<'a> Requests<'a> {
     }
 
     fn convert(&self, gfns: GfnRange, to: polder::Visibility) -> i64 {
-        let converted =
-            self.memory.convert_gfns(self.vm, gfns, to, Contents::Preserve, OnBusy::Wait);
+        let contents = if self.memory.is_in_place() { Contents::Preserve } else { Contents::Zero };
+        let converted = self.memory.convert_gfns(self.vm, gfns, to, contents, OnBusy::Wait);
         match converted {
             Ok(_) => 0,
             Err(error) => -i64::from(error.errno() as i32),

@@ -4,15 +4,17 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use polder::units::{ByteSize, Gfn, GfnRange, Gpa, PAGE_BYTES, PageRange};
-use polder::{HostKind, Memory, VmId};
+use polder::{HostKind, Memory, Slot, VmId};
 
 use crate::RunError;
 use crate::guest::{Chunk, Image, Program, Transport};
 use crate::kvm::{self, Conversion};
+use crate::launch;
 use crate::report::{Accelerator, End, Failure, Progress, Report, Supervision};
 use crate::scenario::{self, Scenario, ScenarioError};
 use crate::threads::Threads;
 use crate::vcpu::Ran;
+use crate::vm::slots;
 
 /// What to run.
 #[derive(Clone, Copy, Debug)]
@@ -43,9 +45,10 @@ pub fn run(
         memory: config.memory.get(),
         vcpus,
         seed: config.seed,
+        contents_kept: config.host.is_in_place(),
     })?;
     match config.host {
-        HostKind::Memfd => run_on_kvm(config, &scenario, supervise),
+        HostKind::Memfd | HostKind::GuestMemfd => run_on_kvm(config, &scenario, supervise),
         HostKind::Machine => run_on_machine(config, &scenario, supervise),
     }
 }
@@ -58,14 +61,19 @@ fn run_on_kvm(
     let kvm = kvm::open()?;
     let transport = kvm::transport(&kvm)?;
     let image = Image::new(scenario, config.program, transport)?;
-    let (vm, _) = kvm::create_vm(&kvm)?;
+    let (vm, _) = kvm::create_vm(&kvm, config.host)?;
     let (memory, id) = bound(config, Arc::clone(&vm).into()).map_err(RunError::Memory)?;
-    load(&memory, id, &image.chunks).and_then(|()| memory.settle()).map_err(RunError::Memory)?;
-
     let vcpus = (0..)
         .zip(&image.vcpus)
         .map(|(index, start)| Ok((index, kvm::create_vcpu(&kvm, &vm, index, start)?)));
-    let vcpus = vcpus.collect::<Result<Vec<_>, RunError>>()?;
+    let mut vcpus = vcpus.collect::<Result<Vec<_>, RunError>>()?;
+    match (config.host, vcpus.first_mut()) {
+        (HostKind::GuestMemfd, Some((_, vcpu))) => {
+            launch::load(&vm, Slot(slots(&kvm) - 1), vcpu, &image.chunks)?;
+        }
+        _ => load(&memory, id, &image.chunks).map_err(RunError::Memory)?,
+    }
+    memory.settle().map_err(RunError::Memory)?;
     let threads = Threads::new(&memory, id, Some(scenario.layout().churn))?;
     let ended = threads.run_on_kvm(vcpus, supervise)?;
     let conversion_by = match transport {
@@ -91,10 +99,14 @@ fn run_on_machine(
     report(&memory, by, ended, least_checks(config, scenario))
 }
 
-/// Memory as the scenario has it, owed, bound to a VM.
+/// Memory as the scenario has it, bound to a VM; its contents are owed where a host can have that.
 fn bound(config: &Config, vm: polder::Vm) -> Result<(Memory, VmId), polder::Error> {
     let pages = config.memory.pages().expect("the scenario's memory is whole pages");
-    let memory = Memory::builder(pages).host(config.host).owed().build()?;
+    let memory = Memory::builder(pages).host(config.host);
+    let memory = match config.host {
+        HostKind::Memfd | HostKind::Machine => memory.owed().build()?,
+        HostKind::GuestMemfd => memory.build()?,
+    };
     let id = memory.attach(vm)?;
     let ram = scenario::ram(config.memory.get()).into_iter().flatten();
     kvm::bind(&memory, id, ram)?;

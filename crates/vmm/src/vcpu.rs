@@ -23,6 +23,9 @@ pub(crate) struct Ran {
     pub(crate) faults: Vec<MemoryFault>,
 }
 
+/// `KVM_MEMORY_EXIT_FLAG_PRIVATE`, as the exit has it.
+const PRIVATE: u64 = kvm_bindings::KVM_MEMORY_EXIT_FLAG_PRIVATE as u64;
+
 /// How many faults are remembered: a guest makes as many as it likes.
 pub(crate) const FAULTS_KEPT: usize = 64;
 
@@ -48,6 +51,13 @@ pub(crate) fn run(
                 let fault = no_memory(index, requests, gpa);
                 faults.extend(fault.as_ref().ok().filter(|_| faults.len() < FAULTS_KEPT));
                 fault.map_or_else(failed, |_| Next::Answer(-1))
+            }
+            Exit::MemoryFault { gpa, flags, .. } => {
+                match memory_fault(index, requests, (gpa, flags), exit) {
+                    // It was amid a conversion, which is over: the same access goes through.
+                    Ok(()) => continue,
+                    Err(failure) => failed(failure),
+                }
             }
             Exit::Interrupted => continue,
             Exit::MemoryFailure { address } => {
@@ -87,6 +97,27 @@ fn ask(
         .get_regs()
         .map_err(|error| RunError::Vm { call: "KVM_GET_REGS", source: os(error) })?;
     Ok(requests.answer(index, Request::from_port((read, port, bytes), &registers)))
+}
+
+/// An access that the kernel refused as one of the wrong kind (`KVM_EXIT_MEMORY_FAULT`); `Ok` if
+/// it is to be tried again. A flag that is not known is a failure: it may change what is meant.
+fn memory_fault(
+    vcpu: u32,
+    requests: &Requests<'_>,
+    (gpa, flags): (Gpa, u64),
+    exit: Exit,
+) -> Result<(), Failure> {
+    let visibility = match flags {
+        0 => Visibility::Shared,
+        PRIVATE => Visibility::Private,
+        _ => return Err(Failure::Exit { vcpu, exit }),
+    };
+    let (memory, vm) = requests.memory();
+    match memory.guest_fault(vm, gpa, visibility) {
+        Ok(None) => Ok(()),
+        Ok(Some(fault)) => Err(Failure::MemoryFault { vcpu, fault }),
+        Err(_) => Err(Failure::MemoryFailure { vcpu, page: None }),
+    }
 }
 
 /// An access that KVM found no memory for. Where the VM has none, a PC's bus has an answer: loads

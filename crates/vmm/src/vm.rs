@@ -60,7 +60,7 @@ impl Vm {
     /// where the host can't be used, and others of [`RunError`].
     pub fn new(host: HostKind) -> Result<Self, RunError> {
         Ok(Self(match host {
-            HostKind::Memfd => Kind::Kvm(Box::new(KvmVm::new(host)?)),
+            HostKind::Memfd | HostKind::GuestMemfd => Kind::Kvm(Box::new(KvmVm::new(host)?)),
             HostKind::Machine => Kind::Machine,
         }))
     }
@@ -122,9 +122,10 @@ impl KvmVm {
     fn new(host: HostKind) -> Result<Self, RunError> {
         let kvm = kvm::open()?;
         let transport = transport(&kvm)?;
-        let (fd, _) = kvm::create_vm(&kvm)?;
+        let (fd, _) = kvm::create_vm(&kvm, host)?;
         let pages = PageRange::between(0, BOOT_END / PAGE_SIZE).expect("2 MiB are pages");
-        let memory = Memory::builder(pages.count()).host(host).build().map_err(RunError::Memory)?;
+        // The image is written anew for each run, and so shared: on any host that is a memfd.
+        let memory = Memory::builder(pages.count()).build().map_err(RunError::Memory)?;
         let id = memory.attach(Arc::clone(&fd)).map_err(RunError::Memory)?;
         let last = Slot(slots(&kvm) - 1);
         memory
@@ -164,7 +165,7 @@ impl fmt::Debug for Kind {
     }
 }
 
-fn slots(kvm: &Kvm) -> u32 {
+pub(crate) fn slots(kvm: &Kvm) -> u32 {
     u32::try_from(kvm.get_nr_memslots()).expect("KVM numbers slots in 16 bits")
 }
 

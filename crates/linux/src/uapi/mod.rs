@@ -1,3 +1,6 @@
-//! The kernel's interface where no crate has it: numbers and structures, nothing else.
+//! The kernel's interface where no crate has it: numbers and structures, and calls that take
+//! nothing else.
 
+pub(crate) mod cachestat;
+pub(crate) mod kvm;
 pub(crate) mod userfaultfd;

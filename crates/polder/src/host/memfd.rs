@@ -242,21 +242,21 @@ impl Host for MemfdHost {
     }
 }
 
-fn failed(call: &'static str, errno: Errno) -> Error {
+pub(super) fn failed(call: &'static str, errno: Errno) -> Error {
     Error::Host(polder_linux::Error { call, range: None, errno })
 }
 
 /// Says what to do where userfaultfd can't be used.
-fn missing(source: polder_linux::Error) -> Error {
+pub(super) fn missing(source: polder_linux::Error) -> Error {
     match source.errno {
         Errno::PERM | Errno::ACCESS => Error::Missing {
-            what: "the memfd host watches memory by userfaultfd, which this user may not use",
+            what: "this host watches memory by userfaultfd, which this user may not use",
             way_out: "run as root, give the user read and write access to /dev/userfaultfd, \
                       or set vm.unprivileged_userfaultfd=1",
             source,
         },
         Errno::NOSYS | Errno::INVAL => Error::Missing {
-            what: "the memfd host needs a userfaultfd that can poison, which this kernel lacks",
+            what: "this host needs a userfaultfd that can poison, which this kernel lacks",
             way_out: "use Linux 6.6 or newer with CONFIG_USERFAULTFD",
             source,
         },

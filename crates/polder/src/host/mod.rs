@@ -1,5 +1,6 @@
 //! Hosts: where the bytes live, and what cuts people off from them.
 
+pub(crate) mod guest_memfd;
 pub(crate) mod machine;
 pub(crate) mod memfd;
 
@@ -11,7 +12,7 @@ use std::time::Duration;
 
 use kvm_ioctls::VmFd;
 use polder_engine::{Response, Slot, Step, View, VmId};
-use polder_units::{Gfn, Level, PageIndex, PageRange};
+use polder_units::{Gfn, Level, PageCount, PageIndex, PageRange};
 
 use crate::Error;
 
@@ -21,19 +22,33 @@ pub enum HostKind {
     /// A memfd with three views, on any KVM. Protects private pages against stray pointers and
     /// bugs of the VMM, not against a hostile VMM.
     Memfd,
+    /// The kernel's guest_memfd for private pages, a memfd for shared ones: the kernel keeps
+    /// private pages from the VMM. A conversion loses their contents. Takes a VM whose memory can
+    /// be private (`KVM_X86_SW_PROTECTED_VM`), and so a KVM with TDP.
+    GuestMemfd,
     /// The simulated machine ([`polder_machine`]): needs nothing of the machine it runs on.
     Machine,
 }
 
 impl HostKind {
     /// Every host.
-    pub const ALL: [Self; 2] = [Self::Memfd, Self::Machine];
+    pub const ALL: [Self; 3] = [Self::Memfd, Self::GuestMemfd, Self::Machine];
+
+    /// Whether private and shared pages are the same memory, so that a conversion can keep what is
+    /// in them ([`Contents::Preserve`](crate::Contents::Preserve)).
+    pub const fn is_in_place(self) -> bool {
+        match self {
+            Self::Memfd | Self::Machine => true,
+            Self::GuestMemfd => false,
+        }
+    }
 }
 
 impl fmt::Display for HostKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Memfd => "memfd",
+            Self::GuestMemfd => "guest_memfd",
             Self::Machine => "machine",
         })
     }
@@ -49,7 +64,7 @@ impl FromStr for HostKind {
 
 /// A text that names no host.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("expected a host: memfd or machine")]
+#[error("expected a host: memfd, guest_memfd or machine")]
 pub struct UnknownHost;
 
 /// A VM, as its host knows it.
@@ -129,6 +144,12 @@ pub(crate) trait Host: Send + Sync {
 
     /// The runs of pages that take up memory.
     fn existing(&self) -> Result<Vec<PageRange>, Error>;
+
+    /// How many pages of memory it takes up, on all sides.
+    fn resident(&self) -> Result<PageCount, Error> {
+        let pages = self.existing()?.iter().fold(0, |sum, run| sum + run.count().get());
+        Ok(PageCount::new(pages).unwrap_or(PageCount::ZERO))
+    }
 
     /// The simulated machine, on that host.
     fn machine(&self) -> Option<&machine::MachineHost> {

@@ -32,13 +32,19 @@ struct Page {
 pub(super) struct Area {
     start: Gpa,
     pages: Vec<Page>,
+    /// Whether a conversion keeps contents.
+    kept: bool,
+    /// How often contents that were lost have been replaced: part of the next ones' seed.
+    refills: u64,
 }
 
 impl Area {
-    /// `range` as memory is at first: private and zero.
-    pub(super) fn new(range: GfnRange) -> Self {
+    /// `range` as memory is at first: private and zero. Its pages keep their contents when they
+    /// are converted, or become zeros.
+    pub(super) fn new(range: GfnRange, kept: bool) -> Self {
         let page = Page { pattern: Pattern::Zero, visibility: Visibility::Private };
-        Self { start: range.start().gpa(), pages: range.frames().map(|_| page).collect() }
+        let pages = range.frames().map(|_| page).collect();
+        Self { start: range.start().gpa(), pages, kept, refills: 0 }
     }
 
     /// The number of pages.
@@ -95,14 +101,40 @@ impl Area {
         self.each(pages, |page| page.pattern = pattern);
     }
 
-    /// Converts `pages`, whatever they are, checks the whole area and probes.
+    /// Converts `pages`, whatever they are, checks the whole area and probes. Contents that were
+    /// lost by it are replaced by new ones.
     pub(super) fn convert(&mut self, ops: &mut Vec<Op>, pages: Range<u64>, to: Visibility) {
         let count = pages.end - pages.start;
         let (gpa, expect) = (self.gpa(pages.start), Outcome::Done);
         ops.push(Op::Convert { gpa, pages: count, to, expect });
-        self.each(pages.clone(), |page| page.visibility = to);
+        let lost = self.convert_to(pages.clone(), to);
         self.check(ops);
         self.probe(ops, pages);
+        for run in lost {
+            // Far from any seed that is drawn at random, as likely as not.
+            self.refills += 1;
+            self.fill_unchecked(ops, run, !self.start.get() ^ self.refills);
+        }
+    }
+
+    /// Notes that `pages` are `to` now. Returns the runs of those that lost what was in them.
+    fn convert_to(&mut self, pages: Range<u64>, to: Visibility) -> Vec<Range<u64>> {
+        let kept = self.kept;
+        let mut lost: Vec<Range<u64>> = Vec::new();
+        let mut at = pages.start;
+        self.each(pages, |page| {
+            let loses = !kept && page.visibility != to && page.pattern != Pattern::Zero;
+            page.visibility = to;
+            if loses {
+                page.pattern = Pattern::Zero;
+                match lost.last_mut().filter(|run| run.end == at) {
+                    Some(run) => run.end += 1,
+                    None => lost.push(at..at + 1),
+                }
+            }
+            at += 1;
+        });
+        lost
     }
 
     /// The whole story of an area, ending private.

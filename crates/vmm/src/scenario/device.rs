@@ -27,8 +27,8 @@ struct Bounce<'a> {
 
 /// Shares the bounce buffer, has the device transform payloads, has it refuse what it may not
 /// reach, takes the buffer back, and shares it again for good, as a guest with a device does.
-pub(super) fn transfers(ops: &mut Vec<Op>, layout: &Layout, random: &mut Random) {
-    let (payload, response) = (Area::new(layout.payload), Area::new(layout.response));
+pub(super) fn transfers(ops: &mut Vec<Op>, layout: &Layout, kept: bool, random: &mut Random) {
+    let [payload, response] = [layout.payload, layout.response].map(|all| Area::new(all, kept));
     let mut bounce = Bounce { layout, payload, response, id: 1 };
     bounce.refused_request(ops);
     bounce.convert(ops, Visibility::Shared);

@@ -17,6 +17,9 @@ pub struct Config {
     pub vcpus: u8,
     /// Decides patterns and ranges.
     pub seed: u64,
+    /// Whether a page that is converted keeps its contents. Where it does not, the guest finds
+    /// zeros, and fills the page again. The host decides it.
+    pub contents_kept: bool,
 }
 
 /// Why there is no such scenario.
@@ -49,7 +52,8 @@ pub enum ScenarioError {
 ///
 /// ```
 /// use polder_vmm::scenario::{Config, Op, Scenario};
-/// let scenario = Scenario::generate(&Config { memory: 64 << 20, vcpus: 2, seed: 1 })?;
+/// let config = Config { memory: 64 << 20, vcpus: 2, seed: 1, contents_kept: true };
+/// let scenario = Scenario::generate(&config)?;
 /// assert!(scenario.least_checks() > 1000);
 /// assert_eq!(scenario.program(1).last(), Some(&Op::Done));
 /// # Ok::<(), polder_vmm::scenario::ScenarioError>(())
@@ -68,7 +72,7 @@ impl Scenario {
     /// [`ScenarioError`] if the memory is too small, too large or no whole pages, or the number of
     /// vCPUs is not 1 to 4.
     pub fn generate(config: &Config) -> Result<Self, ScenarioError> {
-        let Config { memory, vcpus, seed } = *config;
+        let Config { memory, vcpus, seed, contents_kept } = *config;
         if !(MEMORY_MIN..=MEMORY_MAX).contains(&memory) {
             return Err(ScenarioError::Memory { memory });
         }
@@ -84,10 +88,10 @@ impl Scenario {
             .map(|vcpu| {
                 let mut random = Random::new(random.word());
                 match vcpu {
-                    0 => everything(&layout, vcpus, &mut random),
+                    0 => everything(&layout, vcpus, contents_kept, &mut random),
                     1 => churn(&layout, &mut random),
-                    2 => conversions(&layout, 1, vcpu, &mut random),
-                    _ => conversions(&layout, 2, vcpu, &mut random),
+                    2 => conversions(&layout, (1, vcpu), contents_kept, &mut random),
+                    _ => conversions(&layout, (2, vcpu), contents_kept, &mut random),
                 }
             })
             .collect();
@@ -131,17 +135,17 @@ impl Scenario {
 }
 
 /// vCPU 0.
-fn everything(layout: &Layout, vcpus: u8, random: &mut Random) -> Vec<Op> {
+fn everything(layout: &Layout, vcpus: u8, kept: bool, random: &mut Random) -> Vec<Op> {
     let mut ops = Vec::new();
-    let mut area = Area::new(layout.areas[0]);
-    device::transfers(&mut ops, layout, random);
+    let mut area = Area::new(layout.areas[0], kept);
+    device::transfers(&mut ops, layout, kept, random);
     refusal::beyond_memory(&mut ops, layout);
     area.story(&mut ops, random);
     refusal::refused(&mut ops, layout, layout.areas[0]);
     area.check(&mut ops);
     area.probe(&mut ops, 0..area.len());
     if let Some(range) = layout.high_area {
-        Area::new(range).story(&mut ops, random);
+        Area::new(range, kept).story(&mut ops, random);
         area.check(&mut ops);
     }
     for vcpu in 2..vcpus {
@@ -160,9 +164,14 @@ fn churn(layout: &Layout, random: &mut Random) -> Vec<Op> {
 }
 
 /// vCPU 2 and vCPU 3.
-fn conversions(layout: &Layout, area: usize, vcpu: u8, random: &mut Random) -> Vec<Op> {
+fn conversions(
+    layout: &Layout,
+    (area, vcpu): (usize, u8),
+    kept: bool,
+    random: &mut Random,
+) -> Vec<Op> {
     let mut ops = Vec::new();
-    Area::new(layout.areas[area]).story(&mut ops, random);
+    Area::new(layout.areas[area], kept).story(&mut ops, random);
     ops.push(Op::SetFlag { gpa: layout.done_flag(vcpu) });
     ops.push(Op::Done);
     ops

@@ -112,7 +112,7 @@ pub enum Op {
         pattern: Pattern,
     },
     /// Asks that `pages` pages from `gpa` on become private or shared, contents kept
-    /// (`KVM_HC_MAP_GPA_RANGE`). Whatever the arguments, they are passed on as they are. Counts one
+    /// where the host can (`KVM_HC_MAP_GPA_RANGE`). Whatever the arguments, they are passed on as they are. Counts one
     /// check if the answer is `expect`. On a failure found is the answer, sign-extended.
     Convert {
         /// The address of the first page; need not be aligned.

@@ -1,0 +1,172 @@
+//! A guest_memfd: memory of one VM that no mapping of the host's shows.
+
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use kvm_bindings::{
+    KVM_CAP_GUEST_MEMFD, KVM_CAP_MEMORY_ATTRIBUTES, KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    kvm_create_guest_memfd, kvm_memory_attributes,
+};
+use kvm_ioctls::VmFd;
+use polder_units::{GfnRange, PAGE_SIZE, PageCount, PageRange};
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
+use crate::Error;
+use crate::uapi::{cachestat, kvm};
+use crate::window::Window;
+
+/// What a VM of KVM's offers for private memory. Asked of the VM itself: `/dev/kvm` says of some
+/// facilities that they are there which no VM of this type can use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PrivateMemory {
+    /// Whether guest_memfds can be made (`KVM_CAP_GUEST_MEMFD`).
+    pub guest_memfd: bool,
+    /// Whether guest memory can be made private (`KVM_CAP_MEMORY_ATTRIBUTES`).
+    pub attributes: bool,
+    /// The flags that a guest_memfd can be made with (`KVM_CAP_GUEST_MEMFD_FLAGS`).
+    pub flags: u64,
+}
+
+impl PrivateMemory {
+    /// A guest_memfd can be mapped (`GUEST_MEMFD_FLAG_MMAP`).
+    pub const MMAP: u64 = 1 << 0;
+    /// All of a guest_memfd is shared, and a mapping of it can be touched
+    /// (`GUEST_MEMFD_FLAG_INIT_SHARED`). Without it a touch of the mapping is a SIGBUS.
+    pub const INIT_SHARED: u64 = 1 << 1;
+
+    /// What `vm` offers.
+    pub fn of(vm: &VmFd) -> Self {
+        let extension = |capability: u32| {
+            // Negative where the VM can't be asked: then it offers nothing.
+            u64::try_from(vm.check_extension_raw(u64::from(capability))).unwrap_or(0)
+        };
+        let private = u64::from(KVM_MEMORY_ATTRIBUTE_PRIVATE);
+        Self {
+            guest_memfd: extension(KVM_CAP_GUEST_MEMFD) != 0,
+            attributes: extension(KVM_CAP_MEMORY_ATTRIBUTES) & private != 0,
+            flags: extension(kvm::KVM_CAP_GUEST_MEMFD_FLAGS),
+        }
+    }
+}
+
+/// A guest_memfd. Its pages are seen by the guest of its VM alone: the host can free and count
+/// them, neither read nor write.
+#[derive(Debug)]
+pub struct GuestMemfd {
+    fd: OwnedFd,
+    pages: PageCount,
+    window: Option<Window>,
+}
+
+impl GuestMemfd {
+    /// A guest_memfd of `pages` pages for `vm`, none of which exists yet. It can be mapped where
+    /// the VM offers that, to look for pages; never as shared, so that a mapping gives nobody a
+    /// page.
+    ///
+    /// # Errors
+    /// Of `KVM_CREATE_GUEST_MEMFD`: `EINVAL` for a size that no file can have, `ENOTTY` on a
+    /// kernel without it, `EMFILE`; of `mmap`.
+    pub fn new(vm: &VmFd, pages: PageCount) -> Result<Self, Error> {
+        const CALL: &str = "KVM_CREATE_GUEST_MEMFD";
+        let size = pages.bytes().ok_or(Error::new(CALL, Errno::FBIG))?;
+        let flags = PrivateMemory::of(vm).flags & PrivateMemory::MMAP;
+        let create = kvm_create_guest_memfd { size, flags, ..Default::default() };
+        let fd = vm
+            .create_guest_memfd(create)
+            .map_err(|error| Error::new(CALL, Errno::from_raw_os_error(error.errno())))?;
+        // SAFETY: the ioctl succeeded, and so returned a new descriptor that nobody else has.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let window = (flags != 0).then(|| Window::new(fd.as_fd(), size)).transpose()?;
+        Ok(Self { fd, pages, window })
+    }
+
+    /// Its size.
+    pub fn pages(&self) -> PageCount {
+        self.pages
+    }
+
+    /// Frees the pages and takes them from the guest; it finds zeros afterwards.
+    ///
+    /// # Errors
+    /// Of `fallocate`.
+    pub fn punch_hole(&self, range: PageRange) -> Result<(), Error> {
+        let bytes = range.bytes();
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let length = bytes.len().ok_or(Error::on("fallocate", bytes, Errno::INVAL))?;
+        rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.fd, flags, bytes.start(), length))
+            .map_err(|errno| Error::on("fallocate", bytes, errno))
+    }
+
+    /// The runs of pages that exist, in order. Where pages can only be counted, ranges that have
+    /// some are halved until they have all.
+    ///
+    /// # Errors
+    /// Of `mincore`; of `cachestat` where the guest_memfd can't be mapped: `ENOSYS` on a kernel
+    /// without it.
+    pub fn existing(&self) -> Result<Vec<PageRange>, Error> {
+        let mut runs: Vec<PageRange> = Vec::new();
+        // Next is last: the lower half goes on top of the upper one.
+        let mut left: Vec<PageRange> =
+            PageRange::between(0, self.pages.get()).into_iter().collect();
+        while let Some(range) = left.pop() {
+            let (start, end) = (range.start().get(), range.end());
+            let existing = self.count(range)?;
+            if existing == 0 {
+                continue;
+            }
+            // A page of a larger folio that the range cuts counts in full.
+            if existing >= end - start {
+                match runs.last_mut().and_then(|last| Some((last.append(range)?, last))) {
+                    Some((longer, last)) => *last = longer,
+                    None => runs.push(range),
+                }
+                continue;
+            }
+            let middle = start + (end - start) / 2;
+            left.extend(PageRange::between(middle, end));
+            left.extend(PageRange::between(start, middle));
+        }
+        Ok(runs)
+    }
+
+    fn count(&self, range: PageRange) -> Result<u64, Error> {
+        if let Some(window) = &self.window {
+            return window.count(range);
+        }
+        let bytes = range.bytes();
+        let length = bytes.len().ok_or(Error::on("cachestat", bytes, Errno::INVAL))?;
+        cachestat::cachestat(self.fd.as_fd(), bytes.start(), length)
+            .map_err(|errno| Error::on("cachestat", bytes, errno))
+    }
+}
+
+impl AsFd for GuestMemfd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Makes guest frames of `vm` private or shared: all of them, or none.
+///
+/// # Errors
+/// Of `KVM_SET_MEMORY_ATTRIBUTES`: `EINVAL` for frames beyond what the VM can address, `ENOMEM`,
+/// `ENOTTY` on a kernel without it. The error has no range: what is said is about guest frames,
+/// not bytes of an object.
+pub fn set_private(vm: &VmFd, gfns: GfnRange, private: bool) -> Result<(), Error> {
+    const CALL: &str = "KVM_SET_MEMORY_ATTRIBUTES";
+    let size = gfns.count().get().checked_mul(PAGE_SIZE);
+    let attributes = kvm_memory_attributes {
+        address: gfns.start().gpa().get(),
+        size: size.ok_or(Error::new(CALL, Errno::INVAL))?,
+        attributes: if private { KVM_MEMORY_ATTRIBUTE_PRIVATE.into() } else { 0 },
+        flags: 0,
+    };
+    loop {
+        match vm.set_memory_attributes(attributes) {
+            Ok(()) => return Ok(()),
+            // A signal came before anything was changed.
+            Err(error) if error.errno() == libc::EINTR => {}
+            Err(error) => return Err(Error::new(CALL, Errno::from_raw_os_error(error.errno()))),
+        }
+    }
+}
