@@ -13,7 +13,6 @@ use rustix::io::Errno;
 
 use crate::Error;
 use crate::uapi::{cachestat, kvm};
-use crate::window::Window;
 
 /// What a VM of KVM's offers for private memory. Asked of the VM itself: `/dev/kvm` says of some
 /// facilities that they are there which no VM of this type can use.
@@ -55,29 +54,24 @@ impl PrivateMemory {
 pub struct GuestMemfd {
     fd: OwnedFd,
     pages: PageCount,
-    window: Option<Window>,
 }
 
 impl GuestMemfd {
-    /// A guest_memfd of `pages` pages for `vm`, none of which exists yet. It can be mapped where
-    /// the VM offers that, to look for pages; never as shared, so that a mapping gives nobody a
-    /// page.
+    /// A guest_memfd of `pages` pages for `vm`, none of which exists yet. No flag is asked for:
+    /// one that can be mapped serves a frame that is shared as well, and its slot's view never.
     ///
     /// # Errors
     /// Of `KVM_CREATE_GUEST_MEMFD`: `EINVAL` for a size that no file can have, `ENOTTY` on a
-    /// kernel without it, `EMFILE`; of `mmap`.
+    /// kernel without it, `EMFILE`.
     pub fn new(vm: &VmFd, pages: PageCount) -> Result<Self, Error> {
         const CALL: &str = "KVM_CREATE_GUEST_MEMFD";
         let size = pages.bytes().ok_or(Error::new(CALL, Errno::FBIG))?;
-        let flags = PrivateMemory::of(vm).flags & PrivateMemory::MMAP;
-        let create = kvm_create_guest_memfd { size, flags, ..Default::default() };
+        let create = kvm_create_guest_memfd { size, ..Default::default() };
         let fd = vm
             .create_guest_memfd(create)
             .map_err(|error| Error::new(CALL, Errno::from_raw_os_error(error.errno())))?;
         // SAFETY: the ioctl succeeded, and so returned a new descriptor that nobody else has.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let window = (flags != 0).then(|| Window::new(fd.as_fd(), size)).transpose()?;
-        Ok(Self { fd, pages, window })
+        Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) }, pages })
     }
 
     /// Its size.
@@ -97,12 +91,11 @@ impl GuestMemfd {
             .map_err(|errno| Error::on("fallocate", bytes, errno))
     }
 
-    /// The runs of pages that exist, in order. Where pages can only be counted, ranges that have
-    /// some are halved until they have all.
+    /// The runs of pages that exist, in order. A guest_memfd knows no `lseek(SEEK_DATA)`, so the
+    /// pages are counted (`cachestat`), and ranges that have some halved until they have all.
     ///
     /// # Errors
-    /// Of `mincore`; of `cachestat` where the guest_memfd can't be mapped: `ENOSYS` on a kernel
-    /// without it.
+    /// Of `cachestat`: `ENOSYS` before Linux 6.5 and without `CONFIG_CACHESTAT_SYSCALL`.
     pub fn existing(&self) -> Result<Vec<PageRange>, Error> {
         let mut runs: Vec<PageRange> = Vec::new();
         // Next is last: the lower half goes on top of the upper one.
@@ -130,9 +123,6 @@ impl GuestMemfd {
     }
 
     fn count(&self, range: PageRange) -> Result<u64, Error> {
-        if let Some(window) = &self.window {
-            return window.count(range);
-        }
         let bytes = range.bytes();
         let length = bytes.len().ok_or(Error::on("cachestat", bytes, Errno::INVAL))?;
         cachestat::cachestat(self.fd.as_fd(), bytes.start(), length)

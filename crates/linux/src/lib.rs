@@ -6,8 +6,7 @@
 //! | [`View`] | `mmap(2)` and `madvise(2)` of a memfd, and copies through it |
 //! | [`Userfault`], [`UserfaultOffer`] | `userfaultfd(2)` |
 //! | [`KvmSlot`] | `KVM_SET_USER_MEMORY_REGION`, `KVM_SET_USER_MEMORY_REGION2` |
-//! | [`GuestMemfd`], [`set_private`] | `KVM_CREATE_GUEST_MEMFD`, `KVM_SET_MEMORY_ATTRIBUTES` |
-//! | `window` | `mincore(2)` of a guest_memfd |
+//! | [`GuestMemfd`], [`set_private`] | `KVM_CREATE_GUEST_MEMFD`, `KVM_SET_MEMORY_ATTRIBUTES`, `cachestat(2)` |
 //! | [`pre_fault()`] | `KVM_PRE_FAULT_MEMORY` |
 //! | [`Vcpu`] | `KVM_RUN` |
 //! | [`sigbus`] | `sigaction(2)` of SIGBUS |
@@ -36,7 +35,6 @@ mod uapi;
 mod userfault;
 mod vcpu;
 mod view;
-mod window;
 
 use polder_units::ByteRange;
 

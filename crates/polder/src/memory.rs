@@ -417,7 +417,8 @@ impl Memory {
     /// How many pages of memory the object takes up: of both sides, where they are two pools.
     ///
     /// # Errors
-    /// [`Error::Host`].
+    /// [`Error::Host`]; on host `guest_memfd` with `ENOSYS` where the kernel can't count the
+    /// pages of one (it lacks `cachestat`). [`Memory::existing`] then has the shared ones alone.
     pub fn resident(&self) -> Result<PageCount, Error> {
         self.driver.host.resident()
     }

@@ -40,12 +40,6 @@ pub enum RunError {
     /// This KVM makes no VM whose memory can be private.
     #[error("this KVM offers no VM with private memory: that needs TDP (EPT or NPT)")]
     NoPrivateMemory,
-    /// The vCPU that was to bring the guest's image into private memory stopped before.
-    #[error("the guest's image can't be copied into private memory: the vCPU stopped by {exit}")]
-    Launch {
-        /// By which exit.
-        exit: String,
-    },
     /// A thread could not be started.
     #[error("a thread can't be started")]
     Thread(#[source] std::io::Error),
@@ -85,9 +79,7 @@ impl RunError {
             Self::NoPrivateMemory => {
                 Some("use --host memfd, or a kernel with CONFIG_KVM_SW_PROTECTED_VM and TDP")
             }
-            Self::Image(_) | Self::Launch { .. } | Self::Panicked => {
-                Some("report it: this is a bug in Polder")
-            }
+            Self::Image(_) | Self::Panicked => Some("report it: this is a bug in Polder"),
             Self::Vm { .. } => Some("try less --memory, or fewer --vcpus"),
             Self::Thread(_) => {
                 Some("raise the limits of processes and memory (ulimit -u, ulimit -v)")

@@ -99,9 +99,14 @@ pub(crate) fn create_vcpu(
 }
 
 /// Finds by which instruction, if any, this KVM completes a hypercall: it is tried on a throw-away
-/// vCPU, because a KVM may offer it and never come back from the instruction.
+/// vCPU, because a KVM may offer it and never come back from the instruction. The CPU's own
+/// instruction goes first: KVM emulates the other one.
 pub(crate) fn transport(kvm: &Kvm) -> Result<Transport, RunError> {
-    for transport in [Transport::Vmcall, Transport::Vmmcall] {
+    let mut transports = [Transport::Vmcall, Transport::Vmmcall];
+    if is_amd(kvm)? {
+        transports.reverse();
+    }
+    for transport in transports {
         let Some(probe) = HypercallProbe::new(transport) else { continue };
         let (vm, enabled) = create_vm(kvm, HostKind::Memfd)?;
         if !enabled {
@@ -112,6 +117,19 @@ pub(crate) fn transport(kvm: &Kvm) -> Result<Transport, RunError> {
         }
     }
     Ok(Transport::Port)
+}
+
+/// Whether the CPU is AMD's, or of its kind.
+fn is_amd(kvm: &Kvm) -> Result<bool, RunError> {
+    let cpuid = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(RunError::vm("KVM_GET_SUPPORTED_CPUID"))?;
+    let vendor = cpuid.as_slice().iter().find(|entry| entry.function == 0);
+    let vendor = vendor.map(|entry| [entry.ebx, entry.edx, entry.ecx].map(u32::to_le_bytes));
+    Ok(vendor.is_some_and(|vendor| {
+        [*b"AuthenticAMD", *b"HygonGenuine"]
+            .contains(vendor.as_flattened().first_chunk().unwrap_or(&[0; 12]))
+    }))
 }
 
 fn completes(vm: &Arc<VmFd>, probe: &HypercallProbe) -> Result<bool, RunError> {

@@ -12,7 +12,6 @@ mod error;
 pub mod guest;
 mod intruder;
 mod kvm;
-mod launch;
 mod machine;
 mod report;
 mod requests;

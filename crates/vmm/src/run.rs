@@ -4,17 +4,15 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use polder::units::{ByteSize, Gfn, GfnRange, Gpa, PAGE_BYTES, PageRange};
-use polder::{HostKind, Memory, Slot, VmId};
+use polder::{Contents, HostKind, Memory, OnBusy, Visibility, VmId};
 
 use crate::RunError;
 use crate::guest::{Chunk, Image, Program, Transport};
 use crate::kvm::{self, Conversion};
-use crate::launch;
 use crate::report::{Accelerator, End, Failure, Progress, Report, Supervision};
 use crate::scenario::{self, Scenario, ScenarioError};
 use crate::threads::Threads;
 use crate::vcpu::Ran;
-use crate::vm::slots;
 
 /// What to run.
 #[derive(Clone, Copy, Debug)]
@@ -63,17 +61,17 @@ fn run_on_kvm(
     let image = Image::new(scenario, config.program, transport)?;
     let (vm, _) = kvm::create_vm(&kvm, config.host)?;
     let (memory, id) = bound(config, Arc::clone(&vm).into()).map_err(RunError::Memory)?;
+    match config.host {
+        HostKind::Memfd | HostKind::Machine => load(&memory, id, &image.chunks),
+        HostKind::GuestMemfd => load_shared(&memory, id, scenario.layout().boot, &image.chunks),
+    }
+    .and_then(|()| memory.settle())
+    .map_err(RunError::Memory)?;
+
     let vcpus = (0..)
         .zip(&image.vcpus)
         .map(|(index, start)| Ok((index, kvm::create_vcpu(&kvm, &vm, index, start)?)));
-    let mut vcpus = vcpus.collect::<Result<Vec<_>, RunError>>()?;
-    match (config.host, vcpus.first_mut()) {
-        (HostKind::GuestMemfd, Some((_, vcpu))) => {
-            launch::load(&vm, Slot(slots(&kvm) - 1), vcpu, &image.chunks)?;
-        }
-        _ => load(&memory, id, &image.chunks).map_err(RunError::Memory)?,
-    }
-    memory.settle().map_err(RunError::Memory)?;
+    let vcpus = vcpus.collect::<Result<Vec<_>, RunError>>()?;
     let threads = Threads::new(&memory, id, Some(scenario.layout().churn))?;
     let ended = threads.run_on_kvm(vcpus, supervise)?;
     let conversion_by = match transport {
@@ -166,4 +164,17 @@ fn load(memory: &Memory, vm: VmId, chunks: &[Chunk]) -> Result<(), polder::Error
         }
     }
     Ok(())
+}
+
+/// Shares the boot area and writes an image there. KVM reads a guest's memory by the shared side
+/// alone: what it emulates (an access to a device, a hypercall where the CPU does not say how long
+/// the instruction is) has its code and page tables there, or ends in an internal error.
+fn load_shared(
+    memory: &Memory,
+    vm: VmId,
+    boot: GfnRange,
+    chunks: &[Chunk],
+) -> Result<(), polder::Error> {
+    memory.convert_gfns(vm, boot, Visibility::Shared, Contents::Zero, OnBusy::Wait)?;
+    chunks.iter().try_for_each(|chunk| memory.write(vm, chunk.gpa, &chunk.bytes))
 }

@@ -165,7 +165,7 @@ impl fmt::Debug for Kind {
     }
 }
 
-pub(crate) fn slots(kvm: &Kvm) -> u32 {
+fn slots(kvm: &Kvm) -> u32 {
     u32::try_from(kvm.get_nr_memslots()).expect("KVM numbers slots in 16 bits")
 }
 

@@ -361,8 +361,12 @@ impl Host for GuestMemfdHost {
     fn existing(&self) -> Result<Vec<PageRange>, Error> {
         let mut existing = RangeSet::default();
         self.memfd.existing()?.into_iter().for_each(|run| existing.insert(run));
-        if let Some(guest_memfd) = self.guest_memfd() {
-            guest_memfd.existing()?.into_iter().for_each(|run| existing.insert(run));
+        let private = self.guest_memfd().map(|guest_memfd| guest_memfd.existing());
+        match private.transpose() {
+            Ok(runs) => runs.into_iter().flatten().for_each(|run| existing.insert(run)),
+            // A kernel that can't count the pages of a guest_memfd leaves the shared ones.
+            Err(error) if error.errno == Errno::NOSYS => {}
+            Err(error) => return Err(error.into()),
         }
         Ok(existing.runs().collect())
     }

@@ -47,7 +47,8 @@ pub fn ram(memory: u64) -> [Option<GfnRange>; 2] {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Layout {
     memory: u64,
-    /// Tables, code, stacks and ops: private for good.
+    /// Tables, code, stacks and ops: private for good, but on host `guest_memfd`, where they are
+    /// shared.
     pub boot: GfnRange,
     /// The device's request page.
     pub request: GfnRange,
