@@ -37,6 +37,12 @@ pub trait Host: Sync {
     /// Polder's.
     fn mapped(&self, memory: &Memory, range: PageRange) -> Vec<PageIndex>;
 
+    /// How many pages of memory are taken up: by `memory`, and where the host can't tell that by
+    /// itself, by others too, which stay as they are meanwhile.
+    fn taken(&self, memory: &Memory) -> u64 {
+        memory.resident().expect("the host counts them").get()
+    }
+
     /// What a child process would inherit of the views of `memory`, and what a core dump would
     /// contain of them: a line for each.
     fn inherited(&self, memory: &Memory) -> Vec<String>;

@@ -106,6 +106,11 @@ impl<'a> World<'a> {
         self.0.mapped(memory, range)
     }
 
+    /// [`Host::taken`].
+    pub fn taken(&self, memory: &Memory) -> u64 {
+        self.0.taken(memory)
+    }
+
     /// [`Host::inherited`].
     pub fn inherited(&self, memory: &Memory) -> Vec<String> {
         self.0.inherited(memory)
@@ -128,6 +133,23 @@ pub struct Bound {
 }
 
 impl Bound {
+    /// The ops that convert frames full of a seed's pattern, and leave them full of it: a host that
+    /// can't keep it has zeros there, which are filled again.
+    pub fn converted(&self, gfns: GfnRange, to: Visibility, seed: u64) -> Vec<Op> {
+        let mut ops = vec![convert(gfns, to)];
+        if !self.memory.is_in_place() {
+            ops.extend([zero(gfns), fill(gfns, seed)]);
+        }
+        ops
+    }
+
+    /// The same after a conversion that the VMM asked for.
+    pub fn refill(&self, range: PageRange, seed: u64) {
+        if !self.memory.is_in_place() {
+            self.passes([zero(gfns(range)), fill(gfns(range), seed)]);
+        }
+    }
+
     /// Runs a guest of one vCPU.
     pub fn run(&self, ops: impl IntoIterator<Item = Op>) -> Ended {
         let program = ops.into_iter().chain([Op::Done]).collect();
@@ -182,9 +204,14 @@ pub(crate) fn facts(memory: &Memory, range: PageRange) -> Vec<(PageRange, PageFa
     memory.facts(range).expect("pages of the object")
 }
 
-/// Converts, contents kept; waits for others.
+/// Converts, contents kept where the host can; waits for others.
 pub(crate) fn to(memory: &Memory, range: PageRange, to: Visibility) -> Result<u64, Error> {
-    memory.convert(range, to, Contents::Preserve, OnBusy::Wait).map(PageCount::get)
+    memory.convert(range, to, kept(memory), OnBusy::Wait).map(PageCount::get)
+}
+
+/// How a conversion treats contents that are to be kept where the host can.
+pub(crate) fn kept(memory: &Memory) -> Contents {
+    if memory.is_in_place() { Contents::Preserve } else { Contents::Zero }
 }
 
 /// Makes all of an object shared.

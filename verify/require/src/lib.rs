@@ -16,6 +16,8 @@ pub enum Facility {
     Userfault,
     /// System calls that fail by a filter (seccomp).
     Seccomp,
+    /// A KVM that offers VMs with private memory.
+    PrivateMemory,
 }
 
 impl Facility {
@@ -25,6 +27,7 @@ impl Facility {
             Self::Kvm => "kvm",
             Self::Userfault => "userfault",
             Self::Seccomp => "seccomp",
+            Self::PrivateMemory => "private-memory",
         }
     }
 

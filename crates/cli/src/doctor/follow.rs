@@ -54,10 +54,11 @@ impl Finding {
     }
 }
 
-/// Every host, those of Polder's first.
-pub(super) fn hosts(facts: &Facts) -> Vec<HostFindings> {
-    let there = HostKind::ALL.map(|host| match host {
+/// Every host.
+pub(super) fn hosts(facts: &Facts) -> [HostFindings; 3] {
+    HostKind::ALL.map(|host| match host {
         HostKind::Memfd => memfd(facts),
+        HostKind::GuestMemfd => guest_memfd(facts),
         HostKind::Machine => HostFindings {
             host: host.to_string(),
             usable: true,
@@ -65,8 +66,7 @@ pub(super) fn hosts(facts: &Facts) -> Vec<HostFindings> {
             needs: Vec::new(),
             features: Vec::new(),
         },
-    });
-    there.into_iter().chain([guest_memfd(facts)]).collect()
+    })
 }
 
 /// An error and its causes, in a line.

@@ -4,8 +4,8 @@ use polder::{Contents, Error, OnBusy, Platform, Refusal, Visibility};
 
 use crate::Section::Conversion;
 use crate::world::{
-    PASSED, World, all, byte, bytes, check, facts, fill, gfns, page, pages, put, share_all, to,
-    zero,
+    PASSED, World, all, byte, bytes, check, facts, fill, gfns, kept, page, pages, put, share_all,
+    to, zero,
 };
 use crate::{Case, Ran};
 
@@ -43,7 +43,7 @@ fn contents(w: &World<'_>, platform: Platform, contents: Contents) -> Ran {
     };
     share_all(&memory);
     // The treatment is asked for on the way there, and on the way back.
-    for (there, back) in [(contents, Contents::Preserve), (Contents::Preserve, contents)] {
+    for (there, back) in [(contents, kept(&memory)), (kept(&memory), contents)] {
         (0..8).for_each(|page| put(&memory, page, 5));
         convert(pages(2, 6), Visibility::Private, there);
         assert_eq!(bytes(&memory, pages(2, 6)), [None; 4]);
@@ -92,7 +92,8 @@ fn already_so(w: &World<'_>) -> Ran {
 fn lost(w: &World<'_>) -> Ran {
     let memory = w.memory(4)?;
     let before = facts(&memory, all(&memory));
-    let refused = to(&memory, page(1), Visibility::Shared);
+    let kept = Contents::Preserve;
+    let refused = memory.convert(page(1), Visibility::Shared, kept, OnBusy::Wait);
     assert!(matches!(refused, Err(Error::Refused(Refusal::Contents { .. }))), "{refused:?}");
     assert_eq!(facts(&memory, all(&memory)), before);
     PASSED

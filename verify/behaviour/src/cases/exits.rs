@@ -7,7 +7,7 @@ use polder_vmm::{End, Failure};
 
 use crate::Section::Exits;
 use crate::world::{
-    BASE, Bound, PASSED, World, all, check, convert, fill, gfn, gfns, page, pages, share_all, to,
+    BASE, Bound, PASSED, World, all, check, fill, gfn, gfns, page, pages, share_all, to,
 };
 use crate::{Case, Ran, Trouble};
 
@@ -52,7 +52,8 @@ fn beyond(w: &World<'_>) -> Ran {
 fn gone(w: &World<'_>) -> Ran {
     let bound = w.bound(w.memory(8)?)?;
     let (memory, vm) = (&bound.memory, bound.vm);
-    bound.passes([fill(gfns(all(memory)), 1), convert(gfns(pages(4, 8)), Side::Shared)]);
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    bound.passes(bound.converted(gfns(pages(4, 8)), Side::Shared, 1));
     memory.unbind(vm, Slot(0)).expect("it is bound");
     // The guest had them mapped, a private one and a shared one.
     for at in [0, 7] {

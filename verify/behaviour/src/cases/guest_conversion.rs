@@ -50,16 +50,12 @@ pub(super) const CASES: &[Case] = &[
 fn first(w: &World<'_>) -> Ran {
     let bound = w.bound(w.memory(64)?)?;
     let all = gfns(all(&bound.memory));
-    bound.passes([
-        fill(all, 1),
-        probe(all, HostAccess::Denied),
-        convert(all, SHARED),
-        check(all, 1),
-        probe(all, HostAccess::Readable),
-        fill(all, 2),
-    ]);
+    bound.passes([fill(all, 1), probe(all, HostAccess::Denied)]);
+    bound.passes(bound.converted(all, SHARED, 1));
+    bound.passes([check(all, 1), probe(all, HostAccess::Readable), fill(all, 2)]);
     assert!(holds(&bound.memory, pages(0, 64), 2));
-    bound.passes([convert(all, PRIVATE), probe(all, HostAccess::Denied), check(all, 2)]);
+    bound.passes(bound.converted(all, PRIVATE, 2));
+    bound.passes([probe(all, HostAccess::Denied), check(all, 2)]);
     bound.passes([fill(all, 3), check(all, 3), probe(all, HostAccess::Denied)]);
     PASSED
 }
@@ -97,13 +93,15 @@ fn pattern(w: &World<'_>, offset: u64, length: u64) -> Ran {
     let kept = || rest().map(|rest| check(rest, 1));
 
     bound.passes([fill(gfns(all(memory)), 1), probe(gfns(all(memory)), HostAccess::Denied)]);
-    let shared = [convert(gfns(part), SHARED), probe(gfns(part), HostAccess::Readable)];
+    bound.passes(bound.converted(gfns(part), SHARED, 1));
+    let shared = [probe(gfns(part), HostAccess::Readable)];
     bound.passes(shared.into_iter().chain(denied()).chain(kept()));
     assert!(holds(memory, part, 1));
     let filled = [check(gfns(part), 1), fill(gfns(part), 2)];
     bound.passes(filled.into_iter().chain(kept()));
     assert!(holds(memory, part, 2));
-    let private = [convert(gfns(part), PRIVATE), probe(gfns(part), HostAccess::Denied)];
+    bound.passes(bound.converted(gfns(part), PRIVATE, 2));
+    let private = [probe(gfns(part), HostAccess::Denied)];
     bound.passes(private.into_iter().chain([check(gfns(part), 2)]).chain(kept()));
     bound.passes([fill(gfns(part), 3), check(gfns(part), 3)].into_iter().chain(kept()));
     PASSED
@@ -149,11 +147,13 @@ fn each_of_four(w: &World<'_>, from: Visibility) -> Ran {
         let others = (0..4).filter(|other| *other != turn).map(|other| gfns(page(other)));
         let others: Vec<_> = others.collect();
         let this = gfns(page(turn));
-        let mut ops = vec![convert(this, from.other()), probe(this, of(from.other()))];
+        let mut ops = bound.converted(this, from.other(), 1);
+        ops.push(probe(this, of(from.other())));
         ops.extend(others.iter().map(|other| probe(*other, of(from))));
         ops.extend([check(this, 1), fill(this, 2)]);
         ops.extend(others.iter().map(|other| check(*other, 1)));
-        ops.extend([convert(this, from), probe(this, of(from)), check(this, 2), fill(this, 1)]);
+        ops.extend(bound.converted(this, from, 2));
+        ops.extend([probe(this, of(from)), check(this, 2), fill(this, 1)]);
         bound.passes(ops);
     }
     bound.passes([check(gfns(all(memory)), 1)]);
@@ -165,7 +165,7 @@ fn odd_pages(w: &World<'_>) -> Ran {
     let each = |first: u64| (first..64).step_by(2).map(|at| gfns(page(at)));
     let (odd, even) = (|| each(1), || each(0));
     bound.passes(std::iter::once(fill(gfns(pages(0, 64)), 1)));
-    bound.passes(odd().map(|odd| convert(odd, SHARED)));
+    bound.passes(odd().flat_map(|odd| bound.converted(odd, SHARED, 1)));
     bound.passes(odd().map(|odd| probe(odd, HostAccess::Readable)));
     bound.passes(even().map(|even| probe(even, HostAccess::Denied)));
     bound.passes(odd().flat_map(|odd| [check(odd, 1), fill(odd, 2)]));
@@ -174,6 +174,7 @@ fn odd_pages(w: &World<'_>) -> Ran {
     // Back at a stroke: what is private already is passed over.
     bound.passes([convert(gfns(pages(0, 64)), PRIVATE)]);
     bound.passes([probe(gfns(pages(0, 64)), HostAccess::Denied)]);
+    (1..64).step_by(2).for_each(|at| bound.refill(page(at), 2));
     bound.passes(odd().map(|odd| check(odd, 2)).chain(even().map(|even| check(even, 1))));
     PASSED
 }
@@ -181,7 +182,8 @@ fn odd_pages(w: &World<'_>) -> Ran {
 fn invalid(w: &World<'_>) -> Ran {
     let bound = w.bound(w.memory(8)?)?;
     let memory = &bound.memory;
-    bound.passes([fill(gfns(pages(0, 4)), 1), convert(gfns(pages(2, 4)), SHARED)]);
+    bound.passes([fill(gfns(pages(0, 4)), 1)]);
+    bound.passes(bound.converted(gfns(pages(2, 4)), SHARED, 1));
     let before = facts(memory, all(memory));
     let start = BASE * PAGE_SIZE;
     let end = start + 8 * PAGE_SIZE;

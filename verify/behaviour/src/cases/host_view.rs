@@ -8,8 +8,8 @@ use polder_vmm::scenario::{HostAccess, Visibility as Side};
 
 use crate::Section::HostView;
 use crate::world::{
-    BASE, PASSED, World, all, byte, bytes, check, convert, facts, fill, gfn, gfns, holds, page,
-    pages, probe, put, seeded, share_all, to, touch,
+    BASE, PASSED, World, all, byte, bytes, check, facts, fill, gfn, gfns, holds, page, pages,
+    probe, put, seeded, share_all, to, touch,
 };
 use crate::{Case, Ran};
 
@@ -99,6 +99,7 @@ fn raw_touch(w: &World<'_>) -> Ran {
     let memory = &bound.memory;
     bound.passes([fill(gfns(all(memory)), 1)]);
     to(memory, page(1), Visibility::Shared).expect("no pins");
+    bound.refill(page(1), 1);
     for private in [0, 2, 3] {
         assert!(matches!(touch(memory, private), Err(Error::Copy(_))), "page {private}");
         let wrote = memory.host_view().touch_write(private * PAGE_SIZE + 8, &[0xa5; 8]);
@@ -113,7 +114,8 @@ fn raw_touch(w: &World<'_>) -> Ran {
 fn api(w: &World<'_>) -> Ran {
     let bound = w.bound(w.memory(4)?)?;
     let (memory, vm) = (&bound.memory, bound.vm);
-    bound.passes([fill(gfns(all(memory)), 1), convert(gfns(pages(0, 2)), Side::Shared)]);
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    bound.passes(bound.converted(gfns(pages(0, 2)), Side::Shared, 1));
     let start = gfn(BASE).gpa();
     let named = Error::Refused(Refusal::Private { page: 2u32.into() });
     let mut read = vec![7; 4 * PAGE_BYTES];
@@ -159,14 +161,14 @@ fn forgotten(w: &World<'_>) -> Ran {
     bound.passes([fill(gfns(all(memory)), 1)]);
     for _ in 0..2 {
         assert_eq!(bytes(memory, all(memory)), [None; 4]);
+        bound.passes(bound.converted(gfns(pages(1, 3)), Side::Shared, 1));
         bound.passes([
-            convert(gfns(pages(1, 3)), Side::Shared),
             probe(gfns(pages(1, 3)), HostAccess::Readable),
             probe(gfns(page(0)), HostAccess::Denied),
             probe(gfns(page(3)), HostAccess::Denied),
         ]);
         assert!(holds(memory, pages(1, 3), 1));
-        bound.passes([convert(gfns(pages(1, 3)), Side::Private)]);
+        bound.passes(bound.converted(gfns(pages(1, 3)), Side::Private, 1));
     }
     PASSED
 }

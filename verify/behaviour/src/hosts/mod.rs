@@ -1,5 +1,6 @@
 //! The hosts: what each gives to the cases, and which cases are not applicable to it.
 
+mod guest_memfd;
 mod machine;
 mod memfd;
 
@@ -12,7 +13,7 @@ const LOOKS: u32 = 20 * 30;
 
 /// The columns of the table, in order.
 pub fn hosts() -> &'static [&'static dyn Host] {
-    &[&memfd::Memfd, &machine::Machine(None)]
+    &[&memfd::Memfd, &guest_memfd::GuestMemfd, &machine::Machine(None)]
 }
 
 /// The simulated machine with a bug: no column of the table, but what its rows are tried on.

@@ -1,0 +1,120 @@
+//! Host `guest_memfd`: a kernel that keeps private memory from its VMM.
+//!
+//! Guest, trouble, and what is mapped are as on host `memfd`, whose code is used.
+
+use std::sync::LazyLock;
+
+use polder::units::{PageIndex, PageRange};
+use polder::{HostKind, Memory};
+use polder_require::Facility;
+use polder_vmm::{RunError, Vm};
+
+use super::memfd::Memfd;
+use crate::host::{Guest, Host, Trouble};
+use crate::{Section, Skipped, cases};
+
+/// The guest_memfd host.
+pub(super) struct GuestMemfd;
+
+const LOST: &str = "two pools: a conversion loses contents, and this case is about contents kept";
+const OWED: &str = "no kernel lets a userfaultfd watch a guest_memfd, or the host write its \
+    private pages: contents can't be owed";
+const ONE_VM: &str = "a guest_memfd belongs to one VM: a second one's bind is refused";
+const COUNTED: &str = "which private pages exist the kernel tells only where it has `cachestat`";
+
+const KIND: &str = "a software-protected VM's access is of the kind that its frame is, and never of \
+    the other";
+const OUTSIDE: &str = "it is not to be done or seen from outside the kernel, as on host memfd";
+const TROUBLE: &str = "system calls are made to fail by seccomp, which the lab's kernel lacks";
+
+/// Cases with a reason of their own.
+const REASONS: &[(&str, &str)] = &[
+    ("a slot in use is refused; a slot unbound can be bound anew", LOST),
+    ("unbinding frees no page and changes none", LOST),
+    ("shared first: what the host wrote stays when it becomes private", LOST),
+    ("pages that exist and pages that don't, mixed", LOST),
+    ("the other pages convert singly, and all after the unpin", LOST),
+    ("a request across two slots is all or nothing", LOST),
+    ("contents preserved, of a plain VM", LOST),
+    ("contents preserved, of a software-protected VM", LOST),
+    ("a guest at work on the pages loses none of its words", LOST),
+    ("an overlap in guest frames is refused, in another VM it is not", ONE_VM),
+    ("an overlap in pages is refused, in another VM it is not", ONE_VM),
+    ("two VMs see one object, and a conversion holds for both", ONE_VM),
+    ("contents become zeros in every view, and memory is freed", COUNTED),
+    ("contents zeroed are zeros for the guest, too", COUNTED),
+    ("a range that is busy is refused, where the caller won't wait", OWED),
+    ("a range that is busy is waited for, where the caller will", OWED),
+    (cases::IMPLICIT, KIND),
+    (cases::MISMATCH, KIND),
+    (cases::REFERENCED, OUTSIDE),
+    (cases::FAILED, OUTSIDE),
+    (cases::CHILD, OUTSIDE),
+    (cases::OTHER, OUTSIDE),
+    (cases::GUP, OUTSIDE),
+    (cases::AUDIT, OUTSIDE),
+    (cases::STRAY, OUTSIDE),
+    (cases::STEP_FAILS, TROUBLE),
+    (cases::QUARANTINE, TROUBLE),
+    (cases::QUARANTINE_EXIT, TROUBLE),
+    (cases::DENIED_WHILE_FAILING, TROUBLE),
+];
+
+impl Host for GuestMemfd {
+    fn kind(&self) -> HostKind {
+        HostKind::GuestMemfd
+    }
+
+    fn not_applicable(&self) -> &'static [(&'static str, &'static str)] {
+        static ALL: LazyLock<Vec<(&str, &str)>> = LazyLock::new(|| {
+            let owed = cases().filter(|case| case.section == Section::Population);
+            REASONS.iter().copied().chain(owed.map(|case| (case.name, OWED))).collect()
+        });
+        &ALL
+    }
+
+    fn missing(&self, error: &polder::Error) -> Option<Skipped> {
+        Memfd.missing(error)
+    }
+
+    fn guest(&self) -> Result<Box<dyn Guest>, Skipped> {
+        match Vm::new(self.kind()) {
+            Ok(vm) => Ok(Box::new(vm)),
+            Err(RunError::Kvm(error)) => {
+                Err(Skipped { facility: Facility::Kvm, why: error.to_string() })
+            }
+            Err(error @ RunError::NoPrivateMemory) => {
+                Err(Skipped { facility: Facility::PrivateMemory, why: error.to_string() })
+            }
+            Err(RunError::Memory(error)) => Err(self.missing(&error).expect("memory for a guest")),
+            Err(error) => panic!("no VM: {error:?}"),
+        }
+    }
+
+    fn in_trouble(&self, trouble: Trouble, run: &mut (dyn FnMut() + Send)) -> Result<(), Skipped> {
+        Memfd.in_trouble(trouble, run)
+    }
+
+    fn mapped(&self, memory: &Memory, range: PageRange) -> Vec<PageIndex> {
+        Memfd.mapped(memory, range)
+    }
+
+    fn taken(&self, memory: &Memory) -> u64 {
+        match memory.resident() {
+            Ok(pages) => pages.get(),
+            // By the kernel's own account of all there are: a guest_memfd's can't be evicted.
+            Err(_) => {
+                let meminfo = std::fs::read_to_string("/proc/meminfo").expect("procfs");
+                let counted = |line: &&str| {
+                    ["Unevictable:", "Shmem:"].iter().any(|name| line.starts_with(name))
+                };
+                let number = |line: &str| line.split_whitespace().nth(1)?.parse::<u64>().ok();
+                meminfo.lines().filter(counted).filter_map(number).sum::<u64>() / 4
+            }
+        }
+    }
+
+    fn inherited(&self, memory: &Memory) -> Vec<String> {
+        Memfd.inherited(memory)
+    }
+}
