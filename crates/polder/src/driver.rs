@@ -27,6 +27,7 @@ use polder_engine::{
 use polder_units::PageRange;
 
 use crate::host::Host;
+use crate::host::views::Views;
 use crate::statistics::Counters;
 use crate::{Error, OnBusy};
 
@@ -128,7 +129,7 @@ impl Driver {
     /// Tells those who wait that a claim was released.
     pub(crate) fn released(&self) {
         self.changed.notify_all();
-        self.host.nudge();
+        self.host.views().nudge();
     }
 
     /// Tells those who wait in a call, and not the fault threads.
@@ -215,7 +216,7 @@ impl Driver {
     pub(crate) fn populate(&self, range: PageRange, bytes: &[u8]) -> Result<(), Error> {
         let writing = self.claim(OnBusy::Wait, |engine| engine.populate(range))?;
         self.drain(&writing);
-        if let Err(error) = self.host.write(range.start().offset(), bytes) {
+        if let Err(error) = self.host.views().write(range.start().offset(), bytes) {
             return Err(self.fail(writing, error));
         }
         let published = self.perform(writing)?;
@@ -223,7 +224,7 @@ impl Driver {
         let (view, response, range) = (answer.view(), answer.response(), answer.range());
         let mut given = Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
         // Should it fail, whoever waits is answered one by one.
-        given.done(self.host.answer(view, response, range).is_ok());
+        given.done(self.host.views().answer(view, response, range).is_ok());
         Ok(())
     }
 
@@ -330,7 +331,7 @@ impl Driver {
     pub(crate) fn copy(
         &self,
         find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
-        mut each: impl FnMut(&dyn Host, PageRange) -> Result<(), Error>,
+        mut each: impl FnMut(&dyn Views, PageRange) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let (runs, copying) = self.claim(OnBusy::Wait, |engine| {
             let runs = find(engine)?;
@@ -338,7 +339,7 @@ impl Driver {
             Ok((runs, copying))
         })?;
         let _given = Land { driver: self, landing: Some(Landing::Copy(copying)) };
-        runs.into_iter().try_for_each(|run| each(self.host.as_ref(), run))
+        runs.into_iter().try_for_each(|run| each(self.host.views(), run))
     }
 
     /// A check of the engine that changes nothing.

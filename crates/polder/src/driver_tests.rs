@@ -57,29 +57,8 @@ impl Host for Troubled {
         Ok(())
     }
 
-    fn answer(&self, view: View, response: Response, range: PageRange) -> Result<(), Error> {
-        let left = self.answers.load(Ordering::SeqCst);
-        if left > 0 {
-            self.answers.store(left - 1, Ordering::SeqCst);
-            self.go_wrong()?;
-        }
-        self.host.answer(view, response, range)
-    }
-
-    fn wake(&self, view: View, range: PageRange) {
-        self.host.wake(view, range);
-    }
-
-    fn touches(
-        &self,
-        into: &mut Vec<(View, PageIndex)>,
-        at_most: Option<Duration>,
-    ) -> Result<(), Error> {
-        self.host.touches(into, at_most)
-    }
-
-    fn nudge(&self) {
-        self.host.nudge();
+    fn views(&self) -> &dyn Views {
+        self
     }
 
     fn attach(&self, id: VmId, vm: Vm) -> Result<(), Error> {
@@ -102,40 +81,70 @@ impl Host for Troubled {
         self.host.settle(failed)
     }
 
-    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
-        self.host.read(offset, into)
-    }
-
-    fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
-        self.host.write(offset, from)
-    }
-
-    fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
-        self.host.touch_read(offset, into)
-    }
-
-    fn touch_write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
-        self.host.touch_write(offset, from)
-    }
-
-    fn touch_from(&self, file: BorrowedFd<'_>, offset: u64, count: usize) -> Result<usize, Error> {
-        self.host.touch_from(file, offset, count)
-    }
-
-    fn host_view(&self) -> Option<*mut u8> {
-        self.host.host_view()
-    }
-
-    fn guest_page(&self, address: usize) -> Option<PageIndex> {
-        self.host.guest_page(address)
-    }
-
     fn existing(&self) -> Result<Vec<PageRange>, Error> {
         self.host.existing()
     }
 }
 
+impl Views for Troubled {
+    fn answer(&self, view: View, response: Response, range: PageRange) -> Result<(), Error> {
+        let left = self.answers.load(Ordering::SeqCst);
+        if left > 0 {
+            self.answers.store(left - 1, Ordering::SeqCst);
+            self.go_wrong()?;
+        }
+        self.host.views().answer(view, response, range)
+    }
+
+    fn wake(&self, view: View, range: PageRange) {
+        self.host.views().wake(view, range);
+    }
+
+    fn touches(
+        &self,
+        into: &mut Vec<(View, PageIndex)>,
+        at_most: Option<Duration>,
+    ) -> Result<(), Error> {
+        self.host.views().touches(into, at_most)
+    }
+
+    fn nudge(&self) {
+        self.host.views().nudge();
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        self.host.views().read(offset, into)
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        self.host.views().write(offset, from)
+    }
+
+    fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        self.host.views().touch_read(offset, into)
+    }
+
+    fn touch_write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        self.host.views().touch_write(offset, from)
+    }
+
+    fn touch_from(&self, file: BorrowedFd<'_>, offset: u64, count: usize) -> Result<usize, Error> {
+        self.host.views().touch_from(file, offset, count)
+    }
+
+    fn host_view(&self) -> Option<*mut u8> {
+        self.host.views().host_view()
+    }
+
+    fn guest_page(&self, address: usize) -> Option<PageIndex> {
+        self.host.views().guest_page(address)
+    }
+}
+
 const PAGES: u64 = 16;
+
+/// Those that do all of their steps without a VM.
+const HOSTS: [HostKind; 2] = [HostKind::Memfd, HostKind::Machine];
 
 /// A driver and its threads, over a host whose plan is to be set.
 struct Set {
@@ -160,6 +169,7 @@ impl Set {
                 let guest_view = host.guest_view();
                 (Box::new(host), Some(guest_view))
             }
+            HostKind::GuestMemfd => unreachable!("not one of `HOSTS`"),
             HostKind::Machine => (Box::new(MachineHost::new(pages).unwrap()), None),
         };
         let plan = Arc::new(Mutex::new((usize::MAX, 0)));
@@ -198,7 +208,7 @@ impl Set {
     fn touch(&self) -> Vec<Option<u8>> {
         let byte = |page: u64| {
             let mut byte = [0];
-            self.driver.host.touch_read(page * 4096, &mut byte).ok().map(|()| byte[0])
+            self.driver.host.views().touch_read(page * 4096, &mut byte).ok().map(|()| byte[0])
         };
         (0..PAGES).map(byte).collect()
     }
@@ -219,14 +229,14 @@ fn striped(set: &Set) -> Vec<Option<u8>> {
     for page in (0..PAGES).step_by(2) {
         set.convert(pages(page, page + 1), Visibility::Shared, Contents::Preserve).unwrap();
         let byte = u8::try_from(page).unwrap() + 1;
-        set.driver.host.touch_write(page * 4096, &[byte]).unwrap();
+        set.driver.host.views().touch_write(page * 4096, &[byte]).unwrap();
     }
     set.touch()
 }
 
 #[test]
 fn a_conversion_whose_nth_step_fails_changed_nothing_for_every_n() {
-    for kind in HostKind::ALL {
+    for kind in HOSTS {
         for to in [Visibility::Private, Visibility::Shared] {
             every_step_fails(kind, to);
         }
@@ -259,7 +269,7 @@ fn every_step_fails(kind: HostKind, to: Visibility) {
 
 #[test]
 fn an_operation_abandoned_at_any_step_is_undone_by_who_comes_next() {
-    HostKind::ALL.into_iter().for_each(abandoned_at_any_step);
+    HOSTS.into_iter().for_each(abandoned_at_any_step);
 }
 
 fn abandoned_at_any_step(kind: HostKind) {
@@ -284,7 +294,7 @@ fn abandoned_at_any_step(kind: HostKind) {
 
 #[test]
 fn pages_that_can_not_be_put_right_are_out_of_use_in_every_view() {
-    HostKind::ALL.into_iter().for_each(out_of_use);
+    HOSTS.into_iter().for_each(out_of_use);
 }
 
 fn out_of_use(kind: HostKind) {
@@ -311,7 +321,7 @@ fn out_of_use(kind: HostKind) {
 
 #[test]
 fn an_answer_that_fails_for_a_while_is_given_in_the_end() {
-    for kind in HostKind::ALL {
+    for kind in HOSTS {
         let pause = Duration::from_millis(1);
         let Some(set) = Set::asking(kind, Trouble::Fail, pause) else { continue };
         set.convert(pages(0, 4), Visibility::Shared, Contents::Preserve).unwrap();
@@ -323,7 +333,7 @@ fn an_answer_that_fails_for_a_while_is_given_in_the_end() {
 
 #[test]
 fn an_answer_that_panics_loses_no_touch_and_holds_up_no_conversion() {
-    for kind in HostKind::ALL {
+    for kind in HOSTS {
         let pause = Duration::from_millis(1);
         let Some(set) = Set::asking(kind, Trouble::Panic, pause) else { continue };
         set.convert(pages(0, 4), Visibility::Shared, Contents::Preserve).unwrap();

@@ -34,7 +34,7 @@ impl FaultThreads {
 
     pub(crate) fn stop(&mut self, driver: &Driver) {
         self.stop.store(true, Ordering::Release);
-        driver.host.nudge();
+        driver.host.views().nudge();
         for thread in self.threads.drain(..) {
             // A panic in it was reported when it happened.
             let _ = thread.join();
@@ -62,7 +62,7 @@ impl Server<'_> {
         let waiting = !self.touches.is_empty();
         let at_most = waiting.then_some(self.driver.ask_again);
         // What can fail here is reading descriptors that are ours: it is tried again.
-        let _ = self.driver.host.touches(&mut self.touches, at_most);
+        let _ = self.driver.host.views().touches(&mut self.touches, at_most);
         self.touches.sort_unstable();
         self.touches.dedup();
         if self.driver.try_engine().is_none() {
@@ -83,8 +83,8 @@ impl Server<'_> {
     fn deny_all(&mut self) {
         for (view, page) in self.touches.drain(..) {
             let page = PageRange::one(page);
-            if self.driver.host.answer(view, Response::Poison, page).is_err() {
-                self.driver.host.wake(view, page);
+            if self.driver.host.views().answer(view, Response::Poison, page).is_err() {
+                self.driver.host.views().wake(view, page);
             }
         }
     }
@@ -124,11 +124,11 @@ impl Answers<'_> {
         let mut first = 0;
         while first < self.given.len() {
             let (view, response, range, count) = together(&self.given[first..]);
-            let host = self.driver.host.as_ref();
-            let done = host.answer(view, response, range).is_ok();
+            let views = self.driver.host.views();
+            let done = views.answer(view, response, range).is_ok();
             for (answer, carried_out) in &mut self.given[first..first + count] {
                 // Memory that has run out may come back: who touches waits for that.
-                let done = done || host.answer(view, response, answer.range()).is_ok();
+                let done = done || views.answer(view, response, answer.range()).is_ok();
                 *carried_out = done.then_some(response);
                 self.driver.counters.answered(view, *carried_out);
             }

@@ -6,14 +6,14 @@ use std::os::fd::AsFd;
 use polder_units::PageCount;
 
 use crate::Error;
-use crate::host::Host;
+use crate::host::views::Views;
 
 /// The mapping that device models get pointers into. A touch of a shared page works; one of a
 /// private page raises SIGBUS (in a system call: fails with `EFAULT`); one of a page that is being
 /// converted waits.
 #[derive(Clone, Copy)]
 pub struct HostView<'a> {
-    pub(crate) host: &'a dyn Host,
+    pub(crate) views: &'a dyn Views,
     pub(crate) pages: PageCount,
 }
 
@@ -21,7 +21,7 @@ impl HostView<'_> {
     /// Where the object's page 0 is, if the view is memory of this process (not on the simulated
     /// machine). Valid while the memory lives; what is there changes at any time.
     pub fn as_ptr(self) -> Option<*mut u8> {
-        self.host.host_view()
+        self.views.host_view()
     }
 
     /// Its length in bytes.
@@ -35,7 +35,7 @@ impl HostView<'_> {
     /// [`Error::Copy`] at the first byte denied.
     pub fn touch_read(self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         self.check(offset, into.len())?;
-        self.host.touch_read(offset, into)
+        self.views.touch_read(offset, into)
     }
 
     /// A raw touch that survives being denied: writes bytes at an offset of the object.
@@ -44,7 +44,7 @@ impl HostView<'_> {
     /// [`Error::Copy`] at the first byte denied.
     pub fn touch_write(self, offset: u64, from: &[u8]) -> Result<(), Error> {
         self.check(offset, from.len())?;
-        self.host.touch_write(offset, from)
+        self.views.touch_write(offset, from)
     }
 
     /// Reads up to `count` bytes of a file straight into memory, by one `read(2)`; returns how many
@@ -54,7 +54,7 @@ impl HostView<'_> {
     /// `EFAULT` where the first page is denied.
     pub fn read_from(self, file: impl AsFd, offset: u64, count: usize) -> Result<usize, Error> {
         self.check(offset, count)?;
-        self.host.touch_from(file.as_fd(), offset, count)
+        self.views.touch_from(file.as_fd(), offset, count)
     }
 
     /// Refuses bytes beyond the object: there is nothing to touch.

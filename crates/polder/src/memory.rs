@@ -20,6 +20,7 @@ use crate::faults::FaultThreads;
 use crate::host::guest_memfd::GuestMemfdHost;
 use crate::host::machine::MachineHost;
 use crate::host::memfd::MemfdHost;
+use crate::host::views::Views;
 use crate::host::{Host, HostKind, Vm};
 use crate::statistics::Statistics;
 use crate::vcpu::MachineVcpu;
@@ -300,10 +301,10 @@ impl Memory {
     /// [`Error::Copy`] in the middle.
     pub fn read(&self, vm: VmId, gpa: Gpa, into: &mut [u8]) -> Result<(), Error> {
         let mut left = into;
-        self.copy(vm, gpa, left.len(), |host, offset, count| {
+        self.copy(vm, gpa, left.len(), |views, offset, count| {
             let (now, rest) = std::mem::take(&mut left).split_at_mut(count);
             left = rest;
-            host.read(offset, now)
+            views.read(offset, now)
         })
     }
 
@@ -313,10 +314,10 @@ impl Memory {
     /// As [`Memory::read`].
     pub fn write(&self, vm: VmId, gpa: Gpa, from: &[u8]) -> Result<(), Error> {
         let mut left = from;
-        self.copy(vm, gpa, left.len(), |host, offset, count| {
+        self.copy(vm, gpa, left.len(), |views, offset, count| {
             let (now, rest) = left.split_at(count);
             left = rest;
-            host.write(offset, now)
+            views.write(offset, now)
         })
     }
 
@@ -326,7 +327,7 @@ impl Memory {
         vm: VmId,
         gpa: Gpa,
         count: usize,
-        mut each: impl FnMut(&dyn crate::host::Host, u64, usize) -> Result<(), Error>,
+        mut each: impl FnMut(&dyn Views, u64, usize) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let Some(last) = count.checked_sub(1) else { return Ok(()) };
         let overflow = RangeError::Overflow { start: gpa.get() };
@@ -336,12 +337,12 @@ impl Memory {
         let (mut skip, mut left) = (gpa.page_offset(), count as u64);
         let copied = self.driver.copy(
             |engine| engine.pages_of(vm, gfns),
-            |host, run| {
+            |views, run| {
                 let in_run = run.count().get().saturating_mul(PAGE_SIZE) - skip;
                 let now = in_run.min(left);
                 let offset = run.start().offset() + skip;
                 (skip, left) = (0, left - now);
-                each(host, offset, usize::try_from(now).expect("part of a slice's length"))
+                each(views, offset, usize::try_from(now).expect("part of a slice's length"))
             },
         );
         if let Err(Error::Refused(Refusal::Private { .. } | Refusal::Quarantined { .. })) = copied {
@@ -384,7 +385,7 @@ impl Memory {
     /// The page at a host address in the guest view, of which
     /// [`Exit::MemoryFailure`](polder_linux::Exit::MemoryFailure) tells.
     pub fn page_of_failure(&self, address: usize) -> Option<PageIndex> {
-        self.driver.host.guest_page(address)
+        self.driver.host.views().guest_page(address)
     }
 
     /// What is known of the pages of a range: maximal runs of equal facts.
@@ -430,7 +431,7 @@ impl Memory {
 
     /// The mapping for device models.
     pub fn host_view(&self) -> HostView<'_> {
-        HostView { host: self.driver.host.as_ref(), pages: self.pages() }
+        HostView { views: self.driver.host.views(), pages: self.pages() }
     }
 
     /// What has happened so far.

@@ -21,32 +21,23 @@
 //! - What the VMM's process has as descriptor it can use: free private pages, not read them.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
 
 use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
-use polder_engine::{RangeSet, Response, Slot, Step, View as ViewKind, Visibility, VmId};
-use polder_linux::{
-    Continued, Errno, GuestMemfd, KvmSlot, Memfd, PrivateMemory, Userfault, View, set_private,
-};
-use polder_units::{Gfn, GfnRange, Level, PAGE_SIZE, PageCount, PageIndex, PageRange};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use polder_engine::{RangeSet, Slot, Step, Visibility, VmId};
+use polder_linux::{Errno, GuestMemfd, KvmSlot, PrivateMemory, set_private};
+use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
-use super::memfd::{failed, missing};
-use super::{Host, HostKind, Vm};
+use super::views::{MemfdViews, Views};
+use super::{Host, HostKind, Vm, failed, total};
 use crate::Error;
 
 pub(crate) struct GuestMemfdHost {
-    memfd: Arc<Memfd>,
-    trusted: View,
-    guest: Userfault,
-    host: Userfault,
+    views: MemfdViews,
     /// Held while attributes or slots change: a slot that appears meanwhile would miss a change.
     /// No thread that answers touches takes it.
     state: Mutex<State>,
-    nudge: OwnedFd,
 }
 
 struct State {
@@ -152,14 +143,7 @@ impl GuestMemfdHost {
                 way_out: "have the guest copy them from shared pages, or use --host memfd",
             });
         }
-        let memfd = Arc::new(Memfd::new("polder-shared", pages)?);
-        let trusted = View::new(&memfd)?;
-        let guest = Userfault::new(Arc::new(View::new(&memfd)?)).map_err(missing)?;
-        let host = Userfault::new(Arc::new(View::new(&memfd)?)).map_err(missing)?;
-        let all = PageRange::between(0, pages.get()).expect("an object has pages");
-        host.watch(all).map_err(missing)?;
-        let nudge = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|errno| failed("eventfd", errno))?;
+        let views = MemfdViews::new("polder-shared", pages, false)?;
         let state = State {
             vms: BTreeMap::new(),
             owner: None,
@@ -167,14 +151,7 @@ impl GuestMemfdHost {
             shared: RangeSet::default(),
             cut: RangeSet::default(),
         };
-        Ok(Self { memfd, trusted, guest, host, state: Mutex::new(state), nudge })
-    }
-
-    fn watched(&self, view: ViewKind) -> &Userfault {
-        match view {
-            ViewKind::Guest => &self.guest,
-            ViewKind::Host => &self.host,
-        }
+        Ok(Self { views, state: Mutex::new(state) })
     }
 
     fn guest_memfd(&self) -> Option<Arc<GuestMemfd>> {
@@ -192,24 +169,18 @@ impl GuestMemfdHost {
     /// Frees pages on both sides: on the one that they are on for their contents, on the other for
     /// what a guest may have had made there amid a conversion.
     fn free(&self, range: PageRange) -> Result<(), Error> {
-        self.memfd.punch_hole(range)?;
+        self.views.free(range)?;
         if let Some(guest_memfd) = self.guest_memfd() {
             guest_memfd.punch_hole(range)?;
         }
-        // Markers survive that.
-        self.host.view().zap(range)?;
-        Ok(self.guest.view().zap(range)?)
+        Ok(())
     }
 
     /// Takes pages out of all views for good. A guest_memfd has no poison: the guest is shown the
     /// shared side, where there is a marker.
     fn quarantine(&self, range: PageRange) -> Result<(), Error> {
         let mut state = self.state.lock();
-        self.guest.watch(range)?;
-        for watched in [&self.guest, &self.host] {
-            watched.view().zap(range)?;
-            watched.poison(range)?;
-        }
+        self.views.quarantine(range)?;
         state.cut.insert(range);
         state.set(range, Visibility::Shared)
     }
@@ -218,63 +189,18 @@ impl GuestMemfdHost {
 impl Host for GuestMemfdHost {
     fn take(&self, step: Step) -> Result<(), Error> {
         match step {
-            Step::UnmapHost(range) => self.host.view().zap(range)?,
-            Step::Protect(range, to) => self.protect(range, to)?,
-            Step::Free(range) => self.free(range)?,
-            Step::Quarantine(range) => self.quarantine(range)?,
+            Step::UnmapHost(range) => self.views.unmap_host(range),
+            Step::Protect(range, to) => self.protect(range, to),
+            Step::Free(range) => self.free(range),
+            Step::Quarantine(range) => self.quarantine(range),
             // The kernel takes frames from the guest when it is told what they become; references
             // from outside are to the shared side, which is freed; nothing is ever owed.
-            Step::UnmapGuest(_) | Step::CheckReferences(_) | Step::Publish(_) => {}
-        }
-        Ok(())
-    }
-
-    fn answer(&self, view: ViewKind, response: Response, range: PageRange) -> Result<(), Error> {
-        let watched = self.watched(view);
-        match response {
-            Response::Poison => Ok(watched.poison(range)?),
-            Response::Map => {
-                let mut left = Some(range);
-                while let Some(rest) = left {
-                    let Continued::Missing(page) = watched.resume(rest)? else { break };
-                    left = PageRange::between(page.get(), rest.end());
-                    self.trusted.populate(left.unwrap_or(rest))?;
-                }
-                Ok(())
-            }
+            Step::UnmapGuest(_) | Step::CheckReferences(_) | Step::Publish(_) => Ok(()),
         }
     }
 
-    fn wake(&self, view: ViewKind, range: PageRange) {
-        // It fails only for a range that isn't watched: then nobody waits there.
-        let _ = self.watched(view).wake(range);
-    }
-
-    fn touches(
-        &self,
-        into: &mut Vec<(ViewKind, PageIndex)>,
-        at_most: Option<Duration>,
-    ) -> Result<(), Error> {
-        let mut wait = [self.guest.as_fd(), self.host.as_fd(), self.nudge.as_fd()]
-            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-        let at_most = at_most.and_then(|time| Timespec::try_from(time).ok());
-        match poll(&mut wait, at_most.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(failed("poll", errno)),
-        }
-        // Reading an eventfd empties it; that it is empty already is no error.
-        let _ = rustix::io::read(&self.nudge, &mut [0u8; 8]);
-        let mut touches = Vec::new();
-        for view in [ViewKind::Guest, ViewKind::Host] {
-            self.watched(view).touches(&mut touches)?;
-            into.extend(touches.drain(..).map(|touch| (view, touch.page)));
-        }
-        Ok(())
-    }
-
-    fn nudge(&self) {
-        // It fails only when the counter is about to overflow: then the reader is awake.
-        let _ = rustix::io::write(&self.nudge, &1u64.to_ne_bytes());
+    fn views(&self) -> &dyn Views {
+        &self.views
     }
 
     fn attach(&self, id: VmId, vm: Vm) -> Result<(), Error> {
@@ -296,7 +222,7 @@ impl Host for GuestMemfdHost {
 
     fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
         let mut state = self.state.lock();
-        let owner = state.owner(vm, self.memfd.pages())?;
+        let owner = state.owner(vm, self.views.memfd().pages())?;
         let all = gfns(gfn, pages, pages).ok_or(failed("KVM_SET_MEMORY_ATTRIBUTES", Errno::INVAL));
         // The guest has no slot yet, and so sees none of it happen.
         set_private(&owner.vm, all?, true)?;
@@ -304,7 +230,7 @@ impl Host for GuestMemfdHost {
         for gfns in shared.filter_map(|run| gfns(gfn, pages, run)) {
             set_private(&owner.vm, gfns, false)?;
         }
-        let sides = (&owner.guest_memfd, self.guest.view());
+        let sides = (&owner.guest_memfd, self.views.guest_view());
         let made = KvmSlot::with_guest_memfd(&owner.vm, slot.0, gfn, sides, pages)?;
         state.slots.insert(slot, Bound { slot: made, gfn, pages });
         Ok(())
@@ -320,47 +246,13 @@ impl Host for GuestMemfdHost {
         }
     }
 
-    fn map_guest(&self, _: VmId, _: Gfn, _: Level, _: PageRange) -> Result<(), Error> {
-        // KVM maps what a frame's attribute says.
-        Ok(())
-    }
-
-    fn settle(&self, _: &[PageRange]) -> Result<(), Error> {
-        // Nothing was ever owed.
-        Ok(())
-    }
-
-    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
-        Ok(self.trusted.read(offset, into)?)
-    }
-
-    fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
-        Ok(self.trusted.write(offset, from)?)
-    }
-
-    fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
-        Ok(self.host.view().read(offset, into)?)
-    }
-
-    fn touch_write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
-        Ok(self.host.view().write(offset, from)?)
-    }
-
-    fn touch_from(&self, file: BorrowedFd<'_>, offset: u64, count: usize) -> Result<usize, Error> {
-        Ok(self.host.view().read_from(file, offset, count)?)
-    }
-
-    fn host_view(&self) -> Option<*mut u8> {
-        Some(self.host.view().as_ptr())
-    }
-
-    fn guest_page(&self, address: usize) -> Option<PageIndex> {
-        PageIndex::new(self.guest.view().offset_of(address)? / PAGE_SIZE)
+    fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {
+        self.views.settle(failed)
     }
 
     fn existing(&self) -> Result<Vec<PageRange>, Error> {
         let mut existing = RangeSet::default();
-        self.memfd.existing()?.into_iter().for_each(|run| existing.insert(run));
+        self.views.memfd().existing()?.into_iter().for_each(|run| existing.insert(run));
         let private = self.guest_memfd().map(|guest_memfd| guest_memfd.existing());
         match private.transpose() {
             Ok(runs) => runs.into_iter().flatten().for_each(|run| existing.insert(run)),
@@ -372,16 +264,10 @@ impl Host for GuestMemfdHost {
     }
 
     fn resident(&self) -> Result<PageCount, Error> {
-        let mut pages = self.memfd.existing()?;
+        let mut pages = self.views.memfd().existing()?;
         if let Some(guest_memfd) = self.guest_memfd() {
             pages.extend(guest_memfd.existing()?);
         }
         Ok(total(&pages))
     }
-}
-
-/// How many pages runs are of, counted as often as they occur.
-fn total(runs: &[PageRange]) -> PageCount {
-    let total = runs.iter().fold(0u64, |sum, run| sum.saturating_add(run.count().get()));
-    PageCount::new(total).unwrap_or(PageCount::ZERO)
 }

@@ -30,7 +30,8 @@ use polder_units::{
     Gfn, GfnRange, Level, PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange, Pfn, PfnRange,
 };
 
-use super::{Host, Vm};
+use super::views::Views;
+use super::{Host, Vm, failed};
 use crate::Error;
 
 /// How long a touch that waits goes without being made again.
@@ -84,10 +85,6 @@ fn refused(error: polder_machine::Error) -> Error {
         }
         other => Error::Machine(other),
     }
-}
-
-fn failed(call: &'static str, errno: Errno) -> Error {
-    Error::Host(polder_linux::Error { call, range: None, errno })
 }
 
 impl MachineHost {
@@ -324,41 +321,8 @@ impl Host for MachineHost {
         }
     }
 
-    fn answer(&self, view: View, response: Response, range: PageRange) -> Result<(), Error> {
-        let done = match (view, response) {
-            (View::Host, Response::Map) => self.map_host(range),
-            (View::Host, Response::Poison) => self.poison(range),
-            // A guest's faults don't come this way: see `map_guest`.
-            (View::Guest, _) => Ok(()),
-        };
-        self.answered();
-        done
-    }
-
-    fn wake(&self, _: View, _: PageRange) {
-        self.answered();
-    }
-
-    fn touches(
-        &self,
-        into: &mut Vec<(View, PageIndex)>,
-        at_most: Option<Duration>,
-    ) -> Result<(), Error> {
-        let mut events = self.events.lock();
-        if events.touches.is_empty() && !events.nudged {
-            match at_most {
-                Some(time) => drop(self.queued.wait_for(&mut events, time)),
-                None => self.queued.wait(&mut events),
-            }
-        }
-        events.nudged = false;
-        into.extend(std::mem::take(&mut events.touches));
-        Ok(())
-    }
-
-    fn nudge(&self) {
-        self.events.lock().nudged = true;
-        self.queued.notify_all();
+    fn views(&self) -> &dyn Views {
+        self
     }
 
     fn attach(&self, id: VmId, vm: Vm) -> Result<(), Error> {
@@ -415,6 +379,64 @@ impl Host for MachineHost {
     fn settle(&self, _: &[PageRange]) -> Result<(), Error> {
         self.answered();
         Ok(())
+    }
+
+    fn existing(&self) -> Result<Vec<PageRange>, Error> {
+        let all = PageRange::between(0, self.pages.get()).expect("an object has pages");
+        let machine = self.lock();
+        let mut runs: Vec<PageRange> = Vec::new();
+        for (page, backing) in machine.folios(self.object, all).map_err(refused)? {
+            let pages = machine.config().geometry.pages(backing.level);
+            let run = PageRange::new(page, pages).expect("a folio lies in its object");
+            match runs.last_mut().and_then(|last| Some((last.append(run)?, last))) {
+                Some((longer, last)) => *last = longer,
+                None => runs.push(run),
+            }
+        }
+        Ok(runs)
+    }
+
+    fn machine(&self) -> Option<&MachineHost> {
+        Some(self)
+    }
+}
+
+impl Views for MachineHost {
+    fn answer(&self, view: View, response: Response, range: PageRange) -> Result<(), Error> {
+        let done = match (view, response) {
+            (View::Host, Response::Map) => self.map_host(range),
+            (View::Host, Response::Poison) => self.poison(range),
+            // A guest's faults don't come this way: see `map_guest`.
+            (View::Guest, _) => Ok(()),
+        };
+        self.answered();
+        done
+    }
+
+    fn wake(&self, _: View, _: PageRange) {
+        self.answered();
+    }
+
+    fn touches(
+        &self,
+        into: &mut Vec<(View, PageIndex)>,
+        at_most: Option<Duration>,
+    ) -> Result<(), Error> {
+        let mut events = self.events.lock();
+        if events.touches.is_empty() && !events.nudged {
+            match at_most {
+                Some(time) => drop(self.queued.wait_for(&mut events, time)),
+                None => self.queued.wait(&mut events),
+            }
+        }
+        events.nudged = false;
+        into.extend(std::mem::take(&mut events.touches));
+        Ok(())
+    }
+
+    fn nudge(&self) {
+        self.events.lock().nudged = true;
+        self.queued.notify_all();
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
@@ -483,24 +505,5 @@ impl Host for MachineHost {
 
     fn guest_page(&self, _: usize) -> Option<PageIndex> {
         None
-    }
-
-    fn existing(&self) -> Result<Vec<PageRange>, Error> {
-        let all = PageRange::between(0, self.pages.get()).expect("an object has pages");
-        let machine = self.lock();
-        let mut runs: Vec<PageRange> = Vec::new();
-        for (page, backing) in machine.folios(self.object, all).map_err(refused)? {
-            let pages = machine.config().geometry.pages(backing.level);
-            let run = PageRange::new(page, pages).expect("a folio lies in its object");
-            match runs.last_mut().and_then(|last| Some((last.append(run)?, last))) {
-                Some((longer, last)) => *last = longer,
-                None => runs.push(run),
-            }
-        }
-        Ok(runs)
-    }
-
-    fn machine(&self) -> Option<&MachineHost> {
-        Some(self)
     }
 }

@@ -3,17 +3,18 @@
 pub(crate) mod guest_memfd;
 pub(crate) mod machine;
 pub(crate) mod memfd;
+pub(crate) mod views;
 
 use std::fmt;
-use std::os::fd::BorrowedFd;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use kvm_ioctls::VmFd;
-use polder_engine::{Response, Slot, Step, View, VmId};
-use polder_units::{Gfn, Level, PageCount, PageIndex, PageRange};
+use polder_engine::{Slot, Step, VmId};
+use polder_linux::Errno;
+use polder_units::{Gfn, Level, PageCount, PageRange};
 
+use self::views::Views;
 use crate::Error;
 
 /// Which host.
@@ -88,22 +89,8 @@ pub(crate) trait Host: Send + Sync {
     /// Takes a step of an operation.
     fn take(&self, step: Step) -> Result<(), Error>;
 
-    /// Carries out an answer on pages of a view.
-    fn answer(&self, view: View, response: Response, range: PageRange) -> Result<(), Error>;
-
-    /// Lets whoever touches the pages touch again.
-    fn wake(&self, view: View, range: PageRange);
-
-    /// Adds the touches that wait to be answered; waits for one, for [`Host::nudge`], or until
-    /// `at_most` has passed.
-    fn touches(
-        &self,
-        into: &mut Vec<(View, PageIndex)>,
-        at_most: Option<Duration>,
-    ) -> Result<(), Error>;
-
-    /// Makes a waiting [`Host::touches`] return.
-    fn nudge(&self);
+    /// How the bytes are reached, and who touches them.
+    fn views(&self) -> &dyn Views;
 
     /// Makes a VM known under this name.
     fn attach(&self, id: VmId, vm: Vm) -> Result<(), Error>;
@@ -115,44 +102,34 @@ pub(crate) trait Host: Send + Sync {
     fn unbind(&self, vm: VmId, slot: Slot);
 
     /// Maps the page of `level` around `gfn` for the guest, whose pages of the object are `range`.
-    /// A host whose hypervisor maps by itself has nothing to do.
-    fn map_guest(&self, vm: VmId, gfn: Gfn, level: Level, range: PageRange) -> Result<(), Error>;
+    /// KVM maps by itself.
+    fn map_guest(&self, _: VmId, _: Gfn, _: Level, _range: PageRange) -> Result<(), Error> {
+        Ok(())
+    }
 
     /// Stops watching the guest's touches: nothing is owed any more but `failed`, for good.
     fn settle(&self, failed: &[PageRange]) -> Result<(), Error>;
-
-    /// Copies bytes of the object out, unchecked: the caller holds a claim on them.
-    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error>;
-
-    /// Copies bytes of the object in, unchecked: the caller holds a claim on them.
-    fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error>;
-
-    /// Reads through the host view, as a device model's pointer does. The bytes lie in the object.
-    fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error>;
-
-    /// Writes through the host view.
-    fn touch_write(&self, offset: u64, from: &[u8]) -> Result<(), Error>;
-
-    /// Has the kernel read a file into the host view.
-    fn touch_from(&self, file: BorrowedFd<'_>, offset: u64, count: usize) -> Result<usize, Error>;
-
-    /// Where the host view is, if it is memory of this process.
-    fn host_view(&self) -> Option<*mut u8>;
-
-    /// The page at an address in the guest view, if that is memory of this process.
-    fn guest_page(&self, address: usize) -> Option<PageIndex>;
 
     /// The runs of pages that take up memory.
     fn existing(&self) -> Result<Vec<PageRange>, Error>;
 
     /// How many pages of memory it takes up, on all sides.
     fn resident(&self) -> Result<PageCount, Error> {
-        let pages = self.existing()?.iter().fold(0, |sum, run| sum + run.count().get());
-        Ok(PageCount::new(pages).unwrap_or(PageCount::ZERO))
+        Ok(total(&self.existing()?))
     }
 
     /// The simulated machine, on that host.
     fn machine(&self) -> Option<&machine::MachineHost> {
         None
     }
+}
+
+/// How many pages runs are of, counted as often as they occur.
+fn total(runs: &[PageRange]) -> PageCount {
+    let total = runs.iter().fold(0u64, |sum, run| sum.saturating_add(run.count().get()));
+    PageCount::new(total).unwrap_or(PageCount::ZERO)
+}
+
+fn failed(call: &'static str, errno: Errno) -> Error {
+    Error::Host(polder_linux::Error { call, range: None, errno })
 }

@@ -1,0 +1,252 @@
+//! The views of an object: how its bytes are reached, and touches that wait to be answered.
+//!
+//! ```text
+//!              guest view          host view             trusted view
+//! who          KVM's slots         device models         Polder alone
+//! shared page  mapped by faults    mapped by answers     mapped by use
+//! private page (host by host)      poisoned when touched (host by host)
+//! watched      while owed          always                never
+//! ```
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use polder_engine::{RangeSet, Response, View as ViewKind};
+use polder_linux::{Continued, Errno, Memfd, Userfault, View};
+use polder_units::{PAGE_SIZE, PageCount, PageIndex, PageRange};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+use super::failed;
+use crate::Error;
+
+/// How the bytes of an object are reached, and who touches them.
+pub(crate) trait Views: Send + Sync {
+    /// Carries out an answer on pages of a view.
+    fn answer(&self, view: ViewKind, response: Response, range: PageRange) -> Result<(), Error>;
+
+    /// Lets whoever touches the pages touch again.
+    fn wake(&self, view: ViewKind, range: PageRange);
+
+    /// Adds the touches that wait to be answered; waits for one, for [`Views::nudge`], or until
+    /// `at_most` has passed.
+    fn touches(
+        &self,
+        into: &mut Vec<(ViewKind, PageIndex)>,
+        at_most: Option<Duration>,
+    ) -> Result<(), Error>;
+
+    /// Makes a waiting [`Views::touches`] return.
+    fn nudge(&self);
+
+    /// Copies bytes of the object out, unchecked: the caller holds a claim on them.
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error>;
+
+    /// Copies bytes of the object in, unchecked: the caller holds a claim on them.
+    fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error>;
+
+    /// Reads through the host view, as a device model's pointer does. The bytes lie in the object.
+    fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error>;
+
+    /// Writes through the host view.
+    fn touch_write(&self, offset: u64, from: &[u8]) -> Result<(), Error>;
+
+    /// Has the kernel read a file into the host view.
+    fn touch_from(&self, file: BorrowedFd<'_>, offset: u64, count: usize) -> Result<usize, Error>;
+
+    /// Where the host view is, if it is memory of this process.
+    fn host_view(&self) -> Option<*mut u8>;
+
+    /// The page at an address in the guest view, if that is memory of this process.
+    fn guest_page(&self, address: usize) -> Option<PageIndex>;
+}
+
+/// The three views of a memfd.
+pub(crate) struct MemfdViews {
+    memfd: Arc<Memfd>,
+    trusted: View,
+    guest: Userfault,
+    host: Userfault,
+    /// Pages of the guest view that are watched for good, because they are in quarantine. Held
+    /// while that view's watching changes.
+    kept: Mutex<RangeSet>,
+    nudge: OwnedFd,
+}
+
+impl MemfdViews {
+    /// A new memfd of `pages` pages, and its views; the guest's is watched if contents are `owed`.
+    pub(super) fn new(name: &str, pages: PageCount, owed: bool) -> Result<Self, Error> {
+        let memfd = Arc::new(Memfd::new(name, pages)?);
+        let trusted = View::new(&memfd)?;
+        let guest = Userfault::new(Arc::new(View::new(&memfd)?)).map_err(missing)?;
+        let host = Userfault::new(Arc::new(View::new(&memfd)?)).map_err(missing)?;
+        let all = PageRange::between(0, pages.get()).expect("an object has pages");
+        host.watch(all).map_err(missing)?;
+        if owed {
+            guest.watch(all).map_err(missing)?;
+        }
+        let nudge = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|errno| failed("eventfd", errno))?;
+        Ok(Self { memfd, trusted, guest, host, kept: Mutex::default(), nudge })
+    }
+
+    pub(super) fn memfd(&self) -> &Memfd {
+        &self.memfd
+    }
+
+    /// What KVM's slots show.
+    pub(crate) fn guest_view(&self) -> &Arc<View> {
+        self.guest.view()
+    }
+
+    /// Takes pages out of the host view; they stay in the memfd. Lifts markers too.
+    pub(super) fn unmap_host(&self, range: PageRange) -> Result<(), Error> {
+        Ok(self.host.view().zap(range)?)
+    }
+
+    /// Frees pages, under every view.
+    pub(super) fn free(&self, range: PageRange) -> Result<(), Error> {
+        self.memfd.punch_hole(range)?;
+        // Markers survive that.
+        self.host.view().zap(range)?;
+        Ok(self.guest.view().zap(range)?)
+    }
+
+    /// Takes pages out of all views for good, by markers in their place.
+    pub(super) fn quarantine(&self, range: PageRange) -> Result<(), Error> {
+        let mut kept = self.kept.lock();
+        kept.insert(range);
+        // Watching what is watched already is harmless.
+        self.guest.watch(range)?;
+        for watched in [&self.guest, &self.host] {
+            watched.view().zap(range)?;
+            watched.poison(range)?;
+        }
+        Ok(())
+    }
+
+    /// Stops watching the guest view, but for pages in quarantine and those that `failed`.
+    pub(super) fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {
+        let mut kept = self.kept.lock();
+        failed.iter().for_each(|&run| kept.insert(run));
+        let mut next = 0;
+        let ends = kept.runs().map(|run| (run.start().get(), run.end()));
+        for (start, end) in ends.chain([(self.memfd.pages().get(), u64::MAX)]) {
+            if let Some(free) = PageRange::between(next, start) {
+                self.guest.unwatch(free)?;
+            }
+            next = end;
+        }
+        Ok(())
+    }
+
+    fn watched(&self, view: ViewKind) -> &Userfault {
+        match view {
+            ViewKind::Guest => &self.guest,
+            ViewKind::Host => &self.host,
+        }
+    }
+
+    /// Maps pages into a view, making those that don't exist yet.
+    fn map(&self, view: ViewKind, range: PageRange) -> Result<(), Error> {
+        let mut left = Some(range);
+        while let Some(rest) = left {
+            match self.watched(view).resume(rest)? {
+                Continued::Mapped => return Ok(()),
+                Continued::Missing(page) => {
+                    left = PageRange::between(page.get(), rest.end());
+                    self.trusted.populate(left.unwrap_or(rest))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Views for MemfdViews {
+    fn answer(&self, view: ViewKind, response: Response, range: PageRange) -> Result<(), Error> {
+        match response {
+            Response::Map => self.map(view, range),
+            Response::Poison => Ok(self.watched(view).poison(range)?),
+        }
+    }
+
+    fn wake(&self, view: ViewKind, range: PageRange) {
+        // It fails only for a range that isn't watched: then nobody waits there.
+        let _ = self.watched(view).wake(range);
+    }
+
+    fn touches(
+        &self,
+        into: &mut Vec<(ViewKind, PageIndex)>,
+        at_most: Option<Duration>,
+    ) -> Result<(), Error> {
+        let mut wait = [self.guest.as_fd(), self.host.as_fd(), self.nudge.as_fd()]
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        let at_most = at_most.and_then(|time| Timespec::try_from(time).ok());
+        match poll(&mut wait, at_most.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(failed("poll", errno)),
+        }
+        // Reading an eventfd empties it; that it is empty already is no error.
+        let _ = rustix::io::read(&self.nudge, &mut [0u8; 8]);
+        let mut touches = Vec::new();
+        for view in [ViewKind::Guest, ViewKind::Host] {
+            self.watched(view).touches(&mut touches)?;
+            into.extend(touches.drain(..).map(|touch| (view, touch.page)));
+        }
+        Ok(())
+    }
+
+    fn nudge(&self) {
+        // It fails only when the counter is about to overflow: then the reader is awake.
+        let _ = rustix::io::write(&self.nudge, &1u64.to_ne_bytes());
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        Ok(self.trusted.read(offset, into)?)
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        Ok(self.trusted.write(offset, from)?)
+    }
+
+    fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        Ok(self.host.view().read(offset, into)?)
+    }
+
+    fn touch_write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        Ok(self.host.view().write(offset, from)?)
+    }
+
+    fn touch_from(&self, file: BorrowedFd<'_>, offset: u64, count: usize) -> Result<usize, Error> {
+        Ok(self.host.view().read_from(file, offset, count)?)
+    }
+
+    fn host_view(&self) -> Option<*mut u8> {
+        Some(self.host.view().as_ptr())
+    }
+
+    fn guest_page(&self, address: usize) -> Option<PageIndex> {
+        PageIndex::new(self.guest.view().offset_of(address)? / PAGE_SIZE)
+    }
+}
+
+/// Says what to do where userfaultfd can't be used.
+fn missing(source: polder_linux::Error) -> Error {
+    match source.errno {
+        Errno::PERM | Errno::ACCESS => Error::Missing {
+            what: "this host watches memory by userfaultfd, which this user may not use",
+            way_out: "run as root, give the user read and write access to /dev/userfaultfd, \
+                      or set vm.unprivileged_userfaultfd=1",
+            source,
+        },
+        Errno::NOSYS | Errno::INVAL => Error::Missing {
+            what: "this host needs a userfaultfd that can poison, which this kernel lacks",
+            way_out: "use Linux 6.6 or newer with CONFIG_USERFAULTFD",
+            source,
+        },
+        _ => source.into(),
+    }
+}
