@@ -207,6 +207,7 @@ impl Guest for Vm {
         match (ended.end, ended.faults.first()) {
             (_, Some(fault)) => Err(*fault),
             (End::Failed(Failure::Check { found, .. }), None) => Ok(found),
+            (End::Failed(Failure::MemoryFault { fault, .. }), None) => Err(fault),
             (End::Ok, None) => Ok(UNLIKELY),
             (end, None) => panic!("an access at {gpa} ended in {end:?}"),
         }
