@@ -6,6 +6,7 @@ use polder::units::{Gfn, GfnRange, PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, 
 use polder::{
     Builder, Contents, Error, Memory, OnBusy, PageFacts, Platform, Slot, Visibility, VmId,
 };
+use polder_require::Facility;
 use polder_vmm::scenario::{HostAccess, Op, Outcome, Pattern, pattern};
 use polder_vmm::{End, Ended};
 
@@ -99,6 +100,19 @@ impl<'a> World<'a> {
         let mut returned = None;
         self.0.in_trouble(trouble, &mut || returned = Some(run()))?;
         Ok(returned.expect("the host calls it"))
+    }
+
+    /// Nothing, where it can be told of each page whether it takes up memory.
+    ///
+    /// # Errors
+    /// [`Skipped`]: the pages of a guest_memfd are told of by `cachestat`.
+    pub fn existing_is_told(&self, memory: &Memory) -> Result<(), Skipped> {
+        match memory.resident() {
+            Err(Error::Host(error)) if error.call == "cachestat" => {
+                Err(Skipped { facility: Facility::Cachestat, why: error.to_string() })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// [`Host::mapped`].

@@ -18,6 +18,8 @@ pub enum Facility {
     Seccomp,
     /// A KVM that offers VMs with private memory.
     PrivateMemory,
+    /// The pages of any file counted (`cachestat`).
+    Cachestat,
 }
 
 impl Facility {
@@ -28,6 +30,7 @@ impl Facility {
             Self::Userfault => "userfault",
             Self::Seccomp => "seccomp",
             Self::PrivateMemory => "private-memory",
+            Self::Cachestat => "cachestat",
         }
     }
 

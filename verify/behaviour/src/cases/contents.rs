@@ -63,6 +63,7 @@ fn contents(w: &World<'_>, platform: Platform, contents: Contents) -> Ran {
 fn zeros_for_the_guest(w: &World<'_>) -> Ran {
     let bound = w.bound(w.memory(8)?)?;
     let memory = &bound.memory;
+    w.existing_is_told(memory)?;
     for visibility in [Visibility::Shared, Visibility::Private] {
         bound.passes([fill(gfns(all(memory)), 1)]);
         let convert = |range| memory.convert(range, visibility, Contents::Zero, OnBusy::Wait);

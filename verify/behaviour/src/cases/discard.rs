@@ -44,8 +44,10 @@ fn no_range(w: &World<'_>) -> Ran {
 fn zeros(w: &World<'_>) -> Ran {
     let bound = w.bound(w.memory(16)?)?;
     let memory = &bound.memory;
+    w.existing_is_told(memory)?;
     // Half of it private, half shared, all of it mapped by whoever may.
-    bound.passes([fill(gfns(all(memory)), 1), convert(gfns(pages(8, 16)), Side::Shared)]);
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    bound.passes(bound.converted(gfns(pages(8, 16)), Side::Shared, 1));
     bytes_are_there(memory, pages(8, 16));
     assert_eq!(memory.existing(), Ok(vec![pages(0, 16)]));
     assert_eq!(memory.discard(pages(4, 12), OnBusy::Wait), Ok(()));
