@@ -5,11 +5,17 @@
 //! ([`initramfs`]) and sees the files of this machine, so that what cargo built runs there as it
 //! is.
 
+mod apt;
 mod arguments;
 mod guest;
+pub(crate) mod holding;
 mod initramfs;
 mod kernel;
+mod kernels_page;
+mod matrix;
+mod packaged;
 mod table;
+mod tool;
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
@@ -18,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use arguments::Arguments;
-use guest::{Guest, Taker};
+use guest::{Guest, Kernel, Taker};
 
 /// The exit status where the lab failed, rather than the command in it.
 const LAB_FAILED: u8 = 125;
@@ -44,12 +50,14 @@ fn run(root: &Path) -> Result<u8, String> {
     let arguments = Arguments::parse(std::env::args_os().skip(2))?;
     guest::needs()?;
     let root = root.canonicalize().map_err(|error| format!("{}: {error}", root.display()))?;
-    let target = target(&root)?;
-    let lab = target.join("lab");
-    let lab = Lab { kernel: kernel::image(&lab)?, root, target, arguments };
+    let lab = Lab { target: target(&root)?, root, arguments };
+    if lab.arguments.matrix {
+        return matrix::run(&lab);
+    }
+    let kernel = lab.kernel()?;
     match lab.arguments.command.as_slice() {
-        [] => table::run(&lab),
-        command => lab.run(command, &mut |bytes| {
+        [] => table::run(&lab, &kernel),
+        command => lab.run(&kernel, None, command, &mut |bytes| {
             // Who does not want to read on is not our affair.
             let _ = std::io::stdout().write_all(bytes);
             let _ = std::io::stdout().flush();
@@ -57,24 +65,57 @@ fn run(root: &Path) -> Result<u8, String> {
     }
 }
 
-/// A lab in which commands can be run.
+/// Where commands can be run, and how.
 struct Lab {
-    kernel: PathBuf,
     root: PathBuf,
     target: PathBuf,
     arguments: Arguments,
 }
 
 impl Lab {
+    /// What is the lab's alone.
+    fn folder(&self) -> PathBuf {
+        self.target.join("lab")
+    }
+
+    /// The kernel with private memory.
+    fn kernel(&self) -> Result<Kernel, String> {
+        let image = kernel::image(&self.folder())?;
+        Ok(Kernel { image, modules: Vec::new() })
+    }
+
+    /// The programs that the lab runs, optimized: the emulation is slow enough.
+    fn build(&self) -> Result<(), String> {
+        let status = Command::new(env!("CARGO"))
+            .args(["build", "--quiet", "--release", "-p", "polder-behaviour", "-p", "polder-cli"])
+            .current_dir(&self.root)
+            .status()
+            .map_err(|error| format!("cargo build: {error}"))?;
+        if status.success() { Ok(()) } else { Err(format!("cargo build: {status}")) }
+    }
+
+    /// One of them.
+    fn program(&self, name: &str) -> OsString {
+        self.target.join("release").join(name).into_os_string()
+    }
+
     /// Runs a command in a kernel booted for it, and returns its exit status. What it writes to
-    /// its standard output `out` gets.
-    fn run(&self, command: &[OsString], out: Taker<'_>) -> Result<u8, String> {
+    /// its standard output `out` gets. That it still runs is told now and then, if it is said
+    /// whose command it is.
+    fn run(
+        &self,
+        kernel: &Kernel,
+        whose: Option<&str>,
+        command: &[OsString],
+        out: Taker<'_>,
+    ) -> Result<u8, String> {
         let here = std::env::current_dir().map_err(|error| format!("this folder: {error}"))?;
-        let writable = self.target.join("lab/work");
+        let writable = self.folder().join("work");
         std::fs::create_dir_all(&writable)
             .map_err(|error| format!("{}: {error}", writable.display()))?;
         let guest = Guest {
-            kernel: &self.kernel,
+            kernel,
+            patience: whose,
             cpus: self.arguments.cpus,
             memory: self.arguments.memory,
             timeout: self.arguments.timeout,

@@ -13,6 +13,8 @@ usage: cargo xtask NAME
            run the behaviour table (verify/behaviour), or write it to its file
   lab [--cpus N] [--memory MIB] [--timeout SECONDS] [-- COMMAND]
            run a command, else the behaviour table, in a Linux with private memory (docs/lab.md)
+  lab --matrix [--json]
+           run the behaviour table in Debian's kernels too, and write docs/kernels.md
   layers   check which crate uses which, and where `unsafe` stands (crates/README.md)
   readme   run the commands that README.md and docs/ show";
 
@@ -25,6 +27,7 @@ fn main() -> ExitCode {
     let done = match std::env::args().nth(1).as_deref() {
         Some("behaviours") => return behaviours(&root()),
         Some("lab") => return lab::main(&root()),
+        Some(lab::holding::NAME) => return lab::holding::main(std::env::args_os().skip(2)),
         Some("layers") => layers::check(&root()),
         Some("readme") => readme::run(&root()),
         _ => Err(USAGE.to_owned()),

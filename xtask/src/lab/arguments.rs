@@ -3,8 +3,10 @@
 use std::ffi::OsString;
 
 const USAGE: &str = "\
-usage: cargo xtask lab [--cpus N] [--memory MIB] [--timeout SECONDS] [-- COMMAND [ARGUMENT]...]
-  without a command: the behaviour table and `polder run`, on every host";
+usage: cargo xtask lab [--cpus N] [--memory MIB] [--timeout SECONDS]
+                       [--matrix [--json] | -- COMMAND [ARGUMENT]...]
+  without a command: the behaviour table and `polder run`, on every host
+  --matrix: the behaviour table in Debian's kernels too; writes docs/kernels.md";
 
 /// What was asked for.
 #[derive(PartialEq, Eq, Debug)]
@@ -15,13 +17,24 @@ pub(super) struct Arguments {
     pub(super) memory: u32,
     /// After how many seconds it counts as hung.
     pub(super) timeout: u32,
+    /// Whether the table is run in all kernels.
+    pub(super) matrix: bool,
+    /// Whether what came of that is printed as JSON.
+    pub(super) json: bool,
     /// What to run; nothing means the table.
     pub(super) command: Vec<OsString>,
 }
 
 impl Arguments {
     pub(super) fn parse(given: impl Iterator<Item = OsString>) -> Result<Self, String> {
-        let mut parsed = Self { cpus: 2, memory: 1024, timeout: 1800, command: Vec::new() };
+        let mut parsed = Self {
+            cpus: 2,
+            memory: 1024,
+            timeout: 1800,
+            matrix: false,
+            json: false,
+            command: Vec::new(),
+        };
         let mut given = given;
         while let Some(option) = given.next() {
             // The kernel is built for 8 CPUs, and takes some 100 MiB for itself.
@@ -29,10 +42,20 @@ impl Arguments {
                 Some("--cpus") => (&mut parsed.cpus, 1..=8),
                 Some("--memory") => (&mut parsed.memory, 256..=1 << 20),
                 Some("--timeout") => (&mut parsed.timeout, 1..=86_400),
+                Some("--matrix") => {
+                    parsed.matrix = true;
+                    continue;
+                }
+                Some("--json") => {
+                    parsed.json = true;
+                    continue;
+                }
                 Some("--") => {
-                    parsed.command = given.collect();
-                    let empty = parsed.command.is_empty();
-                    return if empty { Err(wrong("-- without a command")) } else { Ok(parsed) };
+                    parsed.command = given.by_ref().collect();
+                    if parsed.command.is_empty() {
+                        return Err(wrong("-- without a command"));
+                    }
+                    break;
                 }
                 _ => return Err(wrong(&format!("{} is no option", option.display()))),
             };
@@ -41,6 +64,12 @@ impl Arguments {
                 let (least, most) = allowed.into_inner();
                 wrong(&format!("{} takes a number from {least} to {most}", option.display()))
             })?;
+        }
+        if parsed.matrix && !parsed.command.is_empty() {
+            return Err(wrong("--matrix runs the table, and no other command"));
+        }
+        if parsed.json && !parsed.matrix {
+            return Err(wrong("--json is for --matrix"));
         }
         Ok(parsed)
     }
@@ -63,12 +92,17 @@ mod tests {
         let parsed = parse("--cpus 3 --memory 512 --timeout 9 -- ls --cpus x -- y").unwrap();
         assert_eq!((parsed.cpus, parsed.memory, parsed.timeout), (3, 512, 9));
         assert_eq!(parsed.command, ["ls", "--cpus", "x", "--", "y"]);
+        assert!(!parsed.matrix && !parsed.json);
         assert_eq!(parse("").unwrap().command, [""; 0]);
+        let parsed = parse("--json --cpus 1 --matrix").unwrap();
+        assert_eq!((parsed.matrix, parsed.json, parsed.cpus), (true, true, 1));
     }
 
     #[test]
     fn what_is_not_understood_is_refused_with_the_usage() {
-        for line in ["ls", "--cpus", "--cpus 0", "--cpus 9", "--memory 1", "--timeout x", "--"] {
+        let numbers = ["--cpus", "--cpus 0", "--cpus 9", "--memory 1", "--timeout x"];
+        let words = ["ls", "--", "--json", "--json -- ls", "--matrix -- ls"];
+        for line in numbers.into_iter().chain(words) {
             assert!(parse(line).unwrap_err().contains("usage:"), "{line}");
         }
     }

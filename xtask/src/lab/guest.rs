@@ -8,13 +8,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-
 use super::initramfs::Archive;
+use super::tool::{self, missing};
 
 const INIT: &[u8] = include_bytes!("../../lab/init");
 const BUSYBOX: &str = "/bin/busybox";
@@ -22,13 +20,23 @@ const QEMU: &str = "qemu-system-x86_64";
 /// How often QEMU is looked after.
 const LOOK: Duration = Duration::from_millis(50);
 const LOOKS_A_SECOND: u32 = 20;
+/// After how many seconds somebody is told that a command still runs.
+const TOLD: u32 = 20;
 /// How much of the console is shown where something went wrong.
 const CONSOLE_LINES: usize = 30;
 
+/// A kernel, and what it is to load before it can run a command.
+pub(super) struct Kernel {
+    pub(super) image: PathBuf,
+    /// In this order.
+    pub(super) modules: Vec<PathBuf>,
+}
+
 /// A command, and the machine it is to run on.
 pub(super) struct Guest<'a> {
-    /// The kernel's image.
-    pub(super) kernel: &'a Path,
+    pub(super) kernel: &'a Kernel,
+    /// Whose command it is, if somebody wants to be told that it still runs.
+    pub(super) patience: Option<&'a str>,
     /// CPUs.
     pub(super) cpus: u32,
     /// MiB.
@@ -48,23 +56,6 @@ pub(super) fn needs() -> Result<(), String> {
     let needs =
         [(QEMU, "qemu-system-x86"), ("busybox", "busybox-static"), ("setpriv", "util-linux")];
     missing(&needs, "the lab")
-}
-
-/// Refuses where programs are missing, and says how to get them.
-pub(super) fn missing(needs: &[(&str, &str)], who: &str) -> Result<(), String> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = |name: &str| std::env::split_paths(&path).any(|folder| folder.join(name).is_file());
-    let missing: Vec<_> = needs.iter().filter(|(name, _)| !found(name)).collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    let names: Vec<_> = missing.iter().map(|(name, _)| *name).collect();
-    let packages: Vec<_> = missing.iter().map(|(_, package)| *package).collect();
-    Err(format!(
-        "{who} needs {}, missing here: apt-get install --no-install-recommends {}",
-        names.join(", "),
-        packages.join(" ")
-    ))
 }
 
 /// Why QEMU is no more.
@@ -92,7 +83,7 @@ impl Guest<'_> {
         std::fs::write(&initramfs, self.initramfs()?)
             .map_err(|error| format!("{}: {error}", initramfs.display()))?;
         // Before there is something to end.
-        let interrupted = interrupted().map_err(|error| format!("signals: {error}"))?;
+        let interrupted = tool::interrupted()?;
         let mut qemu = self.command(&folder.0).spawn().map_err(|why| format!("{QEMU}: {why}"))?;
         let [mut console, mut status] = [const { Vec::<u8>::new() }; 2];
         let mut to_console = |bytes: &[u8]| console.extend(bytes);
@@ -103,7 +94,7 @@ impl Guest<'_> {
             for (listener, take) in listeners.iter().zip(takers) {
                 scope.spawn(move || stream(listener, take));
             }
-            let end = watch(&mut qemu, self.timeout, &interrupted);
+            let end = watch(&mut qemu, self.timeout, self.patience, interrupted);
             // Lets go on who still waits for a QEMU that failed before it came.
             ports.iter().for_each(|port| drop(UnixStream::connect(port)));
             end
@@ -116,8 +107,12 @@ impl Guest<'_> {
         let busybox = std::fs::read(BUSYBOX).map_err(|error| format!("{BUSYBOX}: {error}"))?;
         let line = |path: &PathBuf| [path.as_os_str().as_bytes(), b"\n"].concat();
         let shown: Vec<u8> = self.shown.iter().flat_map(line).collect();
-        Archive::default()
-            .folder("bin")?
+        let mut archive = Archive::default().folder("bin")?.folder("modules")?;
+        for module in &self.kernel.modules {
+            let name = module.file_name().unwrap_or_default().display();
+            archive = archive.file(&format!("modules/{name}"), &tool::read(module)?)?;
+        }
+        archive
             .program("bin/busybox", &busybox)?
             .program("init", INIT)?
             .file("shown", &shown)?
@@ -142,9 +137,7 @@ impl Guest<'_> {
                 format!("virtio-9p-pci,fsdev={tag},mount_tag={tag}"),
             ]
         };
-        // However we end, QEMU ends with us.
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", QEMU]);
+        let mut command = tool::ends_with_us("KILL", QEMU);
         command.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt", "-machine", "q35"]);
         command.args(["-m", &self.memory.to_string(), "-smp", &self.cpus.to_string()]);
         command.args(["-nodefaults", "-no-reboot", "-display", "none"]);
@@ -156,8 +149,8 @@ impl Guest<'_> {
         }
         command.args(share("root", Path::new("/"), ",readonly=on"));
         command.args(share("work", &self.writable, ""));
-        command.arg("-kernel").arg(self.kernel).arg("-initrd").arg(folder.join("initramfs"));
-        command.args(["-append", "console=ttyS0 quiet loglevel=4 panic=-1"]);
+        command.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(folder.join("initramfs"));
+        command.args(["-append", "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off"]);
         command.stdin(Stdio::null());
         command
     }
@@ -180,18 +173,13 @@ fn stream(listener: &UnixListener, take: Taker<'_>) {
     }
 }
 
-/// Becomes true when somebody wants us to end; then the second time we do, at once.
-fn interrupted() -> std::io::Result<Arc<AtomicBool>> {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&interrupted))?;
-        signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
-    }
-    Ok(interrupted)
-}
-
 /// Waits for QEMU's end, and brings it about where it has to be.
-fn watch(qemu: &mut Child, seconds: u32, interrupted: &AtomicBool) -> Result<End, String> {
+fn watch(
+    qemu: &mut Child,
+    seconds: u32,
+    patience: Option<&str>,
+    interrupted: &AtomicBool,
+) -> Result<End, String> {
     let mut looks = 0;
     loop {
         let ended = qemu.try_wait().map_err(|error| format!("{QEMU}: {error}"))?.is_some();
@@ -202,6 +190,9 @@ fn watch(qemu: &mut Child, seconds: u32, interrupted: &AtomicBool) -> Result<End
             (false, false) if looks >= seconds * LOOKS_A_SECOND => End::Time,
             (false, false) => {
                 looks += 1;
+                if let Some(whose) = patience.filter(|_| looks % (TOLD * LOOKS_A_SECOND) == 0) {
+                    eprintln!("lab: {whose}: {} s", looks / LOOKS_A_SECOND);
+                }
                 std::thread::sleep(LOOK);
                 continue;
             }
@@ -213,24 +204,46 @@ fn watch(qemu: &mut Child, seconds: u32, interrupted: &AtomicBool) -> Result<End
     }
 }
 
-/// The command's exit status, if all went as it should.
+/// What a kernel's console says where something is wrong.
+const COMPLAINTS: [&str; 4] = ["WARNING:", "BUG:", "Oops", "Kernel panic"];
+
+/// The command's exit status, if all went as it should. A failure is said in the first line.
 fn verdict(end: End, seconds: u32, status: &str, console: &str) -> Result<u8, String> {
     let lines: Vec<&str> = console.lines().collect();
-    let last = lines[lines.len().saturating_sub(CONSOLE_LINES)..].join("\n");
-    let says = if last.is_empty() { String::new() } else { format!("; its console:\n{last}") };
-    match (end, status.trim().parse()) {
-        (End::Interrupted, _) => Err("interrupted".to_owned()),
-        _ if console.contains("Kernel panic") => Err(format!("the kernel panicked{says}")),
-        (_, Ok(status)) => {
+    let complaint = |line: &&str| COMPLAINTS.iter().any(|complaint| line.contains(complaint));
+    let first = lines.iter().position(complaint);
+    let from = first.unwrap_or(lines.len().saturating_sub(CONSOLE_LINES));
+    let shown: Vec<&str> = lines[from..].iter().take(2 * CONSOLE_LINES).copied().collect();
+    let says = if shown.is_empty() {
+        String::new()
+    } else {
+        format!("\nits console:\n{}", shown.join("\n"))
+    };
+    let panic = lines.iter().find(|line| line.contains("Kernel panic"));
+    match (end, panic, status.trim().parse()) {
+        (End::Interrupted, _, _) => Err(tool::INTERRUPTED.to_owned()),
+        (_, Some(panic), _) => {
+            let why: Vec<&str> = first.map(|at| lines[at]).into_iter().chain([*panic]).collect();
+            Err(format!("the kernel panicked: {}{says}", unstamped(&why)))
+        }
+        (_, None, Ok(status)) => {
             // The command's status is its own, but who tests a kernel wants to see this.
-            if ["WARNING:", "BUG:", "Oops:"].iter().any(|complaint| console.contains(complaint)) {
+            if first.is_some() {
                 eprintln!("lab: the kernel complains{says}");
             }
             Ok(status)
         }
-        (End::Time, Err(_)) => Err(format!("no end after {seconds} s (--timeout){says}")),
-        (End::Itself, Err(_)) => Err(format!("the kernel ended without the command{says}")),
+        (End::Time, None, Err(_)) => Err(format!("no end after {seconds} s (--timeout){says}")),
+        (End::Itself, None, Err(_)) => Err(format!("the kernel ended without the command{says}")),
     }
+}
+
+/// Lines of the console's in one, each once, without the times that they begin with.
+fn unstamped(lines: &[&str]) -> String {
+    let mut plain: Vec<&str> =
+        lines.iter().map(|line| line.split_once("] ").map_or(*line, |(_, rest)| rest)).collect();
+    plain.dedup();
+    plain.join("; ")
 }
 
 /// A folder for the time of a run. Its path is short: a socket's may have 107 bytes.
@@ -261,18 +274,15 @@ mod tests {
         // It had ended already, and only the machine did not go off.
         assert_eq!(verdict(End::Time, 9, "0\n", ""), Ok(0));
         let said = |end, status, console| verdict(end, 9, status, console).unwrap_err();
-        assert!(said(End::Itself, "0", "x\nKernel panic - not syncing").contains("panicked"));
-        assert!(said(End::Itself, "", "x").contains("without the command; its console:\nx"));
+        let console =
+            "[    1.0] x\n[    2.0] Oops: int3\n[    2.1] y\n[    3.0] Kernel panic - z\n";
+        let panicked = said(End::Itself, "0", console);
+        let (why, rest) = panicked.split_once('\n').unwrap();
+        assert_eq!(why, "the kernel panicked: Oops: int3; Kernel panic - z");
+        assert!(rest.contains("] y\n") && !rest.contains("] x"), "{rest}");
+        assert!(said(End::Itself, "", "x").contains("without the command\nits console:\nx"));
         assert!(said(End::Time, "", "").contains("no end after 9 s"));
         assert!(said(End::Interrupted, "0", "").contains("interrupted"));
-    }
-
-    #[test]
-    fn a_program_that_is_missing_is_named_with_its_package() {
-        let needs = [("sh", "dash"), ("no-such-program", "a-package")];
-        let why = missing(&needs, "it").unwrap_err();
-        assert!(why.contains("no-such-program") && why.ends_with(" a-package"), "{why}");
-        assert_eq!(missing(&needs[..1], "it"), Ok(()));
     }
 
     #[test]
@@ -283,10 +293,11 @@ mod tests {
     #[test]
     fn a_machine_that_does_not_end_is_ended() {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
-        assert_eq!(watch(&mut child, 0, &AtomicBool::new(false)), Ok(End::Time));
+        let never = AtomicBool::new(false);
+        assert_eq!(watch(&mut child, 0, None, &never), Ok(End::Time));
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
-        assert_eq!(watch(&mut child, 60, &AtomicBool::new(true)), Ok(End::Interrupted));
+        assert_eq!(watch(&mut child, 60, None, &AtomicBool::new(true)), Ok(End::Interrupted));
         let mut child = Command::new("true").spawn().unwrap();
-        assert_eq!(watch(&mut child, 60, &AtomicBool::new(false)), Ok(End::Itself));
+        assert_eq!(watch(&mut child, 60, None, &AtomicBool::new(false)), Ok(End::Itself));
     }
 }

@@ -1,44 +1,56 @@
 //! The lab's kernel: where its image is, or how it comes to be.
 
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use super::guest::missing;
+use super::apt::{self, Apt, newest};
+use super::tool::{self, Tool, missing};
 
-/// Debian's package of the kernel's source, and where it is found.
+/// Debian's package of the kernel's source.
 const PACKAGE: &str = "linux-source-7.3";
-const SUITE: &str = "trixie-backports";
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// What the kernel has.
 const FRAGMENT: &str = include_str!("../../lab/config-fragment");
 /// After how many files the build says where it is.
-const PROGRESS: usize = 200;
+const PROGRESS: usize = 100;
+/// How many files there are, about.
+const FILES: usize = 1500;
 
 /// The image: `POLDER_KERNEL`, or the one in `lab`, which is built if it is not there or not of
 /// the configuration that it should be of.
 pub(super) fn image(lab: &Path) -> Result<PathBuf, String> {
-    if let Some(given) = std::env::var_os("POLDER_KERNEL").filter(|given| !given.is_empty()) {
-        let given = PathBuf::from(given);
+    if let Some(given) = given() {
         let found = given.is_file();
         return found.then(|| given.clone()).ok_or(format!(
             "POLDER_KERNEL names {}, which is no file; unset it to have a kernel built",
             given.display()
         ));
     }
+    tool::make_folder(lab)?;
+    let _alone = tool::alone(&lab.join("kernel.lock"), "the kernel")?;
     let (image, fragment) = (lab.join("bzImage"), lab.join("config-fragment"));
     let current = std::fs::read_to_string(&fragment).is_ok_and(|built| built == FRAGMENT);
     if !(current && image.is_file()) {
         let build = Build { folder: lab.join("kernel"), log: lab.join("kernel.log") };
-        build.run(&image)?;
-        std::fs::write(&fragment, FRAGMENT).map_err(|why| format!("{fragment:?}: {why}"))?;
+        build.run(&image).map_err(|why| {
+            let folder = build.folder.display();
+            format!(
+                "no kernel: {why}\nthe same command again goes on where this ended; without {folder} \
+                 it begins anew; POLDER_KERNEL=FILE names a kernel that is there"
+            )
+        })?;
+        tool::write(&fragment, FRAGMENT)?;
     }
     Ok(image)
 }
 
-/// A build of the kernel.
+/// The kernel that the caller names, rather than have one built.
+pub(super) fn given() -> Option<PathBuf> {
+    std::env::var_os("POLDER_KERNEL").filter(|given| !given.is_empty()).map(PathBuf::from)
+}
+
+/// A build of the kernel. What is done of it stays in the folder until all is, and is not done
+/// again: a step's result has its name only once it is whole.
 struct Build {
-    /// Where it is done. It is removed afterwards, unless it failed.
     folder: PathBuf,
     /// What the tools say.
     log: PathBuf,
@@ -48,105 +60,72 @@ impl Build {
     fn run(&self, image: &Path) -> Result<(), String> {
         needs()?;
         eprintln!("lab: no kernel yet: one is built, once, in some ten minutes (3 GB of disk)");
-        remove(&self.folder)?;
-        let source = self.fetch()?;
-        let out = self.folder.join("out");
+        let (source, out) = (self.folder.join("source"), self.folder.join("out"));
+        if !source.is_dir() {
+            self.fetch(&source)?;
+        }
         self.configure(&source, &out)?;
-        eprintln!("lab: kernel 4/4: compiling (some 1500 files)");
+        eprintln!("lab: kernel 4/4: compiling");
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        self.step(make(&source, &out).arg(format!("-j{cpus}")).arg("bzImage"))?;
-        let built = out.join("arch/x86/boot/bzImage");
-        std::fs::copy(&built, image).map_err(|why| format!("{}: {why}", built.display()))?;
-        remove(&self.folder)?;
+        let mut files = 0;
+        let mut make = make(&source, &out);
+        make.arg(format!("-j{cpus}")).arg("bzImage");
+        let mut count = |line: &[u8]| {
+            files += usize::from(line.starts_with(b"  CC "));
+            if line.starts_with(b"  CC ") && files % PROGRESS == 0 {
+                eprintln!("lab: kernel 4/4: {files} of some {FILES} files");
+            }
+        };
+        Tool { command: &mut make, log: &self.log, line: &mut count }.run()?;
+        // By another name first: an image that is there is whole.
+        let (built, copy) = (out.join("arch/x86/boot/bzImage"), image.with_extension("new"));
+        std::fs::copy(&built, &copy).map_err(|why| format!("{}: {why}", built.display()))?;
+        tool::rename(&copy, image)?;
+        tool::remove(&self.folder)?;
         eprintln!("lab: the kernel is {}", image.display());
         Ok(())
     }
 
-    /// Debian's source, unpacked: from the mirror that this machine takes Debian from, by lists of
-    /// our own, so that the machine's own sources stay as they are.
-    fn fetch(&self) -> Result<PathBuf, String> {
+    /// Debian's source, unpacked.
+    fn fetch(&self, source: &Path) -> Result<(), String> {
         eprintln!("lab: kernel 1/4: fetching Debian's {PACKAGE} (170 MB)");
-        for part in ["lists/partial", "cache/archives/partial", "package"] {
-            let folder = self.folder.join(part);
-            std::fs::create_dir_all(&folder).map_err(|why| format!("{folder:?}: {why}"))?;
-        }
-        let list = self.folder.join("sources.list");
-        let line = format!("deb [signed-by={KEYRING}] {} {SUITE} main\n", mirror()?);
-        std::fs::write(&list, line).map_err(|why| format!("{}: {why}", list.display()))?;
-        self.step(self.apt().arg("update"))?;
-        self.step(self.apt().args(["download", PACKAGE]))?;
-        eprintln!("lab: kernel 2/4: unpacking");
-        let deb = only(&self.folder, ".deb")?;
-        self.step(Command::new("dpkg-deb").arg("-x").arg(deb).arg(self.folder.join("package")))?;
-        let tar = only(&self.folder.join("package/usr/src"), ".tar.xz")?;
-        self.step(Command::new("tar").arg("-xf").arg(tar).arg("-C").arg(&self.folder))?;
-        only(&self.folder, PACKAGE)
-    }
-
-    fn apt(&self) -> Command {
-        let mut apt = Command::new("apt-get");
-        let at = |name: &str| self.folder.join(name).display().to_string();
-        apt.arg("-o").arg(format!("Dir::Etc::SourceList={}", at("sources.list")));
-        apt.args(["-o", "Dir::Etc::SourceParts=/dev/null"]);
-        apt.arg("-o").arg(format!("Dir::State::Lists={}", at("lists")));
-        apt.arg("-o").arg(format!("Dir::Cache={}", at("cache")));
-        // Root's apt otherwise gives up its rights first, and can't write here.
-        apt.args(["-o", "APT::Sandbox::User=root", "-q"]).current_dir(&self.folder);
-        apt
+        let apt = Apt::update(self.folder.join("apt"), apt::BACKPORTS)?;
+        let packages = apt.packages()?;
+        let package = newest(&packages, |package| package.name == PACKAGE)
+            .ok_or_else(|| format!("{} has no {PACKAGE}", apt::BACKPORTS.name))?;
+        let deb = apt.download(package, &self.folder)?;
+        eprintln!("lab: kernel 2/4: unpacking {} {}", package.name, package.version);
+        let part = self.folder.join("unpacking");
+        tool::remove(&part)?;
+        apt::unpack(&deb, &part, &self.log)?;
+        let tar = part.join(format!("usr/src/{PACKAGE}.tar.xz"));
+        self.step(Command::new("tar").arg("-xf").arg(&tar).arg("-C").arg(&part))?;
+        tool::rename(&part.join(PACKAGE), source)?;
+        tool::remove(&part)
     }
 
     /// The least of kernels, and on it what the fragment says.
     fn configure(&self, source: &Path, out: &Path) -> Result<(), String> {
         eprintln!("lab: kernel 3/4: configuring");
-        std::fs::create_dir_all(out).map_err(|why| format!("{}: {why}", out.display()))?;
+        tool::make_folder(out)?;
         self.step(make(source, out).arg("tinyconfig"))?;
         let config = out.join(".config");
-        let read = || std::fs::read_to_string(&config);
-        let tiny = read().map_err(|why| format!("{}: {why}", config.display()))?;
+        let tiny = tool::read(&config)?;
         // Of two lines for one option, Kconfig takes the last.
-        std::fs::write(&config, tiny + FRAGMENT)
-            .map_err(|why| format!("{}: {why}", config.display()))?;
+        tool::write(&config, [&tiny, FRAGMENT.as_bytes()].concat())?;
         self.step(make(source, out).arg("olddefconfig"))?;
-        let configured = read().map_err(|why| format!("{}: {why}", config.display()))?;
-        let lost = lost(&configured);
-        if lost.is_empty() { Ok(()) } else { Err(format!("the kernel has no {}", lost.join(", "))) }
+        let lost = lost(&String::from_utf8_lossy(&tool::read(&config)?));
+        if lost.is_empty() { Ok(()) } else { Err(format!("it would lack {}", lost.join(", "))) }
     }
 
-    /// Runs a tool, with what it says in the log, and tells now and then how far it is.
     fn step(&self, command: &mut Command) -> Result<(), String> {
-        let log = std::fs::File::create(&self.log);
-        let mut log = log.map_err(|why| format!("{}: {why}", self.log.display()))?;
-        let errors = log.try_clone().map_err(|why| format!("{}: {why}", self.log.display()))?;
-        let name = command.get_program().display().to_string();
-        let mut tool = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(errors)
-            .spawn()
-            .map_err(|why| format!("{name}: {why}"))?;
-        let mut files = 0;
-        for line in
-            BufReader::new(tool.stdout.take().into_iter().next().ok_or("a pipe")?).split(b'\n')
-        {
-            let line = line.map_err(|why| format!("{name}: {why}"))?;
-            let written = std::io::Write::write_all(&mut log, &[&line[..], b"\n"].concat());
-            written.map_err(|why| format!("{}: {why}", self.log.display()))?;
-            files += usize::from(line.starts_with(b"  CC "));
-            if line.starts_with(b"  CC ") && files % PROGRESS == 0 {
-                eprintln!("lab: kernel: {files} files");
-            }
-        }
-        let status = tool.wait().map_err(|why| format!("{name}: {why}"))?;
-        let log = self.log.display();
-        if status.success() { Ok(()) } else { Err(format!("{name}: {status}; see {log}")) }
+        Tool { command, log: &self.log, line: &mut |_| () }.run()
     }
 }
 
 /// What a kernel is built with.
 fn needs() -> Result<(), String> {
     let programs = [
-        ("apt-get", "apt"),
-        ("dpkg-deb", "dpkg"),
         ("xz", "xz-utils"),
         ("make", "make"),
         ("gcc", "gcc"),
@@ -162,45 +141,11 @@ fn needs() -> Result<(), String> {
         .ok_or(format!("building a kernel needs {header}: apt-get install libelf-dev"))
 }
 
+/// However we end, make ends with us; at this signal, what it runs ends with it.
 fn make(source: &Path, out: &Path) -> Command {
-    let mut make = Command::new("make");
+    let mut make = tool::ends_with_us("TERM", "make");
     make.arg("-C").arg(source).arg(format!("O={}", out.display()));
     make
-}
-
-/// Where this machine takes Debian from.
-fn mirror() -> Result<String, String> {
-    let asked = Command::new("apt-get")
-        .args(["indextargets", "--format", "$(REPO_URI)"])
-        .args(["Created-By: Packages", "Origin: Debian", "Label: Debian"])
-        .output()
-        .map_err(|why| format!("apt-get indextargets: {why}"))?;
-    let mirrors = String::from_utf8_lossy(&asked.stdout).into_owned();
-    let first = mirrors.lines().next().map(str::to_owned);
-    first.ok_or_else(|| {
-        "apt knows no mirror of Debian: apt-get update, or name a kernel by POLDER_KERNEL"
-            .to_owned()
-    })
-}
-
-/// The one file or folder whose name begins or ends so.
-fn only(folder: &Path, part: &str) -> Result<PathBuf, String> {
-    let entries =
-        std::fs::read_dir(folder).map_err(|why| format!("{}: {why}", folder.display()))?;
-    let mut named = entries.flatten().map(|entry| entry.path()).filter(|path| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        name.ends_with(part) || (path.is_dir() && name.starts_with(part))
-    });
-    named.next().ok_or_else(|| format!("{}: nothing named {part}", folder.display()))
-}
-
-fn remove(folder: &Path) -> Result<(), String> {
-    match std::fs::remove_dir_all(folder) {
-        Err(why) if why.kind() != std::io::ErrorKind::NotFound => {
-            Err(format!("{}: {why}", folder.display()))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// The options of the fragment that a configuration did not take, as Kconfig drops in silence what

@@ -3,39 +3,43 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::Write;
-use std::process::Command;
 
 use serde_json::Value;
 
-use super::Lab;
+use super::guest::Kernel;
+use super::{Lab, kernel};
 
-/// The hosts that `polder run` is tried on.
-const HOSTS: [&str; 2] = ["memfd", "machine"];
-
-/// What must not be missing in the lab, unless the caller says otherwise.
+/// What must not be missing in the lab (`polder_require`), whichever kernel with private memory it
+/// is given.
 const REQUIRED: &str = "kvm,userfault";
+/// What the kernel that is built here has besides.
+const REQUIRED_OF_OURS: &str = "seccomp";
 
 /// Seconds that `polder run` may take: emulated, it is a matter of ten.
 const RUN_SECONDS: &str = "600";
 
 /// 0 if everything passed, else 1.
-pub(super) fn run(lab: &Lab) -> Result<u8, String> {
-    build(lab)?;
-    let require = OsString::from(format!("POLDER_REQUIRE={REQUIRED}"));
-    let behaviour = lab.target.join("release/polder-behaviour").into_os_string();
-    println!("lab: the behaviour table");
-    let (status, text) = shown(lab, &["env".into(), require, behaviour])?;
+pub(super) fn run(lab: &Lab, kernel: &Kernel) -> Result<u8, String> {
+    lab.build()?;
+    let required = match kernel::given() {
+        Some(_) => REQUIRED.to_owned(),
+        None => format!("{REQUIRED},{REQUIRED_OF_OURS}"),
+    };
+    let require = OsString::from(format!("POLDER_REQUIRE={required}"));
+    println!("lab: the behaviour table; {required} may not be missing");
+    let table = ["env".into(), require, lab.program("polder-behaviour")];
+    let (status, text) = shown(lab, kernel, &table)?;
     let counts = counts(&text);
     let mut summary = vec![format!("the behaviour table: {}", words(&counts))];
     // A table of nothing has nothing that failed.
     let mut passed = status == 0 && counts.get("ok").is_some_and(|ok| *ok > 0);
-    for host in HOSTS {
+    for host in hosts(&text) {
         println!("lab: polder run --host {host}");
-        let polder = lab.target.join("release/polder").into_os_string();
+        let polder = lab.program("polder");
         let options = ["run", "--host", host, "--json", "--timeout", RUN_SECONDS];
         let command: Vec<OsString> =
             [polder].into_iter().chain(options.map(OsString::from)).collect();
-        let (status, text) = shown(lab, &command)?;
+        let (status, text) = shown(lab, kernel, &command)?;
         let (line, well) = told(&text);
         passed &= status == 0 && well;
         summary.push(format!("polder run --host {host}: {line}"));
@@ -46,20 +50,10 @@ pub(super) fn run(lab: &Lab) -> Result<u8, String> {
     Ok(u8::from(!passed))
 }
 
-/// The programs, optimized: the emulation is slow enough.
-fn build(lab: &Lab) -> Result<(), String> {
-    let status = Command::new(env!("CARGO"))
-        .args(["build", "--quiet", "--release", "-p", "polder-behaviour", "-p", "polder-cli"])
-        .current_dir(&lab.root)
-        .status()
-        .map_err(|error| format!("cargo build: {error}"))?;
-    if status.success() { Ok(()) } else { Err(format!("cargo build: {status}")) }
-}
-
 /// Runs a command, shows what it writes, and returns it with the exit status.
-fn shown(lab: &Lab, command: &[OsString]) -> Result<(u8, String), String> {
+fn shown(lab: &Lab, kernel: &Kernel, command: &[OsString]) -> Result<(u8, String), String> {
     let mut text = Vec::new();
-    let status = lab.run(command, &mut |bytes| {
+    let status = lab.run(kernel, None, command, &mut |bytes| {
         let _ = std::io::stdout().write_all(bytes);
         let _ = std::io::stdout().flush();
         text.extend(bytes);
@@ -67,16 +61,33 @@ fn shown(lab: &Lab, command: &[OsString]) -> Result<(u8, String), String> {
     Ok((status, String::from_utf8_lossy(&text).into_owned()))
 }
 
-/// How many of the table's lines begin with which word.
+/// The table's lines, each as its word and its host.
+fn cells(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    // `ok       memfd: create: ...`; the line of the total has no colon.
+    text.lines().filter_map(|line| {
+        let (word, rest) = line.split_once(' ')?;
+        Some((word, rest.trim_start().split_once(": ")?.0))
+    })
+}
+
+/// How many of the table's cells have which word.
 fn counts(text: &str) -> BTreeMap<&str, usize> {
     let mut counts = BTreeMap::new();
-    for line in text.lines() {
-        // `ok       memfd: create: ...`; the line of the total has no colon.
-        if let Some((word, _)) = line.split_once(' ').filter(|(_, rest)| rest.contains(": ")) {
-            *counts.entry(word).or_default() += 1;
-        }
+    for (word, _) in cells(text) {
+        *counts.entry(word).or_default() += 1;
     }
     counts
+}
+
+/// The table's hosts, in its order.
+fn hosts(text: &str) -> Vec<&str> {
+    let mut hosts = Vec::new();
+    for (_, host) in cells(text) {
+        if !hosts.contains(&host) {
+            hosts.push(host);
+        }
+    }
+    hosts
 }
 
 fn words(counts: &BTreeMap<&str, usize>) -> String {
@@ -112,6 +123,7 @@ mod tests {
         let text = "ok       memfd: bind: a\nn/a      machine: bind: b (why: so)\n\
                     ok       machine: create: c\nFAILED   memfd: bind: d (x)\n1 FAILED\n";
         assert_eq!(words(&counts(text)), "1 FAILED, 1 n/a, 2 ok");
+        assert_eq!(hosts(text), ["memfd", "machine"]);
     }
 
     #[test]
