@@ -97,8 +97,8 @@ fn choose(host: Host) -> (HostKind, Option<Trouble>) {
         Host::Memfd => (HostKind::Memfd, None),
         Host::GuestMemfd => (HostKind::GuestMemfd, None),
         Host::Machine => (HostKind::Machine, None),
-        Host::Auto => match polder_vmm::check_kvm() {
-            Ok(()) => (HostKind::Memfd, None),
+        Host::Auto => match polder_vmm::check_kvm(HostKind::Memfd) {
+            Ok(_) => (HostKind::Memfd, None),
             Err(error) => (HostKind::Machine, Some(Trouble::new(&error, error.way_out()))),
         },
     }
@@ -250,6 +250,7 @@ fn to_json(
         "host": host.to_string(),
         "accelerator": report.accelerator.to_string(),
         "conversion_by": report.conversion_by.to_string(),
+        "private_memory": report.private_memory,
         "vcpus": arguments.vcpus,
         "memory_bytes": arguments.memory.get(),
         "guest": {
@@ -290,12 +291,19 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
         Accelerator::Kvm => "",
         Accelerator::Machine => " (simulated)",
     };
+    let all_shared = match report.private_memory {
+        true => "",
+        false => {
+            "\x20 private      none: this KVM can't keep memory private; all of it is shared\n"
+        }
+    };
     let pages = arguments.memory.pages().unwrap_or_default();
     format!(
         "{verdict}: {ended}; {passed} checks passed, {failed} failed in {seconds:.1} s\n\
          \n\
          \x20 guest        {vcpus} vCPUs, {size} on host {host}, \
          accelerator {accelerator}{simulated}\n\
+         {all_shared}\
          \x20 requests by  {conversion_by}\n\
          \x20 conversions  {to_shared} to shared, {to_private} to private, {converted} pages; \
          {refused} refused\n\

@@ -64,6 +64,32 @@ fn every_check_passes_for_every_number_of_vcpus_and_seed() {
 }
 
 #[test]
+fn a_kvm_without_private_memory_runs_the_guest_on_a_guest_memfd_that_is_all_shared() {
+    let first = output("run --host guest_memfd --guest triple-fault --json");
+    let found = match (&json(&first)["error"], &json(&first)["private_memory"]) {
+        (Value::Null, Value::Bool(false)) => Ok(()),
+        (Value::Null, _) => return,
+        (error, _) => Err(error.to_string()),
+    };
+    if require(Facility::SharedGuestMemfd, found).is_none() {
+        return;
+    }
+    for vcpus in [1, 2, 4] {
+        let output = output(&format!("run --json --host guest_memfd --vcpus {vcpus}"));
+        let report = json(&output);
+        assert!(output.status.success(), "{vcpus} vCPUs: {report}");
+        assert_eq!(
+            (&report["host"], &report["guest"]["exit"]),
+            (&"guest_memfd".into(), &"ok".into())
+        );
+        assert_eq!(report["conversions"]["to_private"], 0);
+        let refused = report["conversions"]["refused"].as_u64();
+        assert!(refused > Some(60), "each wish for private memory is refused: {report}");
+        assert!(report["guest"]["checks_passed"].as_u64() > Some(1000), "{report}");
+    }
+}
+
+#[test]
 fn the_simulated_machine_needs_nothing_and_passes_every_check() {
     for (vcpus, seed) in [(1, 1), (2, 2), (4, 3)] {
         let arguments = format!("run --json --host machine --vcpus {vcpus} --seed {seed}");

@@ -33,6 +33,12 @@ impl PrivateMemory {
     /// (`GUEST_MEMFD_FLAG_INIT_SHARED`). Without it a touch of the mapping is a SIGBUS.
     pub const INIT_SHARED: u64 = 1 << 1;
 
+    /// Whether all of a guest_memfd can be shared with the host, by mappings that can be touched.
+    pub const fn can_be_shared(self) -> bool {
+        const BOTH: u64 = PrivateMemory::MMAP | PrivateMemory::INIT_SHARED;
+        self.guest_memfd && self.flags & BOTH == BOTH
+    }
+
     /// What `vm` offers.
     pub fn of(vm: &VmFd) -> Self {
         let extension = |capability: u32| {
@@ -48,8 +54,8 @@ impl PrivateMemory {
     }
 }
 
-/// A guest_memfd. Its pages are seen by the guest of its VM alone: the host can free and count
-/// them, neither read nor write.
+/// A guest_memfd. Unless it was made [shared](GuestMemfd::shared), its pages are seen by the guest
+/// of its VM alone: the host can free and count them, neither read nor write.
 #[derive(Debug)]
 pub struct GuestMemfd {
     fd: OwnedFd,
@@ -64,9 +70,22 @@ impl GuestMemfd {
     /// Of `KVM_CREATE_GUEST_MEMFD`: `EINVAL` for a size that no file can have, `ENOTTY` on a
     /// kernel without it, `EMFILE`.
     pub fn new(vm: &VmFd, pages: PageCount) -> Result<Self, Error> {
+        Self::with_flags(vm, pages, 0)
+    }
+
+    /// One all of whose pages are shared with the host, which can map it
+    /// ([`View::show`](crate::View::show)), and which serves every frame of its slot.
+    ///
+    /// # Errors
+    /// As [`GuestMemfd::new`], and `EINVAL` unless [`PrivateMemory::can_be_shared`].
+    pub fn shared(vm: &VmFd, pages: PageCount) -> Result<Self, Error> {
+        Self::with_flags(vm, pages, PrivateMemory::MMAP | PrivateMemory::INIT_SHARED)
+    }
+
+    fn with_flags(vm: &VmFd, pages: PageCount, flags: u64) -> Result<Self, Error> {
         const CALL: &str = "KVM_CREATE_GUEST_MEMFD";
         let size = pages.bytes().ok_or(Error::new(CALL, Errno::FBIG))?;
-        let create = kvm_create_guest_memfd { size, ..Default::default() };
+        let create = kvm_create_guest_memfd { size, flags, ..Default::default() };
         let fd = vm
             .create_guest_memfd(create)
             .map_err(|error| Error::new(CALL, Errno::from_raw_os_error(error.errno())))?;

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use crate::copy::copy;
-use crate::{Error, Memfd, sigbus};
+use crate::{Error, GuestMemfd, Memfd, sigbus};
 
 /// A copy that ended early: the first byte of the object that could not be touched. Its page is
 /// poisoned (somebody denies the touch), or there is no memory for it.
@@ -21,7 +21,7 @@ pub struct Touched {
     pub offset: u64,
 }
 
-/// A mapping of a whole memfd. Children don't inherit it (`MADV_DONTFORK`: an inherited copy would
+/// A mapping of a whole memfd, or of a guest_memfd in its place. Children don't inherit it (`MADV_DONTFORK`: an inherited copy would
 /// not be watched by a userfaultfd), core dumps don't contain it (`MADV_DONTDUMP`).
 #[derive(Debug)]
 pub struct View {
@@ -54,15 +54,52 @@ impl View {
         .map_err(|errno| Error::new("mmap", errno))?;
         let base = NonNull::new(base).ok_or(Error::new("mmap", Errno::NOMEM))?;
         let view = Self { base, length, memfd: Arc::clone(memfd) };
-        for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
-            // SAFETY: the mapping is ours; neither advice changes its contents.
-            unsafe { rustix::mm::madvise(view.base.as_ptr(), view.length, advice) }
-                .map_err(|errno| Error::new("madvise", errno))?;
-        }
+        view.keep_from_children()?;
         Ok(view)
     }
 
-    /// The memfd that it maps.
+    fn keep_from_children(&self) -> Result<(), Error> {
+        for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
+            // SAFETY: the mapping is ours; neither advice changes its contents.
+            unsafe { rustix::mm::madvise(self.base.as_ptr(), self.length, advice) }
+                .map_err(|errno| Error::new("madvise", errno))?;
+        }
+        Ok(())
+    }
+
+    /// Shows all of a guest_memfd instead, at the same address; what was shown is seen no more,
+    /// and nothing of it is watched. Of the same size, and made to be shared with the host.
+    ///
+    /// # Errors
+    /// Of `mmap`: `ENODEV` for a guest_memfd that can't be mapped, `EINVAL` for one of another
+    /// size; then the view shows what it did. Of `madvise`.
+    pub fn show(&self, guest_memfd: &GuestMemfd) -> Result<(), Error> {
+        if guest_memfd.pages() != self.memfd.pages() {
+            return Err(Error::new("mmap", Errno::INVAL));
+        }
+        self.replace(guest_memfd.as_fd())
+    }
+
+    /// Shows its memfd again.
+    ///
+    /// # Errors
+    /// As [`View::show`].
+    pub fn show_memfd(&self) -> Result<(), Error> {
+        self.replace(self.memfd.as_fd())
+    }
+
+    fn replace(&self, fd: BorrowedFd<'_>) -> Result<(), Error> {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED;
+        let base = self.base.as_ptr();
+        // SAFETY: the addresses are this mapping's, which is replaced as a whole; there is no Rust
+        // reference to what it shows, and a raw touch meanwhile finds the one or the other.
+        unsafe { rustix::mm::mmap(base, self.length, protection, flags, fd, 0) }
+            .map_err(|errno| Error::new("mmap", errno))?;
+        self.keep_from_children()
+    }
+
+    /// The memfd that it was made of.
     pub fn memfd(&self) -> &Arc<Memfd> {
         &self.memfd
     }

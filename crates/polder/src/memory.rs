@@ -41,7 +41,7 @@ pub struct Builder {
     pages: PageCount,
     host: HostKind,
     platform: Platform,
-    population: Population,
+    initial: PageFacts,
 }
 
 impl Builder {
@@ -57,11 +57,18 @@ impl Builder {
 
     /// Every page's contents are owed until [`Memory::populate`] brings them, or
     /// [`Memory::settle`] says that nothing more will come. Whoever touches such a page waits.
-    pub fn owed(self) -> Self {
-        Self { population: Population::Owed, ..self }
+    pub fn owed(mut self) -> Self {
+        self.initial.population = Population::Owed;
+        self
     }
 
-    /// Makes the memory: all of it private.
+    /// Every page is shared at first; private unless said.
+    pub fn shared(mut self) -> Self {
+        self.initial.visibility = Visibility::Shared;
+        self
+    }
+
+    /// Makes the memory.
     ///
     /// # Errors
     /// [`RangeError::Empty`] for no page; [`Error::Missing`] where the host can't be used here,
@@ -72,12 +79,10 @@ impl Builder {
         }
         let host = match self.host {
             HostKind::Memfd => {
-                Box::new(MemfdHost::new(self.pages, self.population == Population::Owed)?)
-                    as Box<dyn Host>
+                let owed = self.initial.population == Population::Owed;
+                Box::new(MemfdHost::new(self.pages, owed)?) as Box<dyn Host>
             }
-            HostKind::GuestMemfd => {
-                Box::new(GuestMemfdHost::new(self.pages, self.population == Population::Owed)?)
-            }
+            HostKind::GuestMemfd => Box::new(GuestMemfdHost::new(self.pages, self.initial)?),
             HostKind::Machine => Box::new(MachineHost::new(self.pages)?),
         };
         let config = Config {
@@ -86,7 +91,7 @@ impl Builder {
             platform: self.platform,
             in_place: self.host.is_in_place(),
             host_view_level: Level::Size4K,
-            initial: PageFacts { visibility: Visibility::Private, population: self.population },
+            initial: self.initial,
         };
         let driver = Arc::new(Driver::new(config, host));
         let faults = FaultThreads::start(&driver).map_err(|error| {
@@ -119,7 +124,7 @@ impl Memory {
             pages,
             host: HostKind::Memfd,
             platform: Platform::Plain,
-            population: Population::Whole,
+            initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
         }
     }
 
@@ -129,10 +134,13 @@ impl Memory {
     }
 
     /// Makes a VM known, to [`Memory::bind`] pages to: one of KVM's on a host of real memory,
-    /// [`Vm::Machine`] on the simulated machine.
+    /// [`Vm::Machine`] on the simulated machine. On host `guest_memfd` a VM that has no private
+    /// memory gets a guest_memfd all of whose pages are shared, if the memory was made
+    /// [shared](Builder::shared) and nothing has been written to it.
     ///
     /// # Errors
-    /// [`Error::WrongVm`] for the other kind.
+    /// [`Error::WrongVm`] for the other kind; [`Error::NotOffered`] on host `guest_memfd` where
+    /// this VM can't have the memory.
     pub fn attach(&self, vm: impl Into<Vm>) -> Result<VmId, Error> {
         let id = VmId(self.vms.fetch_add(1, Ordering::Relaxed));
         self.driver.host.attach(id, vm.into())?;

@@ -11,11 +11,12 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use polder::units::{Gfn, PageCount, PageRange};
 use polder::{Contents, HostKind, Memory, OnBusy, Slot, Visibility};
-use polder_linux::{Exit, Kicker, Vcpu};
+use polder_linux::{Exit, Kicker, PrivateMemory, Vcpu};
 
 use crate::RunError;
 use crate::error::os;
 use crate::guest::{HypercallProbe, KVM_HC_MAP_GPA_RANGE, Transport, VcpuStart};
+use crate::scenario::Conversions;
 
 /// How the guest's requests to convert reach us.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -50,14 +51,44 @@ pub(crate) fn open() -> Result<Kvm, RunError> {
     }
 }
 
-/// Whether a guest can run on KVM with memory of the memfd host.
+/// Whether a guest can run on KVM with memory of a host, and what its conversions would come to:
+/// a VM is made, and a page of memory for it.
 ///
 /// # Errors
 /// What is missing, with the way out.
-pub fn check_kvm() -> Result<(), RunError> {
+pub fn check_kvm(host: HostKind) -> Result<Conversions, RunError> {
     let kvm = open()?;
-    create_vm(&kvm, HostKind::Memfd)?;
-    Memory::builder(PageCount::ONE).build().map(drop).map_err(RunError::Memory)
+    let (vm, conversions) = create_vm_for(&kvm, host)?;
+    let memory = || {
+        let memory = Memory::builder(PageCount::ONE).host(host);
+        let memory = match conversions.initial() {
+            Visibility::Private => memory.build()?,
+            Visibility::Shared => memory.shared().build()?,
+        };
+        let id = memory.attach(vm)?;
+        memory.bind(id, Slot(0), Gfn::from(0), PageRange::one(0u32.into()))
+    };
+    memory().map_err(RunError::Memory)?;
+    Ok(conversions)
+}
+
+/// A VM for memory of `host`, and what the guest's conversions come to there. A KVM without private
+/// memory may have guest_memfds all of whose pages are shared.
+pub(crate) fn create_vm_for(
+    kvm: &Kvm,
+    host: HostKind,
+) -> Result<(Arc<VmFd>, Conversions), RunError> {
+    match (create_vm(kvm, host), host) {
+        (Ok((vm, _)), HostKind::GuestMemfd) => Ok((vm, Conversions::LoseContents)),
+        (Err(RunError::NoPrivateMemory), _) => {
+            let (vm, _) = create_vm(kvm, HostKind::Memfd)?;
+            match PrivateMemory::of(&vm).can_be_shared() {
+                true => Ok((vm, Conversions::Refused)),
+                false => Err(RunError::NoPrivateMemory),
+            }
+        }
+        (made, _) => Ok((made?.0, Conversions::KeepContents)),
+    }
 }
 
 /// A VM for memory of `host` that hands `KVM_HC_MAP_GPA_RANGE` to us, if KVM can; whether it can.

@@ -172,6 +172,8 @@ pub struct Report {
     pub accelerator: Accelerator,
     /// How requests to convert came.
     pub conversion_by: Conversion,
+    /// Whether the host can keep memory private; else all of it was shared.
+    pub private_memory: bool,
     /// How it ended.
     pub end: End,
     /// The guest's checks that passed.

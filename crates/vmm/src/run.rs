@@ -10,7 +10,7 @@ use crate::RunError;
 use crate::guest::{Chunk, Image, Program, Transport};
 use crate::kvm::{self, Conversion};
 use crate::report::{Accelerator, End, Failure, Progress, Report, Supervision};
-use crate::scenario::{self, Scenario, ScenarioError};
+use crate::scenario::{self, Conversions, Scenario, ScenarioError};
 use crate::threads::Threads;
 use crate::vcpu::Ran;
 
@@ -37,30 +37,32 @@ pub fn run(
     config: &Config,
     supervise: impl FnMut(Progress) -> Supervision,
 ) -> Result<Report, RunError> {
+    match config.host {
+        HostKind::Memfd | HostKind::GuestMemfd => run_on_kvm(config, supervise),
+        HostKind::Machine => run_on_machine(config, supervise),
+    }
+}
+
+fn scenario(config: &Config, conversions: Conversions) -> Result<Scenario, ScenarioError> {
     let vcpus =
         u8::try_from(config.vcpus).map_err(|_| ScenarioError::Vcpus { vcpus: config.vcpus })?;
-    let scenario = Scenario::generate(&scenario::Config {
-        memory: config.memory.get(),
-        vcpus,
-        seed: config.seed,
-        contents_kept: config.host.is_in_place(),
-    })?;
-    match config.host {
-        HostKind::Memfd | HostKind::GuestMemfd => run_on_kvm(config, &scenario, supervise),
-        HostKind::Machine => run_on_machine(config, &scenario, supervise),
-    }
+    let (memory, seed) = (config.memory.get(), config.seed);
+    Scenario::generate(&scenario::Config { memory, vcpus, seed, conversions })
 }
 
 fn run_on_kvm(
     config: &Config,
-    scenario: &Scenario,
     supervise: impl FnMut(Progress) -> Supervision,
 ) -> Result<Report, RunError> {
+    // What can't be is told before anything is asked of KVM.
+    scenario(config, Conversions::KeepContents)?;
     let kvm = kvm::open()?;
     let transport = kvm::transport(&kvm)?;
+    let (vm, conversions) = kvm::create_vm_for(&kvm, config.host)?;
+    let scenario = &scenario(config, conversions)?;
     let image = Image::new(scenario, config.program, transport)?;
-    let (vm, _) = kvm::create_vm(&kvm, config.host)?;
-    let (memory, id) = bound(config, Arc::clone(&vm).into()).map_err(RunError::Memory)?;
+    let vm_of_memory = Arc::clone(&vm).into();
+    let (memory, id) = bound(config, conversions, vm_of_memory).map_err(RunError::Memory)?;
     match config.host {
         HostKind::Memfd | HostKind::Machine => load(&memory, id, &image.chunks),
         HostKind::GuestMemfd => load_shared(&memory, id, scenario.layout().boot, &image.chunks),
@@ -72,21 +74,25 @@ fn run_on_kvm(
         .zip(&image.vcpus)
         .map(|(index, start)| Ok((index, kvm::create_vcpu(&kvm, &vm, index, start)?)));
     let vcpus = vcpus.collect::<Result<Vec<_>, RunError>>()?;
-    let threads = Threads::new(&memory, id, Some(scenario.layout().churn))?;
+    let churn = scenario.layout().churn;
+    let private = (conversions.initial() == Visibility::Private).then_some(churn);
+    let threads = Threads::new(&memory, id, private)?;
     let ended = threads.run_on_kvm(vcpus, supervise)?;
     let conversion_by = match transport {
         Transport::Port => Conversion::Port,
         Transport::Vmcall | Transport::Vmmcall => Conversion::Hypercall,
     };
-    report(&memory, (Accelerator::Kvm, conversion_by), ended, least_checks(config, scenario))
+    let least = least_checks(config, scenario);
+    report(&memory, (Accelerator::Kvm, conversion_by), ended, (scenario, least))
 }
 
 fn run_on_machine(
     config: &Config,
-    scenario: &Scenario,
     supervise: impl FnMut(Progress) -> Supervision,
 ) -> Result<Report, RunError> {
-    let (memory, id) = bound(config, polder::Vm::Machine).map_err(RunError::Memory)?;
+    let conversions = Conversions::KeepContents;
+    let scenario = &scenario(config, conversions)?;
+    let (memory, id) = bound(config, conversions, polder::Vm::Machine).map_err(RunError::Memory)?;
     memory.settle().map_err(RunError::Memory)?;
     let vcpus = (0..config.vcpus).map(|_| memory.machine_vcpu(id));
     let vcpus = vcpus.collect::<Result<Vec<_>, _>>().map_err(RunError::Memory)?;
@@ -94,16 +100,21 @@ fn run_on_machine(
     let programs = scenario.programs();
     let ended = threads.run_on_machine(vcpus, config.program, programs, supervise)?;
     let by = (Accelerator::Machine, Conversion::Hypercall);
-    report(&memory, by, ended, least_checks(config, scenario))
+    report(&memory, by, ended, (scenario, least_checks(config, scenario)))
 }
 
 /// Memory as the scenario has it, bound to a VM; its contents are owed where a host can have that.
-fn bound(config: &Config, vm: polder::Vm) -> Result<(Memory, VmId), polder::Error> {
+fn bound(
+    config: &Config,
+    conversions: Conversions,
+    vm: polder::Vm,
+) -> Result<(Memory, VmId), polder::Error> {
     let pages = config.memory.pages().expect("the scenario's memory is whole pages");
     let memory = Memory::builder(pages).host(config.host);
-    let memory = match config.host {
-        HostKind::Memfd | HostKind::Machine => memory.owed().build()?,
-        HostKind::GuestMemfd => memory.build()?,
+    let memory = match conversions {
+        Conversions::KeepContents => memory.owed().build()?,
+        Conversions::LoseContents => memory.build()?,
+        Conversions::Refused => memory.shared().build()?,
     };
     let id = memory.attach(vm)?;
     let ram = scenario::ram(config.memory.get()).into_iter().flatten();
@@ -123,7 +134,7 @@ fn report(
     memory: &Memory,
     (accelerator, conversion_by): (Accelerator, Conversion),
     (mut end, ran): (End, Vec<Ran>),
-    least: u64,
+    (scenario, least): (&Scenario, u64),
 ) -> Result<Report, RunError> {
     // The guest says how many, and may say anything.
     let passed = ran.iter().fold(0u64, |sum, ran| sum.saturating_add(ran.checks_passed));
@@ -134,6 +145,7 @@ fn report(
     Ok(Report {
         accelerator,
         conversion_by,
+        private_memory: scenario.config().conversions.initial() == Visibility::Private,
         end,
         checks_passed: passed,
         checks_failed: u64::from(matches!(end, End::Failed(Failure::Check { .. }))),

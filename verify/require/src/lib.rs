@@ -18,6 +18,8 @@ pub enum Facility {
     Seccomp,
     /// A KVM that offers VMs with private memory.
     PrivateMemory,
+    /// A KVM whose guest_memfds can be shared with the host as a whole.
+    SharedGuestMemfd,
     /// The pages of any file counted (`cachestat`).
     Cachestat,
 }
@@ -30,6 +32,7 @@ impl Facility {
             Self::Userfault => "userfault",
             Self::Seccomp => "seccomp",
             Self::PrivateMemory => "private-memory",
+            Self::SharedGuestMemfd => "shared-guest-memfd",
             Self::Cachestat => "cachestat",
         }
     }

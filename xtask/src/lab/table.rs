@@ -11,9 +11,9 @@ use super::{Lab, kernel};
 
 /// What must not be missing in the lab (`polder_require`), whichever kernel with private memory it
 /// is given.
-const REQUIRED: &str = "kvm,userfault";
+const REQUIRED: &str = "kvm,userfault,private-memory";
 /// What the kernel that is built here has besides.
-const REQUIRED_OF_OURS: &str = "seccomp";
+const REQUIRED_OF_OURS: &str = "seccomp,cachestat";
 
 /// Seconds that `polder run` may take: emulated, it is a matter of ten.
 const RUN_SECONDS: &str = "600";

@@ -3,8 +3,10 @@
 use std::io;
 use std::path::Path;
 
+use polder::HostKind;
 use polder_vmm::RunError;
 use polder_vmm::doctor::{Errno, KvmOffer, UserfaultOffer, Way};
+use polder_vmm::scenario::Conversions;
 
 use super::machine::Machine;
 use super::parse;
@@ -16,7 +18,9 @@ pub(super) struct Facts {
     /// Fails where there is no userfaultfd at all for this process.
     pub(super) userfault: io::Result<Watch>,
     /// Whether host memfd was in fact set up, with a VM beside it.
-    pub(super) memfd: Result<(), RunError>,
+    pub(super) memfd: Result<Conversions, RunError>,
+    /// Whether host guest_memfd was, and what a guest's conversions come to there.
+    pub(super) guest_memfd: Result<Conversions, RunError>,
 }
 
 /// What userfaultfd offers.
@@ -35,7 +39,8 @@ impl Facts {
             machine: Machine::read(Path::new("/")),
             kvm: KvmOffer::ask(),
             userfault: Watch::look(),
-            memfd: polder_vmm::check_kvm(),
+            memfd: polder_vmm::check_kvm(HostKind::Memfd),
+            guest_memfd: polder_vmm::check_kvm(HostKind::GuestMemfd),
         }
     }
 
@@ -149,7 +154,13 @@ pub(super) mod tests {
             KvmOffer { api_version: 12, types: vec![default], hypercalls: Ok(Transport::Port) };
         let features = vec!["MISSING_SHMEM", "MINOR_SHMEM", "POISON"];
         let watch = Watch { way: Ok(Way::SystemCall), features, nameless: 0 };
-        Facts { machine, kvm: Ok(kvm), userfault: Ok(watch), memfd: Ok(()) }
+        Facts {
+            machine,
+            kvm: Ok(kvm),
+            userfault: Ok(watch),
+            memfd: Ok(Conversions::KeepContents),
+            guest_memfd: Ok(Conversions::LoseContents),
+        }
     }
 
     /// A machine with nothing.
@@ -160,6 +171,7 @@ pub(super) mod tests {
             kvm: Err(RunError::Kvm(not_found())),
             userfault: Err(io::Error::from_raw_os_error(38)),
             memfd: Err(RunError::Kvm(not_found())),
+            guest_memfd: Err(RunError::Kvm(not_found())),
         }
     }
 

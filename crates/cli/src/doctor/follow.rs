@@ -8,6 +8,7 @@ use polder::units::ByteSize;
 use polder_vmm::RunError;
 use polder_vmm::doctor::Way;
 use polder_vmm::guest::Transport;
+use polder_vmm::scenario::Conversions;
 use serde::Serialize;
 
 use super::facts::{Facts, Mmu};
@@ -76,30 +77,37 @@ pub(super) fn chain(error: &dyn Error) -> String {
 }
 
 fn memfd(facts: &Facts) -> HostFindings {
+    let needs = vec![kvm(facts), userfaultfd(facts), userfaultfd_features(facts)];
+    let mut features = vec![hypercalls(facts), address_space(facts)];
+    features.extend(facts.machine.huge_pages.iter().map(huge_pages));
+    features.push(shmem_thp(facts));
+    tried(HostKind::Memfd, &facts.memfd, needs, features)
+}
+
+/// A host of real memory, from what came of trying it.
+fn tried(
+    host: HostKind,
+    trial: &Result<Conversions, RunError>,
+    mut needs: Vec<Finding>,
+    features: Vec<Finding>,
+) -> HostFindings {
     const TRIAL: &str = "trial";
-    let mut needs = vec![kvm(facts), userfaultfd(facts), userfaultfd_features(facts)];
-    if let Err(error) = &facts.memfd
+    if let Err(error) = trial
         && needs.iter().all(|need| need.ok == Some(true))
     {
         let way_out = error.way_out().unwrap_or("report it: this is a bug in Polder");
         needs.push(Finding::missing(TRIAL, chain(error), way_out));
     }
     let lacks = lacking(&needs);
-    let why = match &facts.memfd {
-        Ok(()) => "tried: a VM and memory for it can be made".into(),
+    let why = match trial {
+        Ok(Conversions::Refused) => {
+            "tried: a VM and memory for it can be made, all of it shared".into()
+        }
+        Ok(_) => "tried: a VM and memory for it can be made".into(),
         Err(error) if lacks == TRIAL => format!("tried, and failed: {}", chain(error)),
         Err(_) => format!("lacks {lacks}"),
     };
-    let mut features = vec![hypercalls(facts), address_space(facts)];
-    features.extend(facts.machine.huge_pages.iter().map(huge_pages));
-    features.push(shmem_thp(facts));
-    HostFindings {
-        host: HostKind::Memfd.to_string(),
-        usable: facts.memfd.is_ok(),
-        why,
-        needs,
-        features,
-    }
+    HostFindings { host: host.to_string(), usable: trial.is_ok(), why, needs, features }
 }
 
 /// The names of what is missing.
@@ -295,7 +303,8 @@ const GUEST_MEMFD_FEATURES: [Wanted; 4] = [
 
 fn guest_memfd(facts: &Facts) -> HostFindings {
     let found = GUEST_MEMFD_NEEDS.iter().map(|wanted| wanted.find(facts));
-    let needs: Vec<_> = iter::once(kvm(facts)).chain(found).collect();
+    let watched = [userfaultfd(facts), userfaultfd_features(facts)];
+    let needs: Vec<_> = iter::once(kvm(facts)).chain(watched).chain(found).collect();
     let mut features = GUEST_MEMFD_FEATURES.map(|wanted| wanted.find(facts));
     // No kernel helps where the machine can't.
     if Mmu::of(facts).0 == Mmu::Shadow {
@@ -303,21 +312,7 @@ fn guest_memfd(facts: &Facts) -> HostFindings {
             feature.way_out = Some(ways_out::TDP.into());
         }
     }
-    let lacks = lacking(&needs);
-    let [private, _, mapped, _] = &features;
-    let offers = match (lacks.is_empty(), private.ok, mapped.ok) {
-        (false, ..) => format!("this machine lacks {lacks}"),
-        (true, Some(true), _) => "this KVM has it, with private pages".into(),
-        (true, _, Some(true)) => "this KVM has it, for shared pages only".into(),
-        (true, ..) => "this KVM has it, and can neither keep pages private nor map them".into(),
-    };
-    HostFindings {
-        host: "guest_memfd".into(),
-        usable: false,
-        why: format!("not in Polder yet; {offers}"),
-        needs,
-        features: features.into(),
-    }
+    tried(HostKind::GuestMemfd, &facts.guest_memfd, needs, features.into())
 }
 
 #[cfg(test)]

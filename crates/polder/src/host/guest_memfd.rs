@@ -12,6 +12,12 @@
 //! view is watched as on host `memfd`: a stray touch of a private page is denied, and no page of
 //! the memfd comes into being by it.
 //!
+//! # Without private memory
+//! A KVM that can't keep memory private may still make a guest_memfd whose pages are all shared
+//! (`MMAP` and `INIT_SHARED`: Linux 6.18, any MMU). An object made
+//! [shared](crate::Builder::shared) is then served from it alone: attached to such a VM, the views
+//! show the guest_memfd in the memfd's place, and no page of it can become private.
+//!
 //! # Holes
 //! - While a conversion is under way, a guest that uses the pages nevertheless may have one made
 //!   on the side that they come to; it is freed at the conversion's end. If the conversion fails
@@ -25,7 +31,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
-use polder_engine::{RangeSet, Slot, Step, Visibility, VmId};
+use polder_engine::{PageFacts, Population, RangeSet, Slot, Step, Visibility, VmId};
 use polder_linux::{Errno, GuestMemfd, KvmSlot, PrivateMemory, set_private};
 use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
@@ -38,11 +44,13 @@ pub(crate) struct GuestMemfdHost {
     /// Held while attributes or slots change: a slot that appears meanwhile would miss a change.
     /// No thread that answers touches takes it.
     state: Mutex<State>,
+    pages: PageCount,
 }
 
 struct State {
     vms: BTreeMap<VmId, Arc<VmFd>>,
-    /// The guest_memfd and its VM, from the first bind on.
+    /// The guest_memfd and its VM, from the first bind on; where all is shared, from the first
+    /// attach on.
     owner: Option<Owner>,
     slots: BTreeMap<Slot, Bound>,
     /// Pages that the kernel is told are shared.
@@ -56,6 +64,8 @@ struct Owner {
     id: VmId,
     vm: Arc<VmFd>,
     guest_memfd: Arc<GuestMemfd>,
+    /// Whether pages can be private.
+    private: bool,
 }
 
 /// A slot, and what it shows. KVM's slot goes first, then the attributes of its frames.
@@ -72,6 +82,11 @@ impl Bound {
     }
 }
 
+/// All of an object.
+fn all(pages: PageCount) -> PageRange {
+    PageRange::between(0, pages.get()).expect("an object has pages")
+}
+
 /// The guest frames of those pages of `range` that are bound, `pages` from `gfn` on.
 fn gfns(gfn: Gfn, pages: PageRange, range: PageRange) -> Option<GfnRange> {
     let start = range.start().get().max(pages.start().get());
@@ -86,6 +101,9 @@ impl State {
     fn set(&self, range: PageRange, to: Visibility) -> Result<(), Error> {
         let Some(owner) = &self.owner else { return Ok(()) };
         let private = to == Visibility::Private;
+        if !owner.private {
+            return if private { Err(NO_PRIVATE_MEMORY) } else { Ok(()) };
+        }
         for gfns in self.slots.values().filter_map(|bound| bound.gfns(range)) {
             set_private(&owner.vm, gfns, private)?;
         }
@@ -112,11 +130,19 @@ impl State {
             None => {
                 let vm = Arc::clone(self.vms.get(&id).expect("a VM that was attached"));
                 let guest_memfd = Arc::new(GuestMemfd::new(&vm, pages)?);
-                Ok(self.owner.insert(Owner { id, vm, guest_memfd }).clone())
+                Ok(self.owner.insert(Owner { id, vm, guest_memfd, private: true }).clone())
             }
         }
     }
 }
+
+/// What is said where memory was to be private on a VM that has none that can.
+const NO_PRIVATE_MEMORY: Error = Error::NotOffered {
+    what: "this VM has no private memory: KVM offers it with TDP (EPT or NPT), to VMs of a \
+           protected type",
+    way_out: "make the VM of type KVM_X86_SW_PROTECTED_VM on a kernel with \
+              CONFIG_KVM_SW_PROTECTED_VM and TDP, or use --host memfd",
+};
 
 /// The runs of `range` that are not in `set`.
 fn outside(set: &RangeSet, range: PageRange) -> Vec<PageRange> {
@@ -134,9 +160,9 @@ fn outside(set: &RangeSet, range: PageRange) -> Vec<PageRange> {
 }
 
 impl GuestMemfdHost {
-    /// An object of `pages` pages; refused if its contents are `owed`.
-    pub(crate) fn new(pages: PageCount, owed: bool) -> Result<Self, Error> {
-        if owed {
+    /// An object of `pages` pages, all as `initial` says; refused if contents are owed.
+    pub(crate) fn new(pages: PageCount, initial: PageFacts) -> Result<Self, Error> {
+        if initial.population == Population::Owed {
             return Err(Error::NotOffered {
                 what: "contents can't be owed on host guest_memfd: no kernel lets a userfaultfd \
                        watch a guest_memfd, or the host write its private pages",
@@ -144,14 +170,39 @@ impl GuestMemfdHost {
             });
         }
         let views = MemfdViews::new("polder-shared", pages, false)?;
-        let state = State {
+        let mut state = State {
             vms: BTreeMap::new(),
             owner: None,
             slots: BTreeMap::new(),
             shared: RangeSet::default(),
             cut: RangeSet::default(),
         };
-        Ok(Self { views, state: Mutex::new(state) })
+        if initial.visibility == Visibility::Shared {
+            state.shared.insert(all(pages));
+        }
+        Ok(Self { views, state: Mutex::new(state), pages })
+    }
+
+    /// Serves the object from a guest_memfd of `vm` alone, all of whose pages are shared.
+    fn serve(&self, state: &mut State, id: VmId, vm: Arc<VmFd>) -> Result<(), Error> {
+        if state.owner.is_none() {
+            if !state.shared.runs().eq([all(self.pages)]) {
+                return Err(NO_PRIVATE_MEMORY);
+            }
+            // Its bytes would be seen no more.
+            if !self.views.memfd().existing()?.is_empty() {
+                return Err(Error::NotOffered {
+                    what: "memory was written before it was attached to a VM without private \
+                           memory, whose guest_memfd is to hold it",
+                    way_out: "attach the VM first",
+                });
+            }
+            let guest_memfd = Arc::new(GuestMemfd::shared(&vm, self.pages)?);
+            self.views.show(&guest_memfd)?;
+            state.owner = Some(Owner { id, vm: Arc::clone(&vm), guest_memfd, private: false });
+        }
+        state.vms.insert(id, vm);
+        Ok(())
     }
 
     fn guest_memfd(&self) -> Option<Arc<GuestMemfd>> {
@@ -208,27 +259,29 @@ impl Host for GuestMemfdHost {
             return Err(Error::WrongVm { host: HostKind::GuestMemfd });
         };
         let offered = PrivateMemory::of(&vm);
-        if !offered.guest_memfd || !offered.attributes {
-            return Err(Error::NotOffered {
-                what: "this VM has no private memory: KVM offers it with TDP (EPT or NPT), to VMs \
-                       of a protected type",
-                way_out: "make the VM of type KVM_X86_SW_PROTECTED_VM on a kernel with \
-                          CONFIG_KVM_SW_PROTECTED_VM and TDP, or use --host memfd",
-            });
+        let mut state = self.state.lock();
+        if offered.guest_memfd && offered.attributes {
+            state.vms.insert(id, vm);
+            return Ok(());
         }
-        self.state.lock().vms.insert(id, vm);
-        Ok(())
+        match offered.can_be_shared() {
+            true => self.serve(&mut state, id, vm),
+            false => Err(NO_PRIVATE_MEMORY),
+        }
     }
 
     fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
         let mut state = self.state.lock();
-        let owner = state.owner(vm, self.views.memfd().pages())?;
-        let all = gfns(gfn, pages, pages).ok_or(failed("KVM_SET_MEMORY_ATTRIBUTES", Errno::INVAL));
-        // The guest has no slot yet, and so sees none of it happen.
-        set_private(&owner.vm, all?, true)?;
-        let shared = state.shared.runs().chain(state.cut.runs());
-        for gfns in shared.filter_map(|run| gfns(gfn, pages, run)) {
-            set_private(&owner.vm, gfns, false)?;
+        let owner = state.owner(vm, self.pages)?;
+        if owner.private {
+            let all = gfns(gfn, pages, pages);
+            let invalid = failed("KVM_SET_MEMORY_ATTRIBUTES", Errno::INVAL);
+            // The guest has no slot yet, and so sees none of it happen.
+            set_private(&owner.vm, all.ok_or(invalid)?, true)?;
+            let shared = state.shared.runs().chain(state.cut.runs());
+            for gfns in shared.filter_map(|run| gfns(gfn, pages, run)) {
+                set_private(&owner.vm, gfns, false)?;
+            }
         }
         let sides = (&owner.guest_memfd, self.views.guest_view());
         let made = KvmSlot::with_guest_memfd(&owner.vm, slot.0, gfn, sides, pages)?;
@@ -240,14 +293,19 @@ impl Host for GuestMemfdHost {
         let mut state = self.state.lock();
         let Some(Bound { slot, gfn, pages }) = state.slots.remove(&slot) else { return };
         drop(slot);
-        if let (Some(owner), Some(gfns)) = (&state.owner, gfns(gfn, pages, pages)) {
+        let owner = state.owner.as_ref().filter(|owner| owner.private);
+        if let (Some(owner), Some(gfns)) = (owner, gfns(gfn, pages, pages)) {
             // Without a slot an attribute shows nothing, and the next bind sets its own.
             let _ = set_private(&owner.vm, gfns, false);
         }
     }
 
     fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {
-        self.views.settle(failed)
+        match &self.state.lock().owner {
+            // A guest_memfd can't be watched.
+            Some(Owner { private: false, .. }) => Ok(()),
+            _ => self.views.settle(failed),
+        }
     }
 
     fn existing(&self) -> Result<Vec<PageRange>, Error> {

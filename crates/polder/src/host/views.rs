@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use polder_engine::{RangeSet, Response, View as ViewKind};
-use polder_linux::{Continued, Errno, Memfd, Userfault, View};
+use polder_linux::{Continued, Errno, GuestMemfd, Memfd, Userfault, View};
 use polder_units::{PAGE_SIZE, PageCount, PageIndex, PageRange};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
@@ -98,6 +98,22 @@ impl MemfdViews {
     /// What KVM's slots show.
     pub(crate) fn guest_view(&self) -> &Arc<View> {
         self.guest.view()
+    }
+
+    /// Shows a guest_memfd instead of the memfd, in all views; none is watched any more. Or in
+    /// none, if one can't.
+    pub(super) fn show(&self, guest_memfd: &GuestMemfd) -> Result<(), Error> {
+        let views = [&self.trusted, self.guest.view().as_ref(), self.host.view().as_ref()];
+        let shown = views.iter().try_for_each(|view| view.show(guest_memfd));
+        if shown.is_err() {
+            views.iter().try_for_each(|view| view.show_memfd())?;
+            self.host.watch(self.all())?;
+        }
+        Ok(shown?)
+    }
+
+    fn all(&self) -> PageRange {
+        PageRange::between(0, self.memfd.pages().get()).expect("an object has pages")
     }
 
     /// Takes pages out of the host view; they stay in the memfd. Lifts markers too.

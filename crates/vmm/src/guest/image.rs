@@ -48,8 +48,8 @@ pub struct Chunk {
 ///
 /// ```
 /// use polder_vmm::guest::{Image, Program, Transport};
-/// use polder_vmm::scenario::{Config, Scenario};
-/// let config = Config { memory: 64 << 20, vcpus: 1, seed: 1, contents_kept: true };
+/// use polder_vmm::scenario::{Config, Conversions, Scenario};
+/// let config = Config { memory: 64 << 20, vcpus: 1, seed: 1, conversions: Conversions::KeepContents };
 /// let scenario = Scenario::generate(&config)?;
 /// let image = Image::new(&scenario, Program::SelfTest, Transport::Port)?;
 /// assert_eq!(image.vcpus.len(), 1);
@@ -180,11 +180,12 @@ const _: () = assert!(TSS_STRIDE >= TSS_BYTES as u64);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scenario::Config;
+    use crate::scenario::{Config, Conversions};
 
     fn scenario(memory: u64, vcpus: u8, seed: u64) -> Scenario {
         // The one that is longer.
-        Scenario::generate(&Config { memory, vcpus, seed, contents_kept: false }).unwrap()
+        Scenario::generate(&Config { memory, vcpus, seed, conversions: Conversions::LoseContents })
+            .unwrap()
     }
 
     #[test]

@@ -5,6 +5,7 @@ use core::ops::Range;
 
 use polder_units::{GfnRange, Gpa, PAGE_SIZE};
 
+use super::generate::Conversions;
 use super::layout::bytes;
 use super::op::{HostAccess, Op, Outcome, Pattern, Visibility};
 use super::random::Random;
@@ -32,19 +33,17 @@ struct Page {
 pub(super) struct Area {
     start: Gpa,
     pages: Vec<Page>,
-    /// Whether a conversion keeps contents.
-    kept: bool,
+    conversions: Conversions,
     /// How often contents that were lost have been replaced: part of the next ones' seed.
     refills: u64,
 }
 
 impl Area {
-    /// `range` as memory is at first: private and zero. Its pages keep their contents when they
-    /// are converted, or become zeros.
-    pub(super) fn new(range: GfnRange, kept: bool) -> Self {
-        let page = Page { pattern: Pattern::Zero, visibility: Visibility::Private };
+    /// `range` as memory is at first: zero, and private where it can be.
+    pub(super) fn new(range: GfnRange, conversions: Conversions) -> Self {
+        let page = Page { pattern: Pattern::Zero, visibility: conversions.initial() };
         let pages = range.frames().map(|_| page).collect();
-        Self { start: range.start().gpa(), pages, kept, refills: 0 }
+        Self { start: range.start().gpa(), pages, conversions, refills: 0 }
     }
 
     /// The number of pages.
@@ -105,9 +104,12 @@ impl Area {
     /// lost by it are replaced by new ones.
     pub(super) fn convert(&mut self, ops: &mut Vec<Op>, pages: Range<u64>, to: Visibility) {
         let count = pages.end - pages.start;
-        let (gpa, expect) = (self.gpa(pages.start), Outcome::Done);
+        let (gpa, expect) = (self.gpa(pages.start), self.conversions.outcome(to));
         ops.push(Op::Convert { gpa, pages: count, to, expect });
-        let lost = self.convert_to(pages.clone(), to);
+        let lost = match expect {
+            Outcome::Done => self.convert_to(pages.clone(), to),
+            _ => Vec::new(),
+        };
         self.check(ops);
         self.probe(ops, pages);
         for run in lost {
@@ -119,7 +121,7 @@ impl Area {
 
     /// Notes that `pages` are `to` now. Returns the runs of those that lost what was in them.
     fn convert_to(&mut self, pages: Range<u64>, to: Visibility) -> Vec<Range<u64>> {
-        let kept = self.kept;
+        let kept = self.conversions == Conversions::KeepContents;
         let mut lost: Vec<Range<u64>> = Vec::new();
         let mut at = pages.start;
         self.each(pages, |page| {
@@ -137,7 +139,7 @@ impl Area {
         lost
     }
 
-    /// The whole story of an area, ending private.
+    /// The whole story of an area, ending private where it can be.
     pub(super) fn story(&mut self, ops: &mut Vec<Op>, random: &mut Random) {
         self.untouched(ops);
         self.offsets_and_sizes(ops, random);

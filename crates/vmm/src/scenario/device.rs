@@ -3,6 +3,7 @@
 use polder_units::{Gpa, PAGE_SIZE};
 
 use super::area::{Area, len};
+use super::generate::Conversions;
 use super::layout::Layout;
 use super::op::{HostAccess, Op, Outcome, Pattern, Visibility, WORD};
 use super::random::Random;
@@ -22,20 +23,34 @@ struct Bounce<'a> {
     layout: &'a Layout,
     payload: Area,
     response: Area,
+    conversions: Conversions,
     id: u64,
 }
 
 /// Shares the bounce buffer, has the device transform payloads, has it refuse what it may not
 /// reach, takes the buffer back, and shares it again for good, as a guest with a device does.
-pub(super) fn transfers(ops: &mut Vec<Op>, layout: &Layout, kept: bool, random: &mut Random) {
-    let [payload, response] = [layout.payload, layout.response].map(|all| Area::new(all, kept));
-    let mut bounce = Bounce { layout, payload, response, id: 1 };
-    bounce.refused_request(ops);
+pub(super) fn transfers(
+    ops: &mut Vec<Op>,
+    layout: &Layout,
+    conversions: Conversions,
+    random: &mut Random,
+) {
+    let area = |all| Area::new(all, conversions);
+    let [payload, response] = [layout.payload, layout.response].map(area);
+    let mut bounce = Bounce { layout, payload, response, conversions, id: 1 };
+    if conversions.initial() == Visibility::Private {
+        bounce.refused_request(ops);
+    }
     bounce.convert(ops, Visibility::Shared);
     for (from, to, len) in TRANSFERS {
         bounce.transfer(ops, (from, to, len), random);
     }
-    bounce.refused_memory(ops, random);
+    // The last answer stands among what was around it.
+    let all = 0..bounce.response.len();
+    bounce.response.fill_unchecked(ops, all, random.word());
+    if conversions.initial() == Visibility::Private {
+        bounce.refused_memory(ops);
+    }
     bounce.convert(ops, Visibility::Private);
     bounce.convert(ops, Visibility::Shared);
 }
@@ -43,10 +58,11 @@ pub(super) fn transfers(ops: &mut Vec<Op>, layout: &Layout, kept: bool, random: 
 impl Bounce<'_> {
     fn convert(&mut self, ops: &mut Vec<Op>, to: Visibility) {
         let (gpa, pages) = (self.layout.request.start().gpa(), self.layout.request.count().get());
-        ops.push(Op::Convert { gpa, pages, to, expect: Outcome::Done });
-        let expect = match to {
-            Visibility::Private => HostAccess::Denied,
-            Visibility::Shared => HostAccess::Readable,
+        let outcome = self.conversions.outcome(to);
+        ops.push(Op::Convert { gpa, pages, to, expect: outcome });
+        let expect = match (to, outcome) {
+            (Visibility::Private, Outcome::Done) => HostAccess::Denied,
+            _ => HostAccess::Readable,
         };
         ops.push(Op::Probe { gpa, pages, expect });
         let all = 0..self.payload.len();
@@ -103,9 +119,8 @@ impl Bounce<'_> {
 
     /// A payload in private memory, an answer to private memory, and a payload of which only the
     /// last page is private: each is refused and nothing is written.
-    fn refused_memory(&mut self, ops: &mut Vec<Op>, random: &mut Random) {
+    fn refused_memory(&mut self, ops: &mut Vec<Op>) {
         let all = 0..self.payload.len();
-        self.response.fill_unchecked(ops, all.clone(), random.word());
         let (payload, response) = (self.payload.gpa(0), self.response.gpa(0));
         let flags = self.layout.flags.start().gpa();
         self.device(ops, [flags, response], PAGE_SIZE, Outcome::Fault);

@@ -4,7 +4,7 @@ use polder_units::{ByteSize, PAGE_SIZE};
 
 use super::area::{Area, len};
 use super::layout::{Layout, MEMORY_MAX, MEMORY_MIN, VCPUS_MAX};
-use super::op::Op;
+use super::op::{Op, Outcome, Visibility};
 use super::random::Random;
 use super::{device, refusal};
 
@@ -17,9 +17,37 @@ pub struct Config {
     pub vcpus: u8,
     /// Decides patterns and ranges.
     pub seed: u64,
-    /// Whether a page that is converted keeps its contents. Where it does not, the guest finds
-    /// zeros, and fills the page again. The host decides it.
-    pub contents_kept: bool,
+    /// What the host makes of the guest's conversions.
+    pub conversions: Conversions,
+}
+
+/// What a host makes of a guest's conversions.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Conversions {
+    /// A page that is converted keeps its contents.
+    KeepContents,
+    /// A page that is converted becomes zeros; the guest fills it again.
+    LoseContents,
+    /// All memory is shared for good: none can become private.
+    Refused,
+}
+
+impl Conversions {
+    /// What all memory is at first.
+    pub const fn initial(self) -> Visibility {
+        match self {
+            Self::KeepContents | Self::LoseContents => Visibility::Private,
+            Self::Refused => Visibility::Shared,
+        }
+    }
+
+    /// What a sound request comes to.
+    pub const fn outcome(self, to: Visibility) -> Outcome {
+        match (self, to) {
+            (Self::Refused, Visibility::Private) => Outcome::Unsupported,
+            _ => Outcome::Done,
+        }
+    }
 }
 
 /// Why there is no such scenario.
@@ -51,8 +79,8 @@ pub enum ScenarioError {
 /// vCPU 3 convert pages of areas of their own meanwhile.
 ///
 /// ```
-/// use polder_vmm::scenario::{Config, Op, Scenario};
-/// let config = Config { memory: 64 << 20, vcpus: 2, seed: 1, contents_kept: true };
+/// use polder_vmm::scenario::{Config, Conversions, Op, Scenario};
+/// let config = Config { memory: 64 << 20, vcpus: 2, seed: 1, conversions: Conversions::KeepContents };
 /// let scenario = Scenario::generate(&config)?;
 /// assert!(scenario.least_checks() > 1000);
 /// assert_eq!(scenario.program(1).last(), Some(&Op::Done));
@@ -72,7 +100,7 @@ impl Scenario {
     /// [`ScenarioError`] if the memory is too small, too large or no whole pages, or the number of
     /// vCPUs is not 1 to 4.
     pub fn generate(config: &Config) -> Result<Self, ScenarioError> {
-        let Config { memory, vcpus, seed, contents_kept } = *config;
+        let Config { memory, vcpus, seed, conversions: how } = *config;
         if !(MEMORY_MIN..=MEMORY_MAX).contains(&memory) {
             return Err(ScenarioError::Memory { memory });
         }
@@ -88,10 +116,10 @@ impl Scenario {
             .map(|vcpu| {
                 let mut random = Random::new(random.word());
                 match vcpu {
-                    0 => everything(&layout, vcpus, contents_kept, &mut random),
+                    0 => everything(&layout, vcpus, how, &mut random),
                     1 => churn(&layout, &mut random),
-                    2 => conversions(&layout, (1, vcpu), contents_kept, &mut random),
-                    _ => conversions(&layout, (2, vcpu), contents_kept, &mut random),
+                    2 => conversions(&layout, (1, vcpu), how, &mut random),
+                    _ => conversions(&layout, (2, vcpu), how, &mut random),
                 }
             })
             .collect();
@@ -135,17 +163,17 @@ impl Scenario {
 }
 
 /// vCPU 0.
-fn everything(layout: &Layout, vcpus: u8, kept: bool, random: &mut Random) -> Vec<Op> {
+fn everything(layout: &Layout, vcpus: u8, how: Conversions, random: &mut Random) -> Vec<Op> {
     let mut ops = Vec::new();
-    let mut area = Area::new(layout.areas[0], kept);
-    device::transfers(&mut ops, layout, kept, random);
+    let mut area = Area::new(layout.areas[0], how);
+    device::transfers(&mut ops, layout, how, random);
     refusal::beyond_memory(&mut ops, layout);
     area.story(&mut ops, random);
     refusal::refused(&mut ops, layout, layout.areas[0]);
     area.check(&mut ops);
     area.probe(&mut ops, 0..area.len());
     if let Some(range) = layout.high_area {
-        Area::new(range, kept).story(&mut ops, random);
+        Area::new(range, how).story(&mut ops, random);
         area.check(&mut ops);
     }
     for vcpu in 2..vcpus {
@@ -167,11 +195,11 @@ fn churn(layout: &Layout, random: &mut Random) -> Vec<Op> {
 fn conversions(
     layout: &Layout,
     (area, vcpu): (usize, u8),
-    kept: bool,
+    how: Conversions,
     random: &mut Random,
 ) -> Vec<Op> {
     let mut ops = Vec::new();
-    Area::new(layout.areas[area], kept).story(&mut ops, random);
+    Area::new(layout.areas[area], how).story(&mut ops, random);
     ops.push(Op::SetFlag { gpa: layout.done_flag(vcpu) });
     ops.push(Op::Done);
     ops

@@ -7,7 +7,7 @@
 //! | check | what an op verifies; a failed one stops the guest, passed ones are counted |
 //! | area | 4 MiB of memory whose pages one vCPU converts, and nobody else touches |
 //!
-//! All memory starts private and zero. A scenario is decided by its [`Config`] alone: the same
+//! All memory starts zero, and private where it can be. A scenario is decided by its [`Config`] alone: the same
 //! memory size, vCPU count and seed give the same ops. KVM runs them as machine code (see
 //! [`guest`](crate::guest)), the simulated machine interprets them.
 //!
@@ -24,7 +24,7 @@ mod refusal;
 #[cfg(test)]
 mod tests;
 
-pub use generate::{Config, Scenario, ScenarioError};
+pub use generate::{Config, Conversions, Scenario, ScenarioError};
 pub use layout::{BOOT_END, Layout, MEMORY_MAX, MEMORY_MIN, MMIO_END, MMIO_START, VCPUS_MAX, ram};
 pub(crate) use op::PATTERN_FACTOR;
 pub use op::{HostAccess, Op, Outcome, Pattern, Visibility, WORD, pattern};

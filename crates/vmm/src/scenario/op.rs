@@ -61,6 +61,8 @@ pub enum Outcome {
     Invalid,
     /// -EFAULT: the host may not reach the memory.
     Fault,
+    /// -EOPNOTSUPP: the memory can't be private on this host.
+    Unsupported,
 }
 
 impl Outcome {
@@ -72,6 +74,7 @@ impl Outcome {
             Self::Done => 0,
             Self::Invalid => -22,
             Self::Fault => -14,
+            Self::Unsupported => -95,
         }
     }
 }

@@ -8,7 +8,8 @@ use proptest::prelude::*;
 use super::*;
 
 fn scenario(memory: u64, vcpus: u8, seed: u64) -> Scenario {
-    Scenario::generate(&Config { memory, vcpus, seed, contents_kept: true }).unwrap()
+    Scenario::generate(&Config { memory, vcpus, seed, conversions: Conversions::KeepContents })
+        .unwrap()
 }
 
 /// Words by address. Of the pages of an area only one word is kept, each page's another.
@@ -229,7 +230,13 @@ fn a_machine_with_a_bug_is_caught() {
 #[test]
 fn what_does_not_fit_is_refused() {
     let refused = |memory, vcpus| {
-        Scenario::generate(&Config { memory, vcpus, seed: 0, contents_kept: true }).unwrap_err()
+        Scenario::generate(&Config {
+            memory,
+            vcpus,
+            seed: 0,
+            conversions: Conversions::KeepContents,
+        })
+        .unwrap_err()
     };
     let memory = MEMORY_MIN - PAGE_SIZE;
     assert_eq!(refused(memory, 1), ScenarioError::Memory { memory });
