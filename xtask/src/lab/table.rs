@@ -63,9 +63,10 @@ fn shown(lab: &Lab, kernel: &Kernel, command: &[OsString]) -> Result<(u8, String
 
 /// The table's lines, each as its word and its host.
 fn cells(text: &str) -> impl Iterator<Item = (&str, &str)> {
-    // `ok       memfd: create: ...`; the line of the total has no colon.
+    // `ok       memfd: create: ...`, and why a case failed may be any lines.
+    const WORDS: [&str; 4] = ["ok", "n/a", "skipped", "FAILED"];
     text.lines().filter_map(|line| {
-        let (word, rest) = line.split_once(' ')?;
+        let (word, rest) = line.split_once(' ').filter(|(word, _)| WORDS.contains(word))?;
         Some((word, rest.trim_start().split_once(": ")?.0))
     })
 }
@@ -121,7 +122,8 @@ mod tests {
     #[test]
     fn cells_are_counted_by_their_word() {
         let text = "ok       memfd: bind: a\nn/a      machine: bind: b (why: so)\n\
-                    ok       machine: create: c\nFAILED   memfd: bind: d (x)\n1 FAILED\n";
+                    ok       machine: create: c\nFAILED   memfd: bind: d (x\n  left: (1)\n\
+                    right: (2))\n1 FAILED\n";
         assert_eq!(words(&counts(text)), "1 FAILED, 1 n/a, 2 ok");
         assert_eq!(hosts(text), ["memfd", "machine"]);
     }
