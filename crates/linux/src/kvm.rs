@@ -10,6 +10,7 @@ use kvm_ioctls::VmFd;
 use polder_units::{Gfn, PAGE_SIZE, PageRange};
 use rustix::io::Errno;
 
+use crate::call::{self, Call};
 use crate::{Error, GuestMemfd, View};
 
 /// A slot of a VM that shows it a part of a view, and where it has a guest_memfd the same part of
@@ -35,14 +36,11 @@ impl KvmSlot {
         view: &Arc<View>,
         pages: PageRange,
     ) -> Result<Self, Error> {
-        const CALL: &str = "KVM_SET_USER_MEMORY_REGION";
-        let region =
-            region(slot, gfn, view, pages).ok_or(Error::on(CALL, pages.bytes(), Errno::INVAL))?;
+        let call = Call::on("KVM_SET_USER_MEMORY_REGION", pages.bytes());
+        let region = region(slot, gfn, view, pages).ok_or(call.error(Errno::INVAL))?;
         // SAFETY: the addresses lie in the view, which stays mapped until the slot is deleted: the
         // slot made here holds it. No Rust reference points into it.
-        unsafe { vm.set_user_memory_region(region) }.map_err(|error| {
-            Error::on(CALL, pages.bytes(), Errno::from_raw_os_error(error.errno()))
-        })?;
+        call.make(|| unsafe { vm.set_user_memory_region(region) }.map_err(call::of_kvm))?;
         Ok(Self { vm: Arc::clone(vm), region, view: Arc::clone(view), guest_memfd: None })
     }
 
@@ -60,8 +58,8 @@ impl KvmSlot {
         (guest_memfd, view): (&Arc<GuestMemfd>, &Arc<View>),
         pages: PageRange,
     ) -> Result<Self, Error> {
-        const CALL: &str = "KVM_SET_USER_MEMORY_REGION2";
-        let invalid = Error::on(CALL, pages.bytes(), Errno::INVAL);
+        let call = Call::on("KVM_SET_USER_MEMORY_REGION2", pages.bytes());
+        let invalid = call.error(Errno::INVAL);
         let inside = pages.end() <= guest_memfd.pages().get();
         let region = region(slot, gfn, view, pages).filter(|_| inside).ok_or(invalid)?;
         let fd = guest_memfd.as_fd().as_raw_fd();
@@ -76,9 +74,7 @@ impl KvmSlot {
             ..Default::default()
         };
         // SAFETY: as in `new`; the guest_memfd has no address.
-        unsafe { vm.set_user_memory_region2(region2) }.map_err(|error| {
-            Error::on(CALL, pages.bytes(), Errno::from_raw_os_error(error.errno()))
-        })?;
+        call.make(|| unsafe { vm.set_user_memory_region2(region2) }.map_err(call::of_kvm))?;
         Ok(Self {
             vm: Arc::clone(vm),
             region,
@@ -119,8 +115,10 @@ fn region(
 impl Drop for KvmSlot {
     fn drop(&mut self) {
         self.region.memory_size = 0;
+        let (vm, region) = (&self.vm, self.region);
         // SAFETY: a slot of size 0 is a slot deleted; KVM forgets the view's address.
-        let deleted = unsafe { self.vm.set_user_memory_region(self.region) };
+        let delete = || unsafe { vm.set_user_memory_region(region) }.map_err(call::of_kvm);
+        let deleted = Call::new("KVM_SET_USER_MEMORY_REGION (deletion)").make(delete);
         if deleted.is_err() {
             // KVM still has the address: what is there must stay for good.
             core::mem::forget(Arc::clone(&self.view));

@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use polder_units::Gpa;
-use rustix::io::Errno;
 
 use crate::Error;
+use crate::call::{self, Call};
 use crate::sigbus::in_guest;
 
 /// Why a vCPU stopped running.
@@ -129,8 +129,7 @@ impl Vcpu {
                 });
             }
             Err(error) => {
-                let errno = Errno::from_raw_os_error(error.errno());
-                return Err(Error::new("KVM_RUN", errno));
+                return Err(Call::new("KVM_RUN").error(call::of_kvm(error)));
             }
         };
         let (exit, pending) = sort(exit);

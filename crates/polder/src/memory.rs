@@ -89,14 +89,7 @@ impl Builder {
             initial: PageFacts { visibility: Visibility::Private, population: self.population },
         };
         let driver = Arc::new(Driver::new(config, host));
-        let faults = FaultThreads::start(&driver).map_err(|error| {
-            let errno = polder_linux::Errno::from_io_error(&error);
-            polder_linux::Error {
-                call: "clone",
-                range: None,
-                errno: errno.unwrap_or(polder_linux::Errno::AGAIN),
-            }
-        })?;
+        let faults = FaultThreads::start(&driver)?;
         Ok(Memory { driver, faults, vms: AtomicU32::new(0), slots: Mutex::default() })
     }
 }
