@@ -15,13 +15,18 @@ use crate::{Error, GuestMemfd, View};
 
 /// A slot of a VM that shows it a part of a view, and where it has a guest_memfd the same part of
 /// that, by each frame's attribute. Dropping it deletes the slot: the guest's mappings go, the
-/// pages stay. What it shows stays at least as long as the slot.
+/// pages stay. What it shows stays at least as long as the slot: for good, if that can't be deleted.
 pub struct KvmSlot {
     vm: Arc<VmFd>,
     region: kvm_userspace_memory_region,
+    pages: PageRange,
     view: Arc<View>,
     guest_memfd: Option<Arc<GuestMemfd>>,
+    deleted: bool,
 }
+
+/// The deletion of a slot, in errors.
+const DELETION: &str = "KVM_SET_USER_MEMORY_REGION (deletion)";
 
 impl KvmSlot {
     /// Makes slot `slot` of `vm` show `pages` of the view at guest frame `gfn`.
@@ -41,7 +46,8 @@ impl KvmSlot {
         // SAFETY: the addresses lie in the view, which stays mapped until the slot is deleted: the
         // slot made here holds it. No Rust reference points into it.
         call.make(|| unsafe { vm.set_user_memory_region(region) }.map_err(call::of_kvm))?;
-        Ok(Self { vm: Arc::clone(vm), region, view: Arc::clone(view), guest_memfd: None })
+        let (vm, view) = (Arc::clone(vm), Arc::clone(view));
+        Ok(Self { vm, region, pages, view, guest_memfd: None, deleted: false })
     }
 
     /// Makes slot `slot` of `vm` show at guest frame `gfn` the same `pages` of the guest_memfd,
@@ -78,9 +84,27 @@ impl KvmSlot {
         Ok(Self {
             vm: Arc::clone(vm),
             region,
+            pages,
             view: Arc::clone(view),
             guest_memfd: Some(Arc::clone(guest_memfd)),
+            deleted: false,
         })
+    }
+
+    /// Deletes the slot, as dropping it does. If that fails the guest goes on seeing it.
+    ///
+    /// # Errors
+    /// Of `KVM_SET_USER_MEMORY_REGION`: `ENOMEM`.
+    pub fn delete(&mut self) -> Result<(), Error> {
+        if !self.deleted {
+            let (vm, mut region) = (&self.vm, self.region);
+            region.memory_size = 0;
+            // SAFETY: a slot of size 0 is a slot deleted; KVM forgets the view's address.
+            let delete = || unsafe { vm.set_user_memory_region(region) }.map_err(call::of_kvm);
+            Call::on(DELETION, self.pages.bytes()).make(delete)?;
+            self.deleted = true;
+        }
+        Ok(())
     }
 
     /// The view that it shows.
@@ -114,12 +138,7 @@ fn region(
 
 impl Drop for KvmSlot {
     fn drop(&mut self) {
-        self.region.memory_size = 0;
-        let (vm, region) = (&self.vm, self.region);
-        // SAFETY: a slot of size 0 is a slot deleted; KVM forgets the view's address.
-        let delete = || unsafe { vm.set_user_memory_region(region) }.map_err(call::of_kvm);
-        let deleted = Call::new("KVM_SET_USER_MEMORY_REGION (deletion)").make(delete);
-        if deleted.is_err() {
+        if self.delete().is_err() {
             // KVM still has the address: what is there must stay for good.
             core::mem::forget(Arc::clone(&self.view));
         }

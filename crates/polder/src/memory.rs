@@ -178,12 +178,15 @@ impl Memory {
     /// one that waits for contents that are owed has to get them, or [`Memory::fail`], first.
     ///
     /// # Errors
-    /// [`Refusal::NoSuchSlot`].
+    /// [`Refusal::NoSuchSlot`]; [`Error::Host`] where KVM can't delete the slot, which is then
+    /// still bound.
     pub fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
         let _one_at_a_time = self.slots.lock();
-        self.driver.ask(|engine| engine.unbind(vm, slot))?;
-        self.driver.host.unbind(vm, slot);
-        Ok(())
+        let was = self.driver.ask(|engine| engine.unbind(vm, slot))?;
+        self.driver.host.unbind(vm, slot).inspect_err(|_| {
+            let bound = self.driver.engine().bind(vm, slot, was.gfns().start(), was.pages());
+            assert!(bound.is_ok(), "it was bound a moment ago: {bound:?}");
+        })
     }
 
     /// Every binding.
@@ -282,7 +285,8 @@ impl Memory {
     /// Says that nothing more will come: what is still owed is zeros, but for what failed.
     ///
     /// # Errors
-    /// [`Error::Host`].
+    /// [`Error::Host`]: it is so nevertheless, but the host goes on watching the guest's touches,
+    /// which costs time. To stop that, say it again.
     pub fn settle(&self) -> Result<(), Error> {
         self.driver.settle()
     }
@@ -447,7 +451,8 @@ impl Drop for Memory {
         }
         self.driver.released();
         for (vm, slot) in bindings {
-            self.driver.host.unbind(vm, slot);
+            // The host tries again at its own end, and then leaves to the guest what it sees.
+            let _ = self.driver.host.unbind(vm, slot);
         }
         self.faults.stop(&self.driver);
     }
