@@ -5,7 +5,7 @@
 //! use polder_linux::{Errno, Memfd, inject};
 //! use polder_units::PageCount;
 //!
-//! let plan = inject::Plan { nth: 1, ..inject::Plan::of("ftruncate", Errno::NOMEM) };
+//! let plan = inject::Plan { nth: 1, ..inject::Plan::of(&["ftruncate"], Errno::NOMEM) };
 //! let armed = inject::arm(plan);
 //! let error = Memfd::new("test", PageCount::ONE).unwrap_err();
 //! assert_eq!((error.call, error.errno), ("ftruncate", Errno::NOMEM));
@@ -32,8 +32,8 @@ pub enum When {
 /// Which call is to fail, and how.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Plan {
-    /// Calls of this name only count; of any, if there is none.
-    pub call: Option<&'static str>,
+    /// Calls of these names only count; of any, if there is none.
+    pub calls: &'static [&'static str],
     /// The first that fails, counted from 1; none for 0.
     pub nth: u64,
     /// How many fail, from that one on.
@@ -47,11 +47,11 @@ pub struct Plan {
 impl Plan {
     /// No call fails; they are only counted.
     pub const COUNT: Self =
-        Self { call: None, nth: 0, times: 0, errno: Errno::IO, when: When::Instead };
+        Self { calls: &[], nth: 0, times: 0, errno: Errno::IO, when: When::Instead };
 
-    /// The first call of a name fails.
-    pub const fn of(call: &'static str, errno: Errno) -> Self {
-        Self { call: Some(call), nth: 1, times: 1, errno, when: When::Instead }
+    /// The first call of these names fails.
+    pub const fn of(calls: &'static [&'static str], errno: Errno) -> Self {
+        Self { calls, nth: 1, times: 1, errno, when: When::Instead }
     }
 }
 
@@ -75,7 +75,7 @@ impl Outcome {
     /// Notes a call; whether it is to fail.
     fn note(&mut self, name: &'static str) -> bool {
         self.calls.push(name);
-        if self.plan.call.is_some_and(|call| call != name) {
+        if !self.plan.calls.is_empty() && !self.plan.calls.contains(&name) {
             return false;
         }
         self.counted += 1;
