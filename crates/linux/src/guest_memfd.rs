@@ -8,10 +8,11 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 use polder_units::{GfnRange, PAGE_SIZE, PageCount, PageRange};
-use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
+use rustix::io::{Errno, FdFlags};
 
 use crate::Error;
+use crate::call::{self, Call};
+use crate::memfd::punch_hole;
 use crate::uapi::{cachestat, kvm};
 
 /// What a VM of KVM's offers for private memory. Asked of the VM itself: `/dev/kvm` says of some
@@ -83,14 +84,17 @@ impl GuestMemfd {
     }
 
     fn with_flags(vm: &VmFd, pages: PageCount, flags: u64) -> Result<Self, Error> {
-        const CALL: &str = "KVM_CREATE_GUEST_MEMFD";
-        let size = pages.bytes().ok_or(Error::new(CALL, Errno::FBIG))?;
+        let call = Call::new("KVM_CREATE_GUEST_MEMFD");
+        let size = pages.bytes().ok_or(call.error(Errno::FBIG))?;
         let create = kvm_create_guest_memfd { size, flags, ..Default::default() };
-        let fd = vm
-            .create_guest_memfd(create)
-            .map_err(|error| Error::new(CALL, Errno::from_raw_os_error(error.errno())))?;
-        // SAFETY: the ioctl succeeded, and so returned a new descriptor that nobody else has.
-        Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) }, pages })
+        let fd = call.make(|| {
+            let fd = vm.create_guest_memfd(create).map_err(call::of_kvm)?;
+            // SAFETY: the ioctl succeeded, and so returned a new descriptor that nobody else has.
+            Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+        })?;
+        // KVM makes it one that an exec would leave open, to whoever is executed.
+        Call::new("fcntl").make(|| rustix::io::fcntl_setfd(&fd, FdFlags::CLOEXEC))?;
+        Ok(Self { fd, pages })
     }
 
     /// Its size.
@@ -103,11 +107,7 @@ impl GuestMemfd {
     /// # Errors
     /// Of `fallocate`.
     pub fn punch_hole(&self, range: PageRange) -> Result<(), Error> {
-        let bytes = range.bytes();
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        let length = bytes.len().ok_or(Error::on("fallocate", bytes, Errno::INVAL))?;
-        rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.fd, flags, bytes.start(), length))
-            .map_err(|errno| Error::on("fallocate", bytes, errno))
+        punch_hole(&self.fd, range)
     }
 
     /// The runs of pages that exist, in order. A guest_memfd knows no `lseek(SEEK_DATA)`, so the
@@ -143,9 +143,9 @@ impl GuestMemfd {
 
     fn count(&self, range: PageRange) -> Result<u64, Error> {
         let bytes = range.bytes();
-        let length = bytes.len().ok_or(Error::on("cachestat", bytes, Errno::INVAL))?;
-        cachestat::cachestat(self.fd.as_fd(), bytes.start(), length)
-            .map_err(|errno| Error::on("cachestat", bytes, errno))
+        let call = Call::on("cachestat", bytes);
+        let length = bytes.len().ok_or(call.error(Errno::INVAL))?;
+        call.make(|| cachestat::cachestat(self.fd.as_fd(), bytes.start(), length))
     }
 }
 
@@ -162,20 +162,13 @@ impl AsFd for GuestMemfd {
 /// `ENOTTY` on a kernel without it. The error has no range: what is said is about guest frames,
 /// not bytes of an object.
 pub fn set_private(vm: &VmFd, gfns: GfnRange, private: bool) -> Result<(), Error> {
-    const CALL: &str = "KVM_SET_MEMORY_ATTRIBUTES";
+    let call = Call::new("KVM_SET_MEMORY_ATTRIBUTES");
     let size = gfns.count().get().checked_mul(PAGE_SIZE);
     let attributes = kvm_memory_attributes {
         address: gfns.start().gpa().get(),
-        size: size.ok_or(Error::new(CALL, Errno::INVAL))?,
+        size: size.ok_or(call.error(Errno::INVAL))?,
         attributes: if private { KVM_MEMORY_ATTRIBUTE_PRIVATE.into() } else { 0 },
         flags: 0,
     };
-    loop {
-        match vm.set_memory_attributes(attributes) {
-            Ok(()) => return Ok(()),
-            // A signal came before anything was changed.
-            Err(error) if error.errno() == libc::EINTR => {}
-            Err(error) => return Err(Error::new(CALL, Errno::from_raw_os_error(error.errno()))),
-        }
-    }
+    call.make(|| vm.set_memory_attributes(attributes).map_err(call::of_kvm))
 }

@@ -10,17 +10,23 @@ use kvm_ioctls::VmFd;
 use polder_units::{Gfn, PAGE_SIZE, PageRange};
 use rustix::io::Errno;
 
+use crate::call::{self, Call};
 use crate::{Error, GuestMemfd, View};
 
 /// A slot of a VM that shows it a part of a view, and where it has a guest_memfd the same part of
 /// that, by each frame's attribute. Dropping it deletes the slot: the guest's mappings go, the
-/// pages stay. What it shows stays at least as long as the slot.
+/// pages stay. What it shows stays at least as long as the slot: for good, if that can't be deleted.
 pub struct KvmSlot {
     vm: Arc<VmFd>,
     region: kvm_userspace_memory_region,
+    pages: PageRange,
     view: Arc<View>,
     guest_memfd: Option<Arc<GuestMemfd>>,
+    deleted: bool,
 }
+
+/// The deletion of a slot, in errors.
+const DELETION: &str = "KVM_SET_USER_MEMORY_REGION (deletion)";
 
 impl KvmSlot {
     /// Makes slot `slot` of `vm` show `pages` of the view at guest frame `gfn`.
@@ -35,15 +41,13 @@ impl KvmSlot {
         view: &Arc<View>,
         pages: PageRange,
     ) -> Result<Self, Error> {
-        const CALL: &str = "KVM_SET_USER_MEMORY_REGION";
-        let region =
-            region(slot, gfn, view, pages).ok_or(Error::on(CALL, pages.bytes(), Errno::INVAL))?;
+        let call = Call::on("KVM_SET_USER_MEMORY_REGION", pages.bytes());
+        let region = region(slot, gfn, view, pages).ok_or(call.error(Errno::INVAL))?;
         // SAFETY: the addresses lie in the view, which stays mapped until the slot is deleted: the
         // slot made here holds it. No Rust reference points into it.
-        unsafe { vm.set_user_memory_region(region) }.map_err(|error| {
-            Error::on(CALL, pages.bytes(), Errno::from_raw_os_error(error.errno()))
-        })?;
-        Ok(Self { vm: Arc::clone(vm), region, view: Arc::clone(view), guest_memfd: None })
+        call.make(|| unsafe { vm.set_user_memory_region(region) }.map_err(call::of_kvm))?;
+        let (vm, view) = (Arc::clone(vm), Arc::clone(view));
+        Ok(Self { vm, region, pages, view, guest_memfd: None, deleted: false })
     }
 
     /// Makes slot `slot` of `vm` show at guest frame `gfn` the same `pages` of the guest_memfd,
@@ -60,8 +64,8 @@ impl KvmSlot {
         (guest_memfd, view): (&Arc<GuestMemfd>, &Arc<View>),
         pages: PageRange,
     ) -> Result<Self, Error> {
-        const CALL: &str = "KVM_SET_USER_MEMORY_REGION2";
-        let invalid = Error::on(CALL, pages.bytes(), Errno::INVAL);
+        let call = Call::on("KVM_SET_USER_MEMORY_REGION2", pages.bytes());
+        let invalid = call.error(Errno::INVAL);
         let inside = pages.end() <= guest_memfd.pages().get();
         let region = region(slot, gfn, view, pages).filter(|_| inside).ok_or(invalid)?;
         let fd = guest_memfd.as_fd().as_raw_fd();
@@ -76,15 +80,31 @@ impl KvmSlot {
             ..Default::default()
         };
         // SAFETY: as in `new`; the guest_memfd has no address.
-        unsafe { vm.set_user_memory_region2(region2) }.map_err(|error| {
-            Error::on(CALL, pages.bytes(), Errno::from_raw_os_error(error.errno()))
-        })?;
+        call.make(|| unsafe { vm.set_user_memory_region2(region2) }.map_err(call::of_kvm))?;
         Ok(Self {
             vm: Arc::clone(vm),
             region,
+            pages,
             view: Arc::clone(view),
             guest_memfd: Some(Arc::clone(guest_memfd)),
+            deleted: false,
         })
+    }
+
+    /// Deletes the slot, as dropping it does. If that fails the guest goes on seeing it.
+    ///
+    /// # Errors
+    /// Of `KVM_SET_USER_MEMORY_REGION`: `ENOMEM`.
+    pub fn delete(&mut self) -> Result<(), Error> {
+        if !self.deleted {
+            let (vm, mut region) = (&self.vm, self.region);
+            region.memory_size = 0;
+            // SAFETY: a slot of size 0 is a slot deleted; KVM forgets the view's address.
+            let delete = || unsafe { vm.set_user_memory_region(region) }.map_err(call::of_kvm);
+            Call::on(DELETION, self.pages.bytes()).make(delete)?;
+            self.deleted = true;
+        }
+        Ok(())
     }
 
     /// The view that it shows.
@@ -118,10 +138,7 @@ fn region(
 
 impl Drop for KvmSlot {
     fn drop(&mut self) {
-        self.region.memory_size = 0;
-        // SAFETY: a slot of size 0 is a slot deleted; KVM forgets the view's address.
-        let deleted = unsafe { self.vm.set_user_memory_region(self.region) };
-        if deleted.is_err() {
+        if self.delete().is_err() {
             // KVM still has the address: what is there must stay for good.
             core::mem::forget(Arc::clone(&self.view));
         }

@@ -9,6 +9,7 @@
 //! | [`GuestMemfd`], [`set_private`] | `KVM_CREATE_GUEST_MEMFD`, `KVM_SET_MEMORY_ATTRIBUTES`, `cachestat(2)` |
 //! | [`pre_fault()`] | `KVM_PRE_FAULT_MEMORY` |
 //! | [`Vcpu`] | `KVM_RUN` |
+//! | [`Nudge`], [`wait()`], [`spawn`] | `eventfd(2)`, `poll(2)`, threads |
 //! | [`sigbus`] | `sigaction(2)` of SIGBUS |
 //!
 //! # Rules
@@ -17,7 +18,8 @@
 //!   compiler, and which survives a SIGBUS in the middle.
 //! - A mapping outlives everything that was told its address: a [`KvmSlot`] holds its [`View`], a
 //!   [`Userfault`] its view too.
-//! - Every error names the call and the range it was made for.
+//! - Every call into the kernel goes through `call`: it is made again if interrupted, and its error
+//!   names it and the range it was made for.
 //!
 //! # Holes
 //! The copy routine and its way out of a SIGBUS are written for x86-64.
@@ -25,8 +27,11 @@
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("polder-linux is written for Linux on x86-64");
 
+mod call;
 mod copy;
 mod guest_memfd;
+#[cfg(feature = "inject")]
+pub mod inject;
 mod kvm;
 mod memfd;
 mod pre_fault;
@@ -35,6 +40,7 @@ mod uapi;
 mod userfault;
 mod vcpu;
 mod view;
+mod wait;
 
 use polder_units::ByteRange;
 
@@ -44,8 +50,9 @@ pub use memfd::Memfd;
 pub use pre_fault::pre_fault;
 pub use rustix::io::Errno;
 pub use userfault::{Continued, Touch, Userfault, UserfaultOffer, Way};
-pub use vcpu::{Exit, Kicker, Vcpu};
+pub use vcpu::{Exit, FailedAt, Kicker, Vcpu};
 pub use view::{Touched, View};
+pub use wait::{Nudge, spawn, wait};
 
 /// A system call that failed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -58,14 +65,4 @@ pub struct Error {
     /// What the kernel said.
     #[source]
     pub errno: Errno,
-}
-
-impl Error {
-    fn new(call: &'static str, errno: Errno) -> Self {
-        Self { call, range: None, errno }
-    }
-
-    fn on(call: &'static str, range: ByteRange, errno: Errno) -> Self {
-        Self { call, range: Some(range), errno }
-    }
 }

@@ -7,6 +7,7 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
 
 use crate::Error;
+use crate::call::Call;
 
 /// A memfd whose size is fixed for life, by seals: nobody who gets hold of the descriptor can
 /// make a mapped page disappear by truncating it.
@@ -22,17 +23,15 @@ impl Memfd {
     /// # Errors
     /// Of `memfd_create`, `ftruncate` (`EFBIG` for a size that no file can have) and `F_ADD_SEALS`.
     pub fn new(name: &str, pages: PageCount) -> Result<Self, Error> {
-        let bytes = pages.bytes().ok_or(Error::new("ftruncate", Errno::FBIG))?;
+        let truncate = Call::new("ftruncate");
+        // It takes a signed size.
+        let bytes = pages.bytes().filter(|&bytes| i64::try_from(bytes).is_ok());
+        let bytes = bytes.ok_or(truncate.error(Errno::FBIG))?;
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let fd = rustix::fs::memfd_create(name, flags)
-            .map_err(|errno| Error::new("memfd_create", errno))?;
-        // ftruncate takes a signed size.
-        let errno = if i64::try_from(bytes).is_err() { Err(Errno::FBIG) } else { Ok(()) };
-        errno
-            .and_then(|()| rustix::fs::ftruncate(&fd, bytes))
-            .map_err(|errno| Error::new("ftruncate", errno))?;
-        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
-            .map_err(|errno| Error::new("F_ADD_SEALS", errno))?;
+        let fd = Call::new("memfd_create").make(|| rustix::fs::memfd_create(name, flags))?;
+        truncate.make(|| rustix::fs::ftruncate(&fd, bytes))?;
+        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        Call::new("F_ADD_SEALS").make(|| rustix::fs::fcntl_add_seals(&fd, seals))?;
         Ok(Self { fd, pages })
     }
 
@@ -46,11 +45,7 @@ impl Memfd {
     /// # Errors
     /// Of `fallocate`.
     pub fn punch_hole(&self, range: PageRange) -> Result<(), Error> {
-        let bytes = range.bytes();
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        let length = bytes.len().ok_or(Error::on("fallocate", bytes, Errno::INVAL))?;
-        rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.fd, flags, bytes.start(), length))
-            .map_err(|errno| Error::on("fallocate", bytes, errno))
+        punch_hole(&self.fd, range)
     }
 
     /// The runs of pages that exist, in order: those that somebody touched. For reports; whether a
@@ -59,10 +54,11 @@ impl Memfd {
     /// # Errors
     /// Of `lseek`.
     pub fn existing(&self) -> Result<Vec<PageRange>, Error> {
-        let seek = |to| match rustix::fs::seek(&self.fd, to) {
+        let call = Call::new("lseek");
+        let seek = |to| match call.attempt(|| rustix::fs::seek(&self.fd, to)) {
             Ok(offset) => Ok(Some(offset)),
             Err(Errno::NXIO) => Ok(None),
-            Err(errno) => Err(Error::new("lseek", errno)),
+            Err(errno) => Err(call.error(errno)),
         };
         let mut runs = Vec::new();
         let mut from = 0;
@@ -73,6 +69,15 @@ impl Memfd {
         }
         Ok(runs)
     }
+}
+
+/// Frees pages of a file, or of a guest_memfd.
+pub(crate) fn punch_hole(fd: &OwnedFd, range: PageRange) -> Result<(), Error> {
+    let bytes = range.bytes();
+    let call = Call::on("fallocate", bytes);
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let length = bytes.len().ok_or(call.error(Errno::INVAL))?;
+    call.make(|| rustix::fs::fallocate(fd, flags, bytes.start(), length))
 }
 
 impl AsFd for Memfd {

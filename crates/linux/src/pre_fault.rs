@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use rustix::ioctl::{Updater, ioctl};
 
 use crate::Error;
+use crate::call::Call;
 use crate::uapi::kvm::KVM_PRE_FAULT_MEMORY;
 
 /// Maps guest frames for a vCPU as reads by its guest would (Linux 6.11, with TDP). Returns where
@@ -19,22 +20,21 @@ use crate::uapi::kvm::KVM_PRE_FAULT_MEMORY;
 /// Of `KVM_PRE_FAULT_MEMORY`, where not one page was mapped: `ENOENT` outside of any slot,
 /// `EOPNOTSUPP` without TDP, `EFAULT` for private memory without a guest_memfd, `EHWPOISON`.
 pub fn pre_fault(vcpu: &VcpuFd, gfns: GfnRange) -> Result<Gpa, Error> {
-    const CALL: &str = "KVM_PRE_FAULT_MEMORY";
+    let call = Call::new("KVM_PRE_FAULT_MEMORY");
     let size = gfns.count().get().checked_mul(PAGE_SIZE);
     let mut memory = kvm_pre_fault_memory {
         gpa: gfns.start().gpa().get(),
-        size: size.ok_or(Error::new(CALL, Errno::INVAL))?,
+        size: size.ok_or(call.error(Errno::INVAL))?,
         ..Default::default()
     };
     // SAFETY: the descriptor is the vCPU's, and lives as long as `vcpu`.
     let fd = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
-    let pre_fault = || {
+    call.make(|| {
         // SAFETY: the opcode goes with this structure, which the kernel reads and advances; no
         // memory of ours but it is touched.
         let request = unsafe { Updater::<KVM_PRE_FAULT_MEMORY, _>::new(&mut memory) };
         // SAFETY: as above.
         unsafe { ioctl(fd, request) }
-    };
-    rustix::io::retry_on_intr(pre_fault).map_err(|errno| Error::new(CALL, errno))?;
+    })?;
     Ok(Gpa::new(memory.gpa))
 }

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl};
 use rustix::mm::UserfaultfdFlags;
 
+use crate::call::Call;
 use crate::uapi::userfaultfd as uapi;
 use crate::{Error, View};
 
@@ -90,8 +91,8 @@ impl Userfault {
         const MODES: u32 = uapi::UFFDIO_REGISTER_MODE_MISSING | uapi::UFFDIO_REGISTER_MODE_MINOR;
         let range = self.range(pages.bytes());
         let mut register = uapi::uffdio_register { range, mode: MODES.into(), ioctls: 0 };
-        self.ask::<{ uapi::UFFDIO_REGISTER }, _>(&mut register)
-            .map_err(|errno| Error::on("UFFDIO_REGISTER", pages.bytes(), errno))
+        let call = Call::on("UFFDIO_REGISTER", pages.bytes());
+        call.make(|| self.ask::<{ uapi::UFFDIO_REGISTER }, _>(&mut register))
     }
 
     /// Watches these pages no more; whoever waits there goes on, and touches again. Markers stay.
@@ -99,8 +100,9 @@ impl Userfault {
     /// # Errors
     /// Of `UFFDIO_UNREGISTER`.
     pub fn unwatch(&self, pages: PageRange) -> Result<(), Error> {
-        self.ask::<{ uapi::UFFDIO_UNREGISTER }, _>(&mut self.range(pages.bytes()))
-            .map_err(|errno| Error::on("UFFDIO_UNREGISTER", pages.bytes(), errno))
+        let mut range = self.range(pages.bytes());
+        let call = Call::on("UFFDIO_UNREGISTER", pages.bytes());
+        call.make(|| self.ask::<{ uapi::UFFDIO_UNREGISTER }, _>(&mut range))
     }
 
     /// Adds the touches that wait to be told of, at most [`Userfault::BATCH`]; none if there are
@@ -110,11 +112,11 @@ impl Userfault {
     /// Of `read`.
     pub fn touches(&self, into: &mut Vec<Touch>) -> Result<(), Error> {
         let mut buffer = [0u8; Self::BATCH * uapi::UFFD_MSG_SIZE];
-        let count = match rustix::io::retry_on_intr(|| rustix::io::read(&self.fd, &mut buffer[..]))
-        {
+        let call = Call::new("read of userfaultfd");
+        let count = match call.attempt(|| rustix::io::read(&self.fd, &mut buffer[..])) {
             Ok(count) => count,
             Err(Errno::AGAIN) => 0,
-            Err(errno) => return Err(Error::new("read of userfaultfd", errno)),
+            Err(errno) => return Err(call.error(errno)),
         };
         let messages = buffer[..count].chunks_exact(uapi::UFFD_MSG_SIZE);
         into.extend(messages.filter_map(|message| self.touch(message)));
@@ -172,8 +174,9 @@ impl Userfault {
     /// # Errors
     /// Of `UFFDIO_WAKE`.
     pub fn wake(&self, range: PageRange) -> Result<(), Error> {
-        self.ask::<{ uapi::UFFDIO_WAKE }, _>(&mut self.range(range.bytes()))
-            .map_err(|errno| Error::on("UFFDIO_WAKE", range.bytes(), errno))
+        let mut bytes = self.range(range.bytes());
+        Call::on("UFFDIO_WAKE", range.bytes())
+            .make(|| self.ask::<{ uapi::UFFDIO_WAKE }, _>(&mut bytes))
     }
 
     /// Does an ioctl over a range that may stop in the middle: it reports how many bytes it did,
@@ -187,19 +190,27 @@ impl Userfault {
     ) -> Result<Continued, Error> {
         let mut left = Some(range);
         while let Some(rest) = left {
-            let (result, reported) = ask(self.range(rest.bytes()));
+            let mut reported = 0;
+            let result = Call::new(call).attempt(|| {
+                let (result, now) = ask(self.range(rest.bytes()));
+                reported = now;
+                result
+            });
             let Err(errno) = result else { break };
             let done = u64::try_from(reported).unwrap_or(0) / PAGE_SIZE;
             let at = rest.start().get() + done;
             let page = PageIndex::new(at).unwrap_or(rest.start());
             match errno {
-                Errno::AGAIN | Errno::INTR => left = PageRange::between(at, rest.end()),
+                Errno::AGAIN => left = PageRange::between(at, rest.end()),
                 Errno::EXIST => {
                     self.wake(PageRange::one(page))?;
                     left = PageRange::between(at + 1, rest.end());
                 }
                 Errno::FAULT => return Ok(Continued::Missing(page)),
-                errno => return Err(Error::on(call, PageRange::one(page).bytes(), errno)),
+                errno => {
+                    let page = PageRange::one(page).bytes();
+                    return Err(Call::on(call, page).error(errno));
+                }
             }
         }
         Ok(Continued::Mapped)
@@ -229,28 +240,29 @@ impl AsFd for Userfault {
 /// A new userfaultfd, by the device (its file permissions decide) or by the system call
 /// (privilege decides).
 fn open() -> Result<(OwnedFd, Way), Error> {
-    let device = rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, 0.into());
     let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
-    if let Ok(device) = device {
+    let open = || rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, 0.into());
+    if let Ok(device) = Call::new("open of /dev/userfaultfd").make(open) {
         // SAFETY: USERFAULTFD_IOC_NEW takes flags by value and returns a descriptor.
-        let made = unsafe { ioctl(&device, NewUserfault(flags.bits())) };
-        if let Ok(fd) = made {
+        let made = || unsafe { ioctl(&device, NewUserfault(flags.bits())) };
+        if let Ok(fd) = Call::new("USERFAULTFD_IOC_NEW").make(made) {
             return Ok((fd, Way::Device));
         }
     }
     // SAFETY: it is used on a view of ours alone.
-    unsafe { rustix::mm::userfaultfd(flags) }
-        .map(|fd| (fd, Way::SystemCall))
-        .map_err(|errno| Error::new("userfaultfd", errno))
+    let made = || unsafe { rustix::mm::userfaultfd(flags) };
+    Ok((Call::new("userfaultfd").make(made)?, Way::SystemCall))
 }
 
 /// Enables features of a new userfaultfd; returns all that the kernel has.
 fn handshake(fd: &OwnedFd, features: u64) -> Result<u64, Error> {
     let mut api = uapi::uffdio_api { api: uapi::UFFD_API.into(), features, ioctls: 0 };
-    // SAFETY: the opcode is computed from the structure, which the kernel fills in.
-    let request = unsafe { Updater::<{ uapi::UFFDIO_API }, _>::new(&mut api) };
-    // SAFETY: as above.
-    unsafe { ioctl(fd, request) }.map_err(|errno| Error::new("UFFDIO_API", errno))?;
+    Call::new("UFFDIO_API").make(|| {
+        // SAFETY: the opcode is computed from the structure, which the kernel fills in.
+        let request = unsafe { Updater::<{ uapi::UFFDIO_API }, _>::new(&mut api) };
+        // SAFETY: as above.
+        unsafe { ioctl(fd, request) }
+    })?;
     Ok(api.features)
 }
 

@@ -13,6 +13,7 @@ use polder_units::Gpa;
 use rustix::io::Errno;
 
 use crate::Error;
+use crate::call::{self, Call};
 use crate::sigbus::in_guest;
 
 /// Why a vCPU stopped running.
@@ -66,11 +67,9 @@ pub enum Exit {
         /// `KVM_MEMORY_EXIT_FLAG_*`.
         flags: u64,
     },
-    /// The guest touched a page that is poisoned in its view.
-    MemoryFailure {
-        /// The host address.
-        address: usize,
-    },
+    /// The guest touched memory that has failed: a page that is poisoned in its view, or one that
+    /// the hardware has lost (`EHWPOISON`).
+    MemoryFailure(FailedAt),
     /// Kicked, or interrupted by another signal.
     Interrupted,
     /// KVM could not enter the guest.
@@ -82,6 +81,22 @@ pub enum Exit {
     InternalError,
     /// Any other, in words of `kvm-ioctls`.
     Other(&'static str),
+    /// One that `kvm-ioctls` doesn't know.
+    Unknown {
+        /// `KVM_EXIT_*`.
+        reason: u32,
+    },
+}
+
+/// Where a guest met memory that has failed, as far as KVM says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FailedAt {
+    /// At this host address, as the SIGBUS has it.
+    Address(usize),
+    /// At this guest-physical address.
+    Gpa(Gpa),
+    /// KVM does not say.
+    Untold,
 }
 
 /// Where the answer to the last exit goes: into the page that KVM shares with us.
@@ -116,26 +131,21 @@ impl Vcpu {
     /// Runs the guest until it exits.
     ///
     /// # Errors
-    /// Of `KVM_RUN`, but for `EINTR`, which is [`Exit::Interrupted`].
+    /// Of `KVM_RUN`, but for `EINTR`, which is [`Exit::Interrupted`], and what says that memory has
+    /// failed.
     pub fn run(&mut self) -> Result<Exit, Error> {
         self.pending = Pending::Nothing;
-        let (exit, failure) = in_guest(|| self.fd.run());
-        let exit = match exit {
-            Ok(exit) => exit,
-            Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => {
-                return Ok(match failure {
-                    Some(address) => Exit::MemoryFailure { address },
-                    None => Exit::Interrupted,
-                });
+        // Alone among exits, KVM_EXIT_MEMORY_FAULT comes with an errno, which `kvm-ioctls` drops;
+        // nothing was called since. For every other exit it is of no meaning.
+        let ((exit, errno), poisoned) = in_guest(|| (self.fd.run(), call::last()));
+        match exit {
+            Ok(exit) => {
+                let (exit, pending) = sort(exit, errno);
+                self.pending = pending;
+                Ok(exit)
             }
-            Err(error) => {
-                let errno = Errno::from_raw_os_error(error.errno());
-                return Err(Error::new("KVM_RUN", errno));
-            }
-        };
-        let (exit, pending) = sort(exit);
-        self.pending = pending;
-        Ok(exit)
+            Err(error) => broke_off(call::of_kvm(error), poisoned),
+        }
     }
 
     /// Answers the last exit: the value of an IN, a load or a hypercall, little-endian, as many
@@ -167,8 +177,18 @@ impl Drop for Vcpu {
     }
 }
 
-/// An exit as a value, and where its answer goes.
-fn sort(exit: VcpuExit<'_>) -> (Exit, Pending) {
+/// What it means that KVM_RUN failed, after a SIGBUS perhaps for a poisoned address.
+fn broke_off(errno: Errno, poisoned: Option<usize>) -> Result<Exit, Error> {
+    match (errno, poisoned.map(FailedAt::Address)) {
+        (Errno::INTR | Errno::AGAIN | Errno::HWPOISON, Some(at)) => Ok(Exit::MemoryFailure(at)),
+        (Errno::HWPOISON, None) => Ok(Exit::MemoryFailure(FailedAt::Untold)),
+        (Errno::INTR | Errno::AGAIN, None) => Ok(Exit::Interrupted),
+        (errno, _) => Err(Call::new("KVM_RUN").error(errno)),
+    }
+}
+
+/// An exit as a value, and where its answer goes. `errno` is that of `KVM_EXIT_MEMORY_FAULT`.
+fn sort(exit: VcpuExit<'_>, errno: Errno) -> (Exit, Pending) {
     let nothing = |exit| (exit, Pending::Nothing);
     match exit {
         VcpuExit::IoIn(port, data) => {
@@ -188,6 +208,9 @@ fn sort(exit: VcpuExit<'_>) -> (Exit, Pending) {
         }
         VcpuExit::Hlt => nothing(Exit::Halt),
         VcpuExit::Shutdown => nothing(Exit::Shutdown),
+        VcpuExit::MemoryFault { gpa, .. } if errno == Errno::HWPOISON => {
+            nothing(Exit::MemoryFailure(FailedAt::Gpa(Gpa::new(gpa))))
+        }
         VcpuExit::MemoryFault { flags, gpa, size } => {
             nothing(Exit::MemoryFault { gpa: Gpa::new(gpa), bytes: size, flags })
         }
@@ -198,7 +221,8 @@ fn sort(exit: VcpuExit<'_>) -> (Exit, Pending) {
         VcpuExit::Debug(_) => nothing(Exit::Other("debug")),
         VcpuExit::SystemEvent(..) => nothing(Exit::Other("system event")),
         VcpuExit::X86Rdmsr(_) | VcpuExit::X86Wrmsr(_) => nothing(Exit::Other("MSR access")),
-        _ => nothing(Exit::Other("of a kind that is not known")),
+        VcpuExit::Unsupported(reason) => nothing(Exit::Unknown { reason }),
+        _ => nothing(Exit::Other("of a kind that a PC doesn't have")),
     }
 }
 
@@ -239,4 +263,49 @@ fn install_kick() {
         let done = unsafe { libc::sigaction(kick_signal(), action, core::ptr::null_mut()) };
         assert_eq!(done, 0, "sigaction of a real-time signal with valid arguments can't fail");
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sorted(exit: VcpuExit<'_>, errno: Errno) -> Exit {
+        sort(exit, errno).0
+    }
+
+    #[test]
+    fn a_memory_fault_keeps_every_flag_known_or_not() {
+        for flags in [0, 1 << 3, 1 << 3 | 1 << 62, u64::MAX] {
+            let fault = VcpuExit::MemoryFault { flags, gpa: 0x5000, size: 0x1000 };
+            let expected = Exit::MemoryFault { gpa: Gpa::new(0x5000), bytes: 0x1000, flags };
+            assert_eq!(sorted(fault, Errno::FAULT), expected);
+        }
+    }
+
+    #[test]
+    fn memory_that_hardware_has_lost_is_no_fault_of_the_guests_and_its_place_is_told() {
+        let fault = VcpuExit::MemoryFault { flags: 1 << 3, gpa: 0x5000, size: 0x1000 };
+        let at = FailedAt::Gpa(Gpa::new(0x5000));
+        assert_eq!(sorted(fault, Errno::HWPOISON), Exit::MemoryFailure(at));
+        let untold = Exit::MemoryFailure(FailedAt::Untold);
+        assert_eq!(broke_off(Errno::HWPOISON, None), Ok(untold));
+        let address = Exit::MemoryFailure(FailedAt::Address(0x7000));
+        for errno in [Errno::HWPOISON, Errno::INTR, Errno::AGAIN] {
+            assert_eq!(broke_off(errno, Some(0x7000)), Ok(address));
+        }
+    }
+
+    #[test]
+    fn an_errno_or_an_exit_that_nobody_knows_is_reported_as_it_is() {
+        assert_eq!(broke_off(Errno::INTR, None), Ok(Exit::Interrupted));
+        // EFAULT without a memory fault; one that no kernel gives; one beside a SIGBUS.
+        for (errno, poisoned) in
+            [(Errno::FAULT, None), (Errno::from_raw_os_error(4000), None), (Errno::IO, Some(1))]
+        {
+            let error = Error { call: "KVM_RUN", range: None, errno };
+            assert_eq!(broke_off(errno, poisoned), Err(error));
+        }
+        let unknown = Exit::Unknown { reason: 4711 };
+        assert_eq!(sorted(VcpuExit::Unsupported(4711), Errno::HWPOISON), unknown);
+    }
 }

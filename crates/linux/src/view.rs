@@ -2,13 +2,14 @@
 
 use core::ffi::c_void;
 use core::ptr::NonNull;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use polder_units::{ByteRange, PageRange};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+use crate::call::{self, Call};
 use crate::copy::copy;
 use crate::{Error, GuestMemfd, Memfd, sigbus};
 
@@ -44,25 +45,25 @@ impl View {
     pub fn new(memfd: &Arc<Memfd>) -> Result<Self, Error> {
         sigbus::install();
         let bytes = memfd.pages().bytes().and_then(|bytes| usize::try_from(bytes).ok());
-        let length = bytes.ok_or(Error::new("mmap", Errno::NOMEM))?;
+        let map = Call::new("mmap");
+        let length = bytes.ok_or(map.error(Errno::NOMEM))?;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        let any = core::ptr::null_mut();
         // SAFETY: a new mapping at an address of the kernel's choice touches no other.
-        let base = unsafe {
-            rustix::mm::mmap(core::ptr::null_mut(), length, protection, flags, memfd.as_fd(), 0)
-        }
-        .map_err(|errno| Error::new("mmap", errno))?;
-        let base = NonNull::new(base).ok_or(Error::new("mmap", Errno::NOMEM))?;
+        let mapped = || unsafe { rustix::mm::mmap(any, length, protection, flags, memfd, 0) };
+        let base = NonNull::new(map.make(mapped)?).ok_or(map.error(Errno::NOMEM))?;
         let view = Self { base, length, memfd: Arc::clone(memfd) };
         view.keep_from_children()?;
         Ok(view)
     }
 
     fn keep_from_children(&self) -> Result<(), Error> {
+        let (base, length) = (self.base.as_ptr(), self.length);
         for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
             // SAFETY: the mapping is ours; neither advice changes its contents.
-            unsafe { rustix::mm::madvise(self.base.as_ptr(), self.length, advice) }
-                .map_err(|errno| Error::new("madvise", errno))?;
+            let advise = || unsafe { rustix::mm::madvise(base, length, advice) };
+            Call::new("madvise").make(advise)?;
         }
         Ok(())
     }
@@ -75,7 +76,7 @@ impl View {
     /// size; then the view shows what it did. Of `madvise`.
     pub fn show(&self, guest_memfd: &GuestMemfd) -> Result<(), Error> {
         if guest_memfd.pages() != self.memfd.pages() {
-            return Err(Error::new("mmap", Errno::INVAL));
+            return Err(Call::new("mmap").error(Errno::INVAL));
         }
         self.replace(guest_memfd.as_fd())
     }
@@ -91,11 +92,11 @@ impl View {
     fn replace(&self, fd: BorrowedFd<'_>) -> Result<(), Error> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED;
-        let base = self.base.as_ptr();
+        let (base, length) = (self.base.as_ptr(), self.length);
         // SAFETY: the addresses are this mapping's, which is replaced as a whole; there is no Rust
         // reference to what it shows, and a raw touch meanwhile finds the one or the other.
-        unsafe { rustix::mm::mmap(base, self.length, protection, flags, fd, 0) }
-            .map_err(|errno| Error::new("mmap", errno))?;
+        let replace = || unsafe { rustix::mm::mmap(base, length, protection, flags, fd, 0) };
+        Call::new("mmap").make(replace)?;
         self.keep_from_children()
     }
 
@@ -189,12 +190,9 @@ impl View {
         let read = || {
             // SAFETY: the bytes lie in this mapping, and no Rust reference points there.
             let read = unsafe { libc::read(file.as_raw_fd(), to.cast(), count) };
-            usize::try_from(read).map_err(|_| {
-                let error = std::io::Error::last_os_error();
-                Errno::from_io_error(&error).unwrap_or(Errno::IO)
-            })
+            usize::try_from(read).map_err(|_| call::last())
         };
-        rustix::io::retry_on_intr(read).map_err(|errno| Error::new("read", errno))
+        Call::new("read").make(read)
     }
 
     fn bytes(&self, offset: u64, count: usize) -> *mut u8 {
@@ -207,12 +205,12 @@ impl View {
 
     fn advise(&self, range: PageRange, advice: Advice, call: &'static str) -> Result<(), Error> {
         let bytes = range.bytes();
-        let (start, length) = self.within(bytes).ok_or(Error::on(call, bytes, Errno::INVAL))?;
+        let call = Call::on(call, bytes);
+        let (start, length) = self.within(bytes).ok_or(call.error(Errno::INVAL))?;
         let address = self.as_ptr().wrapping_add(start).cast();
         // SAFETY: the bytes lie in this mapping. What is advised here drops translations or makes
         // pages exist; it changes no byte of the memfd, and no Rust reference points there.
-        rustix::io::retry_on_intr(|| unsafe { rustix::mm::madvise(address, length, advice) })
-            .map_err(|errno| Error::on(call, bytes, errno))
+        call.make(|| unsafe { rustix::mm::madvise(address, length, advice) })
     }
 
     /// Start and length of a range, if it lies in the view.
@@ -233,7 +231,8 @@ fn ended(offset: u64, count: usize, left: usize) -> Result<(), Touched> {
 impl Drop for View {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours alone, and everything that knows its address holds it.
-        let unmapped = unsafe { rustix::mm::munmap(self.base.as_ptr(), self.length) };
-        debug_assert_eq!(unmapped, Ok(()), "munmap of our own mapping");
+        let unmap = || unsafe { rustix::mm::munmap(self.base.as_ptr(), self.length) };
+        // For want of memory it can fail. Then addresses are lost that nobody uses.
+        let _ = Call::new("munmap").make(unmap);
     }
 }

@@ -21,8 +21,8 @@ mod tests;
 
 use polder_engine::{
     Answer, Blocked, Config, Contents, ConversionRequest, Converted, Copying, Engine, GuestAccess,
-    GuestAnswer, MemoryFault, Operation, Refusal, Response, Stage, Start, Undoing, Visibility,
-    VmId,
+    GuestAnswer, MemoryFault, Operation, Refusal, Response, Stage, Start, Step, Undoing,
+    Visibility, VmId,
 };
 use polder_units::PageRange;
 
@@ -33,6 +33,10 @@ use crate::{Error, OnBusy};
 
 /// [`Driver::ask_again`], as a rule.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
+
+/// How often it is tried to cut pages off for good, and how long is waited in between.
+const CUT_OFF_TRIES: u32 = 100;
+const CUT_OFF_PAUSE: Duration = Duration::from_millis(1);
 
 pub(crate) struct Driver {
     engine: Mutex<Engine>,
@@ -241,9 +245,10 @@ impl Driver {
             engine.settle()?;
             Ok(engine.failed().runs().collect::<Vec<_>>())
         })?;
-        self.host.settle(&failed)?;
+        // Who waits is let go whether or not the host goes on watching.
+        let settled = self.host.settle(&failed);
         self.released();
-        Ok(())
+        settled
     }
 
     /// Answers a guest's access that was not let through: a fault for the VMM to handle, or
@@ -316,7 +321,7 @@ impl Driver {
     pub(crate) fn undo(&self, operation: Operation<Undoing>) -> Vec<PageRange> {
         let mut step = self.engine().next_undo(&operation);
         while let Some(now) = step {
-            let done = self.host.take(now).is_ok();
+            let done = self.undo_step(now);
             let mut engine = self.engine();
             engine.undo_taken(&operation, done);
             step = engine.next_undo(&operation);
@@ -324,6 +329,18 @@ impl Driver {
         let quarantined = self.engine().finish_undo(operation);
         self.released();
         quarantined
+    }
+
+    /// Takes a step of a way back; whether it was done. Cutting pages off has no way back of its
+    /// own, and so is tried again: memory that has run out may come back.
+    fn undo_step(&self, step: Step) -> bool {
+        let tries = if matches!(step, Step::Quarantine(_)) { CUT_OFF_TRIES } else { 1 };
+        (0..tries).any(|tried| {
+            if tried > 0 {
+                std::thread::sleep(CUT_OFF_PAUSE);
+            }
+            self.host.take(step).is_ok()
+        })
     }
 
     /// Moves bytes between the host and shared pages. All runs are found, checked and claimed in

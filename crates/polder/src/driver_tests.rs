@@ -69,8 +69,8 @@ impl Host for Troubled {
         self.host.bind(vm, slot, gfn, pages)
     }
 
-    fn unbind(&self, vm: VmId, slot: Slot) {
-        self.host.unbind(vm, slot);
+    fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
+        self.host.unbind(vm, slot)
     }
 
     fn map_guest(&self, vm: VmId, gfn: Gfn, level: Level, range: PageRange) -> Result<(), Error> {

@@ -23,9 +23,9 @@ pub(crate) struct FaultThreads {
 }
 
 impl FaultThreads {
-    pub(crate) fn start(driver: &Arc<Driver>) -> std::io::Result<Self> {
+    pub(crate) fn start(driver: &Arc<Driver>) -> Result<Self, polder_linux::Error> {
         let stop = Arc::new(AtomicBool::new(false));
-        let thread = std::thread::Builder::new().name("polder-faults".into()).spawn({
+        let thread = polder_linux::spawn("polder-faults", {
             let (driver, stop) = (Arc::clone(driver), Arc::clone(&stop));
             move || Server { driver: &driver, touches: Vec::new() }.run(&stop)
         })?;

@@ -94,14 +94,7 @@ impl Builder {
             initial: self.initial,
         };
         let driver = Arc::new(Driver::new(config, host));
-        let faults = FaultThreads::start(&driver).map_err(|error| {
-            let errno = polder_linux::Errno::from_io_error(&error);
-            polder_linux::Error {
-                call: "clone",
-                range: None,
-                errno: errno.unwrap_or(polder_linux::Errno::AGAIN),
-            }
-        })?;
+        let faults = FaultThreads::start(&driver)?;
         Ok(Memory { driver, faults, vms: AtomicU32::new(0), slots: Mutex::default() })
     }
 }
@@ -193,12 +186,15 @@ impl Memory {
     /// one that waits for contents that are owed has to get them, or [`Memory::fail`], first.
     ///
     /// # Errors
-    /// [`Refusal::NoSuchSlot`].
+    /// [`Refusal::NoSuchSlot`]; [`Error::Host`] where KVM can't delete the slot, which is then
+    /// still bound.
     pub fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
         let _one_at_a_time = self.slots.lock();
-        self.driver.ask(|engine| engine.unbind(vm, slot))?;
-        self.driver.host.unbind(vm, slot);
-        Ok(())
+        let was = self.driver.ask(|engine| engine.unbind(vm, slot))?;
+        self.driver.host.unbind(vm, slot).inspect_err(|_| {
+            let bound = self.driver.engine().bind(vm, slot, was.gfns().start(), was.pages());
+            assert!(bound.is_ok(), "it was bound a moment ago: {bound:?}");
+        })
     }
 
     /// Every binding.
@@ -297,7 +293,8 @@ impl Memory {
     /// Says that nothing more will come: what is still owed is zeros, but for what failed.
     ///
     /// # Errors
-    /// [`Error::Host`].
+    /// [`Error::Host`]: it is so nevertheless, but the host goes on watching the guest's touches,
+    /// which costs time. To stop that, say it again.
     pub fn settle(&self) -> Result<(), Error> {
         self.driver.settle()
     }
@@ -462,7 +459,8 @@ impl Drop for Memory {
         }
         self.driver.released();
         for (vm, slot) in bindings {
-            self.driver.host.unbind(vm, slot);
+            // The host tries again at its own end, and then leaves to the guest what it sees.
+            let _ = self.driver.host.unbind(vm, slot);
         }
         self.faults.stop(&self.driver);
     }

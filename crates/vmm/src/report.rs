@@ -128,7 +128,7 @@ impl fmt::Display for Failure {
                 write!(f, "vCPU {vcpu}: touched page {page}, which is out of use")
             }
             Self::MemoryFailure { vcpu, page: None } => {
-                write!(f, "vCPU {vcpu}: memory failed outside the guest's")
+                write!(f, "vCPU {vcpu}: memory failed, and no page of this memory is named")
             }
             Self::MemoryFault { vcpu, fault } => write!(f, "vCPU {vcpu}: {fault}"),
             Self::TooFewChecks { passed, least } => {

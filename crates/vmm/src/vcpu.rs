@@ -3,9 +3,9 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use kvm_ioctls::VcpuFd;
-use polder::units::{GfnRange, Gpa};
-use polder::{MemoryFault, Visibility};
-use polder_linux::{Exit, Kicker, Vcpu};
+use polder::units::{GfnRange, Gpa, PageIndex};
+use polder::{Memory, MemoryFault, Visibility, VmId};
+use polder_linux::{Exit, FailedAt, Kicker, Vcpu, pre_fault};
 
 use crate::RunError;
 use crate::error::os;
@@ -39,6 +39,8 @@ pub(crate) fn run(
 ) -> Result<Ran, RunError> {
     let mut vcpu = Vcpu::new(fd, kicker);
     let mut faults = Vec::new();
+    // The last access that the kernel refused for nothing.
+    let mut refused = None;
     while !stop.load(Ordering::Acquire) {
         let exit = vcpu.run().map_err(|source| RunError::Vcpu { vcpu: index, source })?;
         let next = match exit {
@@ -54,14 +56,22 @@ pub(crate) fn run(
             }
             Exit::MemoryFault { gpa, flags, .. } => {
                 match memory_fault(index, requests, (gpa, flags), exit) {
-                    // It was amid a conversion, which is over: the same access goes through.
-                    Ok(()) => continue,
+                    // It was amid a conversion, which is over: the same access goes through. Or
+                    // the guest tried the frame before anything was bound there, and KVM (Linux
+                    // 7.3) takes it for a device's ever since; to map it ourselves undoes that.
+                    Ok(()) => {
+                        if refused.replace(gpa) == Some(gpa) {
+                            // Where this fails, the access tells why when it is made again.
+                            let _ = pre_fault(vcpu.fd(), GfnRange::one(gpa.gfn()));
+                        }
+                        continue;
+                    }
                     Err(failure) => failed(failure),
                 }
             }
             Exit::Interrupted => continue,
-            Exit::MemoryFailure { address } => {
-                let page = requests.memory().0.page_of_failure(address);
+            Exit::MemoryFailure(at) => {
+                let page = page_of_failure(requests, at);
                 failed(Failure::MemoryFailure { vcpu: index, page })
             }
             Exit::Shutdown => failed(Failure::TripleFault { vcpu: index }),
@@ -107,17 +117,37 @@ fn memory_fault(
     (gpa, flags): (Gpa, u64),
     exit: Exit,
 ) -> Result<(), Failure> {
-    let visibility = match flags {
-        0 => Visibility::Shared,
-        PRIVATE => Visibility::Private,
-        _ => return Err(Failure::Exit { vcpu, exit }),
-    };
+    let visibility = wanted(flags).ok_or(Failure::Exit { vcpu, exit })?;
     let (memory, vm) = requests.memory();
     match memory.guest_fault(vm, gpa, visibility) {
         Ok(None) => Ok(()),
         Ok(Some(fault)) => Err(Failure::MemoryFault { vcpu, fault }),
         Err(_) => Err(Failure::MemoryFailure { vcpu, page: None }),
     }
+}
+
+/// What an access was of, by the flags of `KVM_EXIT_MEMORY_FAULT`, if all of them are known.
+const fn wanted(flags: u64) -> Option<Visibility> {
+    match flags {
+        0 => Some(Visibility::Shared),
+        PRIVATE => Some(Visibility::Private),
+        _ => None,
+    }
+}
+
+/// The page that has failed, if KVM says which and it is one of this memory.
+fn page_of_failure(requests: &Requests<'_>, at: FailedAt) -> Option<PageIndex> {
+    let (memory, vm) = requests.memory();
+    match at {
+        FailedAt::Address(address) => memory.page_of_failure(address),
+        FailedAt::Gpa(gpa) => page_at(memory, vm, gpa),
+        FailedAt::Untold => None,
+    }
+}
+
+fn page_at(memory: &Memory, vm: VmId, gpa: Gpa) -> Option<PageIndex> {
+    let pages = memory.pages_of(vm, GfnRange::one(gpa.gfn())).unwrap_or_default();
+    pages.first().map(|run| run.start())
 }
 
 /// An access that KVM found no memory for. Where the VM has none, a PC's bus has an answer: loads
@@ -128,9 +158,20 @@ fn no_memory(vcpu: u32, requests: &Requests<'_>, gpa: Gpa) -> Result<MemoryFault
     match memory.guest_fault(vm, gpa, Visibility::Private) {
         Ok(Some(fault @ MemoryFault::Unbound(_))) => Ok(fault),
         Ok(Some(fault)) => Err(Failure::MemoryFault { vcpu, fault }),
-        Ok(None) | Err(_) => {
-            let pages = memory.pages_of(vm, GfnRange::one(gpa.gfn())).unwrap_or_default();
-            Err(Failure::MemoryFailure { vcpu, page: pages.first().map(|run| run.start()) })
+        Ok(None) | Err(_) => Err(Failure::MemoryFailure { vcpu, page: page_at(memory, vm, gpa) }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_memory_fault_with_a_flag_that_is_not_known_means_nothing_to_us() {
+        assert_eq!(wanted(0), Some(Visibility::Shared));
+        assert_eq!(wanted(PRIVATE), Some(Visibility::Private));
+        for bit in (0..64).filter(|bit| 1 << bit != PRIVATE) {
+            assert_eq!((wanted(1 << bit), wanted(1 << bit | PRIVATE)), (None, None), "bit {bit}");
         }
     }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use polder::units::{Gfn, GfnRange, Gpa, PAGE_SIZE, PageRange};
 use polder::{HostKind, Memory, MemoryFault, OnBusy, Slot, VmId};
-use polder_require::{Facility, require};
+use polder_require::{Facility, patience, require};
 use polder_vmm::scenario::{HostAccess, Op, Outcome, Pattern, Visibility};
 use polder_vmm::{End, Ended, Failure, Supervision, Vm};
 
@@ -46,6 +46,32 @@ fn ops_run_on_memory_that_somebody_else_made() {
             ended.end,
             End::Failed(Failure::Check { op: 1, gpa: at, .. }) if at == gpa
         ));
+    }
+}
+
+#[test]
+fn frames_that_the_guest_tried_before_they_were_bound_are_memory_once_they_are() {
+    for host in HostKind::ALL {
+        let Some(vm) = require(Facility::Kvm, Vm::new(host)) else { continue };
+        let pages = PageRange::between(0, 2).expect("a range");
+        let memory = Memory::builder(pages.count()).host(host).build().expect("memory");
+        let id = vm.attach(&memory).expect("a VM of the host's");
+        let run = |op| {
+            let mut left = 20 * patience(Duration::from_secs(2)).as_secs();
+            let supervise = |_| {
+                left = left.saturating_sub(1);
+                if left == 0 { Supervision::TimeOut } else { Supervision::GoOn }
+            };
+            vm.run((&memory, id), &[vec![op, Op::Done]], supervise).expect("it runs").end
+        };
+        let load = |expect| Op::Load { gpa: Vm::RAM, expect };
+        assert_eq!(run(load(u64::MAX)), End::Ok, "{host}");
+        memory.bind(id, Slot(0), Vm::RAM.gfn(), pages).expect("a first slot");
+        assert_eq!(run(load(0)), End::Ok, "{host}");
+        memory.unbind(id, Slot(0)).expect("it is bound");
+        assert_eq!(run(load(u64::MAX)), End::Ok, "{host}");
+        memory.bind(id, Slot(0), Vm::RAM.gfn(), pages).expect("it was unbound");
+        assert_eq!(run(load(0)), End::Ok, "{host}");
     }
 }
 

@@ -5,6 +5,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use linux_raw_sys::general::{__NR_cachestat, cachestat as Counts, cachestat_range};
 use rustix::io::Errno;
 
+use crate::call::last;
+
 /// How many pages of a file's bytes are in memory.
 pub(crate) fn cachestat(file: BorrowedFd<'_>, off: u64, len: u64) -> Result<u64, Errno> {
     let range = cachestat_range { off, len };
@@ -17,9 +19,6 @@ pub(crate) fn cachestat(file: BorrowedFd<'_>, off: u64, len: u64) -> Result<u64,
     };
     match result {
         0 => Ok(counts.nr_cache),
-        _ => {
-            let error = std::io::Error::last_os_error();
-            Err(Errno::from_io_error(&error).unwrap_or(Errno::IO))
-        }
+        _ => Err(last()),
     }
 }

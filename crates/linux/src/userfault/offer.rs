@@ -6,6 +6,7 @@ use rustix::mm::UserfaultfdFlags;
 
 use super::{Way, handshake, open};
 use crate::Error;
+use crate::call::Call;
 use crate::uapi::userfaultfd as uapi;
 
 /// What userfaultfd offers.
@@ -62,7 +63,7 @@ fn open_for_own_touches() -> Result<OwnedFd, Error> {
         | UserfaultfdFlags::NONBLOCK
         | UserfaultfdFlags::from_bits_retain(uapi::UFFD_USER_MODE_ONLY);
     // SAFETY: it watches no memory.
-    unsafe { rustix::mm::userfaultfd(flags) }.map_err(|errno| Error::new("userfaultfd", errno))
+    Call::new("userfaultfd").make(|| unsafe { rustix::mm::userfaultfd(flags) })
 }
 
 #[cfg(test)]

@@ -96,6 +96,12 @@ fn gfns(gfn: Gfn, pages: PageRange, range: PageRange) -> Option<GfnRange> {
     GfnRange::between(first, first + count)
 }
 
+/// Tells the kernel what frames are, for the sake of these pages, which an error names.
+fn tell(vm: &VmFd, gfns: GfnRange, private: bool, pages: PageRange) -> Result<(), Error> {
+    let named = |error| polder_linux::Error { range: Some(pages.bytes()), ..error };
+    Ok(set_private(vm, gfns, private).map_err(named)?)
+}
+
 impl State {
     /// Tells the kernel what pages are, at every frame that shows one.
     fn set(&self, range: PageRange, to: Visibility) -> Result<(), Error> {
@@ -105,7 +111,7 @@ impl State {
             return if private { Err(NO_PRIVATE_MEMORY) } else { Ok(()) };
         }
         for gfns in self.slots.values().filter_map(|bound| bound.gfns(range)) {
-            set_private(&owner.vm, gfns, private)?;
+            tell(&owner.vm, gfns, private, range)?;
         }
         Ok(())
     }
@@ -119,6 +125,33 @@ impl State {
                 Visibility::Shared => self.shared.insert(part),
             }
         }
+        Ok(())
+    }
+
+    /// Makes a slot, of frames that none shows.
+    fn show(
+        &mut self,
+        owner: &Owner,
+        view: &Arc<View>,
+        slot: Slot,
+        (gfn, pages): (Gfn, PageRange),
+    ) -> Result<(), Error> {
+        let all = gfns(gfn, pages, pages).ok_or(failed("KVM_SET_MEMORY_ATTRIBUTES", Errno::INVAL));
+        // The guest has no slot yet, and so sees none of it happen.
+        let all = all?;
+        let shown = tell(&owner.vm, all, true, pages).and_then(|()| {
+            let shared = self.shared.runs().chain(self.cut.runs());
+            for (run, gfns) in shared.filter_map(|run| Some((run, gfns(gfn, pages, run)?))) {
+                tell(&owner.vm, gfns, false, run)?;
+            }
+            let sides = (&owner.guest_memfd, view);
+            Ok(KvmSlot::with_guest_memfd(&owner.vm, slot.0, gfn, sides, pages)?)
+        });
+        // Where nothing is, nothing is private: the guest would be stopped by it.
+        let made = shown.inspect_err(|_| {
+            let _ = set_private(&owner.vm, all, false);
+        })?;
+        self.slots.insert(slot, Bound { slot: made, gfn, pages });
         Ok(())
     }
 
@@ -272,32 +305,26 @@ impl Host for GuestMemfdHost {
 
     fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
         let mut state = self.state.lock();
-        let owner = state.owner(vm, self.pages)?;
-        if owner.private {
-            let all = gfns(gfn, pages, pages);
-            let invalid = failed("KVM_SET_MEMORY_ATTRIBUTES", Errno::INVAL);
-            // The guest has no slot yet, and so sees none of it happen.
-            set_private(&owner.vm, all.ok_or(invalid)?, true)?;
-            let shared = state.shared.runs().chain(state.cut.runs());
-            for gfns in shared.filter_map(|run| gfns(gfn, pages, run)) {
-                set_private(&owner.vm, gfns, false)?;
-            }
-        }
-        let sides = (&owner.guest_memfd, self.views.guest_view());
-        let made = KvmSlot::with_guest_memfd(&owner.vm, slot.0, gfn, sides, pages)?;
-        state.slots.insert(slot, Bound { slot: made, gfn, pages });
-        Ok(())
+        let owner = state.owner(vm, self.views.memfd().pages())?;
+        state.show(&owner, self.views.guest_view(), slot, (gfn, pages))
     }
 
-    fn unbind(&self, _: VmId, slot: Slot) {
+    fn unbind(&self, _: VmId, slot: Slot) -> Result<(), Error> {
         let mut state = self.state.lock();
-        let Some(Bound { slot, gfn, pages }) = state.slots.remove(&slot) else { return };
-        drop(slot);
-        let owner = state.owner.as_ref().filter(|owner| owner.private);
-        if let (Some(owner), Some(gfns)) = (owner, gfns(gfn, pages, pages)) {
-            // Without a slot an attribute shows nothing, and the next bind sets its own.
-            let _ = set_private(&owner.vm, gfns, false);
-        }
+        let Some(owner) = state.owner.clone() else { return Ok(()) };
+        let Some(bound) = state.slots.get_mut(&slot) else { return Ok(()) };
+        bound.slot.delete()?;
+        let (gfn, pages, gfns) = (bound.gfn, bound.pages, bound.gfns(bound.pages));
+        state.slots.remove(&slot);
+        let told = gfns.map_or(Ok(()), |gfns| tell(&owner.vm, gfns, false, pages));
+        told.or_else(|error| {
+            // A private frame that shows nothing stops the guest, where it should find nothing:
+            // the slot comes back. If that can't be either, the next bind sets things right.
+            match state.show(&owner, self.views.guest_view(), slot, (gfn, pages)) {
+                Ok(()) => Err(error),
+                Err(_) => Ok(()),
+            }
+        })
     }
 
     fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {

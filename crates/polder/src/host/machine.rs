@@ -343,14 +343,15 @@ impl Host for MachineHost {
         Ok(())
     }
 
-    fn unbind(&self, id: VmId, slot: Slot) {
+    fn unbind(&self, id: VmId, slot: Slot) -> Result<(), Error> {
         let mut vms = self.vms.lock();
-        let Some(attached) = vms.get_mut(&id) else { return };
-        let Some(gfns) = attached.slots.remove(&slot) else { return };
+        let Some(attached) = vms.get_mut(&id) else { return Ok(()) };
+        let Some(gfns) = attached.slots.remove(&slot) else { return Ok(()) };
         let mut machine = self.lock();
         let gone = machine.unbind(attached.vm, gfns.start());
         let zapped = machine.tdp_zap(attached.vm, gfns);
         assert!(gone.is_ok() && zapped.is_ok(), "the slot was there: {gone:?}, {zapped:?}");
+        Ok(())
     }
 
     fn map_guest(&self, id: VmId, gfn: Gfn, level: Level, range: PageRange) -> Result<(), Error> {

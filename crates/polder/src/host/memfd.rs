@@ -82,8 +82,13 @@ impl Host for MemfdHost {
         Ok(())
     }
 
-    fn unbind(&self, vm: VmId, slot: Slot) {
-        self.slots.lock().remove(&(vm, slot));
+    fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
+        let mut slots = self.slots.lock();
+        if let Some(bound) = slots.get_mut(&(vm, slot)) {
+            bound.delete()?;
+            slots.remove(&(vm, slot));
+        }
+        Ok(())
     }
 
     fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {

@@ -98,8 +98,8 @@ pub(crate) trait Host: Send + Sync {
     /// Shows the pages to a VM.
     fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error>;
 
-    /// Takes a slot away, and the guest's mappings with it.
-    fn unbind(&self, vm: VmId, slot: Slot);
+    /// Takes a slot away, and the guest's mappings with it. If that fails the slot is still there.
+    fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error>;
 
     /// Maps the page of `level` around `gfn` for the guest, whose pages of the object are `range`.
     /// KVM maps by itself.

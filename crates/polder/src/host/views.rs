@@ -8,17 +8,15 @@
 //! watched      while owed          always                never
 //! ```
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use polder_engine::{RangeSet, Response, View as ViewKind};
-use polder_linux::{Continued, Errno, GuestMemfd, Memfd, Userfault, View};
+use polder_linux::{Continued, Errno, GuestMemfd, Memfd, Nudge, Userfault, View};
 use polder_units::{PAGE_SIZE, PageCount, PageIndex, PageRange};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use super::failed;
 use crate::Error;
 
 /// How the bytes of an object are reached, and who touches them.
@@ -71,7 +69,7 @@ pub(crate) struct MemfdViews {
     /// Pages of the guest view that are watched for good, because they are in quarantine. Held
     /// while that view's watching changes.
     kept: Mutex<RangeSet>,
-    nudge: OwnedFd,
+    nudge: Nudge,
 }
 
 impl MemfdViews {
@@ -86,8 +84,7 @@ impl MemfdViews {
         if owed {
             guest.watch(all).map_err(missing)?;
         }
-        let nudge = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|errno| failed("eventfd", errno))?;
+        let nudge = Nudge::new()?;
         Ok(Self { memfd, trusted, guest, host, kept: Mutex::default(), nudge })
     }
 
@@ -198,15 +195,9 @@ impl Views for MemfdViews {
         into: &mut Vec<(ViewKind, PageIndex)>,
         at_most: Option<Duration>,
     ) -> Result<(), Error> {
-        let mut wait = [self.guest.as_fd(), self.host.as_fd(), self.nudge.as_fd()]
-            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-        let at_most = at_most.and_then(|time| Timespec::try_from(time).ok());
-        match poll(&mut wait, at_most.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(failed("poll", errno)),
-        }
-        // Reading an eventfd empties it; that it is empty already is no error.
-        let _ = rustix::io::read(&self.nudge, &mut [0u8; 8]);
+        let fds = [self.guest.as_fd(), self.host.as_fd(), self.nudge.as_fd()];
+        polder_linux::wait(fds, at_most)?;
+        self.nudge.take();
         let mut touches = Vec::new();
         for view in [ViewKind::Guest, ViewKind::Host] {
             self.watched(view).touches(&mut touches)?;
@@ -216,8 +207,7 @@ impl Views for MemfdViews {
     }
 
     fn nudge(&self) {
-        // It fails only when the counter is about to overflow: then the reader is awake.
-        let _ = rustix::io::write(&self.nudge, &1u64.to_ne_bytes());
+        self.nudge.give();
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
