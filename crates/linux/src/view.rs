@@ -105,6 +105,14 @@ impl View {
         self.advise(range, Advice::LinuxPopulateWrite, "madvise(MADV_POPULATE_WRITE)")
     }
 
+    /// Makes the pages exist and maps them here as reads would.
+    ///
+    /// # Errors
+    /// Of `madvise(MADV_POPULATE_READ)`: `ENOMEM`, `EHWPOISON`.
+    pub fn populate_read(&self, range: PageRange) -> Result<(), Error> {
+        self.advise(range, Advice::LinuxPopulateRead, "madvise(MADV_POPULATE_READ)")
+    }
+
     /// Copies bytes of the object at `offset` out of memory.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use parking_lot::Mutex;
+use parking_lot::RwLock;
 use polder_engine::{
     Binding, Config, Contents, Engine, GuestAccess, Holder, MemoryFault, PageFacts, PinKind,
     Platform, Population, Refusal, Slot, Visibility, VmId,
@@ -97,7 +97,7 @@ impl Builder {
                 errno: errno.unwrap_or(polder_linux::Errno::AGAIN),
             }
         })?;
-        Ok(Memory { driver, faults, vms: AtomicU32::new(0), slots: Mutex::default() })
+        Ok(Memory { driver, faults, vms: AtomicU32::new(0), slots: RwLock::default() })
     }
 }
 
@@ -108,8 +108,9 @@ pub struct Memory {
     pub(crate) driver: Arc<Driver>,
     faults: FaultThreads,
     vms: AtomicU32,
-    /// Held while a slot is bound or unbound, in the engine and on the host.
-    slots: Mutex<()>,
+    /// Held by one while a slot is bound or unbound, in the engine and on the host, and shared by
+    /// those to whom no slot may change.
+    pub(crate) slots: RwLock<()>,
 }
 
 impl Memory {
@@ -173,7 +174,7 @@ impl Memory {
     /// # Panics
     /// If `vm` is not of this memory's [`Memory::attach`].
     pub fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
-        let _one_at_a_time = self.slots.lock();
+        let _one_at_a_time = self.slots.write();
         self.driver.ask(|engine| engine.bind(vm, slot, gfn, pages))?;
         self.driver.host.bind(vm, slot, gfn, pages).inspect_err(|_| {
             let unbound = self.driver.engine().unbind(vm, slot);
@@ -181,13 +182,14 @@ impl Memory {
         })
     }
 
-    /// Takes a slot away. No page is freed. KVM waits until no vCPU is amid an access to the slot:
+    /// Takes a slot away. No page is freed. Waits for a [`Memory::prefault`] that is under way, as
+    /// [`Memory::bind`] does. KVM waits until no vCPU is amid an access to the slot:
     /// one that waits for contents that are owed has to get them, or [`Memory::fail`], first.
     ///
     /// # Errors
     /// [`Refusal::NoSuchSlot`].
     pub fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
-        let _one_at_a_time = self.slots.lock();
+        let _one_at_a_time = self.slots.write();
         self.driver.ask(|engine| engine.unbind(vm, slot))?;
         self.driver.host.unbind(vm, slot);
         Ok(())

@@ -55,7 +55,10 @@ pub(crate) fn run(
             Exit::MemoryFault { gpa, flags, .. } => {
                 match memory_fault(index, requests, (gpa, flags), exit) {
                     // It was amid a conversion, which is over: the same access goes through.
-                    Ok(()) => continue,
+                    Ok(()) => {
+                        forget_stale(&vcpu, requests, gpa);
+                        continue;
+                    }
                     Err(failure) => failed(failure),
                 }
             }
@@ -118,6 +121,16 @@ fn memory_fault(
         Ok(Some(fault)) => Err(Failure::MemoryFault { vcpu, fault }),
         Err(_) => Err(Failure::MemoryFailure { vcpu, page: None }),
     }
+}
+
+/// Has KVM map the page that a guest is to try again. Where the guest touched the frame before
+/// there was memory, KVM remembers that (an MMIO entry), and it takes a fault on such an entry for
+/// one of shared memory: a frame that has become private since would end here for ever
+/// (`kvm_mmu_page_fault()`, Linux `arch/x86/kvm/mmu/mmu.c`). What is mapped ahead replaces it. If
+/// that fails, the access comes again and says why.
+fn forget_stale(vcpu: &Vcpu, requests: &Requests<'_>, gpa: Gpa) {
+    let (memory, vm) = requests.memory();
+    let _ = memory.prefault(vm, vcpu.fd(), GfnRange::one(gpa.gfn()));
 }
 
 /// An access that KVM found no memory for. Where the VM has none, a PC's bus has an answer: loads

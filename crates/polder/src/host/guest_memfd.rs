@@ -26,12 +26,12 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
 use polder_engine::{RangeSet, Slot, Step, Visibility, VmId};
-use polder_linux::{Errno, GuestMemfd, KvmSlot, PrivateMemory, set_private};
+use polder_linux::{Errno, GuestMemfd, KvmSlot, PrivateMemory, can_pre_fault, set_private};
 use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
-use super::views::{MemfdViews, Views};
-use super::{Host, HostKind, Vm, failed, total};
-use crate::Error;
+use super::views::{MemfdViews, Views, outside};
+use super::{Host, HostKind, Vm, failed, map_ahead, total};
+use crate::{Error, Vcpu};
 
 pub(crate) struct GuestMemfdHost {
     views: MemfdViews,
@@ -116,21 +116,6 @@ impl State {
             }
         }
     }
-}
-
-/// The runs of `range` that are not in `set`.
-fn outside(set: &RangeSet, range: PageRange) -> Vec<PageRange> {
-    let mut outside = Vec::new();
-    let mut next = range.start().get();
-    for run in set.runs() {
-        if next >= range.end() {
-            break;
-        }
-        outside.extend(PageRange::between(next, run.start().get().min(range.end())));
-        next = next.max(run.end());
-    }
-    outside.extend(PageRange::between(next, range.end()));
-    outside
 }
 
 impl GuestMemfdHost {
@@ -244,6 +229,20 @@ impl Host for GuestMemfdHost {
             // Without a slot an attribute shows nothing, and the next bind sets its own.
             let _ = set_private(&owner.vm, gfns, false);
         }
+    }
+
+    fn show(&self, vm: VmId, vcpu: Vcpu<'_>, gfns: GfnRange, _: PageRange) -> Result<u64, Error> {
+        // Nothing is ever owed, so that KVM waits for nobody here. A conversion waits: what a
+        // frame is does not change under KVM, which would refuse it then.
+        let fd = self.state.lock().vms.get(&vm).map(Arc::clone).ok_or(Error::NoSuchVm)?;
+        if !can_pre_fault(&fd) {
+            return Err(Error::NotOffered {
+                what: "nothing of a guest_memfd can be mapped ahead but by KVM_PRE_FAULT_MEMORY, \
+                       which this kernel lacks",
+                way_out: "use Linux 6.11 or newer, or do without",
+            });
+        }
+        map_ahead(vcpu, gfns)
     }
 
     fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {

@@ -68,10 +68,17 @@ pub(crate) struct MemfdViews {
     trusted: View,
     guest: Userfault,
     host: Userfault,
-    /// Pages of the guest view that are watched for good, because they are in quarantine. Held
-    /// while that view's watching changes.
-    kept: Mutex<RangeSet>,
+    /// Held while the guest view's watching changes.
+    watching: Mutex<Watching>,
     nudge: OwnedFd,
+}
+
+/// What is watched of the guest view.
+struct Watching {
+    /// All of it: something may still be owed.
+    all: bool,
+    /// For good: pages in quarantine, and those whose source failed.
+    kept: RangeSet,
 }
 
 impl MemfdViews {
@@ -88,7 +95,14 @@ impl MemfdViews {
         }
         let nudge = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| failed("eventfd", errno))?;
-        Ok(Self { memfd, trusted, guest, host, kept: Mutex::default(), nudge })
+        Ok(Self {
+            memfd,
+            trusted,
+            guest,
+            host,
+            watching: Mutex::new(Watching { all: owed, kept: RangeSet::default() }),
+            nudge,
+        })
     }
 
     pub(super) fn memfd(&self) -> &Memfd {
@@ -115,8 +129,8 @@ impl MemfdViews {
 
     /// Takes pages out of all views for good, by markers in their place.
     pub(super) fn quarantine(&self, range: PageRange) -> Result<(), Error> {
-        let mut kept = self.kept.lock();
-        kept.insert(range);
+        let mut watching = self.watching.lock();
+        watching.kept.insert(range);
         // Watching what is watched already is harmless.
         self.guest.watch(range)?;
         for watched in [&self.guest, &self.host] {
@@ -128,15 +142,40 @@ impl MemfdViews {
 
     /// Stops watching the guest view, but for pages in quarantine and those that `failed`.
     pub(super) fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {
-        let mut kept = self.kept.lock();
-        failed.iter().for_each(|&run| kept.insert(run));
+        let mut watching = self.watching.lock();
+        failed.iter().for_each(|&run| watching.kept.insert(run));
         let mut next = 0;
-        let ends = kept.runs().map(|run| (run.start().get(), run.end()));
+        let ends = watching.kept.runs().map(|run| (run.start().get(), run.end()));
         for (start, end) in ends.chain([(self.memfd.pages().get(), u64::MAX)]) {
             if let Some(free) = PageRange::between(next, start) {
                 self.guest.unwatch(free)?;
             }
             next = end;
+        }
+        watching.all = false;
+        Ok(())
+    }
+
+    /// Maps whole pages into the guest view, so that no touch of them is told to anybody. The
+    /// caller has an answer in flight on them: none of them may be touched where it is watched, for
+    /// that touch may have to wait for an operation that waits for this answer.
+    pub(super) fn show(&self, range: PageRange) -> Result<(), Error> {
+        let (watched, free) = {
+            let watching = self.watching.lock();
+            match watching.all {
+                true => (vec![range], Vec::new()),
+                false => (watching.kept.within(range).collect(), outside(&watching.kept, range)),
+            }
+        };
+        for part in free {
+            self.guest.view().populate_read(part)?;
+        }
+        for part in watched {
+            match self.map(ViewKind::Guest, part) {
+                // Settled a moment ago: not all of it is watched any more.
+                Err(Error::Host(error)) if error.errno == Errno::NOENT => self.show(part)?,
+                shown => shown?,
+            }
         }
         Ok(())
     }
@@ -162,6 +201,18 @@ impl MemfdViews {
         }
         Ok(())
     }
+}
+
+/// The runs of `range` that are not in `set`.
+pub(super) fn outside(set: &RangeSet, range: PageRange) -> Vec<PageRange> {
+    let mut outside = Vec::new();
+    let mut next = range.start().get();
+    for run in set.within(range) {
+        outside.extend(PageRange::between(next, run.start().get()));
+        next = run.end();
+    }
+    outside.extend(PageRange::between(next, range.end()));
+    outside
 }
 
 impl Views for MemfdViews {

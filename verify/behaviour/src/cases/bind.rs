@@ -211,8 +211,8 @@ fn moved(w: &World<'_>) -> Ran {
         let _stop = Stop(&stop);
         for _ in 0..2 {
             scope.spawn(|| {
-                // Each look is by a new vCPU, of which a VM has 65536 at most.
-                for _ in 0..2_000 {
+                // Each look is by a new vCPU, of which a VM has 4096 at most.
+                for _ in 0..1_500 {
                     if stop.load(Ordering::Relaxed) {
                         break;
                     }

@@ -8,7 +8,7 @@ use polder::machine::{
 use polder::units::{Gpa, PAGE_SIZE, PageIndex, PageRange};
 use polder::{GuestExit, HostKind, Memory, MemoryFault, Visibility, VmId};
 use polder_vmm::scenario::Op;
-use polder_vmm::{Ended, Supervision, Vm};
+use polder_vmm::{Ended, IdleVcpu, Supervision, Vm};
 
 use super::LOOKS;
 use crate::host::{Guest, Host, Inside, Trouble};
@@ -125,6 +125,10 @@ impl Guest for MachineGuest {
             if looks < LOOKS { Supervision::GoOn } else { Supervision::TimeOut }
         };
         self.0.run(memory, programs, supervise).expect("the machine runs the guest")
+    }
+
+    fn vcpu(&self, (memory, vm): (&Memory, VmId)) -> IdleVcpu {
+        self.0.idle_vcpu(memory, vm).expect("memory of this host")
     }
 
     fn access(

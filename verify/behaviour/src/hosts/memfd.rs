@@ -8,7 +8,7 @@ use polder::units::{Gpa, PAGE_SIZE, PageIndex, PageRange};
 use polder::{HostKind, Memory, MemoryFault, Visibility, VmId};
 use polder_require::Facility;
 use polder_vmm::scenario::Op;
-use polder_vmm::{End, Ended, Failure, RunError, Supervision, Vm};
+use polder_vmm::{End, Ended, Failure, IdleVcpu, RunError, Supervision, Vm};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
@@ -189,6 +189,10 @@ impl Guest for Vm {
             if looks < LOOKS { Supervision::GoOn } else { Supervision::TimeOut }
         };
         Self::run(self, memory, programs, supervise).expect("KVM runs the guest")
+    }
+
+    fn vcpu(&self, (memory, vm): (&Memory, VmId)) -> IdleVcpu {
+        self.idle_vcpu(memory, vm).expect("KVM has vCPUs left")
     }
 
     fn access(
