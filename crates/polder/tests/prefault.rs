@@ -1,6 +1,6 @@
 //! Prefault on the simulated machine: what the behaviour table can't bring about on every host.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use polder::units::{Gfn, GfnRange, Level, PageCount, PageRange};
 use polder::{Error, HostKind, MachineVcpu, Memory, Prefaulted, Slot, Vm, VmId};
@@ -69,4 +69,39 @@ fn where_memory_runs_out_the_pages_before_are_done_and_no_others() {
     assert_eq!(memory.existing(), Ok(vec![PageRange::between(2, 5).unwrap()]));
     let none = memory.prefault(vm, &vcpu, gfns(5, 16)).unwrap_err();
     assert_eq!(none.errno() as i32, 12, "ENOMEM");
+}
+
+#[test]
+fn what_is_said_to_be_done_is_mapped_though_other_pages_are_zapped_meanwhile() {
+    let (memory, vm, vcpu) = memory();
+    let (ours, theirs) = (gfns(0, 12), gfns(12, 16));
+    let all = PageRange::between(0, PAGES.into()).unwrap();
+    let zap = |gfns| {
+        let zapped = memory.simulated(|machine, object, _| {
+            let (vm, _) = machine.gfns_of(object, all).next().unwrap();
+            machine.tdp_zap(vm, gfns).unwrap();
+        });
+        zapped.unwrap();
+    };
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                zap(theirs);
+            }
+        });
+        let mut missing = 0;
+        for _ in 0..5000 {
+            zap(ours);
+            let done = memory.prefault(vm, &vcpu, ours);
+            assert_eq!(done, Ok(Prefaulted { done: ours, left: None }));
+            let mapped = memory.simulated(|machine, object, _| {
+                let (vm, _) = machine.gfns_of(object, all).next().unwrap();
+                ours.frames().filter(|&gfn| machine.spte(vm, gfn).unwrap().is_some()).count()
+            });
+            missing += 12 - mapped.unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(missing, 0);
+    });
 }

@@ -31,6 +31,7 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Prefault, "frames in no slot are refused, by ENOENT, and nothing is made", beyond),
     Case::new(Prefault, "no part of a page can be named, nor none", no_range),
     Case::new(Prefault, "two vCPUs may have the same pages prefaulted at once", parallel),
+    Case::new(Prefault, "what becomes of other pages meanwhile leaves none of it undone", others),
     Case::new(Prefault, "a slot deleted meanwhile ends it early, or in an error; none hangs", gone),
     Case::new(
         Prefault,
@@ -210,6 +211,24 @@ fn parallel(w: &World<'_>) -> Ran {
         made(w, memory, before, 1200);
         bound.passes([zero(gfns(pages(1000, 1200)))]);
     }
+    PASSED
+}
+
+fn others(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(192)?)?;
+    let (memory, vcpu) = (&bound.memory, vcpu(&bound));
+    let (ours, theirs) = (pages(0, 128), pages(128, 192));
+    bound.passes([fill(gfns(theirs), 1)]);
+    let again = || memory.discard(theirs, OnBusy::Wait).expect("no pins");
+    beside(again, || {
+        for _ in 0..20 {
+            memory.discard(ours, OnBusy::Wait).expect("no pins");
+            assert_eq!(prefault(&bound, &vcpu, ours), whole(ours));
+            let faults = memory.statistics().guest_faults;
+            bound.passes([zero(gfns(ours))]);
+            assert_eq!(memory.statistics().guest_faults, faults);
+        }
+    });
     PASSED
 }
 
