@@ -205,15 +205,14 @@ fn moved(w: &World<'_>) -> Ran {
     let gpa = gfn(BASE).gpa();
     let look = || bound.guest.access((memory, vm), gpa, polder::Visibility::Private, None);
     let first = look().expect("it is bound");
-    // Each look is by a new vCPU, of which a VM has 65536 on the machine, some 1000 on KVM.
-    let looks = if memory.is_in_place() { 2_000 } else { 200 };
     let stop = AtomicBool::new(false);
     let mut words = [first, first];
     std::thread::scope(|scope| {
         let _stop = Stop(&stop);
         for _ in 0..2 {
             scope.spawn(|| {
-                for _ in 0..looks {
+                // Each look is by a new vCPU, of which a VM has 65536 at most.
+                for _ in 0..2_000 {
                     if stop.load(Ordering::Relaxed) {
                         break;
                     }

@@ -9,7 +9,7 @@ use polder::{HostKind, Memory};
 use polder_require::Facility;
 use polder_vmm::{RunError, Vm};
 
-use super::memfd::Memfd;
+use super::memfd::{MOVED, Memfd};
 use crate::host::{Guest, Host, Trouble};
 use crate::{Section, Skipped, cases};
 
@@ -49,6 +49,7 @@ const REASONS: &[(&str, &str)] = &[
     (cases::OWED_STOPS, OWED),
     (cases::FAILED_STOPS, OWED),
     (cases::STILL_OWED, OWED),
+    (cases::MOVED, MOVED),
     (cases::IMPLICIT, KIND),
     (cases::MISMATCH, KIND),
     (cases::REFERENCED, OUTSIDE),

@@ -21,6 +21,9 @@ use crate::{Skipped, cases};
 /// The memfd host.
 pub(super) struct Memfd;
 
+pub(super) const MOVED: &str = "an access amid the change of a slot ends in the VMM by the time \
+    the slot is there again; a VMM stops its vCPUs first";
+
 impl Host for Memfd {
     fn kind(&self) -> HostKind {
         HostKind::Memfd
@@ -57,11 +60,7 @@ impl Host for Memfd {
                 cases::GUP,
                 "GUP-fast can't be stopped between two of its steps from outside the kernel",
             ),
-            (
-                cases::MOVED,
-                "an access amid the change of a slot ends in the VMM by the time the slot is there \
-                 again; a VMM stops its vCPUs first",
-            ),
+            (cases::MOVED, MOVED),
             (cases::AUDIT, "the kernel's counts are not to be seen from outside"),
             (
                 cases::STRAY,
