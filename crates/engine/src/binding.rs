@@ -58,7 +58,7 @@ impl Binding {
     }
 
     /// The page behind a guest frame.
-    fn page(&self, gfn: Gfn) -> Option<PageIndex> {
+    pub(crate) fn page(&self, gfn: Gfn) -> Option<PageIndex> {
         let into = gfn.checked_sub(self.gfn)?;
         self.pages.start().checked_add(into).filter(|&page| self.pages.contains(page))
     }
@@ -78,7 +78,7 @@ impl Binding {
 pub(crate) struct Bindings(BTreeMap<(VmId, Slot), Binding>);
 
 impl Bindings {
-    fn of(&self, vm: VmId) -> impl Iterator<Item = (Slot, &Binding)> {
+    pub(crate) fn of(&self, vm: VmId) -> impl Iterator<Item = (Slot, &Binding)> {
         let slots = (vm, Slot(0))..=(vm, Slot(u32::MAX));
         self.0.range(slots).map(|(&(_, slot), binding)| (slot, binding))
     }

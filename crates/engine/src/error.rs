@@ -1,6 +1,6 @@
 //! Every way in which the engine says no.
 
-use polder_units::{GfnRange, PageCount, PageIndex, PageRange, RangeError};
+use polder_units::{Gfn, GfnRange, PageCount, PageIndex, PageRange, RangeError};
 
 use crate::{Activity, Contents, Holder, PinKind, Platform, Slot, Visibility};
 
@@ -17,6 +17,9 @@ pub enum Refusal {
     /// `EINVAL`: no binding of the VM covers the guest frames.
     #[error("guest frames {gfns} are not all bound to memory")]
     Unbound { gfns: GfnRange },
+    /// `ENOENT`: a prefault where no binding of the VM is.
+    #[error("guest frame {gfn} lies in no slot; bind memory there first")]
+    NoSlot { gfn: Gfn },
     /// `EAGAIN`: an operation holds the range. The same request may succeed once it has ended.
     #[error("pages {range} are held by a {by} of pages {held}; try again")]
     Busy { range: PageRange, by: Activity, held: PageRange },
@@ -67,6 +70,8 @@ pub enum Refusal {
 #[expect(missing_docs, reason = "Linux's names")]
 #[repr(i32)]
 pub enum Errno {
+    ENOENT = 2,
+    EINTR = 4,
     EIO = 5,
     EAGAIN = 11,
     ENOMEM = 12,
@@ -81,6 +86,7 @@ impl Refusal {
     /// The error code that the kernel's interface has for it.
     pub const fn errno(&self) -> Errno {
         match self {
+            Self::NoSlot { .. } => Errno::ENOENT,
             Self::Range(_) | Self::Beyond { .. } | Self::Unbound { .. } => Errno::EINVAL,
             Self::NoSuchSlot { .. } | Self::NoSuchPin => Errno::EINVAL,
             Self::Busy { .. } | Self::Pinned { .. } => Errno::EAGAIN,

@@ -44,6 +44,7 @@ mod page_map;
 mod pin;
 mod platform;
 mod populate;
+mod prefault;
 mod range_set;
 mod step;
 

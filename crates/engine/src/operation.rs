@@ -17,7 +17,7 @@ use core::fmt;
 use core::marker::PhantomData;
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use polder_units::PageRange;
+use polder_units::{PageIndex, PageRange};
 
 use crate::step::Undo;
 use crate::{Contents, Engine, Refusal, Step, View, Visibility};
@@ -220,6 +220,12 @@ impl Engine {
     /// Whether an operation claims a page of `range`.
     pub(crate) fn is_claimed(&self, range: PageRange) -> bool {
         self.operations.iter().any(|record| record.claim_on(range).is_some())
+    }
+
+    /// The first page of `range` that an operation claims.
+    pub(crate) fn first_claimed(&self, range: PageRange) -> Option<PageIndex> {
+        let claims = self.operations.iter().flat_map(|record| &record.claims);
+        claims.filter_map(|claim| claim.intersection(range)).map(PageRange::start).min()
     }
 
     /// Blocks on any operation that claims a page of `range`.

@@ -42,6 +42,15 @@ impl Call {
         rustix::io::retry_on_intr(ask)
     }
 
+    /// Makes the call once: that it was interrupted is a result.
+    pub(crate) fn once<T>(self, ask: impl FnMut() -> Result<T, Errno>) -> Result<T, Error> {
+        #[cfg(feature = "inject")]
+        let mut ask = crate::inject::watch(self.name, ask);
+        #[cfg(not(feature = "inject"))]
+        let mut ask = ask;
+        ask().map_err(|errno| self.error(errno))
+    }
+
     /// The error of this call.
     pub(crate) const fn error(self, errno: Errno) -> Error {
         Error { call: self.name, range: self.range, errno }

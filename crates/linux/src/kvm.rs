@@ -21,6 +21,7 @@ pub struct KvmSlot {
     region: kvm_userspace_memory_region,
     pages: PageRange,
     view: Arc<View>,
+    #[expect(dead_code, reason = "held so that it stays as long as the slot")]
     guest_memfd: Option<Arc<GuestMemfd>>,
     deleted: bool,
 }
@@ -55,8 +56,8 @@ impl KvmSlot {
     ///
     /// # Errors
     /// Of `KVM_SET_USER_MEMORY_REGION2`: as [`KvmSlot::new`], and `EINVAL` for a guest_memfd of
-    /// another VM, `EEXIST` for pages of it that another slot shows. Pages beyond the guest_memfd
-    /// are `EINVAL` from here: Linux 6.18 takes them.
+    /// another VM, or pages of it that another slot shows. Pages beyond the guest_memfd are `EINVAL`
+    /// from here: Linux 6.18 takes them.
     pub fn with_guest_memfd(
         vm: &Arc<VmFd>,
         slot: u32,
@@ -110,11 +111,6 @@ impl KvmSlot {
     /// The view that it shows.
     pub fn view(&self) -> &Arc<View> {
         &self.view
-    }
-
-    /// The guest_memfd that it shows, if it has one.
-    pub fn guest_memfd(&self) -> Option<&Arc<GuestMemfd>> {
-        self.guest_memfd.as_ref()
     }
 }
 

@@ -7,7 +7,7 @@
 //! | [`Userfault`], [`UserfaultOffer`] | `userfaultfd(2)` |
 //! | [`KvmSlot`] | `KVM_SET_USER_MEMORY_REGION`, `KVM_SET_USER_MEMORY_REGION2` |
 //! | [`GuestMemfd`], [`set_private`] | `KVM_CREATE_GUEST_MEMFD`, `KVM_SET_MEMORY_ATTRIBUTES`, `cachestat(2)` |
-//! | [`pre_fault()`] | `KVM_PRE_FAULT_MEMORY` |
+//! | [`pre_fault()`], [`can_pre_fault`] | `KVM_PRE_FAULT_MEMORY` |
 //! | [`Vcpu`] | `KVM_RUN` |
 //! | [`Nudge`], [`wait()`], [`spawn`] | `eventfd(2)`, `poll(2)`, threads |
 //! | [`sigbus`] | `sigaction(2)` of SIGBUS |
@@ -47,7 +47,7 @@ use polder_units::ByteRange;
 pub use guest_memfd::{GuestMemfd, PrivateMemory, set_private};
 pub use kvm::KvmSlot;
 pub use memfd::Memfd;
-pub use pre_fault::pre_fault;
+pub use pre_fault::{can_pre_fault, pre_fault};
 pub use rustix::io::Errno;
 pub use userfault::{Continued, Touch, Userfault, UserfaultOffer, Way};
 pub use vcpu::{Exit, FailedAt, Kicker, Vcpu};

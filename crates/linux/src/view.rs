@@ -2,7 +2,7 @@
 
 use core::ffi::c_void;
 use core::ptr::NonNull;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use polder_units::{ByteRange, PageRange};
@@ -141,6 +141,14 @@ impl View {
     /// Of `madvise(MADV_POPULATE_WRITE)`: `ENOMEM`, `EHWPOISON`.
     pub fn populate(&self, range: PageRange) -> Result<(), Error> {
         self.advise(range, Advice::LinuxPopulateWrite, "madvise(MADV_POPULATE_WRITE)")
+    }
+
+    /// Makes the pages exist and maps them here as reads would.
+    ///
+    /// # Errors
+    /// Of `madvise(MADV_POPULATE_READ)`: `ENOMEM`, `EHWPOISON`.
+    pub fn populate_read(&self, range: PageRange) -> Result<(), Error> {
+        self.advise(range, Advice::LinuxPopulateRead, "madvise(MADV_POPULATE_READ)")
     }
 
     /// Copies bytes of the object at `offset` out of memory.

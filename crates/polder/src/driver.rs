@@ -24,12 +24,12 @@ use polder_engine::{
     GuestAnswer, MemoryFault, Operation, Refusal, Response, Stage, Start, Step, Undoing,
     Visibility, VmId,
 };
-use polder_units::PageRange;
+use polder_units::{GfnRange, PageCount, PageRange};
 
 use crate::host::Host;
 use crate::host::views::Views;
 use crate::statistics::Counters;
-use crate::{Error, OnBusy};
+use crate::{Error, OnBusy, Vcpu};
 
 /// [`Driver::ask_again`], as a rule.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
@@ -282,6 +282,29 @@ impl Driver {
                     engine = self.engine();
                 }
             }
+        }
+    }
+
+    /// Has the first of `gfns` and those like it ready for a guest's touches, `most` at most.
+    /// Returns the number of the first frame that is not; with an error, the frames that were
+    /// tried. No slot may change meanwhile.
+    pub(crate) fn prefault(
+        &self,
+        (vm, vcpu): (VmId, Vcpu<'_>),
+        gfns: GfnRange,
+        most: PageCount,
+    ) -> Result<u64, (Error, Option<GfnRange>)> {
+        let claim = |engine: &mut Engine| engine.prefault(vm, gfns, most);
+        let (answer, run) = self.claim(OnBusy::Wait, claim).map_err(|error| (error, None))?;
+        let range = answer.range();
+        let mut given = Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
+        let shown = self.host.show(vm, vcpu, run, range);
+        given.done(shown.is_ok());
+        drop(given);
+        let end = shown.map_err(|error| (error, Some(run)))?;
+        match GfnRange::between(run.start().get(), end) {
+            Some(shown) => self.host.shown(vm, vcpu, shown).map_err(|error| (error, Some(run))),
+            None => Ok(end),
         }
     }
 

@@ -77,6 +77,16 @@ impl Host for Troubled {
         self.host.map_guest(vm, gfn, level, range)
     }
 
+    fn show(
+        &self,
+        vm: VmId,
+        vcpu: Vcpu<'_>,
+        gfns: GfnRange,
+        range: PageRange,
+    ) -> Result<u64, Error> {
+        self.host.show(vm, vcpu, gfns, range)
+    }
+
     fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {
         self.host.settle(failed)
     }

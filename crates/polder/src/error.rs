@@ -31,6 +31,12 @@ pub enum Error {
         /// The host.
         host: crate::HostKind,
     },
+    /// A vCPU of another VM than named, or of another kind than the host can serve.
+    #[error("the vCPU is not one of the VM's")]
+    WrongVcpu,
+    /// A signal, or a kick, came before a page was done.
+    #[error("interrupted before a page was done; call again")]
+    Interrupted,
     /// A VM that was never attached to this memory.
     #[error("the VM is not attached to this memory")]
     NoSuchVm,
@@ -102,6 +108,8 @@ impl Error {
             Self::Quarantined { .. } | Self::Copy(_) => Errno::EHWPOISON,
             Self::TooManyBytes { .. } | Self::WrongVm { .. } => Errno::EINVAL,
             Self::NotSimulated | Self::NoSuchVm | Self::OneVm { .. } => Errno::EINVAL,
+            Self::WrongVcpu => Errno::EINVAL,
+            Self::Interrupted => Errno::EINTR,
             Self::Missing { .. } | Self::NotOffered { .. } => Errno::EOPNOTSUPP,
             Self::Machine(_) => Errno::EIO,
             Self::Host(error) => match error.errno {
@@ -109,6 +117,9 @@ impl Error {
                 polder_linux::Errno::INVAL => Errno::EINVAL,
                 polder_linux::Errno::EXIST => Errno::EEXIST,
                 polder_linux::Errno::AGAIN => Errno::EAGAIN,
+                polder_linux::Errno::NOENT => Errno::ENOENT,
+                polder_linux::Errno::OPNOTSUPP => Errno::EOPNOTSUPP,
+                polder_linux::Errno::HWPOISON => Errno::EHWPOISON,
                 _ => Errno::EIO,
             },
         }

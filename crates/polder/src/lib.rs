@@ -30,6 +30,7 @@ mod host;
 mod host_view;
 mod memory;
 mod pin;
+mod prefault;
 mod statistics;
 mod vcpu;
 
@@ -47,5 +48,6 @@ pub use host::{HostKind, Vm};
 pub use host_view::HostView;
 pub use memory::{Builder, Memory, OnBusy};
 pub use pin::Pin;
+pub use prefault::{Prefaulted, Vcpu};
 pub use statistics::Statistics;
 pub use vcpu::{GuestExit, MachineVcpu};

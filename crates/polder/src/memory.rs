@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use parking_lot::Mutex;
+use parking_lot::RwLock;
 use polder_engine::{
     Binding, Config, Contents, Engine, GuestAccess, Holder, MemoryFault, PageFacts, PinKind,
     Platform, Population, Refusal, Slot, Visibility, VmId,
@@ -95,7 +95,7 @@ impl Builder {
         };
         let driver = Arc::new(Driver::new(config, host));
         let faults = FaultThreads::start(&driver)?;
-        Ok(Memory { driver, faults, vms: AtomicU32::new(0), slots: Mutex::default() })
+        Ok(Memory { driver, faults, vms: AtomicU32::new(0), slots: RwLock::default() })
     }
 }
 
@@ -106,8 +106,9 @@ pub struct Memory {
     pub(crate) driver: Arc<Driver>,
     faults: FaultThreads,
     vms: AtomicU32,
-    /// Held while a slot is bound or unbound, in the engine and on the host.
-    slots: Mutex<()>,
+    /// Held by one while a slot is bound or unbound, in the engine and on the host, and shared by
+    /// those to whom no slot may change.
+    pub(crate) slots: RwLock<()>,
 }
 
 impl Memory {
@@ -174,7 +175,7 @@ impl Memory {
     /// # Panics
     /// If `vm` is not of this memory's [`Memory::attach`].
     pub fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
-        let _one_at_a_time = self.slots.lock();
+        let _one_at_a_time = self.slots.write();
         self.driver.ask(|engine| engine.bind(vm, slot, gfn, pages))?;
         self.driver.host.bind(vm, slot, gfn, pages).inspect_err(|_| {
             let unbound = self.driver.engine().unbind(vm, slot);
@@ -182,14 +183,15 @@ impl Memory {
         })
     }
 
-    /// Takes a slot away. No page is freed. KVM waits until no vCPU is amid an access to the slot:
+    /// Takes a slot away. No page is freed. Waits for a [`Memory::prefault`] that is under way, as
+    /// [`Memory::bind`] does. KVM waits until no vCPU is amid an access to the slot:
     /// one that waits for contents that are owed has to get them, or [`Memory::fail`], first.
     ///
     /// # Errors
     /// [`Refusal::NoSuchSlot`]; [`Error::Host`] where KVM can't delete the slot, which is then
     /// still bound.
     pub fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
-        let _one_at_a_time = self.slots.lock();
+        let _one_at_a_time = self.slots.write();
         let was = self.driver.ask(|engine| engine.unbind(vm, slot))?;
         self.driver.host.unbind(vm, slot).inspect_err(|_| {
             let bound = self.driver.engine().bind(vm, slot, was.gfns().start(), was.pages());

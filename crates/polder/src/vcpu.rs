@@ -47,6 +47,15 @@ impl MachineVcpu {
         Arc::clone(&self.kicked)
     }
 
+    /// Whether it is of this VM of this memory.
+    pub(crate) fn is_of(&self, driver: &Arc<Driver>, vm: VmId) -> bool {
+        Arc::ptr_eq(&self.driver, driver) && self.vm == vm
+    }
+
+    pub(crate) fn is_kicked(&self) -> bool {
+        self.kicked.load(Ordering::Acquire)
+    }
+
     /// Reads guest memory, as private or as shared.
     ///
     /// # Errors

@@ -118,14 +118,20 @@ pub(crate) fn create_vcpu(
     index: u32,
     start: &VcpuStart,
 ) -> Result<VcpuFd, RunError> {
+    let vcpu = idle_vcpu(kvm, vm, index)?;
+    let reset = vcpu.get_sregs().map_err(RunError::vm("KVM_GET_SREGS"))?;
+    vcpu.set_sregs(&start.sregs(&reset)).map_err(RunError::vm("KVM_SET_SREGS"))?;
+    vcpu.set_regs(&start.regs).map_err(RunError::vm("KVM_SET_REGS"))?;
+    Ok(vcpu)
+}
+
+/// A vCPU of a VM that has nowhere to start. Its CPUID decides what stage 2 looks like.
+pub(crate) fn idle_vcpu(kvm: &Kvm, vm: &VmFd, index: u32) -> Result<VcpuFd, RunError> {
     let vcpu = vm.create_vcpu(u64::from(index)).map_err(RunError::vm("KVM_CREATE_VCPU"))?;
     let cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(RunError::vm("KVM_GET_SUPPORTED_CPUID"))?;
     vcpu.set_cpuid2(&cpuid).map_err(RunError::vm("KVM_SET_CPUID2"))?;
-    let reset = vcpu.get_sregs().map_err(RunError::vm("KVM_GET_SREGS"))?;
-    vcpu.set_sregs(&start.sregs(&reset)).map_err(RunError::vm("KVM_SET_SREGS"))?;
-    vcpu.set_regs(&start.regs).map_err(RunError::vm("KVM_SET_REGS"))?;
     Ok(vcpu)
 }
 

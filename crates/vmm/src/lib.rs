@@ -26,4 +26,4 @@ pub use intruder::Way;
 pub use kvm::{Conversion, check_kvm};
 pub use report::{Accelerator, End, Failure, Progress, Report, Supervision};
 pub use run::{Config, run};
-pub use vm::{Ended, Vm};
+pub use vm::{Ended, IdleVcpu, Vm};

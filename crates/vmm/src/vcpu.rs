@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use kvm_ioctls::VcpuFd;
 use polder::units::{GfnRange, Gpa, PageIndex};
 use polder::{Memory, MemoryFault, Visibility, VmId};
-use polder_linux::{Exit, FailedAt, Kicker, Vcpu, pre_fault};
+use polder_linux::{Exit, FailedAt, Kicker, Vcpu};
 
 use crate::RunError;
 use crate::error::os;
@@ -62,7 +62,8 @@ pub(crate) fn run(
                     Ok(()) => {
                         if refused.replace(gpa) == Some(gpa) {
                             // Where this fails, the access tells why when it is made again.
-                            let _ = pre_fault(vcpu.fd(), GfnRange::one(gpa.gfn()));
+                            let (memory, vm) = requests.memory();
+                            let _ = memory.prefault(vm, vcpu.fd(), GfnRange::one(gpa.gfn()));
                         }
                         continue;
                     }

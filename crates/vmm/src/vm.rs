@@ -4,9 +4,11 @@ use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use polder::units::{Gfn, Gpa, PAGE_SIZE, PageCount, PageRange};
-use polder::{Contents, HostKind, Memory, MemoryFault, OnBusy, Slot, Visibility, VmId};
+use polder::{
+    Contents, HostKind, MachineVcpu, Memory, MemoryFault, OnBusy, Slot, Visibility, VmId,
+};
 
 use crate::guest::{Image, Program, Transport};
 use crate::scenario::{BOOT_END, Op, ScenarioError, VCPUS_MAX};
@@ -49,6 +51,24 @@ pub struct Ended {
     pub faults: Vec<MemoryFault>,
 }
 
+/// A vCPU of a [`Vm`] that runs no guest: memory can be mapped ahead for it.
+#[derive(Debug)]
+pub enum IdleVcpu {
+    /// One of KVM's.
+    Kvm(VcpuFd),
+    /// One of the simulated machine.
+    Machine(MachineVcpu),
+}
+
+impl<'a> From<&'a IdleVcpu> for polder::Vcpu<'a> {
+    fn from(vcpu: &'a IdleVcpu) -> Self {
+        match vcpu {
+            IdleVcpu::Kvm(vcpu) => vcpu.into(),
+            IdleVcpu::Machine(vcpu) => vcpu.into(),
+        }
+    }
+}
+
 impl Vm {
     /// Where the caller's guest-physical memory may begin: 2 MiB.
     pub const RAM: Gpa = Gpa::new(BOOT_END);
@@ -82,6 +102,22 @@ impl Vm {
         match &self.0 {
             Kind::Kvm(vm) => slots(&vm.kvm) - 1,
             Kind::Machine => u32::MAX,
+        }
+    }
+
+    /// A new vCPU that runs no guest.
+    ///
+    /// # Errors
+    /// [`RunError::Vm`], [`RunError::Memory`] for memory that does not know the VM as `id`.
+    pub fn idle_vcpu(&self, memory: &Memory, id: VmId) -> Result<IdleVcpu, RunError> {
+        match &self.0 {
+            Kind::Kvm(vm) => {
+                let fresh = vm.next_vcpu.fetch_add(1, Ordering::Relaxed);
+                Ok(IdleVcpu::Kvm(kvm::idle_vcpu(&vm.kvm, &vm.fd, fresh)?))
+            }
+            Kind::Machine => {
+                Ok(IdleVcpu::Machine(memory.machine_vcpu(id).map_err(RunError::Memory)?))
+            }
         }
     }
 

@@ -8,10 +8,18 @@ use polder_require::{Facility, patience, require};
 use polder_vmm::scenario::{HostAccess, Op, Outcome, Pattern, Visibility};
 use polder_vmm::{End, Ended, Failure, Supervision, Vm};
 
+fn a_vm(host: HostKind) -> Option<Vm> {
+    let facility = match host {
+        HostKind::Memfd | HostKind::Machine => Facility::Kvm,
+        HostKind::GuestMemfd => Facility::PrivateMemory,
+    };
+    require(facility, Vm::new(host))
+}
+
 #[test]
 fn ops_run_on_memory_that_somebody_else_made() {
     for host in HostKind::ALL {
-        let Some(vm) = require(Facility::Kvm, Vm::new(host)) else { continue };
+        let Some(vm) = a_vm(host) else { continue };
         let pages = PageRange::between(0, 8).unwrap();
         let memory = Memory::builder(pages.count()).host(host).build().unwrap();
         let id = vm.attach(&memory).unwrap();
@@ -26,7 +34,11 @@ fn ops_run_on_memory_that_somebody_else_made() {
             Op::Probe { gpa, pages: 2, expect: HostAccess::Denied },
             Op::Convert { gpa, pages: 1, to: Visibility::Shared, expect: Outcome::Done },
             Op::Probe { gpa, pages: 1, expect: HostAccess::Readable },
-            Op::Check { gpa, len, pattern },
+            match host.is_in_place() {
+                true => Op::Check { gpa, len, pattern },
+                false => Op::Check { gpa, len: PAGE_SIZE, pattern: Pattern::Zero },
+            },
+            Op::Fill { gpa, len, pattern },
             Op::Load { gpa: Gfn::new(0x1000).unwrap().gpa(), expect: u64::MAX },
             Op::Done,
         ];
@@ -52,7 +64,7 @@ fn ops_run_on_memory_that_somebody_else_made() {
 #[test]
 fn frames_that_the_guest_tried_before_they_were_bound_are_memory_once_they_are() {
     for host in HostKind::ALL {
-        let Some(vm) = require(Facility::Kvm, Vm::new(host)) else { continue };
+        let Some(vm) = a_vm(host) else { continue };
         let pages = PageRange::between(0, 2).expect("a range");
         let memory = Memory::builder(pages.count()).host(host).build().expect("memory");
         let id = vm.attach(&memory).expect("a VM of the host's");
@@ -75,10 +87,11 @@ fn frames_that_the_guest_tried_before_they_were_bound_are_memory_once_they_are()
     }
 }
 
-/// Memory whose contents are owed, bound to a VM, on each host that can run a guest here.
+/// Memory whose contents are owed, bound to a VM, on each host that can run a guest here and can
+/// have that.
 fn owed_memory(each: impl Fn(&Vm, &Memory, VmId)) {
-    for host in HostKind::ALL {
-        let Some(vm) = require(Facility::Kvm, Vm::new(host)) else { continue };
+    for host in HostKind::ALL.into_iter().filter(|host| host.is_in_place()) {
+        let Some(vm) = a_vm(host) else { continue };
         let pages = PageRange::between(0, 8).expect("a range");
         let memory = Memory::builder(pages.count()).host(host).owed().build().expect("memory");
         let id = vm.attach(&memory).expect("a VM of the host's");

@@ -2,8 +2,8 @@
 
 use polder::units::{Gpa, PageIndex, PageRange};
 use polder::{HostKind, Memory, MemoryFault, Visibility, VmId};
-use polder_vmm::Ended;
 use polder_vmm::scenario::Op;
+use polder_vmm::{Ended, IdleVcpu};
 
 use crate::Skipped;
 
@@ -80,6 +80,9 @@ pub trait Guest: Sync {
     /// # Panics
     /// Where the guest can't be run; that it fails is an [`Ended`].
     fn run(&self, memory: (&Memory, VmId), programs: &[Vec<Op>]) -> Ended;
+
+    /// A vCPU of the VM that runs no guest, to map memory ahead for.
+    fn vcpu(&self, memory: (&Memory, VmId)) -> IdleVcpu;
 
     /// One access of the guest's to the word at `gpa`, as to private or to shared memory where the
     /// platform tells them apart: writes `value`, if there is one, and returns the word.

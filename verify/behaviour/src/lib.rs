@@ -15,8 +15,7 @@
 //!
 //! # Holes
 //! What the API has no words for yet has no row: an event instead of a wait, a slot without a
-//! private side, huge pages, prefault, exclusive pins, preload and moving. A row
-//! that needs two threads to meet tries often enough that they do, and fails if they don't.
+//! private side, huge pages, exclusive pins, preload and moving. A row that needs two threads to meet tries often enough that they do, and fails if they don't.
 
 mod cases;
 mod host;
@@ -53,11 +52,13 @@ pub enum Section {
     Exits,
     /// Contents that are owed, and arrive.
     Population,
+    /// Mapping for a guest ahead of its touches.
+    Prefault,
 }
 
 impl Section {
     /// Every section, in the table's order.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Create,
         Self::Bind,
         Self::HostView,
@@ -65,6 +66,7 @@ impl Section {
         Self::Conversion,
         Self::Exits,
         Self::Population,
+        Self::Prefault,
     ];
 }
 
@@ -78,6 +80,7 @@ impl fmt::Display for Section {
             Self::Conversion => "conversion",
             Self::Exits => "exits",
             Self::Population => "population",
+            Self::Prefault => "prefault",
         })
     }
 }

@@ -82,3 +82,8 @@ fn exits() {
 fn population() {
     section(Section::Population);
 }
+
+#[test]
+fn prefault() {
+    section(Section::Prefault);
+}

@@ -19,9 +19,12 @@
 //! show the guest_memfd in the memfd's place, and no page of it can become private.
 //!
 //! # Holes
-//! - While a conversion is under way, a guest that uses the pages nevertheless may have one made
-//!   on the side that they come to; it is freed at the conversion's end. If the conversion fails
-//!   it stays, until the next one of that page.
+//! - A page may exist on both sides for a while, which costs memory and shows nobody anything: where
+//!   a guest uses it amid a conversion, or a vCPU's fault began before and ends after it; and where
+//!   KVM itself touches a private frame (kvmclock, string I/O, an emulated fetch), which it does by
+//!   the shared side. It lasts until the next conversion or discard of that page.
+//! - The descriptor of a guest_memfd is closed on exec; between its making and that mark another
+//!   thread's fork and exec would inherit it.
 //! - The host can't read or write a guest_memfd whose pages are private, and no userfaultfd
 //!   watches one (Linux 7.3): private contents are brought by the guest, and none can be owed.
 //! - What the VMM's process has as descriptor it can use: free private pages, not read them.
@@ -32,19 +35,17 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
 use polder_engine::{PageFacts, Population, RangeSet, Slot, Step, Visibility, VmId};
-use polder_linux::{Errno, GuestMemfd, KvmSlot, PrivateMemory, set_private};
+use polder_linux::{Errno, GuestMemfd, KvmSlot, PrivateMemory, can_pre_fault, set_private};
 use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
-use super::views::{MemfdViews, Views};
-use super::{Host, HostKind, Vm, failed, total};
-use crate::Error;
+use super::views::{MemfdViews, Views, outside};
+use super::{Host, HostKind, Vm, map_ahead, total};
+use crate::{Error, Vcpu};
 
 pub(crate) struct GuestMemfdHost {
     views: MemfdViews,
     /// Held while attributes or slots change: a slot that appears meanwhile would miss a change.
-    /// No thread that answers touches takes it.
     state: Mutex<State>,
-    pages: PageCount,
 }
 
 struct State {
@@ -68,7 +69,7 @@ struct Owner {
     private: bool,
 }
 
-/// A slot, and what it shows. KVM's slot goes first, then the attributes of its frames.
+/// A slot, and what it shows.
 struct Bound {
     slot: KvmSlot,
     gfn: Gfn,
@@ -80,11 +81,6 @@ impl Bound {
     fn gfns(&self, range: PageRange) -> Option<GfnRange> {
         gfns(self.gfn, self.pages, range)
     }
-}
-
-/// All of an object.
-fn all(pages: PageCount) -> PageRange {
-    PageRange::between(0, pages.get()).expect("an object has pages")
 }
 
 /// The guest frames of those pages of `range` that are bound, `pages` from `gfn` on.
@@ -128,42 +124,26 @@ impl State {
         Ok(())
     }
 
-    /// Makes a slot, of frames that none shows.
-    fn show(
-        &mut self,
-        owner: &Owner,
-        view: &Arc<View>,
-        slot: Slot,
-        (gfn, pages): (Gfn, PageRange),
-    ) -> Result<(), Error> {
-        let all = gfns(gfn, pages, pages).ok_or(failed("KVM_SET_MEMORY_ATTRIBUTES", Errno::INVAL));
-        // The guest has no slot yet, and so sees none of it happen.
-        let all = all?;
-        let shown = tell(&owner.vm, all, true, pages).and_then(|()| {
-            let shared = self.shared.runs().chain(self.cut.runs());
-            for (run, gfns) in shared.filter_map(|run| Some((run, gfns(gfn, pages, run)?))) {
-                tell(&owner.vm, gfns, false, run)?;
-            }
-            let sides = (&owner.guest_memfd, view);
-            Ok(KvmSlot::with_guest_memfd(&owner.vm, slot.0, gfn, sides, pages)?)
-        });
-        // Where nothing is, nothing is private: the guest would be stopped by it.
-        let made = shown.inspect_err(|_| {
-            let _ = set_private(&owner.vm, all, false);
-        })?;
-        self.slots.insert(slot, Bound { slot: made, gfn, pages });
+    /// Tells the kernel what the frames of a slot that is there are.
+    fn tell_all(&self, owner: &Owner, bound: &Bound) -> Result<(), Error> {
+        let Some(all) = bound.gfns(bound.pages) else { return Ok(()) };
+        tell(&owner.vm, all, true, bound.pages)?;
+        let shared = self.shared.within(bound.pages).chain(self.cut.within(bound.pages));
+        for (run, gfns) in shared.filter_map(|run| Some((run, bound.gfns(run)?))) {
+            tell(&owner.vm, gfns, false, run)?;
+        }
         Ok(())
     }
 
-    /// The guest_memfd for a VM; made for the first VM that asks.
-    fn owner(&mut self, id: VmId, pages: PageCount) -> Result<Owner, Error> {
+    /// The guest_memfd for a VM: a new one if there is none yet.
+    fn owner(&self, id: VmId, pages: PageCount) -> Result<Owner, Error> {
+        let vm = Arc::clone(self.vms.get(&id).expect("a VM that was attached"));
         match &self.owner {
-            Some(owner) if owner.id == id => Ok(owner.clone()),
+            Some(owner) if Arc::ptr_eq(&owner.vm, &vm) => Ok(owner.clone()),
             Some(owner) => Err(Error::OneVm { owner: owner.id, vm: id }),
             None => {
-                let vm = Arc::clone(self.vms.get(&id).expect("a VM that was attached"));
                 let guest_memfd = Arc::new(GuestMemfd::new(&vm, pages)?);
-                Ok(self.owner.insert(Owner { id, vm, guest_memfd, private: true }).clone())
+                Ok(Owner { id, vm, guest_memfd, private: true })
             }
         }
     }
@@ -176,21 +156,6 @@ const NO_PRIVATE_MEMORY: Error = Error::NotOffered {
     way_out: "make the VM of type KVM_X86_SW_PROTECTED_VM on a kernel with \
               CONFIG_KVM_SW_PROTECTED_VM and TDP, or use --host memfd",
 };
-
-/// The runs of `range` that are not in `set`.
-fn outside(set: &RangeSet, range: PageRange) -> Vec<PageRange> {
-    let mut outside = Vec::new();
-    let mut next = range.start().get();
-    for run in set.runs() {
-        if next >= range.end() {
-            break;
-        }
-        outside.extend(PageRange::between(next, run.start().get().min(range.end())));
-        next = next.max(run.end());
-    }
-    outside.extend(PageRange::between(next, range.end()));
-    outside
-}
 
 impl GuestMemfdHost {
     /// An object of `pages` pages, all as `initial` says; refused if contents are owed.
@@ -211,27 +176,25 @@ impl GuestMemfdHost {
             cut: RangeSet::default(),
         };
         if initial.visibility == Visibility::Shared {
-            state.shared.insert(all(pages));
+            state.shared.insert(views.all());
         }
-        Ok(Self { views, state: Mutex::new(state), pages })
+        Ok(Self { views, state: Mutex::new(state) })
     }
 
     /// Serves the object from a guest_memfd of `vm` alone, all of whose pages are shared.
     fn serve(&self, state: &mut State, id: VmId, vm: Arc<VmFd>) -> Result<(), Error> {
         if state.owner.is_none() {
-            if !state.shared.runs().eq([all(self.pages)]) {
+            if !state.shared.runs().eq([self.views.all()]) {
                 return Err(NO_PRIVATE_MEMORY);
             }
-            // Its bytes would be seen no more.
-            if !self.views.memfd().existing()?.is_empty() {
+            let guest_memfd = Arc::new(GuestMemfd::shared(&vm, self.views.pages())?);
+            if !self.views.show_instead(&guest_memfd)? {
                 return Err(Error::NotOffered {
-                    what: "memory was written before it was attached to a VM without private \
+                    what: "memory was touched before it was attached to a VM without private \
                            memory, whose guest_memfd is to hold it",
                     way_out: "attach the VM first",
                 });
             }
-            let guest_memfd = Arc::new(GuestMemfd::shared(&vm, self.pages)?);
-            self.views.show(&guest_memfd)?;
             state.owner = Some(Owner { id, vm: Arc::clone(&vm), guest_memfd, private: false });
         }
         state.vms.insert(id, vm);
@@ -260,13 +223,24 @@ impl GuestMemfdHost {
         Ok(())
     }
 
+    /// Frees what a running guest may have had made of private pages on the shared side, while
+    /// the kernel was being told that they are private.
+    fn free_shared_side(&self, state: &State, pages: PageRange) -> Result<(), Error> {
+        let private = outside(&state.shared, pages).into_iter();
+        private
+            .flat_map(|run| outside(&state.cut, run))
+            .try_for_each(|run| Ok(self.views.memfd().punch_hole(run)?))
+    }
+
     /// Takes pages out of all views for good. A guest_memfd has no poison: the guest is shown the
-    /// shared side, where there is a marker.
+    /// shared side, where there is a marker. All of it is done that can be.
     fn quarantine(&self, range: PageRange) -> Result<(), Error> {
         let mut state = self.state.lock();
-        self.views.quarantine(range)?;
+        // From now on no step gives them back.
         state.cut.insert(range);
-        state.set(range, Visibility::Shared)
+        let cut = self.views.quarantine(range);
+        let told = state.set(range, Visibility::Shared);
+        cut.and(told)
     }
 }
 
@@ -305,26 +279,61 @@ impl Host for GuestMemfdHost {
 
     fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
         let mut state = self.state.lock();
-        let owner = state.owner(vm, self.views.memfd().pages())?;
-        state.show(&owner, self.views.guest_view(), slot, (gfn, pages))
+        let owner = state.owner(vm, self.views.pages())?;
+        let sides = (&owner.guest_memfd, self.views.guest_view());
+        // First the slot, by which KVM says whether the frames are free: those of another memory of
+        // this VM's are not ours to change. Until they are told apart the guest finds zeros in them.
+        let made = KvmSlot::with_guest_memfd(&owner.vm, slot.0, gfn, sides, pages)?;
+        let bound = Bound { slot: made, gfn, pages };
+        if owner.private {
+            let told = state.tell_all(&owner, &bound);
+            told.and_then(|()| self.free_shared_side(&state, pages)).inspect_err(|_| {
+                // Where nothing is, nothing is private: the guest would be stopped by it.
+                let all = bound.gfns(pages);
+                let _ = all.map(|gfns| set_private(&owner.vm, gfns, false));
+            })?;
+        }
+        state.slots.insert(slot, bound);
+        state.owner = Some(owner);
+        Ok(())
     }
 
     fn unbind(&self, _: VmId, slot: Slot) -> Result<(), Error> {
         let mut state = self.state.lock();
         let Some(owner) = state.owner.clone() else { return Ok(()) };
-        let Some(bound) = state.slots.get_mut(&slot) else { return Ok(()) };
-        bound.slot.delete()?;
-        let (gfn, pages, gfns) = (bound.gfn, bound.pages, bound.gfns(bound.pages));
-        state.slots.remove(&slot);
+        let Some(mut bound) = state.slots.remove(&slot) else { return Ok(()) };
+        let pages = bound.pages;
+        let gfns = bound.gfns(pages).filter(|_| owner.private);
+        // While the frames are still ours: a private one that shows nothing stops the guest, where
+        // it is to find nothing.
         let told = gfns.map_or(Ok(()), |gfns| tell(&owner.vm, gfns, false, pages));
-        told.or_else(|error| {
-            // A private frame that shows nothing stops the guest, where it should find nothing:
-            // the slot comes back. If that can't be either, the next bind sets things right.
-            match state.show(&owner, self.views.guest_view(), slot, (gfn, pages)) {
-                Ok(()) => Err(error),
-                Err(_) => Ok(()),
+        if let Err(error) = told.and_then(|()| Ok(bound.slot.delete()?)) {
+            if owner.private {
+                // What can't be told now, the next conversion or bind tells.
+                let _ = state.tell_all(&owner, &bound);
             }
-        })
+            state.slots.insert(slot, bound);
+            return Err(error);
+        }
+        if owner.private {
+            // If that fails, a page that nobody sees is there until it is converted or discarded.
+            let _ = self.free_shared_side(&state, pages);
+        }
+        Ok(())
+    }
+
+    fn show(&self, vm: VmId, vcpu: Vcpu<'_>, gfns: GfnRange, _: PageRange) -> Result<u64, Error> {
+        // Nothing is ever owed, so that KVM waits for nobody here. A conversion waits: what a
+        // frame is does not change under KVM, which would refuse it then.
+        let fd = self.state.lock().vms.get(&vm).map(Arc::clone).ok_or(Error::NoSuchVm)?;
+        if !can_pre_fault(&fd) {
+            return Err(Error::NotOffered {
+                what: "nothing of a guest_memfd can be mapped ahead but by KVM_PRE_FAULT_MEMORY, \
+                       which this kernel lacks",
+                way_out: "use Linux 6.11 or newer, or do without",
+            });
+        }
+        map_ahead(vcpu, gfns)
     }
 
     fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {

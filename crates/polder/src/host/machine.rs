@@ -32,7 +32,7 @@ use polder_units::{
 
 use super::views::Views;
 use super::{Host, Vm, failed};
-use crate::Error;
+use crate::{Error, Vcpu};
 
 /// How long a touch that waits goes without being made again.
 const TOUCH_AGAIN: Duration = Duration::from_millis(20);
@@ -283,6 +283,40 @@ impl MachineHost {
             Err(error) => Err(refused(error)),
         }
     }
+
+    /// Maps the page of `level` around `gfn` in stage 2, once.
+    fn map(&self, id: VmId, gfn: Gfn, level: Level, range: PageRange) -> Result<Tried, Error> {
+        let vm = self.vm(id).expect("a VM that was attached");
+        // Where the slot has gone or moved since the answer was given, the answer is not for what
+        // the frame shows now: the guest faults again. The claim holds the pages, not the slot.
+        let is_ours = |bound: Result<polder_machine::Bound, polder_machine::Error>| {
+            bound.ok().map(|bound| bound.page).filter(|&page| range.contains(page))
+        };
+        let mut machine = self.lock();
+        let Some(page) = is_ours(machine.bound(vm, gfn)) else { return Ok(Tried::Moved) };
+        // No more memory is taken than the touch needs: the folio decides how much is mapped.
+        self.allocate(&mut machine, PageRange::one(page))?;
+        drop(machine);
+        let Ok(resolved) = self.lock().tdp_resolve(vm, gfn) else { return Ok(Tried::Moved) };
+        if is_ours(Ok(resolved.bound())).is_none() {
+            return Ok(Tried::Moved);
+        }
+        match self.lock().tdp_map(&resolved, level.min(resolved.largest()), true) {
+            Ok(_) => Ok(Tried::Mapped),
+            Err(polder_machine::Error::Stale { .. }) => Ok(Tried::Zapped),
+            Err(error) => Err(refused(error)),
+        }
+    }
+}
+
+/// How an attempt to map a page in stage 2 went.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Tried {
+    Mapped,
+    /// The frame shows something else by now.
+    Moved,
+    /// Something was zapped since the page was found.
+    Zapped,
 }
 
 /// How many of `count` bytes at `offset` lie in its page.
@@ -355,26 +389,22 @@ impl Host for MachineHost {
     }
 
     fn map_guest(&self, id: VmId, gfn: Gfn, level: Level, range: PageRange) -> Result<(), Error> {
-        let vm = self.vm(id).expect("a VM that was attached");
-        // Where the slot has gone or moved since the answer was given, the answer is not for what
-        // the frame shows now: the guest faults again. The claim holds the pages, not the slot.
-        let is_ours = |bound: Result<polder_machine::Bound, polder_machine::Error>| {
-            bound.ok().map(|bound| bound.page).filter(|&page| range.contains(page))
-        };
-        let mut machine = self.lock();
-        let Some(page) = is_ours(machine.bound(vm, gfn)) else { return Ok(()) };
-        // No more memory is taken than the touch needs: the folio decides how much is mapped.
-        self.allocate(&mut machine, PageRange::one(page))?;
-        drop(machine);
-        let Ok(resolved) = self.lock().tdp_resolve(vm, gfn) else { return Ok(()) };
-        if is_ours(Ok(resolved.bound())).is_none() {
-            return Ok(());
+        // If it is not mapped now, the guest faults again.
+        self.map(id, gfn, level, range).map(|_| ())
+    }
+
+    fn show(&self, id: VmId, _: Vcpu<'_>, gfns: GfnRange, range: PageRange) -> Result<u64, Error> {
+        for (gfn, page) in gfns.frames().zip(range.frames()) {
+            let page = PageRange::one(page);
+            loop {
+                match self.map(id, gfn, Level::Size4K, page)? {
+                    Tried::Mapped => break,
+                    Tried::Zapped => std::thread::yield_now(),
+                    Tried::Moved => return Err(failed("a prefault of stage 2", Errno::AGAIN)),
+                }
+            }
         }
-        match self.lock().tdp_map(&resolved, level.min(resolved.largest()), true) {
-            // Zapped since it was resolved: the guest faults again.
-            Ok(_) | Err(polder_machine::Error::Stale { .. }) => Ok(()),
-            Err(error) => Err(refused(error)),
-        }
+        Ok(gfns.end())
     }
 
     fn settle(&self, _: &[PageRange]) -> Result<(), Error> {

@@ -22,12 +22,12 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
 use polder_engine::{Slot, Step, VmId};
-use polder_linux::KvmSlot;
-use polder_units::{Gfn, PageCount, PageRange};
+use polder_linux::{KvmSlot, can_pre_fault};
+use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
 use super::views::{MemfdViews, Views};
-use super::{Host, HostKind, Vm};
-use crate::Error;
+use super::{Host, HostKind, Vm, map_ahead};
+use crate::{Error, Vcpu};
 
 pub(crate) struct MemfdHost {
     views: MemfdViews,
@@ -89,6 +89,21 @@ impl Host for MemfdHost {
             slots.remove(&(vm, slot));
         }
         Ok(())
+    }
+
+    fn show(&self, _: VmId, _: Vcpu<'_>, gfns: GfnRange, range: PageRange) -> Result<u64, Error> {
+        self.views.show(range)?;
+        Ok(gfns.end())
+    }
+
+    /// KVM touches the guest view: where a page was lost there since (a discard, reclaim), and that
+    /// view is watched, it waits for an answer. What it maps is what a guest's touch would have it
+    /// map; that it is not late is KVM's affair (`mmu_invalidate_retry_gfn()`).
+    fn shown(&self, vm: VmId, vcpu: Vcpu<'_>, gfns: GfnRange) -> Result<u64, Error> {
+        let fd = self.vms.lock().get(&vm).map(Arc::clone).ok_or(Error::NoSuchVm)?;
+        // Without TDP the guest's own tables say what stage 2 maps where: the first touch costs a
+        // fault of KVM's, whose answer is in the guest view.
+        if can_pre_fault(&fd) { map_ahead(vcpu, gfns) } else { Ok(gfns.end()) }
     }
 
     fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {

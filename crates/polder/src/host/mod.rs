@@ -12,10 +12,10 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 use polder_engine::{Slot, Step, VmId};
 use polder_linux::Errno;
-use polder_units::{Gfn, Level, PageCount, PageRange};
+use polder_units::{Gfn, GfnRange, Level, PageCount, PageRange};
 
 use self::views::Views;
-use crate::Error;
+use crate::{Error, Vcpu};
 
 /// Which host.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -107,6 +107,24 @@ pub(crate) trait Host: Send + Sync {
         Ok(())
     }
 
+    /// Has whole pages ready for a guest's touches of `gfns`, at which they are bound: in the guest
+    /// view, in stage 2. Returns the frame at which it stopped, by number. Called with an answer in
+    /// flight on the pages, and while no slot changes. If it fails it may have done a part.
+    fn show(
+        &self,
+        vm: VmId,
+        vcpu: Vcpu<'_>,
+        gfns: GfnRange,
+        range: PageRange,
+    ) -> Result<u64, Error>;
+
+    /// Does what is left to do for `gfns`, which were shown, once that answer is given back: what
+    /// may have to wait for an answer itself. Returns the frame at which it stopped, by number.
+    /// Called while no slot changes.
+    fn shown(&self, _: VmId, _: Vcpu<'_>, gfns: GfnRange) -> Result<u64, Error> {
+        Ok(gfns.end())
+    }
+
     /// Stops watching the guest's touches: nothing is owed any more but `failed`, for good.
     fn settle(&self, failed: &[PageRange]) -> Result<(), Error>;
 
@@ -128,6 +146,16 @@ pub(crate) trait Host: Send + Sync {
 fn total(runs: &[PageRange]) -> PageCount {
     let total = runs.iter().fold(0u64, |sum, run| sum.saturating_add(run.count().get()));
     PageCount::new(total).unwrap_or(PageCount::ZERO)
+}
+
+/// Has KVM map frames in stage 2. Returns the number of the first that it did not.
+fn map_ahead(vcpu: Vcpu<'_>, gfns: GfnRange) -> Result<u64, Error> {
+    let Vcpu::Kvm(vcpu) = vcpu else { return Err(Error::WrongVcpu) };
+    match polder_linux::pre_fault(vcpu, gfns) {
+        Ok(stopped) => Ok(stopped.gfn().get()),
+        Err(error) if error.errno == Errno::INTR => Err(Error::Interrupted),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn failed(call: &'static str, errno: Errno) -> Error {

@@ -66,10 +66,17 @@ pub(crate) struct MemfdViews {
     trusted: View,
     guest: Userfault,
     host: Userfault,
-    /// Pages of the guest view that are watched for good, because they are in quarantine. Held
-    /// while that view's watching changes.
-    kept: Mutex<RangeSet>,
+    /// Held while the guest view's watching changes.
+    watching: Mutex<Watching>,
     nudge: Nudge,
+}
+
+/// What is watched of the guest view.
+struct Watching {
+    /// All of it: something may still be owed.
+    all: bool,
+    /// For good: pages in quarantine, and those whose source failed.
+    kept: RangeSet,
 }
 
 impl MemfdViews {
@@ -79,13 +86,14 @@ impl MemfdViews {
         let trusted = View::new(&memfd)?;
         let guest = Userfault::new(Arc::new(View::new(&memfd)?)).map_err(missing)?;
         let host = Userfault::new(Arc::new(View::new(&memfd)?)).map_err(missing)?;
-        let all = PageRange::between(0, pages.get()).expect("an object has pages");
-        host.watch(all).map_err(missing)?;
-        if owed {
-            guest.watch(all).map_err(missing)?;
-        }
         let nudge = Nudge::new()?;
-        Ok(Self { memfd, trusted, guest, host, kept: Mutex::default(), nudge })
+        let watching = Mutex::new(Watching { all: owed, kept: RangeSet::default() });
+        let views = Self { memfd, trusted, guest, host, watching, nudge };
+        views.host.watch(views.all()).map_err(missing)?;
+        if owed {
+            views.guest.watch(views.all()).map_err(missing)?;
+        }
+        Ok(views)
     }
 
     pub(super) fn memfd(&self) -> &Memfd {
@@ -97,20 +105,39 @@ impl MemfdViews {
         self.guest.view()
     }
 
-    /// Shows a guest_memfd instead of the memfd, in all views; none is watched any more. Or in
-    /// none, if one can't.
-    pub(super) fn show(&self, guest_memfd: &GuestMemfd) -> Result<(), Error> {
-        let views = [&self.trusted, self.guest.view().as_ref(), self.host.view().as_ref()];
-        let shown = views.iter().try_for_each(|view| view.show(guest_memfd));
-        if shown.is_err() {
-            views.iter().try_for_each(|view| view.show_memfd())?;
+    /// Shows a guest_memfd instead of the memfd, in all views, none of which is watched any more;
+    /// unless a page of the memfd exists, whose bytes would be seen no more. Whether it did.
+    ///
+    /// # Errors
+    /// Of `mmap`: then each view shows what it did, or nothing if that can't be done either.
+    pub(super) fn show_instead(&self, guest_memfd: &GuestMemfd) -> Result<bool, Error> {
+        // Last the one that answers are given by, so that none makes pages of the guest_memfd.
+        let views = [self.guest.view().as_ref(), self.host.view().as_ref(), &self.trusted];
+        let mut shown = 0;
+        let done = views.iter().try_for_each(|view| {
+            shown += 1;
+            view.show(guest_memfd)
+        });
+        let empty = done.and_then(|()| Ok(self.memfd.existing()?.is_empty()));
+        if empty != Ok(true) {
+            views[..shown].iter().try_for_each(|view| view.show_memfd())?;
             self.host.watch(self.all())?;
         }
-        Ok(shown?)
+        // Who waits for an answer touches again: what it was about is gone.
+        for watched in [&self.guest, &self.host] {
+            let _ = watched.wake(self.all());
+        }
+        Ok(empty?)
     }
 
-    fn all(&self) -> PageRange {
-        PageRange::between(0, self.memfd.pages().get()).expect("an object has pages")
+    /// The size of the object.
+    pub(super) fn pages(&self) -> PageCount {
+        self.memfd.pages()
+    }
+
+    /// All of the object.
+    pub(super) fn all(&self) -> PageRange {
+        PageRange::between(0, self.pages().get()).expect("an object has pages")
     }
 
     /// Takes pages out of the host view; they stay in the memfd. Lifts markers too.
@@ -126,30 +153,57 @@ impl MemfdViews {
         Ok(self.guest.view().zap(range)?)
     }
 
-    /// Takes pages out of all views for good, by markers in their place.
+    /// Takes pages out of all views for good, by markers in their place. All of it is done that
+    /// can be.
     pub(super) fn quarantine(&self, range: PageRange) -> Result<(), Error> {
-        let mut kept = self.kept.lock();
-        kept.insert(range);
-        // Watching what is watched already is harmless.
-        self.guest.watch(range)?;
-        for watched in [&self.guest, &self.host] {
+        let mut watching = self.watching.lock();
+        watching.kept.insert(range);
+        let cut = |watched: &Userfault| {
             watched.view().zap(range)?;
-            watched.poison(range)?;
-        }
-        Ok(())
+            Ok(watched.poison(range)?)
+        };
+        let host = cut(&self.host);
+        // Watching what is watched already is harmless.
+        let guest = self.guest.watch(range).map_err(Error::from).and_then(|()| cut(&self.guest));
+        host.and(guest)
     }
 
     /// Stops watching the guest view, but for pages in quarantine and those that `failed`.
     pub(super) fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {
-        let mut kept = self.kept.lock();
-        failed.iter().for_each(|&run| kept.insert(run));
+        let mut watching = self.watching.lock();
+        failed.iter().for_each(|&run| watching.kept.insert(run));
         let mut next = 0;
-        let ends = kept.runs().map(|run| (run.start().get(), run.end()));
+        let ends = watching.kept.runs().map(|run| (run.start().get(), run.end()));
         for (start, end) in ends.chain([(self.memfd.pages().get(), u64::MAX)]) {
             if let Some(free) = PageRange::between(next, start) {
                 self.guest.unwatch(free)?;
             }
             next = end;
+        }
+        watching.all = false;
+        Ok(())
+    }
+
+    /// Maps whole pages into the guest view, so that no touch of them is told to anybody. The
+    /// caller has an answer in flight on them: none of them may be touched where it is watched, for
+    /// that touch may have to wait for an operation that waits for this answer.
+    pub(super) fn show(&self, range: PageRange) -> Result<(), Error> {
+        let (watched, free) = {
+            let watching = self.watching.lock();
+            match watching.all {
+                true => (vec![range], Vec::new()),
+                false => (watching.kept.within(range).collect(), outside(&watching.kept, range)),
+            }
+        };
+        for part in free {
+            self.guest.view().populate_read(part)?;
+        }
+        for part in watched {
+            match self.map(ViewKind::Guest, part) {
+                // Settled a moment ago: not all of it is watched any more.
+                Err(Error::Host(error)) if error.errno == Errno::NOENT => self.show(part)?,
+                shown => shown?,
+            }
         }
         Ok(())
     }
@@ -177,16 +231,36 @@ impl MemfdViews {
     }
 }
 
+/// The runs of `range` that are not in `set`.
+pub(super) fn outside(set: &RangeSet, range: PageRange) -> Vec<PageRange> {
+    let mut outside = Vec::new();
+    let mut next = range.start().get();
+    for run in set.within(range) {
+        outside.extend(PageRange::between(next, run.start().get()));
+        next = run.end();
+    }
+    outside.extend(PageRange::between(next, range.end()));
+    outside
+}
+
 impl Views for MemfdViews {
     fn answer(&self, view: ViewKind, response: Response, range: PageRange) -> Result<(), Error> {
-        match response {
+        let done = match response {
             Response::Map => self.map(view, range),
-            Response::Poison => Ok(self.watched(view).poison(range)?),
+            Response::Poison => self.watched(view).poison(range).map_err(Error::from),
+        };
+        match done {
+            // Not watched any more: who touches needs no answer of ours, only to be told so.
+            Err(Error::Host(error)) if error.errno == Errno::NOENT => {
+                self.wake(view, range);
+                Ok(())
+            }
+            done => done,
         }
     }
 
     fn wake(&self, view: ViewKind, range: PageRange) {
-        // It fails only for a range that isn't watched: then nobody waits there.
+        // It can fail only for a range that is none of the view's.
         let _ = self.watched(view).wake(range);
     }
 

@@ -3,17 +3,20 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use polder::units::{Geometry, GfnRange, Level};
-use polder::{Error, MemoryFault, Refusal, Slot, Visibility};
+use polder::{Error, Memory, MemoryFault, Refusal, Slot, Visibility};
 use polder_vmm::scenario::{HostAccess, Op, Visibility as Side};
 
 use crate::Section::Bind;
 use crate::world::{
-    BASE, PASSED, Stop, World, all, bytes, check, convert, facts, fill, gfn, gfns, holds, page,
-    pages, probe, share_all, to,
+    BASE, PASSED, Stop, World, all, bytes, check, convert, count, facts, fill, gfn, gfns, holds,
+    page, pages, probe, share_all, to,
 };
 use crate::{Case, Ran};
 
 pub(crate) const SLOTS: &str = "every slot of the VM can be bound, and none past the last";
+
+pub(crate) const ANOTHER: &str =
+    "frames of another memory of the VM are refused, and it loses none of its pages";
 
 pub(crate) const DROPPED: &str = "memory that is dropped leaves no slot behind";
 
@@ -24,6 +27,7 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Bind, "an overlap in guest frames is refused, in another VM it is not", frames),
     Case::new(Bind, "an overlap in pages is refused, in another VM it is not", overlap),
     Case::new(Bind, "a slot in use is refused; a slot unbound can be bound anew", rebind),
+    Case::new(Bind, ANOTHER, another_memory),
     Case::new(Bind, SLOTS, slots),
     Case::new(Bind, MOVED, moved),
     Case::new(Bind, "unbinding frees no page and changes none", unbind),
@@ -79,6 +83,33 @@ fn overlap(w: &World<'_>) -> Ran {
     }
     let vm = other.attach(memory);
     assert_eq!(memory.bind(vm, Slot(1), gfn(BASE + 0x100), page(15)), Ok(()));
+    PASSED
+}
+
+fn another_memory(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(8)?)?;
+    let memory = &bound.memory;
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    bound.passes(bound.converted(gfns(pages(4, 8)), Side::Shared, 1));
+    for builder in [Memory::builder, |pages| Memory::builder(pages).shared()] {
+        let other = w.try_build(builder(count(8)))?.expect("memory of a sensible size");
+        let vm = bound.guest.attach(&other);
+        for at in [0, 3, 7] {
+            let refused = other.bind(vm, Slot(5), gfn(BASE + at), pages(0, 8));
+            let refused = refused.expect_err("frames of another memory");
+            assert_eq!(refused.errno() as i32, 17, "EEXIST: {refused}");
+        }
+        assert_eq!(other.bindings(), []);
+        let gone = other.bind(vm, Slot(5), gfn(BASE + 8), pages(0, 8));
+        assert_eq!(gone, Ok(()), "what was refused left nothing");
+        other.unbind(vm, Slot(5)).expect("it is bound");
+        bound.passes([
+            check(gfns(all(memory)), 1),
+            probe(gfns(pages(0, 4)), HostAccess::Denied),
+            probe(gfns(pages(4, 8)), HostAccess::Readable),
+        ]);
+        assert!(holds(memory, pages(4, 8), 1));
+    }
     PASSED
 }
 

@@ -9,23 +9,25 @@ mod exits;
 mod guest_conversion;
 mod host_view;
 mod population;
+mod prefault;
 mod together;
 
 use crate::{Case, Section};
 
 // Names that hosts refer to.
-pub(crate) use bind::{DROPPED, MOVED, SLOTS};
+pub(crate) use bind::{ANOTHER, DROPPED, MOVED, SLOTS};
 pub(crate) use contents::LOST;
 pub(crate) use conversion::{AUDIT, GUP, QUARANTINE, REFERENCED, STEP_FAILS};
 pub(crate) use exits::{FAILED, MISMATCH, QUARANTINE_EXIT};
 pub(crate) use guest_conversion::IMPLICIT;
 pub(crate) use host_view::{CHILD, OTHER, STRAY};
 pub(crate) use population::{CONTINUE_FAILS, PLAIN_FAULTS};
+pub(crate) use prefault::{FAILED_STOPS, OWED_STOPS, STILL_OWED, UNTOLD};
 pub(crate) use together::DENIED_WHILE_FAILING;
 
 /// Every row, in the table's order within a section.
 pub fn cases() -> impl Iterator<Item = &'static Case> {
-    let files: [&[Case]; 10] = [
+    let files: [&[Case]; 11] = [
         create::CASES,
         bind::CASES,
         host_view::CASES,
@@ -36,6 +38,7 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
         together::CASES,
         exits::CASES,
         population::CASES,
+        prefault::CASES,
     ];
     files.into_iter().flatten()
 }

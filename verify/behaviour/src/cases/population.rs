@@ -66,13 +66,13 @@ pub(super) const CASES: &[Case] = &[
 const A_WHILE: Duration = Duration::from_millis(40);
 
 /// Populates pages with the pattern that a guest bound from [`BASE`] on would write.
-fn populate(memory: &Memory, range: PageRange, seed: u64) -> Result<(), Error> {
+pub(super) fn populate(memory: &Memory, range: PageRange, seed: u64) -> Result<(), Error> {
     let bytes: Vec<u8> = gfns(range).frames().flat_map(|at| seeded(at, seed)).collect();
     memory.populate(range, &bytes)
 }
 
 /// Does `one`, which has to wait until `then` was done.
-fn waits<T: Send>(one: impl FnOnce() -> T + Send, then: impl FnOnce()) -> T {
+pub(super) fn waits<T: Send>(one: impl FnOnce() -> T + Send, then: impl FnOnce()) -> T {
     let done = AtomicBool::new(false);
     let one = || {
         let one = one();

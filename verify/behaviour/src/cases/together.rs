@@ -350,7 +350,7 @@ fn churned(w: &World<'_>) -> Ran {
 }
 
 /// A vCPU's story on an area of its own.
-fn story(bound: &Bound, area: GfnRange, seed: u64) -> Vec<Op> {
+pub(super) fn story(bound: &Bound, area: GfnRange, seed: u64) -> Vec<Op> {
     let mut ops = vec![fill(area, seed)];
     for round in 0..24 {
         let start = area.start().get() + round % 12;

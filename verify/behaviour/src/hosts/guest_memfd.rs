@@ -9,7 +9,7 @@ use polder::{HostKind, Memory};
 use polder_require::Facility;
 use polder_vmm::{RunError, Vm};
 
-use super::memfd::Memfd;
+use super::memfd::{MOVED, Memfd};
 use crate::host::{Guest, Host, Trouble};
 use crate::{Section, Skipped, cases};
 
@@ -34,6 +34,11 @@ const REASONS: &[(&str, &str)] = &[
     ("an overlap in guest frames is refused, in another VM it is not", ONE_VM),
     ("an overlap in pages is refused, in another VM it is not", ONE_VM),
     ("two VMs see one object, and a conversion holds for both", ONE_VM),
+    (cases::UNTOLD, OWED),
+    (cases::OWED_STOPS, OWED),
+    (cases::FAILED_STOPS, OWED),
+    (cases::STILL_OWED, OWED),
+    (cases::MOVED, MOVED),
     (cases::IMPLICIT, KIND),
     (cases::MISMATCH, KIND),
     (cases::REFERENCED, OUTSIDE),

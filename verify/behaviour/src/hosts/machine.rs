@@ -8,7 +8,7 @@ use polder::machine::{
 use polder::units::{Gpa, PAGE_SIZE, PageIndex, PageRange};
 use polder::{GuestExit, HostKind, Memory, MemoryFault, Visibility, VmId};
 use polder_vmm::scenario::Op;
-use polder_vmm::{Ended, Supervision, Vm};
+use polder_vmm::{Ended, IdleVcpu, Supervision, Vm};
 
 use super::LOOKS;
 use crate::host::{Guest, Host, Inside, Trouble};
@@ -30,6 +30,8 @@ impl Host for Machine {
     }
 
     fn not_applicable(&self) -> &'static [(&'static str, &'static str)] {
+        const OWN: &str =
+            "each memory is on a machine of its own: a VM has no other memory to run on";
         const NEVER_FAILS: &str = "the simulated kernel unmaps and frees without fail; the \
             driver's own tests (`polder/src/driver_tests.rs`) have every step fail on it";
         const EITHER: &str = "without hardware that tells them apart (SNP), stage 2 lets either \
@@ -49,10 +51,8 @@ impl Host for Machine {
             ),
             (cases::IMPLICIT, EITHER),
             (cases::MISMATCH, EITHER),
-            (
-                cases::DROPPED,
-                "each memory is on a machine of its own: a VM has no other memory to run on",
-            ),
+            (cases::ANOTHER, OWN),
+            (cases::DROPPED, OWN),
             (
                 cases::PLAIN_FAULTS,
                 "on the machine Polder is the hypervisor: every stage-2 fault comes to it",
@@ -125,6 +125,10 @@ impl Guest for MachineGuest {
             if looks < LOOKS { Supervision::GoOn } else { Supervision::TimeOut }
         };
         self.0.run(memory, programs, supervise).expect("the machine runs the guest")
+    }
+
+    fn vcpu(&self, (memory, vm): (&Memory, VmId)) -> IdleVcpu {
+        self.0.idle_vcpu(memory, vm).expect("memory of this host")
     }
 
     fn access(

@@ -8,7 +8,7 @@ use polder::units::{Gpa, PAGE_SIZE, PageIndex, PageRange};
 use polder::{HostKind, Memory, MemoryFault, Visibility, VmId};
 use polder_require::Facility;
 use polder_vmm::scenario::Op;
-use polder_vmm::{End, Ended, Failure, RunError, Supervision, Vm};
+use polder_vmm::{End, Ended, Failure, IdleVcpu, RunError, Supervision, Vm};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
@@ -20,6 +20,9 @@ use crate::{Skipped, cases};
 
 /// The memfd host.
 pub(super) struct Memfd;
+
+pub(super) const MOVED: &str = "an access amid the change of a slot ends in the VMM by the time \
+    the slot is there again; a VMM stops its vCPUs first";
 
 impl Host for Memfd {
     fn kind(&self) -> HostKind {
@@ -57,11 +60,7 @@ impl Host for Memfd {
                 cases::GUP,
                 "GUP-fast can't be stopped between two of its steps from outside the kernel",
             ),
-            (
-                cases::MOVED,
-                "an access amid the change of a slot ends in the VMM by the time the slot is there \
-                 again; a VMM stops its vCPUs first",
-            ),
+            (cases::MOVED, MOVED),
             (cases::AUDIT, "the kernel's counts are not to be seen from outside"),
             (
                 cases::STRAY,
@@ -189,6 +188,10 @@ impl Guest for Vm {
             if looks < LOOKS { Supervision::GoOn } else { Supervision::TimeOut }
         };
         Self::run(self, memory, programs, supervise).expect("KVM runs the guest")
+    }
+
+    fn vcpu(&self, (memory, vm): (&Memory, VmId)) -> IdleVcpu {
+        self.idle_vcpu(memory, vm).expect("KVM has vCPUs left")
     }
 
     fn access(

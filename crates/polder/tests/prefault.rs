@@ -1,0 +1,107 @@
+//! Prefault on the simulated machine: what the behaviour table can't bring about on every host.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use polder::units::{Gfn, GfnRange, Level, PageCount, PageRange};
+use polder::{Error, HostKind, MachineVcpu, Memory, Prefaulted, Slot, Vm, VmId};
+
+const PAGES: u32 = 16;
+
+fn gfns(start: u64, end: u64) -> GfnRange {
+    GfnRange::between(start, end).expect("some frames")
+}
+
+fn memory() -> (Memory, VmId, MachineVcpu) {
+    let memory = Memory::builder(PageCount::from(PAGES))
+        .host(HostKind::Machine)
+        .build()
+        .expect("a small memory");
+    let vm = memory.attach(Vm::Machine).expect("a machine's VM");
+    let all = PageRange::between(0, PAGES.into()).expect("some pages");
+    memory.bind(vm, Slot(0), Gfn::from(0), all).expect("a free slot");
+    let vcpu = memory.machine_vcpu(vm).expect("a VM of it");
+    (memory, vm, vcpu)
+}
+
+#[test]
+fn a_vcpu_that_was_kicked_is_interrupted_before_a_page_is_done() {
+    let (memory, vm, vcpu) = memory();
+    vcpu.kicker().store(true, Ordering::Release);
+    let interrupted = memory.prefault(vm, &vcpu, gfns(0, 4));
+    assert_eq!(interrupted, Err(Error::Interrupted));
+    assert_eq!(interrupted.unwrap_err().errno() as i32, 4, "EINTR");
+    assert_eq!(memory.existing(), Ok(vec![]));
+    vcpu.kicker().store(false, Ordering::Release);
+    let done = gfns(0, 4);
+    assert_eq!(memory.prefault(vm, &vcpu, done), Ok(Prefaulted { done, left: None }));
+}
+
+#[test]
+fn a_vcpu_of_another_vm_or_memory_is_refused() {
+    let (memory, vm, vcpu) = memory();
+    let other_vm = memory.attach(Vm::Machine).unwrap();
+    let (_other_memory, its_vm, its_vcpu) = self::memory();
+    assert_eq!(memory.prefault(other_vm, &vcpu, gfns(0, 4)), Err(Error::WrongVcpu));
+    assert_eq!(vm, its_vm, "the same number");
+    assert_eq!(memory.prefault(vm, &its_vcpu, gfns(0, 4)), Err(Error::WrongVcpu));
+    assert_eq!(memory.existing(), Ok(vec![]));
+}
+
+#[test]
+fn where_memory_runs_out_the_pages_before_are_done_and_no_others() {
+    let (memory, vm, vcpu) = memory();
+    // Somebody else has all frames but three.
+    let hog = |machine: &mut polder::machine::Machine, free: usize| {
+        let pages = PageCount::from(2 * PAGES);
+        let object = machine.create_object(pages).unwrap();
+        let all = PageRange::between(0, pages.get()).unwrap();
+        let taken = all.frames().map_while(|page| {
+            machine.allocate(object, page, Level::Size4K).is_ok().then_some(page)
+        });
+        let taken: Vec<_> = taken.collect();
+        for page in &taken[taken.len() - free..] {
+            machine.punch(object, PageRange::one(*page), None).unwrap();
+        }
+    };
+    memory.simulated(|machine, _, _| hog(machine, 3)).unwrap();
+    let came = memory.prefault(vm, &vcpu, gfns(2, 16));
+    assert_eq!(came, Ok(Prefaulted { done: gfns(2, 5), left: Some(gfns(5, 16)) }));
+    assert_eq!(memory.existing(), Ok(vec![PageRange::between(2, 5).unwrap()]));
+    let none = memory.prefault(vm, &vcpu, gfns(5, 16)).unwrap_err();
+    assert_eq!(none.errno() as i32, 12, "ENOMEM");
+}
+
+#[test]
+fn what_is_said_to_be_done_is_mapped_though_other_pages_are_zapped_meanwhile() {
+    let (memory, vm, vcpu) = memory();
+    let (ours, theirs) = (gfns(0, 12), gfns(12, 16));
+    let all = PageRange::between(0, PAGES.into()).unwrap();
+    let zap = |gfns| {
+        let zapped = memory.simulated(|machine, object, _| {
+            let (vm, _) = machine.gfns_of(object, all).next().unwrap();
+            machine.tdp_zap(vm, gfns).unwrap();
+        });
+        zapped.unwrap();
+    };
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                zap(theirs);
+            }
+        });
+        let mut missing = 0;
+        for _ in 0..5000 {
+            zap(ours);
+            let done = memory.prefault(vm, &vcpu, ours);
+            assert_eq!(done, Ok(Prefaulted { done: ours, left: None }));
+            let mapped = memory.simulated(|machine, object, _| {
+                let (vm, _) = machine.gfns_of(object, all).next().unwrap();
+                ours.frames().filter(|&gfn| machine.spte(vm, gfn).unwrap().is_some()).count()
+            });
+            missing += 12 - mapped.unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(missing, 0);
+    });
+}
