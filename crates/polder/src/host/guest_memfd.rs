@@ -22,7 +22,8 @@
 //! - A page may exist on both sides for a while, which costs memory and shows nobody anything: where
 //!   a guest uses it amid a conversion, or a vCPU's fault began before and ends after it; and where
 //!   KVM itself touches a private frame (kvmclock, string I/O, an emulated fetch), which it does by
-//!   the shared side. It lasts until the next conversion or discard of that page.
+//!   the shared side; or uses it amid an unbind. It lasts until the page is converted, discarded or
+//!   bound the next time.
 //! - The descriptor of a guest_memfd is closed on exec; between its making and that mark another
 //!   thread's fork and exec would inherit it.
 //! - The host can't read or write a guest_memfd whose pages are private, and no userfaultfd
@@ -31,6 +32,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
@@ -96,6 +98,18 @@ fn gfns(gfn: Gfn, pages: PageRange, range: PageRange) -> Option<GfnRange> {
 fn tell(vm: &VmFd, gfns: GfnRange, private: bool, pages: PageRange) -> Result<(), Error> {
     let named = |error| polder_linux::Error { range: Some(pages.bytes()), ..error };
     Ok(set_private(vm, gfns, private).map_err(named)?)
+}
+
+/// Does what has no way back of its own; more than once, for memory that has run out may come back.
+fn patiently(mut put_right: impl FnMut() -> Result<(), Error>) {
+    const TRIES: u32 = 100;
+    const PAUSE: Duration = Duration::from_millis(1);
+    for _ in 0..TRIES {
+        if put_right().is_ok() {
+            return;
+        }
+        std::thread::sleep(PAUSE);
+    }
 }
 
 impl State {
@@ -289,8 +303,10 @@ impl Host for GuestMemfdHost {
             let told = state.tell_all(&owner, &bound);
             told.and_then(|()| self.free_shared_side(&state, pages)).inspect_err(|_| {
                 // Where nothing is, nothing is private: the guest would be stopped by it.
-                let all = bound.gfns(pages);
-                let _ = all.map(|gfns| set_private(&owner.vm, gfns, false));
+                patiently(|| match bound.gfns(pages) {
+                    Some(all) => tell(&owner.vm, all, false, pages),
+                    None => Ok(()),
+                });
             })?;
         }
         state.slots.insert(slot, bound);
@@ -309,15 +325,10 @@ impl Host for GuestMemfdHost {
         let told = gfns.map_or(Ok(()), |gfns| tell(&owner.vm, gfns, false, pages));
         if let Err(error) = told.and_then(|()| Ok(bound.slot.delete()?)) {
             if owner.private {
-                // What can't be told now, the next conversion or bind tells.
-                let _ = state.tell_all(&owner, &bound);
+                patiently(|| state.tell_all(&owner, &bound));
             }
             state.slots.insert(slot, bound);
             return Err(error);
-        }
-        if owner.private {
-            // If that fails, a page that nobody sees is there until it is converted or discarded.
-            let _ = self.free_shared_side(&state, pages);
         }
         Ok(())
     }

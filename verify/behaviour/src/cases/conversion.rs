@@ -307,7 +307,7 @@ fn quarantine(w: &World<'_>) -> Ran {
 }
 
 fn bounded(w: &World<'_>) -> Ran {
-    const PAGES: u64 = 256;
+    const PAGES: u64 = 4096;
     let bound = w.bound(w.memory(PAGES)?)?;
     let memory = &bound.memory;
     bound.passes([zero(gfns(page(0)))]);
@@ -327,7 +327,7 @@ fn bounded(w: &World<'_>) -> Ran {
     }
     let taken = most - before;
     // An account of the whole kernel's is kept in batches by each CPU, and so lags.
-    let lag = if memory.resident().is_ok() { 0 } else { 24 };
+    let lag = if memory.resident().is_ok() { 0 } else { 64 };
     assert!(taken <= PAGES + PAGES / 50 + lag, "{taken} pages for a guest of {PAGES}");
     assert!(taken + lag >= PAGES, "all of it was there at times: {taken}");
     PASSED

@@ -94,6 +94,8 @@ impl Host for GuestMemfd {
             Ok(pages) => pages.get(),
             // By the kernel's own account of all there are: a guest_memfd's can't be evicted.
             Err(_) => {
+                // Each CPU's part of it is added up, if we may ask for that.
+                let _ = std::fs::write("/proc/sys/vm/stat_refresh", "1");
                 let meminfo = std::fs::read_to_string("/proc/meminfo").expect("procfs");
                 let counted = |line: &&str| {
                     ["Unevictable:", "Shmem:"].iter().any(|name| line.starts_with(name))
