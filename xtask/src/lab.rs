@@ -94,6 +94,24 @@ impl Lab {
         if status.success() { Ok(()) } else { Err(format!("cargo build: {status}")) }
     }
 
+    /// Builds a test of a package, optimized; where it is.
+    fn test(&self, package: &str, test: &str) -> Result<OsString, String> {
+        let built = Command::new(env!("CARGO"))
+            .args(["test", "--no-run", "--release", "--quiet", "--message-format=json"])
+            .args(["-p", package, "--test", test])
+            .current_dir(&self.root)
+            .stderr(std::process::Stdio::inherit())
+            .output()
+            .map_err(|error| format!("cargo test: {error}"))?;
+        let lines = String::from_utf8_lossy(&built.stdout);
+        let made = lines.lines().filter_map(|line| serde_json::from_str(line).ok());
+        let mut made = made.filter_map(|line: serde_json::Value| {
+            let is_it = line["target"]["name"] == test;
+            line["executable"].as_str().filter(|_| is_it).map(OsString::from)
+        });
+        made.next_back().ok_or_else(|| format!("cargo test built no {test} of {package}"))
+    }
+
     /// One of them.
     fn program(&self, name: &str) -> OsString {
         self.target.join("release").join(name).into_os_string()

@@ -27,7 +27,7 @@ pub(super) fn run(lab: &Lab, kernel: &Kernel) -> Result<u8, String> {
     };
     let require = OsString::from(format!("POLDER_REQUIRE={required}"));
     println!("lab: the behaviour table; {required} may not be missing");
-    let table = ["env".into(), require, lab.program("polder-behaviour")];
+    let table = ["env".into(), require.clone(), lab.program("polder-behaviour")];
     let (status, text) = shown(lab, kernel, &table)?;
     let counts = counts(&text);
     let mut summary = vec![format!("the behaviour table: {}", words(&counts))];
@@ -44,6 +44,12 @@ pub(super) fn run(lab: &Lab, kernel: &Kernel) -> Result<u8, String> {
         passed &= status == 0 && well;
         summary.push(format!("polder run --host {host}: {line}"));
     }
+    println!("lab: each call into the kernel fails in its turn");
+    let failing = lab.test("polder-vmm", "nth_call")?;
+    let command = ["env".into(), require, failing, "--nocapture".into()];
+    let (status, text) = shown(lab, kernel, &command)?;
+    passed &= status == 0;
+    summary.extend(failures(&text));
     for line in summary {
         println!("lab: {line}");
     }
@@ -91,6 +97,12 @@ fn hosts(text: &str) -> Vec<&str> {
     hosts
 }
 
+/// What the test of failing calls tells at the end, host by host.
+fn failures(text: &str) -> impl Iterator<Item = String> {
+    let told = text.lines().filter(|line| line.ends_with(" failures"));
+    told.map(|line| format!("calls into the kernel: {line}, engine and kernel agree after each"))
+}
+
 fn words(counts: &BTreeMap<&str, usize>) -> String {
     let words: Vec<String> = counts.iter().map(|(word, count)| format!("{count} {word}")).collect();
     words.join(", ")
@@ -126,6 +138,13 @@ mod tests {
                     right: (2))\n1 FAILED\n";
         assert_eq!(words(&counts(text)), "1 FAILED, 1 n/a, 2 ok");
         assert_eq!(hosts(text), ["memfd", "machine"]);
+    }
+
+    #[test]
+    fn failures_are_told_host_by_host() {
+        let text = "memfd: mmap, Cannot\nmemfd: 200 failures\ntest x ... ok\n\nfailures:\n";
+        let told: Vec<_> = failures(text).collect();
+        assert!(told.len() == 1 && told[0].contains("memfd: 200 failures"), "{told:?}");
     }
 
     #[test]
