@@ -265,3 +265,17 @@ fn stage_2_of_one_guest_over_a_frame_of_another_is_a_discrepancy() {
     let other = Discrepancy::RmpOwner { vm: rig.vm, gfn: 0, pfn: pfn(0) };
     assert_eq!(rig.machine.audit(), Err(other));
 }
+
+#[test]
+fn a_2m_entry_does_not_ask_whose_memory_it_covers() {
+    let mut rig = Rig::new();
+    let [one, other] = [(); 2].map(|()| {
+        let object = rig.machine.create_object(1u32.into()).unwrap();
+        let pfn = rig.machine.allocate(object, page(0), Level::Size4K).unwrap();
+        (object, pfn)
+    });
+    assert_eq!((one.1, other.1), (pfn(8), pfn(9)));
+    assert_eq!(rig.machine.rmpupdate(pfn(8), large(0)), Ok(()));
+    assert!(rig.machine.object_write(other.0, 0, &[7]).is_err(), "its neighbour's memory is gone");
+    assert_eq!(rig.machine.audit(), Err(Discrepancy::FreeAssigned { pfn: pfn(10) }));
+}

@@ -153,3 +153,21 @@ fn refused<T: std::fmt::Debug>(outcome: Result<T, Exit>) -> Refused {
         other => panic!("{other:?}"),
     }
 }
+
+/// The names in docs/snp.md are promises.
+#[test]
+fn the_tests_that_the_document_names_exist() {
+    let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let document = std::fs::read_to_string(here.join("../../docs/snp.md")).unwrap();
+    let modules = ["access", "contents", "instructions", "large", "vmsa"].map(|module| {
+        std::fs::read_to_string(here.join(format!("tests/rmp/{module}.rs"))).unwrap()
+    });
+    let names = document.split('`').filter(|it| it.matches('_').count() > 3 && !it.contains('('));
+    let mut count = 0;
+    for name in names {
+        let exists = modules.iter().any(|module| module.contains(&format!("fn {name}()")));
+        assert!(exists, "there is no test {name}");
+        count += 1;
+    }
+    assert!(count > 10, "only {count} tests are named");
+}
