@@ -33,6 +33,8 @@ mod pin;
 mod statistics;
 mod vcpu;
 
+#[cfg(feature = "plant")]
+pub use polder_engine::Bug;
 pub use polder_engine::{
     Contents, Errno, Holder, MemoryFault, PageFacts, PinId, PinKind, Platform, Population, Refusal,
     Slot, Visibility, VmId,
@@ -47,5 +49,5 @@ pub use host::{HostKind, Vm};
 pub use host_view::HostView;
 pub use memory::{Builder, Memory, OnBusy};
 pub use pin::Pin;
-pub use statistics::Statistics;
+pub use statistics::{RmpStatistics, Statistics};
 pub use vcpu::{GuestExit, MachineVcpu};
