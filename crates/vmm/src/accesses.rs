@@ -29,11 +29,7 @@ pub struct Accesses<'a> {
 
 impl<'a> Accesses<'a> {
     /// Those of a vCPU; the vCPUs of a guest share one lock.
-    pub fn new(
-        vcpu: MachineVcpu,
-        memory: (&'a Memory, VmId),
-        accepting: &'a RwLock<()>,
-    ) -> Self {
+    pub fn new(vcpu: MachineVcpu, memory: (&'a Memory, VmId), accepting: &'a RwLock<()>) -> Self {
         Self { vcpu, memory, accepting }
     }
 
@@ -76,14 +72,16 @@ impl<'a> Accesses<'a> {
     /// [`GuestExit`].
     pub fn rescind(&self, gfns: GfnRange) -> Result<Vec<(Gfn, Level)>, GuestExit> {
         let mut rescinded = Vec::new();
-        if !self.memory.0.platform().has_rmp() || self.granted(gfns.start()).is_none() {
+        let (memory, vm) = self.memory;
+        if !memory.platform().has_rmp() || memory.pages_of(vm, gfns).is_err() {
             return Ok(rescinded);
         }
         let mut next = gfns.start().get();
         while let Some(rest) = GfnRange::between(next, gfns.end()) {
             let gfn = rest.start();
             let private = self.granted(gfn) == Some(Visibility::Private);
-            let (level, result) = if private { self.rescind_at(rest)? } else { (Level::Size4K, false) };
+            let (level, result) =
+                if private { self.rescind_at(rest)? } else { (Level::Size4K, false) };
             if result {
                 rescinded.push((gfn, level));
             }

@@ -353,6 +353,7 @@ fn audit(w: &World<'_>) -> Ran {
     let memory = &bound.memory;
     bound.passes([fill(gfns(all(memory)), 1)]);
     share_all(memory);
+    bound.refill(all(memory), 1);
     assert!(crate::world::holds(memory, all(memory), 1));
     let reference = w.inside().refer(memory, 5u32.into());
     assert_eq!(w.inside().audit(memory), Ok(()));
