@@ -34,7 +34,7 @@ fn plain() -> Engine {
 }
 
 fn request(range: PageRange, to: Visibility, contents: Contents) -> ConversionRequest {
-    ConversionRequest { ranges: vec![range], to, contents }
+    ConversionRequest { ranges: vec![range], to, contents, by: None }
 }
 
 fn claim(engine: &mut Engine, request: &ConversionRequest) -> Result<Start, Refusal> {
@@ -377,6 +377,57 @@ fn a_merge_is_of_2m_pages_that_are_private_as_a_whole() {
     engine.finish_merge(merged);
     let both = |page| [Step::UnmapGuest(page), Step::Merge(page)];
     assert_eq!(taken, [both(pages(8, 12)), both(pages(12, 16))].concat());
+}
+
+#[test]
+fn one_bindings_wish_overrides_no_others_and_both_are_reported() {
+    use Visibility::{Private, Shared};
+    let (mut engine, one, other) = (plain(), VmId(0), VmId(1));
+    engine.bind(one, Slot(0), 0u32.into(), pages(0, 32)).unwrap();
+    engine.bind(other, Slot(3), 16u32.into(), pages(0, 32)).unwrap();
+    let gfns = |start, end| GfnRange::between(start, end).unwrap();
+    let wish = |pages, granted, wanted| Wish { pages, granted, wanted };
+    assert_eq!(engine.unmet().count(), 0, "a new binding wishes for what is granted");
+
+    engine.want(one, gfns(4, 8), Shared).unwrap();
+    assert_eq!(
+        engine.wanted(one, gfns(2, 10)).unwrap(),
+        [
+            wish(pages(2, 4), Private, Private),
+            wish(pages(4, 8), Private, Shared),
+            wish(pages(8, 10), Private, Private)
+        ]
+    );
+    let others = engine.wanted(other, gfns(16, 48)).unwrap();
+    assert_eq!(others, [wish(pages(0, 32), Private, Private)]);
+    assert_eq!(engine.pages().get(page(4)).visibility, Private, "a wish alone changes nothing");
+
+    // Granted for the one, it is unmet for the other.
+    let ranges = vec![pages(4, 8)];
+    let by_one = ConversionRequest { ranges, to: Shared, contents: Contents::Zero, by: Some(one) };
+    convert(&mut engine, &by_one, Some(1)).unwrap_err();
+    let unmet = |engine: &Engine| engine.unmet().collect::<Vec<_>>();
+    let of_one = (one, Slot(0), wish(pages(4, 8), Private, Shared));
+    assert_eq!(unmet(&engine), [of_one], "what failed has granted nothing");
+    convert(&mut engine, &by_one, None).unwrap();
+    assert_eq!(unmet(&engine), [(other, Slot(3), wish(pages(4, 8), Shared, Private))]);
+
+    // The other wishes the same of a part; the VMM decides for all of the rest.
+    engine.want(other, gfns(20, 22), Shared).unwrap();
+    assert_eq!(unmet(&engine), [(other, Slot(3), wish(pages(6, 8), Shared, Private))]);
+    let for_all = request(pages(0, 32), Shared, Contents::Zero);
+    convert(&mut engine, &for_all, None).unwrap();
+    assert_eq!(unmet(&engine), []);
+
+    // Both wish it private again; what one is granted is what both wished.
+    engine.want(one, gfns(0, 2), Private).unwrap();
+    engine.want(other, gfns(17, 18), Private).unwrap();
+    let back = ConversionRequest { ranges: vec![pages(0, 2)], to: Private, ..by_one };
+    convert(&mut engine, &back, None).unwrap();
+    assert_eq!(unmet(&engine), [(other, Slot(3), wish(pages(0, 1), Private, Shared))]);
+    engine.unbind(other, Slot(3)).unwrap();
+    assert_eq!(unmet(&engine), []);
+    assert!(matches!(engine.want(other, gfns(16, 17), Shared), Err(Refusal::Unbound { .. })));
 }
 
 #[test]

@@ -215,7 +215,7 @@ impl Set {
     }
 
     fn convert(&self, range: PageRange, to: Visibility, contents: Contents) -> Result<(), Error> {
-        self.driver.convert(|_| Ok(vec![range]), (to, contents), OnBusy::Wait).map(drop)
+        self.driver.convert(|_| Ok(vec![range]), (to, contents), None, OnBusy::Wait).map(drop)
     }
 
     /// Whether nothing is in flight soon: who touches is let go before his answer is given back.

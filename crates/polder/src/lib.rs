@@ -37,7 +37,7 @@ mod vcpu;
 pub use polder_engine::Bug;
 pub use polder_engine::{
     Contents, Errno, Holder, MemoryFault, PageFacts, PinId, PinKind, Platform, Population, Refusal,
-    Slot, Visibility, VmId,
+    Slot, Visibility, VmId, Wish,
 };
 /// The simulated machine, for who looks into it by [`Memory::simulated`].
 pub use polder_machine as machine;

@@ -106,7 +106,8 @@ const VALIDATES: &str = "a page that shows at another guest frame has to be vali
 const READS: &str = "a read as the other kind finds ciphertext or garbage once a page is mapped, and \
     exits for a write only: that is a row of the RMP";
 
-const SNP: &[Reason] = &reasons::<20, 30>([
+const SNP: &[Reason] = &reasons::<21, 31>([
+    (cases::DISAGREE, ONE_VM),
     ("an overlap in guest frames is refused, in another VM it is not", ONE_VM),
     ("an overlap in pages is refused, in another VM it is not", ONE_VM),
     ("two VMs see one object, and a conversion holds for both", ONE_VM),
