@@ -476,7 +476,8 @@ impl Memory {
         self.driver.host.resident()
     }
 
-    /// Whether a conversion can keep contents: [`HostKind::is_in_place`].
+    /// Whether private and shared pages are the same memory: [`HostKind::is_in_place`]. Whether
+    /// their contents outlive a conversion is [`Memory::keeps_most`]'s to say.
     pub fn is_in_place(&self) -> bool {
         self.driver.engine().config().in_place
     }

@@ -25,6 +25,11 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Rmp, "where guest frames are not congruent, entries are 4K, and work", incongruent),
     Case::new(Rmp, "a part of a large entry becomes shared, and its neighbours stay", part),
     Case::new(Rmp, "a folio that was split leaves a large entry, smashed when met", split),
+    Case::new(
+        Rmp,
+        "a collapse leaves 4K entries, which work at 4K until they are merged",
+        collapse,
+    ),
     Case::new(Rmp, "vCPUs that meet the same large entry all go on", met_by_many),
     Case::new(Rmp, "a conversion to private that fails leaves the RMP as it was", fails_to_private),
     Case::new(Rmp, "a conversion to shared that fails leaves the RMP as it was", fails_to_shared),
@@ -272,6 +277,25 @@ fn split(w: &World<'_>) -> Ran {
     assert_eq!(entries(w.inside(), memory, all(memory)), [(HUGE, SMALL)]);
     bound.passes([fill(gfns(all(memory)), 2), check(gfns(all(memory)), 2)]);
     assert_eq!(memory.statistics().rmp.smashed, 1, "once is enough");
+    audit(w, memory);
+    PASSED
+}
+
+fn collapse(w: &World<'_>) -> Ran {
+    let bound = huge(w, 1)?;
+    let memory = &bound.memory;
+    let rmp = || entries(w.inside(), memory, all(memory));
+    w.inside().split(memory, index(0));
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    assert_eq!(rmp(), [(HUGE, SMALL)]);
+    w.inside().collapse(memory, index(0));
+    bound.passes([check(gfns(all(memory)), 1), fill(gfns(all(memory)), 2)]);
+    assert_eq!((rmp(), memory.statistics().rmp.smashed), (vec![(HUGE, SMALL)], 0));
+    audit(w, memory);
+    memory.merge(all(memory), OnBusy::Wait).expect("nothing is in the way");
+    assert_eq!(rmp(), [(HUGE, LARGE)]);
+    bound.passes([check(gfns(all(memory)), 2)]);
+    assert_eq!((rmp(), memory.statistics().rmp.smashed), (vec![(HUGE, LARGE)], 0));
     audit(w, memory);
     PASSED
 }

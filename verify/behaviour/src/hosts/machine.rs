@@ -343,6 +343,16 @@ impl Inside for Machine {
         split.expect("memory of this host").expect("nobody refers to it");
     }
 
+    fn collapse(&self, memory: &Memory, page: PageIndex) {
+        let collapsed = memory.simulated(|machine, object, _| {
+            let range = PageRange::enclosing(page, Level::Size2M, machine.geometry());
+            let gfns: Vec<_> = machine.gfns_of(object, range).collect();
+            gfns.into_iter().try_for_each(|(vm, gfns)| machine.tdp_zap(vm, gfns).map(|_| ()))?;
+            machine.merge_folios(object, page, Level::Size2M, OTHER)
+        });
+        collapsed.expect("memory of this host").expect("one block of frames");
+    }
+
     fn while_in_use(&self, memory: &Memory, page: PageIndex, run: &mut dyn FnMut()) {
         let at = |machine: &polder::machine::Machine, object| {
             machine.backing(object, page).expect("the object").expect("a page with memory").pfn
