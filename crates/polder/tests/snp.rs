@@ -2,6 +2,8 @@
 //! entries that others have in use: whatever came of each, RMP and page map agree (INV-9), nothing
 //! is in quarantine, and the machine adds up (INV-5).
 
+#![expect(clippy::unwrap_used, reason = "a test")]
+
 use polder::machine::{Error as Refused, LockOwner, RmpSize};
 use polder::units::{Gfn, Level, PageCount, PageIndex, PageRange};
 use polder::{Contents, Error, HostKind, Memory, OnBusy, Platform, Slot, Visibility, VmId};
