@@ -39,14 +39,18 @@ mod copy;
 mod discard;
 mod error;
 mod fault;
+mod merge;
 mod operation;
 mod page_map;
 mod pin;
+mod plant;
 mod platform;
 mod populate;
 mod prefault;
 mod range_set;
+mod rmp;
 mod step;
+mod wanted;
 
 #[cfg(test)]
 mod tests;
@@ -64,13 +68,18 @@ pub use copy::Copying;
 pub use discard::{Cleared, Clearing, Discard};
 pub use error::{Errno, Refusal};
 pub use fault::{Answer, GuestAccess, GuestAnswer, MemoryFault, Response, TouchAnswer, View};
+pub use merge::{Merged, Merging};
 pub use operation::{Activity, Blocked, OpId, Operation, Stage, Undoing};
 pub use page_map::{PageFacts, PageMap, PageReader, Population, Visibility};
 pub use pin::{Holder, PinId, PinKind};
+#[cfg(feature = "plant")]
+pub use plant::Bug;
 pub use platform::{Contents, Platform};
 pub use populate::{Published, Writing};
 pub use range_set::RangeSet;
+pub use rmp::{LargeRmpEntry, NotLarge, can_install_large_rmp_entry};
 pub use step::Step;
+pub use wanted::Wish;
 
 use crate::binding::Bindings;
 use crate::fault::InFlight;
@@ -101,6 +110,7 @@ pub struct Engine {
     config: Config,
     pages: PageMap,
     bindings: Bindings,
+    wishes: wanted::Wishes,
     operations: Vec<Record>,
     in_flight: Vec<InFlight>,
     pins: Pins,
@@ -110,6 +120,8 @@ pub struct Engine {
     failed: RangeSet,
     /// Pages whose undo failed; neither side may touch them again.
     quarantine: RangeSet,
+    /// The bugs planted in it; none, but where a checker is checked.
+    plants: plant::Plants,
     /// The last id given out, to operations, answers and pins alike.
     last_id: u64,
 }
@@ -121,12 +133,14 @@ impl Engine {
         Self {
             pages: PageMap::new(config.pages, config.geometry, config.initial),
             bindings: Bindings::default(),
+            wishes: wanted::Wishes::default(),
             operations: Vec::new(),
             in_flight: Vec::new(),
             pins: Pins::default(),
             markers: <[RangeSet; 2]>::default(),
             failed: RangeSet::default(),
             quarantine: RangeSet::default(),
+            plants: plant::Plants::default(),
             last_id: 0,
             config,
         }

@@ -7,12 +7,13 @@
 use polder_units::{GfnRange, PageCount, PageRange};
 
 use crate::fault::{Answer, Response};
-use crate::{Blocked, Engine, Population, Refusal, View, VmId};
+use crate::{Blocked, Engine, PageFacts, Platform, Population, Refusal, View, Visibility, VmId};
 
 impl Engine {
     /// Allows the first of `gfns` to be mapped, and those after it as far as they are like it: in
-    /// one binding, whole, free of operations, `most` in all at most. Returns them, and the answer
-    /// for the pages behind them.
+    /// one binding, whole, free of operations, `most` in all at most; on a platform with an RMP, of
+    /// one kind. Returns the answer for the pages behind them, the frames, and of which kind the
+    /// first is.
     ///
     /// # Errors
     /// What stands before the first of them: [`Refusal::NoSlot`]; busy where an operation holds
@@ -22,7 +23,7 @@ impl Engine {
         vm: VmId,
         gfns: GfnRange,
         most: PageCount,
-    ) -> Result<(Answer, GfnRange), Blocked> {
+    ) -> Result<(Answer, GfnRange, Visibility), Blocked> {
         let gfn = gfns.start();
         let found = self.bindings.of(vm).find_map(|(_, it)| Some((it.page(gfn)?, it.gfns())));
         let (page, bound) = found.ok_or(Refusal::NoSlot { gfn })?;
@@ -33,7 +34,11 @@ impl Engine {
 
         self.check_claims(PageRange::one(page))?;
         let owed = self.first_page(range, |facts| facts.population == Population::Owed);
+        let visibility = self.pages.get(page).visibility;
+        let other = |facts: PageFacts| facts.visibility != visibility;
+        let has_rmp = self.config.platform == Platform::Snp;
         let stops = [
+            has_rmp.then(|| self.first_page(range, other)).flatten(),
             self.quarantine.first_in(range),
             self.failed.first_in(range),
             owed,
@@ -51,6 +56,6 @@ impl Engine {
             }));
         };
         let gfns = GfnRange::new(gfn, pages.count()).expect("a part of the binding's frames");
-        Ok((self.answer(View::Guest, pages, Response::Map), gfns))
+        Ok((self.answer(View::Guest, pages, Response::Map), gfns, visibility))
     }
 }

@@ -24,7 +24,7 @@ use polder_engine::{
     GuestAnswer, MemoryFault, Operation, Refusal, Response, Stage, Start, Step, Undoing,
     Visibility, VmId,
 };
-use polder_units::{GfnRange, PageCount, PageRange};
+use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
 use crate::host::Host;
 use crate::host::views::Views;
@@ -185,11 +185,12 @@ impl Driver {
         &self,
         find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
         (to, contents): (Visibility, Contents),
+        by: Option<VmId>,
         on_busy: OnBusy,
     ) -> Result<Option<Converted>, Error> {
         let claim = |engine: &mut Engine| {
             let ranges = find(engine)?;
-            engine.convert(&ConversionRequest { ranges, to, contents })
+            engine.convert(&ConversionRequest { ranges, to, contents, by })
         };
         let conversion = match self.claim(on_busy, claim)? {
             Start::AlreadySo => return Ok(None),
@@ -212,6 +213,16 @@ impl Driver {
         self.drain(&discard);
         let cleared = self.perform(discard)?;
         self.engine().finish_discard(cleared);
+        self.released();
+        Ok(())
+    }
+
+    /// Merges the RMP entries of private 2M pages.
+    pub(crate) fn merge(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
+        let merge = self.claim(on_busy, |engine| engine.merge(range))?;
+        self.drain(&merge);
+        let merged = self.perform(merge)?;
+        self.engine().finish_merge(merged);
         self.released();
         Ok(())
     }
@@ -270,7 +281,7 @@ impl Driver {
                     let range = answer.range();
                     let mut given =
                         Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
-                    let mapped = self.host.map_guest(vm, access.gfn, level, range);
+                    let mapped = self.host.map_guest(vm, access, level, range);
                     given.done(mapped.is_ok());
                     return mapped.map(|()| None);
                 }
@@ -295,16 +306,50 @@ impl Driver {
         most: PageCount,
     ) -> Result<u64, (Error, Option<GfnRange>)> {
         let claim = |engine: &mut Engine| engine.prefault(vm, gfns, most);
-        let (answer, run) = self.claim(OnBusy::Wait, claim).map_err(|error| (error, None))?;
+        let (answer, run, visibility) =
+            self.claim(OnBusy::Wait, claim).map_err(|error| (error, None))?;
         let range = answer.range();
         let mut given = Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
-        let shown = self.host.show(vm, vcpu, run, range);
+        let shown = self.host.show(vm, vcpu, (run, visibility), range);
         given.done(shown.is_ok());
         drop(given);
         let end = shown.map_err(|error| (error, Some(run)))?;
         match GfnRange::between(run.start().get(), end) {
             Some(shown) => self.host.shown(vm, vcpu, shown).map_err(|error| (error, Some(run))),
             None => Ok(end),
+        }
+    }
+
+    /// Answers an access or PVALIDATE that the RMP refused for its size, as
+    /// `sev_handle_rmp_fault()` (arch/x86/kvm/svm/sev.c) does. What is to be done is looked up: the
+    /// fault says SIZEM for PVALIDATE and RMPADJUST only (AMD APM volume 2, 15.36.10).
+    pub(crate) fn size_fault(
+        &self,
+        vm: VmId,
+        gfn: Gfn,
+        stop: impl Fn() -> bool,
+    ) -> Result<Option<MemoryFault>, Error> {
+        let mut engine = self.engine();
+        loop {
+            match engine.size_fault(vm, gfn) {
+                GuestAnswer::Exit(fault) => return Ok(Some(fault)),
+                GuestAnswer::Now { answer, .. } => {
+                    drop(engine);
+                    let mut given =
+                        Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
+                    let smashed = self.host.smash(vm, gfn)?;
+                    given.done(true);
+                    self.counters.smashed(smashed);
+                    return Ok(None);
+                }
+                GuestAnswer::Wait if stop() => return Ok(None),
+                GuestAnswer::Wait => self.wait(&mut engine),
+                GuestAnswer::Undo(operation) => {
+                    drop(engine);
+                    self.undo(operation);
+                    engine = self.engine();
+                }
+            }
         }
     }
 

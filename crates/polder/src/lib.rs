@@ -34,9 +34,11 @@ mod prefault;
 mod statistics;
 mod vcpu;
 
+#[cfg(feature = "plant")]
+pub use polder_engine::Bug;
 pub use polder_engine::{
     Contents, Errno, Holder, MemoryFault, PageFacts, PinId, PinKind, Platform, Population, Refusal,
-    Slot, Visibility, VmId,
+    Slot, Visibility, VmId, Wish,
 };
 /// The simulated machine, for who looks into it by [`Memory::simulated`].
 pub use polder_machine as machine;
@@ -49,5 +51,5 @@ pub use host_view::HostView;
 pub use memory::{Builder, Memory, OnBusy};
 pub use pin::Pin;
 pub use prefault::{Prefaulted, Vcpu};
-pub use statistics::Statistics;
+pub use statistics::{RmpStatistics, Statistics};
 pub use vcpu::{GuestExit, MachineVcpu};

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use parking_lot::RwLock;
 use polder_engine::{
     Binding, Config, Contents, Engine, GuestAccess, Holder, MemoryFault, PageFacts, PinKind,
-    Platform, Population, Refusal, Slot, Visibility, VmId,
+    Platform, Population, Refusal, Slot, Visibility, VmId, Wish,
 };
 use polder_machine::{ObjectId, ProcessId};
 use polder_units::{
@@ -77,13 +77,19 @@ impl Builder {
         if self.pages.is_zero() {
             return Err(Refusal::Range(RangeError::Empty).into());
         }
+        if self.platform == Platform::Snp && self.host != HostKind::Machine {
+            return Err(Error::NotOffered {
+                what: "SEV-SNP is offered on the simulated machine only",
+                way_out: "use --host machine, or another platform",
+            });
+        }
         let host = match self.host {
             HostKind::Memfd => {
                 let owed = self.initial.population == Population::Owed;
                 Box::new(MemfdHost::new(self.pages, owed)?) as Box<dyn Host>
             }
             HostKind::GuestMemfd => Box::new(GuestMemfdHost::new(self.pages, self.initial)?),
-            HostKind::Machine => Box::new(MachineHost::new(self.pages)?),
+            HostKind::Machine => Box::new(MachineHost::new(self.pages, self.platform)?),
         };
         let config = Config {
             pages: self.pages,
@@ -165,6 +171,16 @@ impl Memory {
         Ok(look(&mut host.lock(), object, process))
     }
 
+    /// Plants a bug, on the simulated machine.
+    ///
+    /// # Panics
+    /// On another host.
+    #[cfg(feature = "plant")]
+    pub fn plant(&self, bug: polder_engine::Bug) {
+        self.driver.engine().plant(bug);
+        self.driver.host.machine().expect("memory on the simulated machine").plant(bug);
+    }
+
     /// Shows `pages` to a VM at guest frame `gfn`, by slot `slot`. A slot is immutable: to move
     /// it, unbind and bind.
     ///
@@ -225,10 +241,11 @@ impl Memory {
         contents: Contents,
         on_busy: OnBusy,
     ) -> Result<PageCount, Error> {
-        self.convert_found(|_| Ok(vec![range]), (to, contents), on_busy)
+        self.convert_found(|_| Ok(vec![range]), (to, contents), None, on_busy)
     }
 
-    /// [`Memory::convert`] by guest frames.
+    /// [`Memory::convert`] by guest frames, as this VM wishes: what other VMs wish of the same
+    /// pages stays what it is.
     ///
     /// # Errors
     /// As [`Memory::convert`], and [`Refusal::Unbound`].
@@ -240,16 +257,18 @@ impl Memory {
         contents: Contents,
         on_busy: OnBusy,
     ) -> Result<PageCount, Error> {
-        self.convert_found(|engine| engine.pages_of(vm, gfns), (to, contents), on_busy)
+        let find = |engine: &Engine| engine.pages_of(vm, gfns);
+        self.convert_found(find, (to, contents), Some(vm), on_busy)
     }
 
     fn convert_found(
         &self,
         find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
         (to, contents): (Visibility, Contents),
+        by: Option<VmId>,
         on_busy: OnBusy,
     ) -> Result<PageCount, Error> {
-        match self.driver.convert(find, (to, contents), on_busy) {
+        match self.driver.convert(find, (to, contents), by, on_busy) {
             Ok(converted) => {
                 let pages = converted.map_or(PageCount::ZERO, |converted| converted.pages);
                 self.driver.counters.converted(to, pages);
@@ -262,12 +281,45 @@ impl Memory {
         }
     }
 
+    /// Notes what a VM wishes its pages to be (`MEMORY_ATTRIBUTE_PRIVATE`): nothing changes by it.
+    /// A conversion grants it.
+    ///
+    /// # Errors
+    /// [`Refusal::Unbound`] unless every frame is bound.
+    pub fn want(&self, vm: VmId, gfns: GfnRange, to: Visibility) -> Result<(), Error> {
+        self.driver.ask(|engine| engine.want(vm, gfns, to))
+    }
+
+    /// What a VM wishes its pages to be, and what they are, in runs.
+    ///
+    /// # Errors
+    /// [`Refusal::Unbound`] unless every frame is bound.
+    pub fn wanted(&self, vm: VmId, gfns: GfnRange) -> Result<Vec<Wish>, Error> {
+        self.driver.ask(|engine| engine.wanted(vm, gfns))
+    }
+
+    /// Every wish that is not what is granted, by the binding whose it is: VMs that disagree about
+    /// a page are seen here.
+    pub fn unmet(&self) -> Vec<(VmId, Slot, Wish)> {
+        self.driver.engine().unmet().collect()
+    }
+
     /// Drops the contents of pages: they read as zeros, and take up no memory. Visibility stays.
     ///
     /// # Errors
     /// As [`Memory::convert`].
     pub fn discard(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
         self.driver.discard(range, on_busy)
+    }
+
+    /// Merges the 4K RMP entries of each 2M page in `range` that is private as a whole, where they
+    /// agree: an SNP guest's memory is mapped at 2M again. [`Statistics::rmp`] says how many were
+    /// merged, and how many left as they are. Nothing is done for another platform.
+    ///
+    /// # Errors
+    /// As [`Memory::convert`].
+    pub fn merge(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
+        self.driver.merge(range, on_busy)
     }
 
     /// Fills pages that are owed with `bytes`, and zeros after them, whatever their visibility.
@@ -431,9 +483,22 @@ impl Memory {
         self.driver.host.resident()
     }
 
-    /// Whether a conversion can keep contents: [`HostKind::is_in_place`].
+    /// Whether private and shared pages are the same memory: [`HostKind::is_in_place`]. Whether
+    /// their contents outlive a conversion is [`Memory::keeps_most`]'s to say.
     pub fn is_in_place(&self) -> bool {
         self.driver.engine().config().in_place
+    }
+
+    /// What a conversion to `to` can do at best for what is in the pages: [`Contents::Preserve`]
+    /// where that is on offer, else [`Contents::Zero`], else [`Contents::Unspecified`].
+    pub fn keeps_most(&self, to: Visibility) -> Contents {
+        let config = *self.driver.engine().config();
+        config.platform.keeps_most(to, config.in_place)
+    }
+
+    /// For which kind of VM it is.
+    pub fn platform(&self) -> Platform {
+        self.driver.engine().config().platform
     }
 
     /// The mapping for device models.
@@ -443,7 +508,7 @@ impl Memory {
 
     /// What has happened so far.
     pub fn statistics(&self) -> Statistics {
-        self.driver.counters.read()
+        self.driver.counters.read(self.driver.host.rmp_counts())
     }
 }
 

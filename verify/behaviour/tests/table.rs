@@ -19,10 +19,25 @@ fn every_case_has_a_sentence_of_its_own_and_every_reason_a_case() {
     assert_eq!(known.len(), names.len());
     for host in hosts() {
         let reasons: Vec<&str> = host.not_applicable().iter().map(|(name, _)| *name).collect();
-        assert!(reasons.iter().all(|name| known.contains(name)), "{}: {reasons:?}", host.kind());
+        assert!(reasons.iter().all(|name| known.contains(name)), "{}: {reasons:?}", host.name());
         let once: BTreeSet<&str> = reasons.iter().copied().collect();
-        assert_eq!(once.len(), reasons.len(), "{}: a case twice", host.kind());
+        assert_eq!(once.len(), reasons.len(), "{}: a case twice", host.name());
     }
+}
+
+/// The rows in docs/snp.md are promises, too.
+#[test]
+fn the_rows_that_the_page_about_snp_names_exist() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/snp.md");
+    let text = std::fs::read_to_string(path).unwrap().replace('\n', " ");
+    let rows: BTreeSet<&str> = cases().map(|case| case.name).collect();
+    // Bold is no row, and a row is a sentence: longer than a word with stress.
+    let text = text.replace("**", "\u{1}");
+    let slanted = text.split('*').skip(1).step_by(2);
+    let named: Vec<&str> = slanted.filter(|name| name.split(' ').count() > 2).collect();
+    let none: Vec<_> = named.iter().filter(|name| !rows.contains(*name)).collect();
+    assert!(none.is_empty(), "{none:?}");
+    assert!(named.len() > 8);
 }
 
 /// Runs the cells of a section, on every host.
@@ -36,10 +51,10 @@ fn section(section: Section) {
             match run(*host, case) {
                 Verdict::Ok => {}
                 Verdict::Failed(why) => {
-                    failed.push(format!("{}: {}: {why}", host.kind(), case.name));
+                    failed.push(format!("{}: {}: {why}", host.name(), case.name));
                 }
                 Verdict::Skipped(skipped) => {
-                    let why = format!("{}: {}: {}", host.kind(), case.name, skipped.why);
+                    let why = format!("{}: {}: {}", host.name(), case.name, skipped.why);
                     require(skipped.facility, Err::<(), _>(why));
                 }
             }
@@ -71,6 +86,11 @@ fn discard() {
 #[test]
 fn conversion() {
     section(Section::Conversion);
+}
+
+#[test]
+fn rmp() {
+    section(Section::Rmp);
 }
 
 #[test]

@@ -268,6 +268,9 @@ impl Host for GuestMemfdHost {
             // The kernel takes frames from the guest when it is told what they become; references
             // from outside are to the shared side, which is freed; nothing is ever owed.
             Step::UnmapGuest(_) | Step::CheckReferences(_) | Step::Publish(_) => Ok(()),
+            Step::Assign(_) | Step::Unassign(_) | Step::Smash(_) | Step::Merge(_) => {
+                unreachable!("there is no memory of an SNP guest on this host")
+            }
         }
     }
 
@@ -333,7 +336,13 @@ impl Host for GuestMemfdHost {
         Ok(())
     }
 
-    fn show(&self, vm: VmId, vcpu: Vcpu<'_>, gfns: GfnRange, _: PageRange) -> Result<u64, Error> {
+    fn show(
+        &self,
+        vm: VmId,
+        vcpu: Vcpu<'_>,
+        (gfns, _): (GfnRange, Visibility),
+        _: PageRange,
+    ) -> Result<u64, Error> {
         // Nothing is ever owed, so that KVM waits for nobody here. A conversion waits: what a
         // frame is does not change under KVM, which would refuse it then.
         let fd = self.state.lock().vms.get(&vm).map(Arc::clone).ok_or(Error::NoSuchVm)?;

@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
-use polder_engine::{Slot, Step, VmId};
+use polder_engine::{Slot, Step, Visibility, VmId};
 use polder_linux::{KvmSlot, can_pre_fault};
 use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
@@ -60,6 +60,9 @@ impl Host for MemfdHost {
             // that was written is ready.
             Step::UnmapGuest(_) | Step::CheckReferences(_) => Ok(()),
             Step::Protect(..) | Step::Publish(_) => Ok(()),
+            Step::Assign(_) | Step::Unassign(_) | Step::Smash(_) | Step::Merge(_) => {
+                unreachable!("there is no memory of an SNP guest on this host")
+            }
         }
     }
 
@@ -91,7 +94,13 @@ impl Host for MemfdHost {
         Ok(())
     }
 
-    fn show(&self, _: VmId, _: Vcpu<'_>, gfns: GfnRange, range: PageRange) -> Result<u64, Error> {
+    fn show(
+        &self,
+        _: VmId,
+        _: Vcpu<'_>,
+        (gfns, _): (GfnRange, Visibility),
+        range: PageRange,
+    ) -> Result<u64, Error> {
         self.views.show(range)?;
         Ok(gfns.end())
     }

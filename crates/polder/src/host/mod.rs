@@ -10,7 +10,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use polder_engine::{Slot, Step, VmId};
+use polder_engine::{GuestAccess, Slot, Step, Visibility, VmId};
 use polder_linux::Errno;
 use polder_units::{Gfn, GfnRange, Level, PageCount, PageRange};
 
@@ -36,7 +36,7 @@ impl HostKind {
     pub const ALL: [Self; 3] = [Self::Memfd, Self::GuestMemfd, Self::Machine];
 
     /// Whether private and shared pages are the same memory, so that a conversion can keep what is
-    /// in them ([`Contents::Preserve`](crate::Contents::Preserve)).
+    /// in them ([`Contents::Preserve`](crate::Contents::Preserve)) where the platform can, too.
     pub const fn is_in_place(self) -> bool {
         match self {
             Self::Memfd | Self::Machine => true,
@@ -101,20 +101,20 @@ pub(crate) trait Host: Send + Sync {
     /// Takes a slot away, and the guest's mappings with it. If that fails the slot is still there.
     fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error>;
 
-    /// Maps the page of `level` around `gfn` for the guest, whose pages of the object are `range`.
-    /// KVM maps by itself.
-    fn map_guest(&self, _: VmId, _: Gfn, _: Level, _range: PageRange) -> Result<(), Error> {
+    /// Maps the page of `level` around the frame accessed for the guest, whose pages of the object
+    /// are `range` and of the kind accessed. KVM maps by itself.
+    fn map_guest(&self, _: VmId, _: GuestAccess, _: Level, _range: PageRange) -> Result<(), Error> {
         Ok(())
     }
 
     /// Has whole pages ready for a guest's touches of `gfns`, at which they are bound: in the guest
-    /// view, in stage 2. Returns the frame at which it stopped, by number. Called with an answer in
+    /// view, in stage 2. Where a host tells kinds of access apart, all are of one. Returns the frame at which it stopped, by number. Called with an answer in
     /// flight on the pages, and while no slot changes. If it fails it may have done a part.
     fn show(
         &self,
         vm: VmId,
         vcpu: Vcpu<'_>,
-        gfns: GfnRange,
+        gfns: (GfnRange, Visibility),
         range: PageRange,
     ) -> Result<u64, Error>;
 
@@ -123,6 +123,17 @@ pub(crate) trait Host: Send + Sync {
     /// Called while no slot changes.
     fn shown(&self, _: VmId, _: Vcpu<'_>, gfns: GfnRange) -> Result<u64, Error> {
         Ok(gfns.end())
+    }
+
+    /// Smashes the large RMP entry behind `gfn`, and takes its 2M page out of stage 2. KVM does so
+    /// by itself.
+    fn smash(&self, _: VmId, _: Gfn) -> Result<Smashed, Error> {
+        Ok(Smashed::Spurious)
+    }
+
+    /// What became of RMP entries: (installed large, merged, left at 4K by a merge).
+    fn rmp_counts(&self) -> [u64; 3] {
+        [0; 3]
     }
 
     /// Stops watching the guest's touches: nothing is owed any more but `failed`, for good.
@@ -156,6 +167,19 @@ fn map_ahead(vcpu: Vcpu<'_>, gfns: GfnRange) -> Result<u64, Error> {
         Err(error) if error.errno == Errno::INTR => Err(Error::Interrupted),
         Err(error) => Err(error.into()),
     }
+}
+
+/// What came of a guest's fault that named no size that fits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Smashed {
+    /// The entry was large, and was smashed.
+    Done,
+    /// It was 4K already: somebody had smashed it by the time of the look.
+    Spurious,
+    /// It was large, and somebody else smashed it between the look and the PSMASH.
+    Raced,
+    /// Somebody else is at work on it: the guest may try again.
+    Busy,
 }
 
 fn failed(call: &'static str, errno: Errno) -> Error {

@@ -39,6 +39,7 @@ const REASONS: &[(&str, &str)] = &[
     (cases::FAILED_STOPS, OWED),
     (cases::STILL_OWED, OWED),
     (cases::MOVED, MOVED),
+    (cases::DISAGREE, ONE_VM),
     (cases::IMPLICIT, KIND),
     (cases::MISMATCH, KIND),
     (cases::REFERENCED, OUTSIDE),
