@@ -2,11 +2,15 @@
 //!
 //! Every access of the machine passes here when its translation is made: a host CPU's and a
 //! vCPU's when their TLB is filled (what a TLB holds is not checked again, as on SNP: AMD APM
-//! volume 2, section 15.36.10), a device's and the trusted view's at each access. The plain
-//! machine lets everybody in. An RMP or pKVM's ownership map keeps its state in [`Protection`] and
-//! decides in [`Protection::check`], and no path needs to be found again for it.
+//! volume 2, section 15.36.10), a device's and the trusted view's at each access. A machine
+//! without SNP lets everybody in; with it, [`Rmp`] decides. pKVM's ownership map goes here too.
 
-use polder_units::Pfn;
+use alloc::boxed::Box;
+
+use polder_units::{Level, PageCount, Pfn};
+
+use crate::Asid;
+use crate::rmp::Rmp;
 
 /// How a frame is reached.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -21,9 +25,41 @@ pub enum Path {
     Device,
 }
 
+/// The check that an access did not pass, by its name in AMD APM volume 2, section 15.36.10.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, thiserror::Error)]
+pub enum RmpCheck {
+    /// Another processor is at work on the RMP entry: try again.
+    #[error("its rmp entry is in use")]
+    InUse,
+    /// A write to a page, or by a mapping of a 2M page, of which something is assigned.
+    #[error("it is not the hypervisor's, or a part of its 2M page is not")]
+    HypervisorOwned,
+    /// The page is not assigned to the guest's ASID.
+    #[error("it is not this guest's")]
+    GuestOwned,
+    /// The page is assigned to the guest for another guest-physical address.
+    #[error("it is this guest's at another gfn")]
+    ReverseMap,
+    /// The page is immutable: the firmware works on it.
+    #[error("it is immutable")]
+    Mutable,
+    /// Stage 2 maps it at another size than the RMP has it.
+    #[error("stage 2 and the rmp disagree about its size")]
+    PageSize,
+    /// PVALIDATE or RMPADJUST of 4K in a page that the RMP has as 2M: PSMASH, then again.
+    #[error("an instruction for 4K met a 2M rmp entry")]
+    InstructionSize,
+    /// The guest has not validated it.
+    #[error("the guest has not validated it")]
+    Validated,
+    /// VMRUN of a page that is no VMSA.
+    #[error("it is no vmsa")]
+    Vmsa,
+}
+
 /// An access that the hardware refused.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, thiserror::Error)]
-#[error("hardware refused the access to pfn {pfn}")]
+#[error("hardware refused the access to pfn {pfn}: {check}")]
 pub struct Refused {
     /// How the frame was reached.
     pub path: Path,
@@ -31,18 +67,95 @@ pub struct Refused {
     pub pfn: Pfn,
     /// Whether it was a write.
     pub write: bool,
+    /// The check that it did not pass.
+    pub check: RmpCheck,
 }
 
-/// The hardware that keeps private memory private; none yet.
-#[derive(Clone, Hash)]
-pub(crate) struct Protection;
+/// What the one who was refused meets (AMD APM volume 2, section 15.36.10, table 15-39).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum RmpFault {
+    /// `#PF` with the RMP bit, in the host.
+    PageFault,
+    /// `#VMEXIT(NPF)` with the RMP bit.
+    Npf {
+        /// The ENC bit: the guest meant its private memory.
+        enc: bool,
+        /// The SIZEM bit: PVALIDATE or RMPADJUST did not fit the entry's size. A mere access that
+        /// does not fit stage 2's size to the entry's has the RMP bit only.
+        sizem: bool,
+    },
+    /// `#VC` with `PAGE_NOT_VALIDATED`, in the guest: the hypervisor does not see it.
+    NotValidated,
+    /// `#VMEXIT(VMEXIT_INVALID)`: VMRUN of what is no VMSA of the guest (table 15-41).
+    InvalidVmsa,
+    /// The IOMMU refuses the device.
+    Iommu,
+}
+
+impl Refused {
+    /// What the one who was refused meets.
+    pub const fn fault(&self) -> RmpFault {
+        match (self.path, self.check) {
+            (_, RmpCheck::Vmsa) => RmpFault::InvalidVmsa,
+            (Path::Host, _) => RmpFault::PageFault,
+            (Path::Device, _) => RmpFault::Iommu,
+            (_, RmpCheck::Validated) => RmpFault::NotValidated,
+            (path, check) => RmpFault::Npf {
+                enc: matches!(path, Path::GuestPrivate),
+                sizem: matches!(check, RmpCheck::InstructionSize),
+            },
+        }
+    }
+}
+
+/// An access, as the hardware sees it when the translation is made.
+#[derive(Clone, Copy)]
+pub(crate) struct Access {
+    pub(crate) path: Path,
+    /// The ASID and the guest frame's number, of an access to an SNP guest's private memory.
+    pub(crate) private: Option<(Asid, u64)>,
+    pub(crate) pfn: Pfn,
+    /// The level of the mapping.
+    pub(crate) level: Level,
+    pub(crate) write: bool,
+}
+
+impl Access {
+    pub(crate) const fn host(pfn: Pfn, level: Level, write: bool) -> Self {
+        Self { path: Path::Host, private: None, pfn, level, write }
+    }
+
+    pub(crate) const fn device(pfn: Pfn, write: bool) -> Self {
+        Self { path: Path::Device, private: None, pfn, level: Level::Size4K, write }
+    }
+
+    pub(crate) const fn refused(&self, check: RmpCheck) -> Refused {
+        let Self { path, pfn, write, .. } = *self;
+        Refused { path, pfn, write, check }
+    }
+}
+
+/// The hardware that keeps private memory private: none, or SNP.
+#[derive(Clone, Hash, Default)]
+pub(crate) struct Protection {
+    pub(crate) rmp: Option<Box<Rmp>>,
+}
 
 impl Protection {
     /// Whether the access may be made.
-    #[expect(clippy::unused_self, reason = "where RMP and pKVM state will be")]
-    #[expect(clippy::unnecessary_wraps, reason = "a plain machine refuses nothing")]
-    pub(crate) const fn check(&self, path: Path, pfn: Pfn, write: bool) -> Result<(), Refused> {
-        let _ = Refused { path, pfn, write };
-        Ok(())
+    #[inline]
+    pub(crate) fn check(&self, access: &Access) -> Result<(), Refused> {
+        match &self.rmp {
+            None => Ok(()),
+            Some(rmp) => rmp.check(access),
+        }
+    }
+
+    /// Whether the kernel may write `count` frames from `pfn` on, by 4K mappings.
+    pub(crate) fn check_block(&self, pfn: Pfn, count: PageCount) -> Result<(), Refused> {
+        match &self.rmp {
+            None => Ok(()),
+            Some(rmp) => rmp.check_block(pfn, count),
+        }
     }
 }

@@ -60,6 +60,45 @@ pub enum Discrepancy {
         /// The guest frame's number.
         gfn: u64,
     },
+    /// A frame is free and the RMP still has it assigned: whoever is given it can't write it.
+    #[error("pfn {pfn} is free and still assigned in the rmp")]
+    FreeAssigned {
+        /// The frame.
+        pfn: Pfn,
+    },
+    /// A 2M entry is for a guest frame that is not 2M-aligned: no access passes.
+    #[error("the 2M rmp entry of pfn {pfn} is for an unaligned gfn")]
+    RmpAlignment {
+        /// The entry's first frame.
+        pfn: Pfn,
+    },
+    /// Stage 2 of an SNP guest maps a frame that the RMP gives to another, or elsewhere.
+    #[error("{vm} maps at gfn {gfn:#x} pfn {pfn}, which the rmp has for another")]
+    RmpOwner {
+        /// The VM.
+        vm: VmId,
+        /// The guest frame's number.
+        gfn: u64,
+        /// The frame.
+        pfn: Pfn,
+    },
+    /// Stage 2 of an SNP guest maps a page larger than a part of it is in the RMP (INV-5).
+    #[error("{vm} maps gfn {gfn:#x} at a larger level than the rmp has it")]
+    RmpLevel {
+        /// The VM.
+        vm: VmId,
+        /// The guest frame's number.
+        gfn: u64,
+    },
+    /// A TLB lets through what the RMP would refuse now.
+    #[error("a tlb reaches pfn {} though {}", .0.pfn, .0.check)]
+    RmpTlb(crate::Refused),
+    /// A VMSA that runs is at a 2M boundary, where processors meet their erratum.
+    #[error("the vmsa at pfn {pfn} runs at a 2M boundary")]
+    AlignedVmsa {
+        /// The frame.
+        pfn: Pfn,
+    },
     /// Frames that are neither free nor part of a folio, or both.
     #[error("{free} frames are free and {used} are in folios, of {all}")]
     Frames {
@@ -89,6 +128,7 @@ impl Machine {
         self.audit_counts()?;
         self.audit_host()?;
         self.audit_guests()?;
+        self.audit_rmp()?;
         let used = self.folios.0.iter().map(|found| self.pages(found.level)).sum();
         let (free, all) = (self.free_frames(), self.config.frames.get());
         if free + used == all { Ok(()) } else { Err(Discrepancy::Frames { free, used, all }) }
@@ -156,14 +196,14 @@ impl Machine {
                 }
             }
             for (index, tlb) in (0..).zip(&process.threads) {
-                let stale = tlb.iter().find(|(vpn, pfn)| {
+                let stale = tlb.iter().find(|(vpn, _, it)| {
                     let found = process.table.get(*vpn);
                     !found.is_some_and(|found| {
                         matches!(found.entry, HostEntry::Mapped { pfn: head, .. }
-                            if head.get() + (vpn - found.start) == pfn.get())
+                            if head.get() + (vpn - found.start) == it.pfn.get())
                     })
                 });
-                if let Some(vpn) = stale.and_then(|(vpn, _)| Vpn::new(vpn)) {
+                if let Some(vpn) = stale.and_then(|(vpn, ..)| Vpn::new(vpn)) {
                     let thread = Thread { process: id, index };
                     return Err(Discrepancy::HostTlb { thread, hva: vpn.hva() });
                 }
@@ -182,11 +222,11 @@ impl Machine {
                 }
             }
             for (index, vcpu) in (0..).zip(&vm.vcpus) {
-                let stale = vcpu.tlb.iter().find(|(gfn, pfn)| {
+                let stale = vcpu.tlb.iter().find(|(gfn, _, cached)| {
                     let found = vm.table.get(*gfn);
-                    found.is_none_or(|it| it.entry.pfn.get() + (gfn - it.start) != pfn.get())
+                    found.is_none_or(|it| it.entry.pfn.get() + (gfn - it.start) != cached.pfn.get())
                 });
-                if let Some((gfn, _)) = stale {
+                if let Some((gfn, ..)) = stale {
                     let vcpu = VcpuId { vm: id, index };
                     return Err(Discrepancy::GuestTlb { vcpu, gfn });
                 }

@@ -54,6 +54,9 @@ pub enum Error {
         /// The level asked for.
         level: Level,
     },
+    /// SNP is not enabled, or the VM is none of SNP.
+    #[error("the machine's snp is not enabled, or the vm is not one of snp")]
+    NoSnp,
     /// Something is there already: `EEXIST`.
     #[error("there is already something at {number:#x}")]
     Exists {

@@ -14,6 +14,7 @@ use alloc::collections::{BTreeMap, BTreeSet};
 
 use polder_units::{Geometry, Level, PageCount, Pfn};
 
+use crate::rmp::Cipher;
 use crate::table::{Table, index};
 
 /// What a frame contains.
@@ -136,6 +137,16 @@ impl Frames {
         }
     }
 
+    /// Writes bytes of a frame as a guest's private memory.
+    pub(crate) fn write_private(&mut self, cipher: Cipher, pfn: Pfn, offset: u64, bytes: &[u8]) {
+        self.write(pfn, offset, bytes);
+        let kept = self.kept_mut(pfn);
+        let len = bytes.len().min(kept.len());
+        for (at, from, run) in runs(kept.len(), offset, len) {
+            cipher.apply(pfn, offset + from as u64, &mut kept[at..at + run]);
+        }
+    }
+
     /// Makes `count` frames from `pfn` on contain zeros.
     pub(crate) fn zero(&mut self, pfn: Pfn, count: PageCount) {
         let (start, end) = (pfn.get(), pfn.get() + count.get());
@@ -145,11 +156,9 @@ impl Frames {
         }
     }
 
-    /// Takes the lowest free block of `level` and zeroes it; `None` if there is none.
-    pub(crate) fn allocate(&mut self, level: Level) -> Option<Pfn> {
-        let pfn = self.free.take(level).and_then(Pfn::new)?;
-        self.zero(pfn, self.free.geometry.pages(level));
-        Some(pfn)
+    /// Takes the lowest free block of `level`, as it is; `None` if there is none.
+    pub(crate) fn take(&mut self, level: Level) -> Option<Pfn> {
+        self.free.take(level).and_then(Pfn::new)
     }
 
     /// Gives back the block of `level` at `pfn`.
@@ -261,14 +270,20 @@ mod tests {
         Frames::new(count.into(), Geometry::new(4, 2).unwrap(), contents)
     }
 
+    fn allocate(frames: &mut Frames, level: Level) -> Option<Pfn> {
+        let pfn = frames.take(level)?;
+        frames.zero(pfn, frames.free.geometry.pages(level));
+        Some(pfn)
+    }
+
     #[test]
     fn blocks_are_split_as_needed_and_merge_when_all_parts_are_free() {
         let mut frames = frames(11, Contents::Symbolic);
         let blocks = |frames: &Frames| Level::ALL.map(|level| frames.free_blocks(level));
         assert_eq!(blocks(&frames), [3, 0, 1]);
-        let small: Vec<_> = (0..4).map(|_| frames.allocate(Level::Size4K).unwrap()).collect();
+        let small: Vec<_> = (0..4).map(|_| allocate(&mut frames, Level::Size4K).unwrap()).collect();
         assert_eq!(blocks(&frames), [3, 1, 0]);
-        assert_eq!(frames.allocate(Level::Size1G), None);
+        assert_eq!(allocate(&mut frames, Level::Size1G), None);
         assert_eq!(frames.free_count(), 7);
         small.into_iter().for_each(|pfn| frames.free(pfn, Level::Size4K));
         assert_eq!(blocks(&frames), [3, 0, 1]);
@@ -278,7 +293,7 @@ mod tests {
     #[should_panic(expected = "freed twice")]
     fn a_frame_freed_twice_is_a_bug_of_ours() {
         let mut frames = frames(1, Contents::Symbolic);
-        let pfn = frames.allocate(Level::Size4K).unwrap();
+        let pfn = allocate(&mut frames, Level::Size4K).unwrap();
         frames.free(pfn, Level::Size4K);
         frames.free(pfn, Level::Size4K);
     }
@@ -286,14 +301,31 @@ mod tests {
     #[test]
     fn a_frame_keeps_its_bytes_until_it_is_allocated_again() {
         let mut frames = frames(4, Contents::Bytes);
-        let pfn = frames.allocate(Level::Size4K).unwrap();
+        let pfn = allocate(&mut frames, Level::Size4K).unwrap();
         frames.write(pfn, 4092, b"tail");
         frames.free(pfn, Level::Size4K);
         let mut seen = [0; 4];
         frames.read(pfn, 4092, &mut seen);
         assert_eq!(&seen, b"tail");
-        assert_eq!(frames.allocate(Level::Size2M), Some(pfn));
+        assert_eq!(allocate(&mut frames, Level::Size2M), Some(pfn));
         assert_eq!(frames.read_u64(pfn, 4088), 0);
+    }
+
+    #[test]
+    fn private_bytes_come_back_by_their_cipher_whatever_the_contents_are() {
+        for contents in [Contents::Bytes, Contents::Symbolic] {
+            let (mut frames, cipher, pfn) = (frames(4, contents), Cipher::new(1), Pfn::from(2));
+            let bytes = *b"0123456701234567012";
+            for offset in [0, 3, 8] {
+                frames.write_private(cipher, pfn, offset, &bytes);
+                let mut seen = [0; 19];
+                frames.read(pfn, offset, &mut seen);
+                assert_ne!(seen, bytes, "{contents:?} {offset}");
+                cipher.apply(pfn, offset, &mut seen);
+                let until = if contents == Contents::Bytes { 19 } else { 16 };
+                assert_eq!(seen[..until], bytes[..until], "{contents:?} {offset}");
+            }
+        }
     }
 
     #[test]

@@ -7,15 +7,17 @@
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use polder_units::{Gfn, GfnRange, Gpa, PAGE_SIZE, Pfn};
+use polder_units::{Gfn, GfnRange, Gpa, Level, PAGE_SIZE, Pfn};
 
-use crate::access::Protection;
+use crate::access::{Access, Protection};
 use crate::chunk::{chunks, chunks_mut, pages};
 use crate::frames::{Frames, frame_at};
+use crate::plant::Plants;
+use crate::rmp::{Cipher, Rmp, Snp};
 use crate::table::{Found, Table};
 use crate::tlb::{Tlb, Translation, guest_tag};
 use crate::vm::TdpEntry;
-use crate::{Error, Machine, Path, Refused, VmId};
+use crate::{Error, Machine, Path, Plant, Refused, RmpCheck, RmpResult, RmpSize, VmId};
 
 /// The side of memory that a guest means by an address: SNP's C-bit, TDX's shared bit, or what
 /// it has asked the hypervisor for.
@@ -28,7 +30,7 @@ pub enum Side {
 }
 
 impl Side {
-    const fn path(self) -> Path {
+    pub(crate) const fn path(self) -> Path {
         match self {
             Self::Private => Path::GuestPrivate,
             Self::Shared => Path::GuestShared,
@@ -79,6 +81,24 @@ pub enum Op {
     },
     /// Ask the hypervisor.
     Request(Request),
+    /// [`Vcpu::pvalidate`].
+    Pvalidate {
+        /// The page's first frame.
+        gfn: Gfn,
+        /// Its size.
+        size: RmpSize,
+        /// Validate it, or rescind.
+        validate: bool,
+    },
+    /// [`Vcpu::rmpadjust`].
+    Rmpadjust {
+        /// The page's first frame.
+        gfn: Gfn,
+        /// Its size.
+        size: RmpSize,
+        /// Make it a VMSA, or no longer.
+        vmsa: bool,
+    },
 }
 
 /// An access that stage 2 does not let through.
@@ -116,6 +136,10 @@ pub enum Ran {
     Read(u64),
     /// It wrote.
     Wrote,
+    /// PVALIDATE's result, and whether it changed anything.
+    Pvalidated(RmpResult<bool>),
+    /// RMPADJUST's result.
+    Rmpadjusted(RmpResult),
 }
 
 #[derive(Clone, Hash)]
@@ -128,9 +152,11 @@ pub(crate) struct VcpuState {
 /// A vCPU, to run.
 pub struct Vcpu<'a> {
     state: &'a mut VcpuState,
-    table: &'a Table<TdpEntry>,
+    pub(crate) table: &'a Table<TdpEntry>,
     frames: &'a mut Frames,
-    protection: &'a Protection,
+    pub(crate) protection: &'a mut Protection,
+    pub(crate) snp: Option<Snp>,
+    plants: &'a Plants,
 }
 
 impl Machine {
@@ -165,8 +191,9 @@ impl Machine {
         let vm = self.vms.get_mut(vcpu.vm)?;
         let gone = Error::Gone { what: "vcpu", number: u32::from(vcpu.index) };
         let state = vm.vcpus.get_mut(usize::from(vcpu.index)).ok_or(gone)?;
-        let (table, frames) = (&vm.table, &mut self.frames);
-        Ok(Vcpu { state, table, frames, protection: &self.protection })
+        let (table, frames, snp) = (&vm.table, &mut self.frames, vm.snp);
+        let (protection, plants) = (&mut self.protection, &self.plants);
+        Ok(Vcpu { state, table, frames, protection, snp, plants })
     }
 
     pub(crate) fn vcpu_state(&mut self, vcpu: VcpuId) -> Result<&mut VcpuState, Error> {
@@ -185,6 +212,12 @@ impl Vcpu<'_> {
             Op::Read { gpa, side } => self.read_u64(gpa, side).map(Ran::Read),
             Op::Write { gpa, side, value } => self.write_u64(gpa, side, value).map(|()| Ran::Wrote),
             Op::Request(request) => Err(Exit::Request(request)),
+            Op::Pvalidate { gfn, size, validate } => {
+                self.pvalidate(gfn, size, validate).map(Ran::Pvalidated)
+            }
+            Op::Rmpadjust { gfn, size, vmsa } => {
+                self.rmpadjust(gfn, size, vmsa).map(Ran::Rmpadjusted)
+            }
         };
         if !matches!(ran, Err(Exit::Fault(_) | Exit::Refused(_))) {
             self.state.next += 1;
@@ -200,6 +233,9 @@ impl Vcpu<'_> {
         let frames = self.translate_all(gpa, side, buffer.len(), false)?;
         for (pfn, (_, at, chunk)) in frames.zip(chunks_mut(gpa.get(), buffer)) {
             self.frames.read(pfn, at, chunk);
+            if let Some(cipher) = self.cipher(side) {
+                cipher.apply(pfn, at, chunk);
+            }
         }
         Ok(())
     }
@@ -211,7 +247,10 @@ impl Vcpu<'_> {
     pub fn write(&mut self, gpa: Gpa, side: Side, bytes: &[u8]) -> Result<(), Exit> {
         let frames = self.translate_all(gpa, side, bytes.len(), true)?;
         for (pfn, (_, at, chunk)) in frames.zip(chunks(gpa.get(), bytes)) {
-            self.frames.write(pfn, at, chunk);
+            match self.cipher(side) {
+                None => self.frames.write(pfn, at, chunk),
+                Some(cipher) => self.frames.write_private(cipher, pfn, at, chunk),
+            }
         }
         Ok(())
     }
@@ -224,7 +263,9 @@ impl Vcpu<'_> {
     pub fn read_u64(&mut self, gpa: Gpa, side: Side) -> Result<u64, Exit> {
         if gpa.page_offset() <= PAGE_SIZE - 8 {
             let pfn = self.translate(gpa.gfn().get(), side, false)?;
-            return Ok(self.frames.read_u64(pfn, gpa.page_offset()));
+            let word = self.frames.read_u64(pfn, gpa.page_offset());
+            let cipher = self.cipher(side);
+            return Ok(word ^ cipher.map_or(0, |it| it.word_at(pfn, gpa.page_offset())));
         }
         let mut word = [0; 8];
         self.read(gpa, side, &mut word)?;
@@ -263,7 +304,13 @@ impl Vcpu<'_> {
         }
     }
 
-    /// Walks stage 2 and fills the TLB.
+    /// What the contents of memory of this side are encrypted with.
+    #[inline]
+    fn cipher(&self, side: Side) -> Option<Cipher> {
+        self.snp.filter(|_| side == Side::Private).map(|snp| Cipher::new(snp.key))
+    }
+
+    /// Walks stage 2, asks the hardware, and fills the TLB.
     fn walk(&mut self, gfn: u64, side: Side, write: bool, tag: u64) -> Result<Pfn, Exit> {
         let found = self.table.get(gfn).filter(|found| found.entry.writable || !write);
         let Some(Found { start, level, entry }) = found else {
@@ -271,8 +318,33 @@ impl Vcpu<'_> {
             return Err(Exit::Fault(GuestFault { gfn, write, side }));
         };
         let pfn = frame_at(entry.pfn, gfn - start);
-        self.protection.check(side.path(), pfn, write)?;
-        self.state.tlb.fill(tag, Translation { pfn, level, writable: entry.writable });
+        let writable = match &self.protection.rmp {
+            None => entry.writable,
+            Some(rmp) => self.check(rmp, (gfn, side, write), pfn, level)? && entry.writable,
+        };
+        self.state.tlb.fill(tag, Translation { pfn, level, writable });
         Ok(pfn)
+    }
+
+    /// Asks the RMP, and says whether a write would pass too: what a read was let into, a write may
+    /// be refused, and has to come here again. Kept out of the walk of a machine without SNP.
+    #[inline(never)]
+    fn check(
+        &self,
+        rmp: &Rmp,
+        (gfn, side, write): (u64, Side, bool),
+        pfn: Pfn,
+        level: Level,
+    ) -> Result<bool, Exit> {
+        let private = self.snp.filter(|_| side == Side::Private).map(|snp| (snp.asid, gfn));
+        let access = Access { path: side.path(), private, pfn, level, write };
+        match rmp.check(&access) {
+            Err(Refused { check: RmpCheck::PageSize, .. })
+                if self.plants.has(Plant::NoSizeCheck) => {}
+            checked => checked?,
+        }
+        // Private reads and writes are checked alike.
+        let same = write || private.is_some();
+        Ok(same || rmp.check(&Access { write: true, ..access }).is_ok())
     }
 }

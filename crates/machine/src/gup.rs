@@ -9,9 +9,10 @@ use alloc::vec::Vec;
 
 use polder_units::{PAGE_SHIFT, Pfn, PfnRange};
 
+use crate::access::Access;
 use crate::chunk::{self, chunks, chunks_mut};
 use crate::table::index;
-use crate::{Error, HostExit, HostPte, Machine, Path, PinId, Plant, ProcessId, Vpn, VpnRange};
+use crate::{Error, HostExit, HostPte, Machine, PinId, Plant, ProcessId, Vpn, VpnRange};
 
 /// How long a pin is meant to last.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -219,7 +220,7 @@ impl Machine {
         }
         for page in chunk::pages(offset, index(len)) {
             if let Some(pfn) = pages.get(index(page)) {
-                self.protection.check(Path::Device, *pfn, write)?;
+                self.protection.check(&Access::device(*pfn, write))?;
             }
         }
         Ok(pages)

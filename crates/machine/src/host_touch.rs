@@ -8,12 +8,13 @@ use alloc::vec::Vec;
 
 use polder_units::{Level, PageIndex, Pfn};
 
+use crate::access::Access;
 use crate::chunk::{chunks, chunks_mut, pages};
 use crate::frames::frame_at;
 use crate::host_mmu::HostEntry;
 use crate::table::Found;
 use crate::tlb::Translation;
-use crate::{Error, Hva, Machine, ObjectId, Path, ProcessId, Refused, Thread, Vpn};
+use crate::{Error, Hva, Machine, ObjectId, ProcessId, Refused, Thread, Vpn};
 
 /// A touch of a page that the driver has to answer: map it, poison it, or let it wait.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -131,8 +132,12 @@ impl Machine {
         if let Some(pfn) = self.tlb_mut(thread)?.hit(vpn.get(), write) {
             return Ok(pfn);
         }
-        let translation = self.fault_in(thread.process, vpn, write)?;
-        self.protection.check(Path::Host, translation.pfn, write)?;
+        let mut translation = self.fault_in(thread.process, vpn, write)?;
+        let Translation { pfn, level, .. } = translation;
+        self.protection.check(&Access::host(pfn, level, write))?;
+        // What a read was let into, a write may be refused: it has to come here again.
+        let write_too = || self.protection.check(&Access::host(pfn, level, true)).is_ok();
+        translation.writable &= write || write_too();
         self.tlb_mut(thread)?.fill(vpn.get(), translation);
         Ok(translation.pfn)
     }

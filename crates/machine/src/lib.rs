@@ -12,6 +12,7 @@
 //!  guest: slots -> stage 2 (TDP) -> TLB ────┤                └─ page cache of an object
 //!  the driver's trusted view ───────────────┘
 //! ```
+//! Where a line reaches the frame, hardware may refuse it: the RMP, on a machine with SNP.
 //!
 //! # Vocabulary
 //! | word | here |
@@ -34,6 +35,8 @@
 //!   them. Unmapping, flushing, locking, checking and punching are a step each.
 //! - **Waiting.** Nothing blocks: a touch that must wait says why, changes nothing, and is made
 //!   again.
+//! - **SEV-SNP**, if enabled: the reverse map table, its instructions with every result, access
+//!   checks and ciphertext. See `docs/snp.md`.
 //! - **Memory that runs out**, by size or by [`Machine::fail_allocation`].
 //! - **Bugs**, when planted: see [`Plant`].
 //!
@@ -43,6 +46,8 @@
 //! | a touch of an absent page | [`HostExit::Fault`], [`Exit::Fault`] |
 //! | a touch of a denied page | [`HostExit::Sigbus`] |
 //! | an allocation | [`Error::NoMemory`]; in a fault, a `SIGBUS` |
+//! | an access that the RMP does not let through | [`Refused`], and what its [`RmpFault`] says |
+//! | an instruction on the RMP | an [`RmpFail`], which has its code |
 //! | a folio lock held by another | [`Error::Locked`], [`HostExit::Wait`] |
 //! | a fault resolved before an invalidation | [`Error::Stale`] |
 //! | a driver's mistake | an [`Error`] that changed nothing |
@@ -50,8 +55,10 @@
 //! | a count of ours below what is held | a panic |
 //!
 //! # What is not modelled
-//! - Hardware that keeps memory private: [`Path`] names the accesses that it will check; nothing
-//!   is refused yet. No IOMMU, direct map, shadow or nested roots, huge-page pool: later parts.
+//! - pKVM's ownership: [`Path`] names the accesses that it will check. No IOMMU tables (a device
+//!   writes where it pinned), direct map, shadow or nested roots, huge-page pool: later parts.
+//! - Of SNP: VMPLs but 0, launch and attestation, page swap and move; the head of `rmp.rs` has it
+//!   all.
 //! - Memory order: a step sees all earlier ones. Torn words and store buffers do not exist.
 //! - An access of many pages is one step, and so is a range that is unmapped, poisoned or pinned
 //!   by the slow path. To see another actor between two pages, use two calls.
@@ -115,13 +122,14 @@ mod object;
 mod plant;
 mod process;
 mod reshape;
+mod rmp;
 mod slab;
 mod table;
 mod tdp;
 mod tlb;
 mod vm;
 
-pub use access::{Path, Refused};
+pub use access::{Path, Refused, RmpCheck, RmpFault};
 pub use address::{Hva, Vpn, VpnRange};
 pub use audit::Discrepancy;
 pub use error::Error;
@@ -135,6 +143,7 @@ pub use machine::{Config, Machine};
 pub use object::Backing;
 pub use plant::Plant;
 pub use process::{Thread, View};
+pub use rmp::{Asid, FirmwareFail, RmpEntry, RmpFail, RmpOwner, RmpResult, RmpSize, RmpUpdate};
 pub use slab::{ObjectId, PinId, ProcessId, VmId};
 pub use tdp::{Resolved, Spte};
 pub use vm::Bound;

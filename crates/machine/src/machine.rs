@@ -93,7 +93,7 @@ impl Machine {
             processes: Slab::new(),
             vms: Slab::new(),
             pins: Slab::new(),
-            protection: Protection,
+            protection: Protection::default(),
             plants: Plants::default(),
             sequence: Sequence::FIRST,
         })
@@ -145,6 +145,14 @@ impl Machine {
         if self.plants.allocation_fails() {
             return Err(Error::NoMemory { level });
         }
-        self.frames.allocate(level).ok_or(Error::NoMemory { level })
+        let pfn = self.frames.take(level).ok_or(Error::NoMemory { level })?;
+        let pages = self.config.geometry.pages(level);
+        // The kernel zeroes what it allocates: an RMP #PF if a page was freed while assigned.
+        if let Err(refused) = self.protection.check_block(pfn, pages) {
+            self.frames.free(pfn, level);
+            return Err(refused.into());
+        }
+        self.frames.zero(pfn, pages);
+        Ok(pfn)
     }
 }

@@ -7,11 +7,12 @@ use alloc::vec::Vec;
 
 use polder_units::{Level, PAGE_SHIFT, PageCount, PageIndex, PageRange, Pfn};
 
+use crate::access::Access;
 use crate::chunk::{chunks, chunks_mut};
 use crate::folio::Folio;
 use crate::frames::{frame_at, page_count};
 use crate::table::{Found, Table};
-use crate::{Error, LockOwner, Machine, ObjectId, Path};
+use crate::{Error, LockOwner, Machine, ObjectId};
 
 #[derive(Clone, Hash)]
 pub(crate) struct Object {
@@ -71,7 +72,8 @@ impl Machine {
     ///
     /// # Errors
     /// [`Error::Misaligned`], [`Error::Beyond`] the object's end, [`Error::Exists`] if any page of
-    /// it is allocated already, [`Error::NoMemory`].
+    /// it is allocated already, [`Error::NoMemory`], [`Error::Refused`] if the
+    /// RMP still has the frames assigned.
     pub fn allocate(
         &mut self,
         object: ObjectId,
@@ -185,7 +187,7 @@ impl Machine {
             let first = range.start().get().max(start);
             let pfn = frame_at(*entry, first - start);
             let count = page_count(end - first);
-            self.protection.check(Path::Host, pfn, true)?;
+            self.protection.check_block(pfn, count)?;
             self.frames.zero(pfn, count);
         }
         Ok(())
@@ -205,7 +207,7 @@ impl Machine {
         for (page, at, bytes) in chunks_mut(offset, buffer) {
             match PageIndex::new(page).and_then(|page| object.backing(page)) {
                 Some(Backing { pfn, .. }) => {
-                    self.protection.check(Path::Host, pfn, false)?;
+                    self.protection.check(&Access::host(pfn, Level::Size4K, false))?;
                     self.frames.read(pfn, at, bytes);
                 }
                 None => bytes.fill(0),
@@ -230,7 +232,7 @@ impl Machine {
             let Some(page) = PageIndex::new(page) else { continue };
             let backing = self.objects.get(object)?.backing(page);
             let Backing { pfn, .. } = backing.ok_or(Error::Hole { object, page })?;
-            self.protection.check(Path::Host, pfn, true)?;
+            self.protection.check(&Access::host(pfn, Level::Size4K, true))?;
             self.frames.write(pfn, at, bytes);
         }
         Ok(())

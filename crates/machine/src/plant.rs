@@ -15,12 +15,29 @@ pub enum Plant {
     LostMapcount,
     /// Pinning a folio raises neither its reference nor its pin count.
     LostPin,
+    /// PSMASH leaves the second of its 4K entries unvalidated.
+    SmashUnvalidates,
+    /// RMPUPDATE of 2M does not look for 4K entries that are assigned.
+    LargeOverAssigned,
+    /// RMPUPDATE keeps the validated bit whatever it changes.
+    KeptValidated,
+    /// A guest's access is let through though stage 2 and the RMP disagree about its size.
+    NoSizeCheck,
 }
 
 impl Plant {
     /// Every plant.
-    pub const ALL: [Self; 5] =
-        [Self::SkipFlush, Self::StaleGup, Self::StaleSequence, Self::LostMapcount, Self::LostPin];
+    pub const ALL: [Self; 9] = [
+        Self::SkipFlush,
+        Self::StaleGup,
+        Self::StaleSequence,
+        Self::LostMapcount,
+        Self::LostPin,
+        Self::SmashUnvalidates,
+        Self::LargeOverAssigned,
+        Self::KeptValidated,
+        Self::NoSizeCheck,
+    ];
 }
 
 /// What is planted.

@@ -106,10 +106,14 @@ impl Tlb {
         }
     }
 
-    /// What it remembers: page number and frame, in no order that means anything.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, Pfn)> {
+    /// What it remembers: page number, whether it is the private one, and translation, in no
+    /// order that means anything.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, bool, Translation)> {
         let filled = self.entries.iter().filter(|cached| cached.tag != NOTHING);
-        filled.map(|cached| (cached.tag & !PRIVATE, cached.pfn))
+        filled.map(|Cached { tag, pfn, level, writable }| {
+            let translation = Translation { pfn: *pfn, level: *level, writable: *writable };
+            (tag & !PRIVATE, tag & PRIVATE != 0, translation)
+        })
     }
 }
 

@@ -6,8 +6,9 @@ use core::hash::{Hash, Hasher};
 use polder_units::{Gfn, GfnRange, PageIndex, PageRange, Pfn};
 
 use crate::guest::VcpuState;
+use crate::rmp::{Snp, User};
 use crate::table::Table;
-use crate::{Error, Machine, ObjectId, VmId};
+use crate::{Asid, Error, Machine, ObjectId, VmId};
 
 /// `mmu_invalidate_seq`. Left out of hashes: only whether two are equal means anything.
 ///
@@ -53,6 +54,8 @@ pub(crate) struct Vm {
     pub(crate) vcpus: Vec<VcpuState>,
     pub(crate) sequence: Sequence,
     pub(crate) invalidating: Option<Invalidating>,
+    /// Of an SNP guest.
+    pub(crate) snp: Option<Snp>,
 }
 
 impl Vm {
@@ -83,11 +86,59 @@ pub struct Bound {
 }
 
 impl Machine {
-    /// Creates a VM without slots and vCPUs.
+    /// Creates a plain VM without slots and vCPUs.
     ///
     /// # Errors
     /// [`Error::TooMany`].
     pub fn create_vm(&mut self) -> Result<VmId, Error> {
+        self.insert_vm(None)
+    }
+
+    /// Creates an SNP guest without slots and vCPUs, with a key of its own.
+    ///
+    /// # Errors
+    /// [`Error::NoSnp`] if SNP is not enabled; [`Error::Exists`] if another VM has the ASID, or the
+    /// RMP has pages assigned to it; [`Error::TooMany`].
+    ///
+    /// ```
+    /// use polder_machine::{Asid, Config, Machine, RmpSize, RmpUpdate, Side};
+    /// use polder_units::{Gfn, Level, PageCount, PageIndex, PageRange};
+    ///
+    /// let mut machine = Machine::new(Config::x86_64(PageCount::from(1024)))?;
+    /// machine.enable_snp();
+    /// let asid = Asid::new(1).ok_or("no such asid")?;
+    /// let vm = machine.create_snp_vm(asid)?;
+    /// let vcpu = machine.add_vcpu(vm)?;
+    /// let object = machine.create_object(PageCount::from(512))?;
+    /// let (gfn, page) = (Gfn::from(0), PageIndex::from(0));
+    /// machine.bind(vm, gfn, object, PageRange::new(page, PageCount::from(512))?)?;
+    ///
+    /// // The hypervisor assigns and maps 2M; the guest accepts and uses them.
+    /// let pfn = machine.allocate(object, page, Level::Size2M)?;
+    /// machine.rmpupdate(pfn, RmpUpdate::private(asid, gfn, RmpSize::Size2M))?;
+    /// let resolved = machine.tdp_resolve(vm, gfn)?;
+    /// machine.tdp_map(&resolved, Level::Size2M, true)?;
+    /// let mut guest = machine.vcpu(vcpu)?;
+    /// assert!(guest.pvalidate(gfn, RmpSize::Size2M, true)??);
+    /// guest.write_u64(gfn.gpa(), Side::Private, 7)?;
+    ///
+    /// let mut bytes = [0; 8];
+    /// machine.object_read(object, 0, &mut bytes)?;
+    /// assert_ne!(u64::from_le_bytes(bytes), 7, "the host reads ciphertext");
+    /// assert!(machine.object_write(object, 0, &bytes).is_err(), "and writes nothing");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn create_snp_vm(&mut self, asid: Asid) -> Result<VmId, Error> {
+        let rmp = self.protection.rmp.as_mut().ok_or(Error::NoSnp)?;
+        let taken = self.vms.iter().any(|(_, vm)| vm.snp.is_some_and(|snp| snp.asid == asid));
+        if taken || rmp.uses(asid) {
+            return Err(Error::Exists { number: asid.get().into() });
+        }
+        let snp = Snp { asid, key: rmp.new_key() };
+        self.insert_vm(Some(snp))
+    }
+
+    fn insert_vm(&mut self, snp: Option<Snp>) -> Result<VmId, Error> {
         let sequence = self.next_sequence();
         self.vms.insert(Vm {
             slots: Vec::new(),
@@ -95,15 +146,22 @@ impl Machine {
             vcpus: Vec::new(),
             sequence,
             invalidating: None,
+            snp,
         })
     }
 
-    /// Destroys a VM with its vCPUs, slots and stage 2.
+    /// Destroys a VM with its vCPUs, slots and stage 2. What the RMP assigned to it stays so until
+    /// the driver takes it away.
     ///
     /// # Errors
     /// [`Error::Gone`].
     pub fn destroy_vm(&mut self, vm: VmId) -> Result<(), Error> {
-        self.vms.remove(vm).map(|_| ())
+        self.vms.remove(vm)?;
+        if let Some(rmp) = &mut self.protection.rmp {
+            let of_vm = |user: &User| matches!(user, User::Vcpu(vcpu) if vcpu.vm == vm);
+            rmp.held.retain(|_, (_, user)| !of_vm(user));
+        }
+        Ok(())
     }
 
     /// Adds a slot: guest frames from `gfn` on show the object's pages `pages`.
