@@ -32,10 +32,11 @@ mod memory;
 mod pin;
 mod statistics;
 mod vcpu;
+mod watch;
 
 pub use polder_engine::{
-    Contents, Errno, Holder, MemoryFault, PageFacts, PinId, PinKind, Platform, Population, Refusal,
-    Slot, Visibility, VmId,
+    Binding, Contents, Errno, Holder, MemoryFault, PageFacts, PinId, PinKind, Platform, Population,
+    Refusal, Response, Slot, Step, View, Visibility, VmId,
 };
 /// The simulated machine, for who looks into it by [`Memory::simulated`].
 pub use polder_machine as machine;
@@ -49,3 +50,4 @@ pub use memory::{Builder, Memory, OnBusy};
 pub use pin::Pin;
 pub use statistics::Statistics;
 pub use vcpu::{GuestExit, MachineVcpu};
+pub use watch::{Moment, Reached, UnknownStage, Watch};

@@ -24,6 +24,7 @@ use crate::host::views::Views;
 use crate::host::{Host, HostKind, Vm};
 use crate::statistics::Statistics;
 use crate::vcpu::MachineVcpu;
+use crate::watch::Watch;
 use crate::{HostView, Pin};
 
 /// What to do when another operation holds a part of the range.
@@ -169,6 +170,13 @@ impl Memory {
         let host = self.driver.host.machine().ok_or(Error::NotSimulated)?;
         let (object, process) = host.parts();
         Ok(look(&mut host.lock(), object, process))
+    }
+
+    /// Tells somebody what happens to this memory, from now on and between its steps: a scenario,
+    /// or whoever wants to see an operation from inside. Whether nobody was told before; there can
+    /// be one only.
+    pub fn watch(&self, watch: Arc<dyn Watch>) -> bool {
+        self.driver.watch.set(watch).is_ok()
     }
 
     /// Shows `pages` to a VM at guest frame `gfn`, by slot `slot`. A slot is immutable: to move
