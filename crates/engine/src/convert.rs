@@ -113,22 +113,31 @@ impl Engine {
                 self.check_pins(part)?;
             }
         }
-        let program = self.conversion_program(&parts, to, contents);
+        let program = self.conversion_program(ranges, &parts, to, contents);
         let activity = Activity::Conversion { to, contents };
         Ok(Start::Claimed(self.begin(activity, ranges.clone(), parts, program)))
     }
 
-    fn conversion_program(&self, parts: &[PageRange], to: Visibility, how: Contents) -> Program {
+    fn conversion_program(
+        &self,
+        claims: &[PageRange],
+        parts: &[PageRange],
+        to: Visibility,
+        how: Contents,
+    ) -> Program {
         let each = || parts.iter().copied();
         let to_private = to == Visibility::Private;
+        let rmp = self.config.platform.has_rmp();
+        // Where hardware has the last word, the guest keeps no mapping of what the pages were:
+        // the RMP is asked when a TLB is filled, and not again (AMD APM volume 2, 15.36.10).
+        let from_guest = each().filter(|_| rmp || !to_private).map(Step::UnmapGuest);
+        let from_host = each().filter(|_| to_private).map(Step::UnmapHost);
+        let protect = each().filter(|_| !rmp).map(|part| Step::Protect(part, to));
         Program::default()
-            .stage(each().map(|part| match to {
-                Visibility::Private => Step::UnmapHost(part),
-                Visibility::Shared => Step::UnmapGuest(part),
-            }))
+            .stage(from_host.chain(from_guest))
             .stage(each().filter(|_| to_private).map(Step::CheckReferences))
             .stage(core::iter::empty())
-            .stage(each().map(|part| Step::Protect(part, to)))
+            .stage(protect.chain(self.rmp_steps(parts, claims, to)))
             .stage(
                 each()
                     .filter(|&part| !to_private && self.may_have_markers(part))

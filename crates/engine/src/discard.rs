@@ -1,9 +1,11 @@
 //! Discard (punch hole): the contents go, visibility stays.
 
 use alloc::vec;
+use alloc::vec::Vec;
 
 use polder_units::PageRange;
 
+use crate::Visibility::{Private, Shared};
 use crate::operation::Program;
 use crate::{Activity, Blocked, Engine, Operation, Population, Stage, Step, View};
 
@@ -33,9 +35,12 @@ impl Engine {
         self.check_quarantine(range)?;
         self.check_claims(range)?;
         self.check_pins(range)?;
-        let program = Program::default().stage(
-            [Step::UnmapHost(range), Step::UnmapGuest(range), Step::Free(range)].into_iter(),
-        );
+        let private = self.pages.runs(range).filter(|(_, facts)| facts.visibility == Private);
+        let private: Vec<PageRange> = private.map(|(run, _)| run).collect();
+        let unmap = [Step::UnmapHost(range), Step::UnmapGuest(range)];
+        // Memory that is freed while assigned can be given to nobody.
+        let steps = unmap.into_iter().chain(self.rmp_steps(&private, &[], Shared));
+        let program = Program::default().stage(steps.chain([Step::Free(range)]));
         Ok(self.begin(Activity::Discard, vec![range], vec![range], program))
     }
 

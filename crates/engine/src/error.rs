@@ -38,6 +38,12 @@ pub enum Refusal {
     /// `EEXIST`: a population of a page that is whole.
     #[error("page {page} is whole already; discard it before populating it again")]
     Whole { page: PageIndex },
+    /// `EOPNOTSUPP`: a population of a page whose contents only the guest can write.
+    #[error(
+        "page {page} is private, and the host can't write private memory of {platform}; \
+         share the page first, or have the guest copy what it needs"
+    )]
+    GuestFills { page: PageIndex, platform: Platform },
     /// `EHWPOISON`: an operation on the page failed and could not be undone.
     #[error("page {page} is in quarantine: an operation on it failed and could not be undone")]
     Quarantined { page: PageIndex },
@@ -90,7 +96,7 @@ impl Refusal {
             Self::Whole { .. } | Self::SlotTaken { .. } => Errno::EEXIST,
             Self::GfnsTaken { .. } | Self::PagesTaken { .. } => Errno::EEXIST,
             Self::Quarantined { .. } => Errno::EHWPOISON,
-            Self::Contents { .. } => Errno::EOPNOTSUPP,
+            Self::Contents { .. } | Self::GuestFills { .. } => Errno::EOPNOTSUPP,
         }
     }
 }

@@ -39,12 +39,15 @@ mod copy;
 mod discard;
 mod error;
 mod fault;
+mod merge;
 mod operation;
 mod page_map;
 mod pin;
+mod plant;
 mod platform;
 mod populate;
 mod range_set;
+mod rmp;
 mod step;
 
 #[cfg(test)]
@@ -63,12 +66,16 @@ pub use copy::Copying;
 pub use discard::{Cleared, Clearing, Discard};
 pub use error::{Errno, Refusal};
 pub use fault::{Answer, GuestAccess, GuestAnswer, MemoryFault, Response, TouchAnswer, View};
+pub use merge::{Merged, Merging};
 pub use operation::{Activity, Blocked, OpId, Operation, Stage, Undoing};
 pub use page_map::{PageFacts, PageMap, PageReader, Population, Visibility};
 pub use pin::{Holder, PinId, PinKind};
+#[cfg(feature = "plant")]
+pub use plant::Bug;
 pub use platform::{Contents, Platform};
 pub use populate::{Published, Writing};
 pub use range_set::RangeSet;
+pub use rmp::{LargeRmpEntry, NotLarge, can_install_large_rmp_entry};
 pub use step::Step;
 
 use crate::binding::Bindings;
@@ -109,6 +116,8 @@ pub struct Engine {
     failed: RangeSet,
     /// Pages whose undo failed; neither side may touch them again.
     quarantine: RangeSet,
+    /// The bugs planted in it; none, but where a checker is checked.
+    plants: plant::Plants,
     /// The last id given out, to operations, answers and pins alike.
     last_id: u64,
 }
@@ -126,6 +135,7 @@ impl Engine {
             markers: <[RangeSet; 2]>::default(),
             failed: RangeSet::default(),
             quarantine: RangeSet::default(),
+            plants: plant::Plants::default(),
             last_id: 0,
             config,
         }

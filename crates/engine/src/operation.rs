@@ -19,6 +19,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use polder_units::PageRange;
 
+use crate::plant::Plants;
 use crate::step::Undo;
 use crate::{Contents, Engine, Refusal, Step, View, Visibility};
 
@@ -40,6 +41,8 @@ pub enum Activity {
     Population,
     /// Dropping contents.
     Discard,
+    /// Merging RMP entries.
+    Merge,
 }
 
 impl fmt::Display for Activity {
@@ -48,6 +51,7 @@ impl fmt::Display for Activity {
             Self::Conversion { to, .. } => write!(f, "conversion to {to}"),
             Self::Population => f.write_str("population"),
             Self::Discard => f.write_str("discard"),
+            Self::Merge => f.write_str("merge"),
         }
     }
 }
@@ -177,9 +181,9 @@ impl Record {
     }
 
     /// Turns it round: from here on its steps are those that undo what was done.
-    fn turn_back(&mut self) {
+    fn turn_back(&mut self, plants: Plants) {
         let Progress::Forward { program, taken, issued } = &self.progress else { return };
-        let reached = taken + usize::from(*issued);
+        let reached = taken + usize::from(*issued && plants.undo_failed());
         let mut quarantined = Vec::new();
         let mut back: Vec<Step> = Vec::new();
         for step in program.steps[..reached].iter().rev() {
@@ -196,6 +200,7 @@ impl Record {
             // The bytes are written before the first step.
             back.extend(self.parts.iter().map(|&part| Step::Free(part)));
         }
+        plants.in_undo(&mut back);
         self.progress = Progress::Back { steps: back, taken: 0, quarantined };
     }
 }
@@ -228,7 +233,7 @@ impl Engine {
             self.operations.iter_mut().find_map(|record| Some((record.claim_on(range)?, record)));
         let Some((held, record)) = met else { return Ok(()) };
         if record.is_abandoned() {
-            record.turn_back();
+            record.turn_back(self.plants);
             return Err(Blocked::Abandoned(Operation::new(record.id, record.lease())));
         }
         Err(Blocked::Busy(Refusal::Busy { range, by: record.activity, held }))
@@ -279,7 +284,8 @@ impl Engine {
 
     /// Turns an operation round, at any stage.
     pub fn undo<S: Stage>(&mut self, operation: Operation<S>) -> Operation<Undoing> {
-        self.record_mut(operation.id).turn_back();
+        let plants = self.plants;
+        self.record_mut(operation.id).turn_back(plants);
         Operation::new(operation.id, operation.lease)
     }
 

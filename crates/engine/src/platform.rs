@@ -34,6 +34,10 @@ pub enum Platform {
     /// `Documentation/virt/kvm/api.rst`, `KVM_CREATE_VM`). The VMM decides; a guest access is
     /// private or shared and has to agree with what is granted.
     SwProtected,
+    /// AMD SEV-SNP. The guest asks by a page state change, and the VMM does it; a guest access is
+    /// private or shared (the C-bit) and has to agree with what is granted and with the RMP. See
+    /// `docs/snp.md`.
+    Snp,
 }
 
 impl Platform {
@@ -41,16 +45,52 @@ impl Platform {
     pub const fn tells_accesses_apart(self) -> bool {
         match self {
             Self::Plain => false,
-            Self::SwProtected => true,
+            Self::SwProtected | Self::Snp => true,
+        }
+    }
+
+    /// Whether hardware keeps a table of who owns each frame (the RMP), which a conversion changes.
+    pub const fn has_rmp(self) -> bool {
+        match self {
+            Self::Plain | Self::SwProtected => false,
+            Self::Snp => true,
+        }
+    }
+
+    /// Whether the host can write the contents of private pages. An SNP guest's are encrypted by a
+    /// key that the host has not; the firmware's `SNP_LAUNCH_UPDATE` takes pages before the guest
+    /// starts only (SEV-SNP firmware ABI, 56860), and is not modelled.
+    pub const fn host_fills_private(self) -> bool {
+        match self {
+            Self::Plain | Self::SwProtected => true,
+            Self::Snp => false,
         }
     }
 
     /// Whether a conversion to `to` can do to the contents what is asked. Memory in place is the
     /// same memory afterwards; with two pools the other side's page is a fresh one of zeros.
-    pub const fn offers(self, contents: Contents, _to: Visibility, in_place: bool) -> bool {
+    ///
+    /// Of an SNP guest nothing is preserved: what was private is ciphertext to the host, what was
+    /// shared is garbage to the guest. Zeros can be had where the host has the last word, that is
+    /// to shared; a page that becomes private has what its guest writes after validating it.
+    pub const fn offers(self, contents: Contents, to: Visibility, in_place: bool) -> bool {
         match (self, contents) {
             (Self::Plain | Self::SwProtected, Contents::Preserve) => in_place,
-            (Self::Plain | Self::SwProtected, Contents::Zero | Contents::Unspecified) => true,
+            (Self::Snp, Contents::Preserve) => false,
+            (Self::Plain | Self::SwProtected, Contents::Zero) => true,
+            (Self::Snp, Contents::Zero) => matches!(to, Visibility::Shared),
+            (_, Contents::Unspecified) => true,
+        }
+    }
+
+    /// The treatment on offer that keeps most: all, or else zeros, or else nothing that is said.
+    pub const fn keeps_most(self, to: Visibility, in_place: bool) -> Contents {
+        if self.offers(Contents::Preserve, to, in_place) {
+            Contents::Preserve
+        } else if self.offers(Contents::Zero, to, in_place) {
+            Contents::Zero
+        } else {
+            Contents::Unspecified
         }
     }
 }
@@ -60,6 +100,7 @@ impl fmt::Display for Platform {
         f.pad(match self {
             Self::Plain => "plain",
             Self::SwProtected => "sw-protected",
+            Self::Snp => "snp",
         })
     }
 }

@@ -12,7 +12,7 @@ use polder_units::PageRange;
 use crate::operation::Program;
 use crate::{
     Activity, Answer, Blocked, Engine, Operation, PageFacts, Population, RangeSet, Refusal,
-    Response, Stage, Step, View,
+    Response, Stage, Step, View, Visibility,
 };
 
 /// The pages are claimed, and their bytes are being written through the trusted view.
@@ -32,7 +32,9 @@ impl Engine {
     ///
     /// # Errors
     /// Refused beyond the object, for a page in quarantine, and for one that is whole
-    /// (`EEXIST`); busy where an operation holds a page.
+    /// (`EEXIST`), and for one that is private where the host can't write such
+    /// ([`Platform::host_fills_private`](crate::Platform::host_fills_private)); busy where an
+    /// operation holds a page.
     pub fn populate(&mut self, range: PageRange) -> Result<Operation<Writing>, Blocked> {
         self.check_bounds(range)?;
         self.check_quarantine(range)?;
@@ -43,6 +45,13 @@ impl Engine {
         }
         if let Some(page) = self.failed.first_in(range) {
             return Err(Refusal::SourceFailed { page }.into());
+        }
+        let platform = self.config.platform;
+        let private = |facts: PageFacts| facts.visibility == Visibility::Private;
+        if !platform.host_fills_private()
+            && let Some(page) = self.first_page(range, private)
+        {
+            return Err(Refusal::GuestFills { page, platform }.into());
         }
         let program = Program::default().stage([Step::Publish(range)].into_iter());
         Ok(self.begin(Activity::Population, vec![range], vec![range], program))

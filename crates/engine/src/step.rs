@@ -18,8 +18,19 @@ pub enum Step {
     /// Find whether anybody still refers to the pages in a way that the engine can't know of. A
     /// host that can't see such references has nothing to do.
     CheckReferences(PageRange),
-    /// Make hardware or kernel treat the pages as private or shared.
+    /// Make hardware or kernel treat the pages as private or shared, where there is no RMP.
     Protect(PageRange, Visibility),
+    /// Give the pages, which lie in one 2M page, to their guest in the RMP: as one large entry if
+    /// [`can_install_large_rmp_entry`](crate::can_install_large_rmp_entry), else as 4K entries.
+    /// Pages without memory, or that no VM sees, are left for the answer that maps them first.
+    Assign(PageRange),
+    /// Take the pages, which lie in one 2M page, back from their guest in the RMP, at the level
+    /// that their entries have.
+    Unassign(PageRange),
+    /// Make 4K entries of a large RMP entry of this 2M page, if there is one.
+    Smash(PageRange),
+    /// Make one large RMP entry of the 4K entries of this 2M page, if they agree; else they stay.
+    Merge(PageRange),
     /// Make the contents zeros and free the memory, under every view; lifts all markers.
     Free(PageRange),
     /// Prepare freshly written pages for their first use.
@@ -36,6 +47,10 @@ impl Step {
             | Self::UnmapGuest(range)
             | Self::CheckReferences(range)
             | Self::Protect(range, _)
+            | Self::Assign(range)
+            | Self::Unassign(range)
+            | Self::Smash(range)
+            | Self::Merge(range)
             | Self::Free(range)
             | Self::Publish(range)
             | Self::Quarantine(range) => range,
@@ -49,6 +64,11 @@ impl Step {
             Self::UnmapHost(_) | Self::UnmapGuest(_) => Undo::Nothing,
             Self::CheckReferences(_) | Self::Quarantine(_) => Undo::Nothing,
             Self::Protect(range, to) => Undo::Step(Self::Protect(range, to.other())),
+            Self::Assign(range) => Undo::Step(Self::Unassign(range)),
+            Self::Unassign(range) => Undo::Step(Self::Assign(range)),
+            Self::Merge(range) => Undo::Step(Self::Smash(range)),
+            // 4K entries say the same as the large one did.
+            Self::Smash(_) => Undo::Nothing,
             // Nobody may see what a failed population left behind.
             Self::Publish(range) => Undo::Step(Self::Free(range)),
             Self::Free(_) => Undo::Impossible,
@@ -72,6 +92,10 @@ impl fmt::Display for Step {
             Self::UnmapGuest(_) => write!(f, "unmap pages {range} from the guest"),
             Self::CheckReferences(_) => write!(f, "check references to pages {range}"),
             Self::Protect(_, to) => write!(f, "make pages {range} {to}"),
+            Self::Assign(_) => write!(f, "assign pages {range} in the rmp"),
+            Self::Unassign(_) => write!(f, "unassign pages {range} in the rmp"),
+            Self::Smash(_) => write!(f, "smash the large rmp entry of pages {range}"),
+            Self::Merge(_) => write!(f, "merge the rmp entries of pages {range}"),
             Self::Free(_) => write!(f, "free pages {range}"),
             Self::Publish(_) => write!(f, "publish pages {range}"),
             Self::Quarantine(_) => write!(f, "quarantine pages {range}"),

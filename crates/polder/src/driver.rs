@@ -25,7 +25,7 @@ use polder_engine::{
     GuestAnswer, MemoryFault, Operation, Refusal, Response, Stage, Start, Undoing, Visibility,
     VmId,
 };
-use polder_units::PageRange;
+use polder_units::{Gfn, PageRange};
 
 use crate::host::Host;
 use crate::host::views::Views;
@@ -235,6 +235,16 @@ impl Driver {
         Ok(())
     }
 
+    /// Merges the RMP entries of private 2M pages.
+    pub(crate) fn merge(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
+        let merge = self.claim(on_busy, |engine| engine.merge(range))?;
+        self.drain(&merge);
+        let merged = self.perform(merge)?;
+        self.engine().finish_merge(merged);
+        self.released();
+        Ok(())
+    }
+
     /// Fills pages that are owed with `bytes`, and zeros after them.
     pub(crate) fn populate(&self, range: PageRange, bytes: &[u8]) -> Result<(), Error> {
         let writing = self.claim(OnBusy::Wait, |engine| engine.populate(range))?;
@@ -291,9 +301,42 @@ impl Driver {
                     let range = answer.range();
                     let mut given =
                         Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
-                    let mapped = self.host.map_guest(vm, access.gfn, level, range);
+                    let mapped = self.host.map_guest(vm, access, level, range);
                     given.done(mapped.is_ok());
                     return mapped.map(|()| None);
+                }
+                GuestAnswer::Wait if stop() => return Ok(None),
+                GuestAnswer::Wait => self.wait(&mut engine),
+                GuestAnswer::Undo(operation) => {
+                    drop(engine);
+                    self.undo(operation);
+                    engine = self.engine();
+                }
+            }
+        }
+    }
+
+    /// Answers an access or PVALIDATE that the RMP refused for its size, as
+    /// `sev_handle_rmp_fault()` (arch/x86/kvm/svm/sev.c) does. What is to be done is looked up: the
+    /// fault says SIZEM for PVALIDATE and RMPADJUST only (AMD APM volume 2, 15.36.10).
+    pub(crate) fn size_fault(
+        &self,
+        vm: VmId,
+        gfn: Gfn,
+        stop: impl Fn() -> bool,
+    ) -> Result<Option<MemoryFault>, Error> {
+        let mut engine = self.engine();
+        loop {
+            match engine.size_fault(vm, gfn) {
+                GuestAnswer::Exit(fault) => return Ok(Some(fault)),
+                GuestAnswer::Now { answer, .. } => {
+                    drop(engine);
+                    let mut given =
+                        Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
+                    let smashed = self.host.smash(vm, gfn)?;
+                    given.done(true);
+                    self.counters.smashed(smashed);
+                    return Ok(None);
                 }
                 GuestAnswer::Wait if stop() => return Ok(None),
                 GuestAnswer::Wait => self.wait(&mut engine),

@@ -73,8 +73,22 @@ impl Host for Troubled {
         self.host.unbind(vm, slot);
     }
 
-    fn map_guest(&self, vm: VmId, gfn: Gfn, level: Level, range: PageRange) -> Result<(), Error> {
-        self.host.map_guest(vm, gfn, level, range)
+    fn map_guest(
+        &self,
+        vm: VmId,
+        access: GuestAccess,
+        level: Level,
+        range: PageRange,
+    ) -> Result<(), Error> {
+        self.host.map_guest(vm, access, level, range)
+    }
+
+    fn smash(&self, vm: VmId, gfn: Gfn) -> Result<crate::host::Smashed, Error> {
+        self.host.smash(vm, gfn)
+    }
+
+    fn machine(&self) -> Option<&MachineHost> {
+        self.host.machine()
     }
 
     fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {
@@ -170,7 +184,7 @@ impl Set {
                 (Box::new(host), Some(guest_view))
             }
             HostKind::GuestMemfd => unreachable!("not one of `HOSTS`"),
-            HostKind::Machine => (Box::new(MachineHost::new(pages).unwrap()), None),
+            HostKind::Machine => (Box::new(MachineHost::new(pages, Platform::Plain).unwrap()), None),
         };
         let plan = Arc::new(Mutex::new((usize::MAX, 0)));
         let answers = Arc::new(AtomicUsize::new(0));

@@ -25,6 +25,15 @@ pub enum Error {
     /// The simulated machine refused what the host asked of it.
     #[error("the simulated machine refused")]
     Machine(#[source] polder_machine::Error),
+    /// An RMP instruction of the simulated machine failed, and went on failing.
+    #[error("the rmp entry of page {page} could not be changed")]
+    Rmp {
+        /// The page.
+        page: polder_units::PageIndex,
+        /// What the instruction said last.
+        #[source]
+        fail: polder_machine::RmpFail,
+    },
     /// A VM of another kind than the host can serve.
     #[error("a VM of this kind can't be attached to memory on host {host}")]
     WrongVm {
@@ -56,8 +65,9 @@ pub enum Error {
         /// What to do instead.
         way_out: &'static str,
     },
-    /// The memory belongs to one VM, and this is another.
-    #[error("a guest_memfd belongs to one VM: VM {} has it, and so VM {} can't", .owner.0, .vm.0)]
+    /// The memory belongs to one VM, and this is another: so it is where kernel or hardware keeps
+    /// private pages (guest_memfd, the RMP).
+    #[error("this memory belongs to one VM: VM {} has it, and so VM {} can't", .owner.0, .vm.0)]
     OneVm {
         /// The VM that it belongs to.
         owner: polder_engine::VmId,
@@ -103,7 +113,8 @@ impl Error {
             Self::TooManyBytes { .. } | Self::WrongVm { .. } => Errno::EINVAL,
             Self::NotSimulated | Self::NoSuchVm | Self::OneVm { .. } => Errno::EINVAL,
             Self::Missing { .. } | Self::NotOffered { .. } => Errno::EOPNOTSUPP,
-            Self::Machine(_) => Errno::EIO,
+            Self::Rmp { fail: polder_machine::RmpFail::InUse, .. } => Errno::EAGAIN,
+            Self::Machine(_) | Self::Rmp { .. } => Errno::EIO,
             Self::Host(error) => match error.errno {
                 polder_linux::Errno::NOMEM => Errno::ENOMEM,
                 polder_linux::Errno::INVAL => Errno::EINVAL,

@@ -34,6 +34,8 @@ mod statistics;
 mod vcpu;
 mod watch;
 
+#[cfg(feature = "plant")]
+pub use polder_engine::Bug;
 pub use polder_engine::{
     Binding, Contents, Errno, Holder, MemoryFault, PageFacts, PinId, PinKind, Platform, Population,
     Refusal, Response, Slot, Step, View, Visibility, VmId,
@@ -48,6 +50,6 @@ pub use host::{HostKind, Vm};
 pub use host_view::HostView;
 pub use memory::{Builder, Memory, OnBusy};
 pub use pin::Pin;
-pub use statistics::Statistics;
+pub use statistics::{RmpStatistics, Statistics};
 pub use vcpu::{GuestExit, MachineVcpu};
 pub use watch::{Moment, Reached, UnknownStage, Watch};

@@ -78,13 +78,19 @@ impl Builder {
         if self.pages.is_zero() {
             return Err(Refusal::Range(RangeError::Empty).into());
         }
+        if self.platform == Platform::Snp && self.host != HostKind::Machine {
+            return Err(Error::NotOffered {
+                what: "SEV-SNP is offered on the simulated machine only",
+                way_out: "use --host machine, or another platform",
+            });
+        }
         let host = match self.host {
             HostKind::Memfd => {
                 let owed = self.initial.population == Population::Owed;
                 Box::new(MemfdHost::new(self.pages, owed)?) as Box<dyn Host>
             }
             HostKind::GuestMemfd => Box::new(GuestMemfdHost::new(self.pages, self.initial)?),
-            HostKind::Machine => Box::new(MachineHost::new(self.pages)?),
+            HostKind::Machine => Box::new(MachineHost::new(self.pages, self.platform)?),
         };
         let config = Config {
             pages: self.pages,
@@ -177,6 +183,16 @@ impl Memory {
     /// be one only.
     pub fn watch(&self, watch: Arc<dyn Watch>) -> bool {
         self.driver.watch.set(watch).is_ok()
+    }
+
+    /// Plants a bug, on the simulated machine.
+    ///
+    /// # Panics
+    /// On another host.
+    #[cfg(feature = "plant")]
+    pub fn plant(&self, bug: polder_engine::Bug) {
+        self.driver.engine().plant(bug);
+        self.driver.host.machine().expect("memory on the simulated machine").plant(bug);
     }
 
     /// Shows `pages` to a VM at guest frame `gfn`, by slot `slot`. A slot is immutable: to move
@@ -278,6 +294,16 @@ impl Memory {
     /// As [`Memory::convert`].
     pub fn discard(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
         self.driver.discard(range, on_busy)
+    }
+
+    /// Merges the 4K RMP entries of each 2M page in `range` that is private as a whole, where they
+    /// agree: an SNP guest's memory is mapped at 2M again. [`Statistics::rmp`] says how many were
+    /// merged, and how many left as they are. Nothing is done for another platform.
+    ///
+    /// # Errors
+    /// As [`Memory::convert`].
+    pub fn merge(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
+        self.driver.merge(range, on_busy)
     }
 
     /// Fills pages that are owed with `bytes`, and zeros after them, whatever their visibility.
@@ -445,6 +471,18 @@ impl Memory {
         self.driver.engine().config().in_place
     }
 
+    /// What a conversion to `to` can do at best for what is in the pages: [`Contents::Preserve`]
+    /// where that is on offer, else [`Contents::Zero`], else [`Contents::Unspecified`].
+    pub fn keeps_most(&self, to: Visibility) -> Contents {
+        let config = *self.driver.engine().config();
+        config.platform.keeps_most(to, config.in_place)
+    }
+
+    /// For which kind of VM it is.
+    pub fn platform(&self) -> Platform {
+        self.driver.engine().config().platform
+    }
+
     /// The mapping for device models.
     pub fn host_view(&self) -> HostView<'_> {
         HostView { views: self.driver.host.views(), pages: self.pages() }
@@ -452,7 +490,7 @@ impl Memory {
 
     /// What has happened so far.
     pub fn statistics(&self) -> Statistics {
-        self.driver.counters.read()
+        self.driver.counters.read(self.driver.host.rmp_counts())
     }
 }
 

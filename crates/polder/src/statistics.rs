@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use polder_engine::{Response, View, Visibility};
 use polder_units::PageCount;
 
+use crate::host::Smashed;
+
 /// What has happened to a memory so far.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Statistics {
@@ -22,6 +24,25 @@ pub struct Statistics {
     pub host_faults: u64,
     /// Touches and copies by the host that were denied.
     pub denied: u64,
+    /// What happened to the RMP; all zero but for an SNP guest's memory.
+    pub rmp: RmpStatistics,
+}
+
+/// What happened to the RMP of an SNP guest's memory.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct RmpStatistics {
+    /// 2M pages that were assigned by one large entry.
+    pub large: u64,
+    /// Large entries that were smashed because a guest's access or PVALIDATE met them at 4K.
+    pub smashed: u64,
+    /// Such faults that found the entry smashed already.
+    pub spurious: u64,
+    /// Such faults during which somebody else smashed the entry.
+    pub raced: u64,
+    /// 2M pages whose 4K entries were merged to a large one.
+    pub merged: u64,
+    /// 2M pages of which a merge left the 4K entries, because they do not agree.
+    pub left_small: u64,
 }
 
 /// [`Statistics`] in the making.
@@ -34,6 +55,9 @@ pub(crate) struct Counters {
     guest_faults: AtomicU64,
     host_faults: AtomicU64,
     denied: AtomicU64,
+    smashed: AtomicU64,
+    spurious: AtomicU64,
+    raced: AtomicU64,
 }
 
 fn add(counter: &AtomicU64, count: u64) {
@@ -64,6 +88,15 @@ impl Counters {
         add(&self.denied, 1);
     }
 
+    pub(crate) fn smashed(&self, smashed: Smashed) {
+        match smashed {
+            Smashed::Done => add(&self.smashed, 1),
+            Smashed::Spurious => add(&self.spurious, 1),
+            Smashed::Raced => add(&self.raced, 1),
+            Smashed::Busy => {}
+        }
+    }
+
     /// A touch of a view, and what was done about it.
     pub(crate) fn answered(&self, view: View, done: Option<Response>) {
         match (view, done) {
@@ -74,7 +107,8 @@ impl Counters {
         }
     }
 
-    pub(crate) fn read(&self) -> Statistics {
+    /// The counts, with those that the host keeps: [`Host::rmp_counts`](crate::host::Host).
+    pub(crate) fn read(&self, [large, merged, left_small]: [u64; 3]) -> Statistics {
         let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Statistics {
             to_private: of(&self.to_private),
@@ -84,6 +118,14 @@ impl Counters {
             guest_faults: of(&self.guest_faults),
             host_faults: of(&self.host_faults),
             denied: of(&self.denied),
+            rmp: RmpStatistics {
+                large,
+                smashed: of(&self.smashed),
+                spurious: of(&self.spurious),
+                raced: of(&self.raced),
+                merged,
+                left_small,
+            },
         }
     }
 }

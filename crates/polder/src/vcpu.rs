@@ -5,11 +5,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use polder_engine::{GuestAccess, MemoryFault, Visibility, VmId};
-use polder_machine::{Exit, Machine, Side, VcpuId};
-use polder_units::Gpa;
+use polder_machine::{
+    Exit, Machine, Refused, RmpCheck, RmpFail, RmpSize, Side, VcpuId,
+};
+use polder_units::{Gfn, GfnRange, Gpa, Level};
 
 use crate::Error;
 use crate::driver::Driver;
+
+/// How often an access is made again that the RMP refuses: what is answered rightly passes after
+/// two or three, and what never passes is no reason to hang.
+const REFUSALS: u32 = 1000;
 
 /// Why a guest's access was not made. No byte of it was.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -17,10 +23,14 @@ pub enum GuestExit {
     /// It is for the VMM to handle.
     #[error("the guest's access is refused: {0}")]
     MemoryFault(MemoryFault),
+    /// The guest's own affair (`#VC`, `PAGE_NOT_VALIDATED`): it has not accepted the page, which
+    /// is assigned to it, by [`MachineVcpu::pvalidate`].
+    #[error("the guest has not validated its page at gfn {0}")]
+    NotValidated(Gfn),
     /// It waited for something, and was kicked.
     #[error("the vCPU was kicked")]
     Kicked,
-    /// The machine could not map the page.
+    /// The machine could not map the page, or hardware went on refusing the access.
     #[error(transparent)]
     Failed(Error),
 }
@@ -52,7 +62,9 @@ impl MachineVcpu {
     /// # Errors
     /// [`GuestExit`]; the buffer is unchanged.
     pub fn read(&self, gpa: Gpa, side: Visibility, into: &mut [u8]) -> Result<(), GuestExit> {
-        self.access(side, |machine, id, side| Ok(machine.vcpu(id)?.read(gpa, side, into)?))
+        self.access((gfns(gpa, into.len()), side), |machine, id, side| {
+            Ok(machine.vcpu(id)?.read(gpa, side, into)?)
+        })
     }
 
     /// Writes guest memory, as private or as shared.
@@ -60,12 +72,35 @@ impl MachineVcpu {
     /// # Errors
     /// [`GuestExit`]; nothing was written.
     pub fn write(&self, gpa: Gpa, side: Visibility, from: &[u8]) -> Result<(), GuestExit> {
-        self.access(side, |machine, id, side| Ok(machine.vcpu(id)?.write(gpa, side, from)?))
+        self.access((gfns(gpa, from.len()), side), |machine, id, side| {
+            Ok(machine.vcpu(id)?.write(gpa, side, from)?)
+        })
+    }
+
+    /// PVALIDATE of the page of `level` at `gfn`: the guest accepts it, or no longer. Whether that
+    /// changed anything; or what the instruction said, [`RmpFail::SizeMismatch`] of 2M that are of
+    /// 4K pages among it.
+    ///
+    /// # Errors
+    /// [`GuestExit`]; nothing was changed.
+    pub fn pvalidate(
+        &self,
+        gfn: Gfn,
+        level: Level,
+        validate: bool,
+    ) -> Result<Result<bool, RmpFail>, GuestExit> {
+        let Some(size) = RmpSize::of(level) else { return Ok(Err(RmpFail::Input)) };
+        let mut result = Err(RmpFail::Undefined);
+        self.access((GfnRange::one(gfn), Visibility::Private), |machine, id, _| {
+            result = machine.vcpu(id)?.pvalidate(gfn, size, validate)?;
+            Ok(())
+        })?;
+        Ok(result)
     }
 
     fn access(
         &self,
-        visibility: Visibility,
+        (gfns, visibility): (GfnRange, Visibility),
         mut access: impl FnMut(&mut Machine, VcpuId, Side) -> Result<(), Stop>,
     ) -> Result<(), GuestExit> {
         let host = self.driver.host.machine().expect("made on the simulated machine");
@@ -73,24 +108,82 @@ impl MachineVcpu {
             Visibility::Private => Side::Private,
             Visibility::Shared => Side::Shared,
         };
+        let mut refusals = 0;
         loop {
             let exit = access(&mut host.lock(), self.id, side);
-            let fault = match exit {
+            let answered = match exit {
                 Ok(()) => return Ok(()),
-                Err(Stop::Exit(Exit::Fault(fault))) => fault,
+                Err(Stop::Exit(Exit::Fault(fault))) => self.answer(fault.gfn, visibility),
+                Err(Stop::Exit(Exit::Refused(refused))) => {
+                    refusals += 1;
+                    if refusals > REFUSALS {
+                        let refused = polder_machine::Error::Refused(refused);
+                        return Err(GuestExit::Failed(Error::Machine(refused)));
+                    }
+                    self.refused(gfns, visibility, refused)
+                }
                 Err(Stop::Exit(other)) => unreachable!("an access does not end in: {other}"),
                 Err(Stop::Machine(error)) => return Err(GuestExit::Failed(Error::Machine(error))),
             };
-            let access = GuestAccess { gfn: fault.gfn, visibility };
-            let kicked = || self.kicked.load(Ordering::Acquire);
-            match self.driver.guest_fault(self.vm, access, kicked) {
-                Ok(None) if kicked() => return Err(GuestExit::Kicked),
-                Ok(None) => {}
-                Ok(Some(fault)) => return Err(GuestExit::MemoryFault(fault)),
-                Err(error) => return Err(GuestExit::Failed(error)),
-            }
+            answered?;
         }
     }
+
+    /// Has a stage-2 fault answered.
+    fn answer(&self, gfn: Gfn, visibility: Visibility) -> Result<(), GuestExit> {
+        let kicked = || self.kicked.load(Ordering::Acquire);
+        let access = GuestAccess { gfn, visibility };
+        self.go_on(self.driver.guest_fault(self.vm, access, kicked))
+    }
+
+    /// Has an access answered that the RMP refused (AMD APM volume 2, table 15-39).
+    fn refused(
+        &self,
+        gfns: GfnRange,
+        visibility: Visibility,
+        refused: Refused,
+    ) -> Result<(), GuestExit> {
+        let gfn = self.gfn_of(gfns, refused);
+        let kicked = || self.kicked.load(Ordering::Acquire);
+        match refused.check {
+            RmpCheck::Validated => Err(GuestExit::NotValidated(gfn)),
+            RmpCheck::PageSize | RmpCheck::InstructionSize => {
+                self.go_on(self.driver.size_fault(self.vm, gfn, kicked))
+            }
+            // Another processor is at work on the entry: soon it is not.
+            RmpCheck::InUse if kicked() => Err(GuestExit::Kicked),
+            RmpCheck::InUse => {
+                std::thread::yield_now();
+                Ok(())
+            }
+            // Of the other kind than granted, or not assigned as it is bound now.
+            _ => self.answer(gfn, visibility),
+        }
+    }
+
+    /// The guest frame of an access that was refused: a processor tells it in the exit's info.
+    fn gfn_of(&self, gfns: GfnRange, refused: Refused) -> Gfn {
+        let host = self.driver.host.machine().expect("made on the simulated machine");
+        let Some(vm) = host.vm(self.vm) else { return gfns.start() };
+        let machine = host.lock();
+        let shows = |gfn: &Gfn| matches!(machine.spte(vm, *gfn), Ok(Some(spte)) if spte.pfn == refused.pfn);
+        gfns.frames().find(shows).unwrap_or(gfns.start())
+    }
+
+    fn go_on(&self, answered: Result<Option<MemoryFault>, Error>) -> Result<(), GuestExit> {
+        match answered {
+            Ok(None) if self.kicked.load(Ordering::Acquire) => Err(GuestExit::Kicked),
+            Ok(None) => Ok(()),
+            Ok(Some(fault)) => Err(GuestExit::MemoryFault(fault)),
+            Err(error) => Err(GuestExit::Failed(error)),
+        }
+    }
+}
+
+/// The guest frames of an access.
+fn gfns(gpa: Gpa, len: usize) -> GfnRange {
+    let last = gpa.checked_add(len.saturating_sub(1) as u64).unwrap_or(gpa);
+    GfnRange::between(gpa.gfn().get(), last.gfn().get() + 1).unwrap_or(GfnRange::one(gpa.gfn()))
 }
 
 /// What an access of the machine's stops with.

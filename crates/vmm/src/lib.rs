@@ -4,8 +4,10 @@
 //! - [`guest`]: an image of it that a KVM vCPU runs, and the requests a guest makes.
 //! - [`run`](run()): a VM with that guest, on memory of [`polder`]; what came of it is a [`Report`].
 //! - [`doctor`]: what this machine offers to all that.
+//! - [`Accesses`]: how a guest on the simulated machine reaches its memory.
 //! - [`Vm`]: a VM whose guest does what it is told, on memory that somebody else made.
 
+mod accesses;
 mod device;
 pub mod doctor;
 mod error;
@@ -21,6 +23,7 @@ mod threads;
 mod vcpu;
 mod vm;
 
+pub use accesses::Accesses;
 pub use error::RunError;
 pub use intruder::Way;
 pub use kvm::{Conversion, check_kvm};

@@ -7,9 +7,10 @@ use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use polder::units::{Gpa, PAGE_BYTES, PAGE_SIZE};
-use polder::{GuestExit, MachineVcpu, MemoryFault, Visibility};
+use polder::{GuestExit, MemoryFault, Visibility};
 
 use crate::RunError;
+use crate::accesses::{self, Accesses};
 use crate::guest::{
     DeviceRequest, KVM_HC_MAP_GPA_RANGE, MAP_GPA_RANGE_ENCRYPTED, Program, Request, STATUS_OFFSET,
     number,
@@ -18,9 +19,6 @@ use crate::report::Failure;
 use crate::requests::{Next, Requests};
 use crate::scenario::{HostAccess, Op, Pattern};
 use crate::vcpu::{FAULTS_KEPT, Ran};
-
-/// A plain VM's guest doesn't say as which side it accesses memory; the machine is told this one.
-const SIDE: Visibility = Visibility::Private;
 
 /// What ends a program early.
 enum Stop {
@@ -36,6 +34,7 @@ impl From<GuestExit> for Stop {
             GuestExit::Kicked => Self::Kicked,
             GuestExit::Failed(error) => Self::Error(RunError::Memory(error)),
             GuestExit::MemoryFault(fault) => Self::Fault(fault),
+            GuestExit::NotValidated(_) => unreachable!("the guest accepts what it is given"),
         }
     }
 }
@@ -43,7 +42,7 @@ impl From<GuestExit> for Stop {
 /// A vCPU and its program.
 pub(crate) struct Interpreter<'a> {
     index: u32,
-    vcpu: MachineVcpu,
+    memory: Accesses<'a>,
     program: Program,
     ops: &'a [Op],
     requests: &'a Requests<'a>,
@@ -55,14 +54,14 @@ pub(crate) struct Interpreter<'a> {
 
 impl<'a> Interpreter<'a> {
     pub(crate) fn new(
-        (index, vcpu): (u32, MachineVcpu),
+        (index, memory): (u32, Accesses<'a>),
         (program, ops): (Program, &'a [Op]),
         requests: &'a Requests<'a>,
         handled: &'a AtomicU64,
         stop: &'a AtomicBool,
     ) -> Self {
         let faults = RefCell::default();
-        Self { index, vcpu, program, ops, requests, handled, stop, faults }
+        Self { index, memory, program, ops, requests, handled, stop, faults }
     }
 
     /// Runs the program to its end, until it fails, or until `stop` is set (and it is kicked).
@@ -98,8 +97,14 @@ impl<'a> Interpreter<'a> {
             Op::Check { gpa, len, pattern } => self.check(index, gpa, len, pattern).map(|()| 1),
             Op::Convert { gpa, pages, to, expect } => {
                 let private = if to == Visibility::Private { MAP_GPA_RANGE_ENCRYPTED } else { 0 };
+                // What it gives away it no longer accepts (AMD APM volume 2, 15.36.6).
+                let frames = accesses::frames(gpa, pages).filter(|_| private == 0);
+                let rescinded = frames.map(|frames| self.memory.rescind(frames)).transpose()?;
                 let answer =
                     self.request(KVM_HC_MAP_GPA_RANGE, [gpa.get(), pages, private, 0, 0])?;
+                if let (Some(rescinded), true) = (rescinded, answer != 0) {
+                    self.memory.keep(&rescinded)?;
+                }
                 self.compare(index, gpa, i64::from(expect.code()).cast_unsigned(), answer)
             }
             Op::Device { request, id, source, len, destination, expect } => {
@@ -186,7 +191,7 @@ impl<'a> Interpreter<'a> {
 
     fn device(&self, request: Gpa, device: &DeviceRequest) -> Result<u64, Stop> {
         let words = device.words().map(u64::to_le_bytes).concat();
-        self.vcpu.write(request, SIDE, &words)?;
+        self.memory.write(request, &words)?;
         match self.request(number::DOORBELL, [request.get(), 0, 0, 0, 0])? {
             0 => self.load(Gpa::new(request.get().saturating_add(STATUS_OFFSET))),
             refused => Ok(refused),
@@ -206,7 +211,7 @@ impl<'a> Interpreter<'a> {
             for (word, bytes) in words(at).zip(bytes[..count].chunks_exact_mut(8)) {
                 bytes.copy_from_slice(&pattern.word(word).to_le_bytes());
             }
-            self.vcpu.write(at, SIDE, &bytes[..count])?;
+            self.memory.write(at, &bytes[..count])?;
         }
         Ok(())
     }
@@ -214,7 +219,7 @@ impl<'a> Interpreter<'a> {
     fn check(&self, op: u64, gpa: Gpa, len: u64, pattern: Pattern) -> Result<(), Stop> {
         let mut bytes = [0; PAGE_BYTES];
         for (at, count) in pages(gpa, len) {
-            self.vcpu.read(at, SIDE, &mut bytes[..count])?;
+            self.memory.read(at, &mut bytes[..count])?;
             for (word, bytes) in words(at).zip(bytes[..count].chunks_exact(8)) {
                 let found = u64::from_le_bytes(bytes.try_into().expect("a chunk of 8 bytes"));
                 self.compare(op, word, pattern.word(word), found)?;
@@ -226,13 +231,13 @@ impl<'a> Interpreter<'a> {
     /// A load; where there is no memory it gives all ones.
     fn load(&self, gpa: Gpa) -> Result<u64, Stop> {
         let mut bytes = [0xff; 8];
-        self.bus(self.vcpu.read(gpa, SIDE, &mut bytes))?;
+        self.bus(self.memory.read(gpa, &mut bytes))?;
         Ok(u64::from_le_bytes(bytes))
     }
 
     /// A store; where there is no memory it is dropped.
     fn store(&self, gpa: Gpa, value: u64) -> Result<(), Stop> {
-        self.bus(self.vcpu.write(gpa, SIDE, &value.to_le_bytes()))
+        self.bus(self.memory.write(gpa, &value.to_le_bytes()))
     }
 
     /// Lets an access that memory did not let through go by, and remembers it.

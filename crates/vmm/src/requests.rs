@@ -1,7 +1,7 @@
 //! What becomes of a guest's requests.
 
 use polder::units::GfnRange;
-use polder::{Contents, Memory, OnBusy, VmId};
+use polder::{Memory, OnBusy, VmId};
 
 use crate::device;
 use crate::guest::{Request, RequestError};
@@ -72,7 +72,7 @@ impl<'a> Requests<'a> {
     }
 
     fn convert(&self, gfns: GfnRange, to: polder::Visibility) -> i64 {
-        let contents = if self.memory.is_in_place() { Contents::Preserve } else { Contents::Zero };
+        let contents = self.memory.keeps_most(to);
         let converted = self.memory.convert_gfns(self.vm, gfns, to, contents, OnBusy::Wait);
         match converted {
             Ok(_) => 0,

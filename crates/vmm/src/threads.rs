@@ -1,6 +1,6 @@
 //! The threads of a run: one for each vCPU, one for the intruder, and the caller as supervisor.
 
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::{Builder, Thread};
 use std::time::Duration;
@@ -11,6 +11,7 @@ use polder::{MachineVcpu, Memory, VmId};
 use polder_linux::Kicker;
 
 use crate::RunError;
+use crate::accesses::Accesses;
 use crate::guest::Program;
 use crate::intruder::Intruder;
 use crate::machine::Interpreter;
@@ -65,6 +66,8 @@ pub(crate) struct Threads<'a> {
     private: Option<GfnRange>,
     exits: AtomicU64,
     stop: AtomicBool,
+    /// For guests on the simulated machine: [`Accesses`].
+    accepting: RwLock<()>,
 }
 
 impl<'a> Threads<'a> {
@@ -81,6 +84,7 @@ impl<'a> Threads<'a> {
             private,
             exits: AtomicU64::new(0),
             stop: AtomicBool::new(false),
+            accepting: RwLock::default(),
         })
     }
 
@@ -107,8 +111,9 @@ impl<'a> Threads<'a> {
     ) -> Result<(End, Vec<Ran>), RunError> {
         let kickers: Vec<Arc<AtomicBool>> = vcpus.iter().map(MachineVcpu::kicker).collect();
         let jobs = (0..).zip(vcpus).zip(programs).map(|((index, vcpu), ops)| {
+            let accesses = Accesses::new(vcpu, self.requests.memory(), &self.accepting);
             let interpreter = Interpreter::new(
-                (index, vcpu),
+                (index, accesses),
                 (program, ops),
                 &self.requests,
                 &self.exits,

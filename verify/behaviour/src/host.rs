@@ -1,16 +1,34 @@
 //! What a host gives to the cases.
 
 use polder::units::{Gpa, PageIndex, PageRange};
-use polder::{HostKind, Memory, MemoryFault, Visibility, VmId};
+use polder::{HostKind, Memory, MemoryFault, Platform, Visibility, VmId};
 use polder_vmm::Ended;
 use polder_vmm::scenario::Op;
 
-use crate::Skipped;
+use crate::{Section, Skipped};
 
 /// A column of the table.
 pub trait Host: Sync {
     /// Which host; memory of it is made by `Memory::builder(..).host(..)`.
     fn kind(&self) -> HostKind;
+
+    /// For which kind of VM memory is, where a case doesn't say.
+    fn platform(&self) -> Platform {
+        Platform::Plain
+    }
+
+    /// The column's name.
+    fn name(&self) -> String {
+        match self.platform() {
+            Platform::Plain => self.kind().to_string(),
+            platform => format!("{} {platform}", self.kind()),
+        }
+    }
+
+    /// Why a whole section does not apply to it.
+    fn lacks(&self, section: Section) -> Option<&'static str> {
+        (section == Section::Rmp).then_some("only memory of an SNP guest has an RMP")
+    }
 
     /// The cases that do not apply to it, by name, each with the reason.
     fn not_applicable(&self) -> &'static [(&'static str, &'static str)];
@@ -117,6 +135,21 @@ pub trait Inside {
     /// Has GUP-fast read the host view's entry of a page, then `between` happen, then GUP-fast go
     /// on to its end. Whether it has pinned the page; the pin is released.
     fn gup_fast_across(&self, memory: &Memory, page: PageIndex, between: &mut dyn FnMut()) -> bool;
+
+    /// What the RMP has of a page with memory: whether it is assigned, and by a large entry.
+    fn rmp(&self, memory: &Memory, page: PageIndex) -> (bool, bool);
+
+    /// Gives memory to the 2M page at `page`, by one folio.
+    fn huge_folio(&self, memory: &Memory, page: PageIndex);
+
+    /// Gives memory to the first 1G, by one folio.
+    fn gigabyte_folio(&self, memory: &Memory);
+
+    /// Splits the folio of a page to the next level.
+    fn split(&self, memory: &Memory, page: PageIndex);
+
+    /// Calls `run` while another processor has the RMP entry of a page in use.
+    fn while_in_use(&self, memory: &Memory, page: PageIndex, run: &mut dyn FnMut());
 
     /// Whether all references, mappings and pins add up.
     ///

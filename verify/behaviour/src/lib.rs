@@ -31,7 +31,7 @@ use polder_require::Facility;
 
 pub use cases::cases;
 pub use host::{Guest, Host, Inside, Trouble};
-pub use hosts::{hosts, planted};
+pub use hosts::{hosts, planted, planted_in_engine};
 pub use table::{Cell, cell, render};
 pub use verdict::{Verdict, run};
 pub use world::{Bound, World};
@@ -49,6 +49,8 @@ pub enum Section {
     Discard,
     /// Private to shared and back.
     Conversion,
+    /// SEV-SNP's reverse map table.
+    Rmp,
     /// Guest accesses that end in the VMM.
     Exits,
     /// Contents that are owed, and arrive.
@@ -57,12 +59,13 @@ pub enum Section {
 
 impl Section {
     /// Every section, in the table's order.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Create,
         Self::Bind,
         Self::HostView,
         Self::Discard,
         Self::Conversion,
+        Self::Rmp,
         Self::Exits,
         Self::Population,
     ];
@@ -76,6 +79,7 @@ impl fmt::Display for Section {
             Self::HostView => "host view",
             Self::Discard => "discard",
             Self::Conversion => "conversion",
+            Self::Rmp => "rmp",
             Self::Exits => "exits",
             Self::Population => "population",
         })

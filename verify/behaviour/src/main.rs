@@ -50,7 +50,7 @@ fn main() -> ExitCode {
                 rows.push(row(*host, case, word, why));
             } else {
                 let why = why.map(|why| format!(" ({why})")).unwrap_or_default();
-                println!("{word:8} {}: {}: {}{why}", host.kind(), case.section, case.name);
+                println!("{word:8} {}: {}: {}{why}", host.name(), case.section, case.name);
             }
         }
     }
@@ -84,7 +84,7 @@ fn came(host: &'static dyn Host, case: &'static Case) -> (&'static str, Option<S
 
 fn row(host: &dyn Host, case: &Case, word: &str, why: Option<String>) -> Value {
     json!({
-        "host": host.kind().to_string(),
+        "host": host.name(),
         "section": case.section.to_string(),
         "case": case.name,
         "result": word.to_lowercase(),

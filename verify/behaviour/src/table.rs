@@ -16,7 +16,8 @@ pub enum Cell {
 /// The cell of a case and a host.
 pub fn cell(host: &dyn Host, case: &Case) -> Cell {
     let reason = host.not_applicable().iter().find(|(name, _)| *name == case.name);
-    reason.map_or(Cell::Runs, |(_, reason)| Cell::NotApplicable(reason))
+    let reason = reason.map(|(_, reason)| *reason).or_else(|| host.lacks(case.section));
+    reason.map_or(Cell::Runs, Cell::NotApplicable)
 }
 
 const INTRODUCTION: &str = "\
@@ -32,7 +33,7 @@ a test fails if it is not what the code declares.
 pub fn render() -> String {
     let mut reasons: Vec<&'static str> = Vec::new();
     let mut text = INTRODUCTION.to_owned();
-    let columns: Vec<String> = hosts().iter().map(|host| host.kind().to_string()).collect();
+    let columns: Vec<String> = hosts().iter().map(|host| host.name()).collect();
     for section in Section::ALL {
         let rule = "|---".repeat(columns.len() + 1);
         let _ = write!(text, "\n## {section}\n\n| case | {} |\n{rule}|\n", columns.join(" | "));

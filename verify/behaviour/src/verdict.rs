@@ -25,7 +25,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// Runs a case on a host, in a thread of its own: one that hangs is left behind.
 pub fn run(host: &'static dyn Host, case: &'static Case) -> Verdict {
     let (done, came) = mpsc::channel();
-    let thread = std::thread::Builder::new().name(format!("{}: {}", host.kind(), case.name));
+    let thread = std::thread::Builder::new().name(format!("{}: {}", host.name(), case.name));
     let started = thread.spawn(move || {
         let ran = catch_unwind(AssertUnwindSafe(|| (case.run)(&World::new(host))));
         // Nobody listens any more where it took too long.

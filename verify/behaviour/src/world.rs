@@ -31,6 +31,10 @@ impl<'a> World<'a> {
     /// # Errors
     /// [`Skipped`] where this machine lacks what the host needs.
     pub fn try_build(&self, builder: Builder) -> Result<Result<Memory, Error>, Skipped> {
+        self.build_on(builder.platform(self.0.platform()))
+    }
+
+    fn build_on(&self, builder: Builder) -> Result<Result<Memory, Error>, Skipped> {
         let built = builder.host(self.0.kind()).build();
         if let Ok(memory) = &built {
             self.0.prepare(memory);
@@ -49,12 +53,25 @@ impl<'a> World<'a> {
         self.build(Memory::builder(count(pages)))
     }
 
-    /// The same for a platform that is not the plain one.
+    /// The same for a platform that the case is about.
     ///
     /// # Errors
     /// [`Skipped`].
     pub fn memory_for(&self, platform: Platform, pages: u64) -> Result<Memory, Skipped> {
-        self.build(Memory::builder(count(pages)).platform(platform))
+        let built = self.build_on(Memory::builder(count(pages)).platform(platform))?;
+        Ok(built.expect("memory of a sensible size"))
+    }
+
+    /// The same for a platform that tells private accesses of a guest from shared ones: the
+    /// column's, or else the software-protected one.
+    ///
+    /// # Errors
+    /// [`Skipped`].
+    pub fn memory_apart(&self, pages: u64) -> Result<Memory, Skipped> {
+        match self.0.platform() {
+            Platform::Plain => self.memory_for(Platform::SwProtected, pages),
+            platform => self.memory_for(platform, pages),
+        }
     }
 
     /// Memory whose contents are owed.
@@ -151,7 +168,7 @@ impl Bound {
     /// can't keep it has zeros there, which are filled again.
     pub fn converted(&self, gfns: GfnRange, to: Visibility, seed: u64) -> Vec<Op> {
         let mut ops = vec![convert(gfns, to)];
-        if !self.memory.is_in_place() {
+        if !keeps(&self.memory) {
             ops.extend([zero(gfns), fill(gfns, seed)]);
         }
         ops
@@ -159,7 +176,7 @@ impl Bound {
 
     /// The same after a conversion that the VMM asked for.
     pub fn refill(&self, range: PageRange, seed: u64) {
-        if !self.memory.is_in_place() {
+        if !keeps(&self.memory) {
             self.passes([zero(gfns(range)), fill(gfns(range), seed)]);
         }
     }
@@ -220,12 +237,13 @@ pub(crate) fn facts(memory: &Memory, range: PageRange) -> Vec<(PageRange, PageFa
 
 /// Converts, contents kept where the host can; waits for others.
 pub(crate) fn to(memory: &Memory, range: PageRange, to: Visibility) -> Result<u64, Error> {
-    memory.convert(range, to, kept(memory), OnBusy::Wait).map(PageCount::get)
+    memory.convert(range, to, memory.keeps_most(to), OnBusy::Wait).map(PageCount::get)
 }
 
-/// How a conversion treats contents that are to be kept where the host can.
-pub(crate) fn kept(memory: &Memory) -> Contents {
-    if memory.is_in_place() { Contents::Preserve } else { Contents::Zero }
+/// Whether conversions can keep what is in the pages, both ways.
+pub(crate) fn keeps(memory: &Memory) -> bool {
+    let kept = |to| memory.keeps_most(to) == Contents::Preserve;
+    kept(Visibility::Private) && kept(Visibility::Shared)
 }
 
 /// Makes all of an object shared.

@@ -19,9 +19,9 @@ fn every_case_has_a_sentence_of_its_own_and_every_reason_a_case() {
     assert_eq!(known.len(), names.len());
     for host in hosts() {
         let reasons: Vec<&str> = host.not_applicable().iter().map(|(name, _)| *name).collect();
-        assert!(reasons.iter().all(|name| known.contains(name)), "{}: {reasons:?}", host.kind());
+        assert!(reasons.iter().all(|name| known.contains(name)), "{}: {reasons:?}", host.name());
         let once: BTreeSet<&str> = reasons.iter().copied().collect();
-        assert_eq!(once.len(), reasons.len(), "{}: a case twice", host.kind());
+        assert_eq!(once.len(), reasons.len(), "{}: a case twice", host.name());
     }
 }
 
@@ -36,10 +36,10 @@ fn section(section: Section) {
             match run(*host, case) {
                 Verdict::Ok => {}
                 Verdict::Failed(why) => {
-                    failed.push(format!("{}: {}: {why}", host.kind(), case.name));
+                    failed.push(format!("{}: {}: {why}", host.name(), case.name));
                 }
                 Verdict::Skipped(skipped) => {
-                    let why = format!("{}: {}: {}", host.kind(), case.name, skipped.why);
+                    let why = format!("{}: {}: {}", host.name(), case.name, skipped.why);
                     require(skipped.facility, Err::<(), _>(why));
                 }
             }
@@ -71,6 +71,11 @@ fn discard() {
 #[test]
 fn conversion() {
     section(Section::Conversion);
+}
+
+#[test]
+fn rmp() {
+    section(Section::Rmp);
 }
 
 #[test]

@@ -14,6 +14,8 @@
 //! Unlike on a memfd, every reference to a page can be counted here: a conversion to private finds
 //! pins that the engine has not given, and names their holder.
 
+mod rmp;
+
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::BorrowedFd;
@@ -21,7 +23,9 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
-use polder_engine::{Holder, Refusal, Response, Slot, Step, View, VmId};
+use polder_engine::{
+    GuestAccess, Holder, Platform, Refusal, Response, Slot, Step, View, Visibility, VmId,
+};
 use polder_linux::Errno;
 use polder_machine::{
     Config, Hva, LockOwner, Machine, ObjectId, ProcessId, Sigbus, Thread, View as Vma, VpnRange,
@@ -30,8 +34,9 @@ use polder_units::{
     Gfn, GfnRange, Level, PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange, Pfn, PfnRange,
 };
 
+use self::rmp::Rmp;
 use super::views::Views;
-use super::{Host, Vm, failed};
+use super::{Host, Smashed, Vm, failed};
 use crate::Error;
 
 /// How long a touch that waits goes without being made again.
@@ -55,6 +60,8 @@ pub(crate) struct MachineHost {
     process: ProcessId,
     pages: PageCount,
     vms: Mutex<BTreeMap<VmId, Attached>>,
+    /// Of an SNP guest's memory.
+    rmp: Option<Rmp>,
     events: Mutex<Events>,
     /// A touch was queued, or the fault threads are nudged.
     queued: Condvar,
@@ -89,14 +96,18 @@ fn refused(error: polder_machine::Error) -> Error {
 
 impl MachineHost {
     /// A machine with an object of `pages` pages, and room for what its driver needs.
-    pub(crate) fn new(pages: PageCount) -> Result<Self, Error> {
+    pub(crate) fn new(pages: PageCount, platform: Platform) -> Result<Self, Error> {
         // Two frames a page: a page that is discarded while somebody pins it goes on taking one.
         let frames = pages.checked_add(pages).unwrap_or(pages);
-        Self::on(Config::x86_64(frames), pages)
+        Self::on(Config::x86_64(frames), pages, platform)
     }
 
-    fn on(config: Config, pages: PageCount) -> Result<Self, Error> {
+    fn on(config: Config, pages: PageCount, platform: Platform) -> Result<Self, Error> {
         let mut machine = Machine::new(config).map_err(refused)?;
+        let rmp = platform.has_rmp().then(Rmp::default);
+        if rmp.is_some() {
+            machine.enable_snp();
+        }
         let object = machine.create_object(pages).map_err(refused)?;
         let process = machine.create_process().map_err(refused)?;
         for _ in 1..CPUS {
@@ -112,6 +123,7 @@ impl MachineHost {
             process,
             pages,
             vms: Mutex::default(),
+            rmp,
             events: Mutex::default(),
             queued: Condvar::new(),
             answered: Condvar::new(),
@@ -216,7 +228,20 @@ impl MachineHost {
         self.unmap_guest(range)?;
         self.unmap_host(range)?;
         let mut machine = self.lock();
-        machine.punch(self.object, range, None).map(|_| ()).map_err(refused)
+        let geometry = machine.geometry();
+        let folios = machine.folios(self.object, range).map_err(refused)?;
+        let folios: Vec<_> = folios
+            .map(|(page, backing)| PageRange::enclosing(page, backing.level, geometry))
+            .collect();
+        // A part of a folio can't be freed: it is made zeros.
+        for part in folios.into_iter().filter_map(|folio| folio.intersection(range)) {
+            match machine.punch(self.object, part, None) {
+                Err(polder_machine::Error::Part { .. }) => machine.zero(self.object, part),
+                punched => punched.map(|_| ()),
+            }
+            .map_err(refused)?;
+        }
+        Ok(())
     }
 
     /// Makes a touch by the host view until it is made or denied.
@@ -316,7 +341,11 @@ impl Host for MachineHost {
                 self.unmap_host(range)?;
                 self.poison(range)
             }
-            // No hardware here tells private from shared.
+            Step::Assign(range) => self.assign(range),
+            Step::Unassign(range) => self.unassign(range),
+            Step::Smash(range) => self.smash_all(range),
+            Step::Merge(range) => self.merge(range),
+            // No hardware but the RMP tells private from shared.
             Step::Protect(..) | Step::Publish(_) => Ok(()),
         }
     }
@@ -329,7 +358,14 @@ impl Host for MachineHost {
         let Vm::Machine = vm else {
             return Err(Error::WrongVm { host: super::HostKind::Machine });
         };
-        let vm = self.lock().create_vm().map_err(refused)?;
+        let vm = match &self.rmp {
+            None => self.lock().create_vm(),
+            Some(_) => {
+                let asid = rmp::asid(id)?;
+                self.lock().create_snp_vm(asid)
+            }
+        };
+        let vm = vm.map_err(refused)?;
         self.vms.lock().insert(id, Attached { vm, slots: BTreeMap::new() });
         Ok(())
     }
@@ -337,6 +373,7 @@ impl Host for MachineHost {
     fn bind(&self, id: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
         let mut vms = self.vms.lock();
         let attached = vms.get_mut(&id).expect("a VM that was attached");
+        self.own(id, attached.vm)?;
         self.lock().bind(attached.vm, gfn, self.object, pages).map_err(refused)?;
         let gfns = GfnRange::new(gfn, pages.count()).expect("the engine has checked");
         attached.slots.insert(slot, gfns);
@@ -353,7 +390,14 @@ impl Host for MachineHost {
         assert!(gone.is_ok() && zapped.is_ok(), "the slot was there: {gone:?}, {zapped:?}");
     }
 
-    fn map_guest(&self, id: VmId, gfn: Gfn, level: Level, range: PageRange) -> Result<(), Error> {
+    fn map_guest(
+        &self,
+        id: VmId,
+        access: GuestAccess,
+        level: Level,
+        range: PageRange,
+    ) -> Result<(), Error> {
+        let GuestAccess { gfn, visibility } = access;
         let vm = self.vm(id).expect("a VM that was attached");
         // Where the slot has gone or moved since the answer was given, the answer is not for what
         // the frame shows now: the guest faults again. The claim holds the pages, not the slot.
@@ -365,15 +409,31 @@ impl Host for MachineHost {
         // No more memory is taken than the touch needs: the folio decides how much is mapped.
         self.allocate(&mut machine, PageRange::one(page))?;
         drop(machine);
+        if self.rmp.is_some() && visibility == Visibility::Private {
+            self.assign_for(page, range)?;
+        }
         let Ok(resolved) = self.lock().tdp_resolve(vm, gfn) else { return Ok(()) };
         if is_ours(Ok(resolved.bound())).is_none() {
             return Ok(());
         }
-        match self.lock().tdp_map(&resolved, level.min(resolved.largest()), true) {
+        let mut machine = self.lock();
+        let level = level.min(resolved.largest());
+        // Never above what the RMP has (INV-5). A shared page has no entry to say a size.
+        let entry = machine.rmp_entry(resolved.pfn()).filter(|entry| entry.assigned);
+        let level = entry.map_or(level, |entry| level.min(entry.size.level()));
+        match machine.tdp_map(&resolved, level, true) {
             // Zapped since it was resolved: the guest faults again.
             Ok(_) | Err(polder_machine::Error::Stale { .. }) => Ok(()),
             Err(error) => Err(refused(error)),
         }
+    }
+
+    fn smash(&self, id: VmId, gfn: Gfn) -> Result<Smashed, Error> {
+        self.smash_at(self.vm(id).expect("a VM that was attached"), gfn)
+    }
+
+    fn rmp_counts(&self) -> [u64; 3] {
+        self.rmp.as_ref().map_or([0; 3], Rmp::counts)
     }
 
     fn settle(&self, _: &[PageRange]) -> Result<(), Error> {

@@ -10,7 +10,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use polder_engine::{Slot, Step, VmId};
+use polder_engine::{GuestAccess, Slot, Step, VmId};
 use polder_linux::Errno;
 use polder_units::{Gfn, Level, PageCount, PageRange};
 
@@ -101,10 +101,27 @@ pub(crate) trait Host: Send + Sync {
     /// Takes a slot away, and the guest's mappings with it.
     fn unbind(&self, vm: VmId, slot: Slot);
 
-    /// Maps the page of `level` around `gfn` for the guest, whose pages of the object are `range`.
-    /// KVM maps by itself.
-    fn map_guest(&self, _: VmId, _: Gfn, _: Level, _range: PageRange) -> Result<(), Error> {
+    /// Maps the page of `level` around the frame accessed for the guest, whose pages of the object
+    /// are `range` and of the kind accessed. KVM maps by itself.
+    fn map_guest(
+        &self,
+        _: VmId,
+        _: GuestAccess,
+        _: Level,
+        _range: PageRange,
+    ) -> Result<(), Error> {
         Ok(())
+    }
+
+    /// Smashes the large RMP entry behind `gfn`, and takes its 2M page out of stage 2. KVM does so
+    /// by itself.
+    fn smash(&self, _: VmId, _: Gfn) -> Result<Smashed, Error> {
+        Ok(Smashed::Spurious)
+    }
+
+    /// What became of RMP entries: (installed large, merged, left at 4K by a merge).
+    fn rmp_counts(&self) -> [u64; 3] {
+        [0; 3]
     }
 
     /// Stops watching the guest's touches: nothing is owed any more but `failed`, for good.
@@ -128,6 +145,19 @@ pub(crate) trait Host: Send + Sync {
 fn total(runs: &[PageRange]) -> PageCount {
     let total = runs.iter().fold(0u64, |sum, run| sum.saturating_add(run.count().get()));
     PageCount::new(total).unwrap_or(PageCount::ZERO)
+}
+
+/// What came of a guest's fault that named no size that fits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Smashed {
+    /// The entry was large, and was smashed.
+    Done,
+    /// It was 4K already: somebody had smashed it by the time of the look.
+    Spurious,
+    /// It was large, and somebody else smashed it between the look and the PSMASH.
+    Raced,
+    /// Somebody else is at work on it: the guest may try again.
+    Busy,
 }
 
 fn failed(call: &'static str, errno: Errno) -> Error {

@@ -4,31 +4,37 @@ use polder::{Contents, Error, OnBusy, Platform, Refusal, Visibility};
 
 use crate::Section::Conversion;
 use crate::world::{
-    PASSED, World, all, byte, bytes, check, facts, fill, gfns, kept, page, pages, put, share_all,
+    PASSED, World, all, byte, bytes, check, facts, fill, gfns, page, pages, put, share_all,
     to, zero,
 };
 use crate::{Case, Ran};
 
+pub(crate) const PRESERVED: &str = "contents preserved, of a plain VM";
+pub(crate) const PRESERVED_PROTECTED: &str = "contents preserved, of a software-protected VM";
+pub(crate) const ZEROED: &str = "contents zeroed, of a plain VM";
+pub(crate) const ZEROED_PROTECTED: &str = "contents zeroed, of a software-protected VM";
+pub(crate) const UNSPECIFIED: &str = "contents unspecified, of a plain VM";
+pub(crate) const UNSPECIFIED_PROTECTED: &str = "contents unspecified, of a software-protected VM";
 pub(crate) const LOST: &str = "contents that can't be kept: refused, and nothing has changed";
 
 const PLAIN: Platform = Platform::Plain;
 const PROTECTED: Platform = Platform::SwProtected;
 
 pub(super) const CASES: &[Case] = &[
-    Case::new(Conversion, "contents preserved, of a plain VM", |w| {
+    Case::new(Conversion, PRESERVED, |w| {
         contents(w, PLAIN, Contents::Preserve)
     }),
-    Case::new(Conversion, "contents preserved, of a software-protected VM", |w| {
+    Case::new(Conversion, PRESERVED_PROTECTED, |w| {
         contents(w, PROTECTED, Contents::Preserve)
     }),
-    Case::new(Conversion, "contents zeroed, of a plain VM", |w| contents(w, PLAIN, Contents::Zero)),
-    Case::new(Conversion, "contents zeroed, of a software-protected VM", |w| {
+    Case::new(Conversion, ZEROED, |w| contents(w, PLAIN, Contents::Zero)),
+    Case::new(Conversion, ZEROED_PROTECTED, |w| {
         contents(w, PROTECTED, Contents::Zero)
     }),
-    Case::new(Conversion, "contents unspecified, of a plain VM", |w| {
+    Case::new(Conversion, UNSPECIFIED, |w| {
         contents(w, PLAIN, Contents::Unspecified)
     }),
-    Case::new(Conversion, "contents unspecified, of a software-protected VM", |w| {
+    Case::new(Conversion, UNSPECIFIED_PROTECTED, |w| {
         contents(w, PROTECTED, Contents::Unspecified)
     }),
     Case::new(Conversion, "contents zeroed are zeros for the guest, too", zeros_for_the_guest),
@@ -43,7 +49,9 @@ fn contents(w: &World<'_>, platform: Platform, contents: Contents) -> Ran {
     };
     share_all(&memory);
     // The treatment is asked for on the way there, and on the way back.
-    for (there, back) in [(contents, kept(&memory)), (kept(&memory), contents)] {
+    let [to_private, to_shared] =
+        [Visibility::Private, Visibility::Shared].map(|to| memory.keeps_most(to));
+    for (there, back) in [(contents, to_shared), (to_private, contents)] {
         (0..8).for_each(|page| put(&memory, page, 5));
         convert(pages(2, 6), Visibility::Private, there);
         assert_eq!(bytes(&memory, pages(2, 6)), [None; 4]);

@@ -90,7 +90,7 @@ fn mixed(w: &World<'_>) -> Ran {
     let memory = &bound.memory;
     let touched: Vec<_> = [1, 2, 5, 9, 10, 11].map(page).to_vec();
     bound.passes(touched.iter().map(|&page| fill(gfns(page), 1)));
-    let expected = |at: u64| memory.is_in_place() && touched.contains(&page(at));
+    let expected = |at: u64| crate::world::keeps(memory) && touched.contains(&page(at));
     assert_eq!(to(memory, all(memory), SHARED), Ok(16));
     for at in 0..16 {
         let is = touch(memory, at).expect("a shared page");
@@ -179,7 +179,7 @@ fn unpinned(w: &World<'_>) -> Ran {
     let again = memory.pin(page(4), PinKind::Short, holder()).expect("pins add up");
     // By guest frames as by pages: the caller is to try again.
     let everything = gfns(all(memory));
-    let kept = crate::world::kept(memory);
+    let kept = memory.keeps_most(PRIVATE);
     let refused = memory.convert_gfns(bound.vm, everything, PRIVATE, kept, OnBusy::Wait);
     assert_eq!(refused.map_err(|error| error.errno() as i32), Err(11), "EAGAIN");
     for at in 0..8 {
@@ -239,7 +239,7 @@ fn two_slots(w: &World<'_>) -> Ran {
     assert_eq!(shared(memory), [0, 1, 10, 11]);
     let pin = memory.pin(page(1), PinKind::Short, Holder::new("virtio-blk")).expect("shared");
     let request = |visibility| {
-        let contents = crate::world::kept(memory);
+        let contents = memory.keeps_most(visibility);
         memory.convert_gfns(vm, gfns(pages(2, 6)), visibility, contents, OnBusy::Wait)
     };
     let named = matches!(request(PRIVATE), Err(Error::Refused(Refusal::Pinned { page, .. }))

@@ -1,7 +1,7 @@
 //! Guest accesses that end in the VMM.
 
 use polder::units::GfnRange;
-use polder::{Contents, Error, MemoryFault, OnBusy, Platform, Refusal, Slot, Visibility};
+use polder::{Contents, Error, MemoryFault, OnBusy, Refusal, Slot, Visibility};
 use polder_vmm::scenario::{Op, Visibility as Side};
 use polder_vmm::{End, Failure};
 
@@ -14,6 +14,8 @@ use crate::{Case, Ran, Trouble};
 pub(crate) const MISMATCH: &str = "a guest's access of the other kind than granted comes as that";
 pub(crate) const FAILED: &str = "memory that fails reaches the VMM as a typed exit, page named";
 
+pub(crate) const PLAIN_VM: &str = "a plain VM's accesses are of no kind, and never differ";
+
 pub(crate) const QUARANTINE_EXIT: &str =
     "a page in quarantine reaches the VMM as a typed exit, page named";
 
@@ -25,7 +27,7 @@ pub(super) const CASES: &[Case] = &[
         "the fault for an access of the other kind says what was wanted",
         api_mismatch,
     ),
-    Case::new(Exits, "a plain VM's accesses are of no kind, and never differ", plain),
+    Case::new(Exits, PLAIN_VM, plain),
     Case::new(Exits, MISMATCH, mismatch),
     Case::new(Exits, QUARANTINE_EXIT, quarantine),
     Case::new(Exits, FAILED, failed),
@@ -65,7 +67,7 @@ fn gone(w: &World<'_>) -> Ran {
 }
 
 fn api_mismatch(w: &World<'_>) -> Ran {
-    let bound = w.bound(w.memory_for(Platform::SwProtected, 4)?)?;
+    let bound = w.bound(w.memory_apart(4)?)?;
     let memory = &bound.memory;
     let ask = |at: u64, wanted| memory.guest_fault(bound.vm, gfn(BASE + at).gpa(), wanted);
     to(memory, page(1), Visibility::Shared).expect("no pins");
@@ -94,7 +96,7 @@ fn plain(w: &World<'_>) -> Ran {
 }
 
 fn mismatch(w: &World<'_>) -> Ran {
-    let bound = w.bound(w.memory_for(Platform::SwProtected, 4)?)?;
+    let bound = w.bound(w.memory_apart(4)?)?;
     let memory = (&bound.memory, bound.vm);
     to(memory.0, page(1), Visibility::Shared).expect("no pins");
     for (at, granted) in [(0, Visibility::Private), (1, Visibility::Shared)] {

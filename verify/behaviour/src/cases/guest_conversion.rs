@@ -1,7 +1,7 @@
 //! Conversions that a guest asks for: the rows of the kernel's `private_mem_conversions_test`.
 
 use polder::units::{Gpa, PAGE_SIZE};
-use polder::{MemoryFault, Platform, Visibility};
+use polder::{MemoryFault, Visibility};
 use polder_vmm::scenario::{HostAccess, Op, Outcome};
 
 use crate::Section::Conversion;
@@ -109,7 +109,7 @@ fn pattern(w: &World<'_>, offset: u64, length: u64) -> Ran {
 
 fn implicit(w: &World<'_>) -> Ran {
     for (offset, length) in [(0, 1), (0, HUGE), (1, 1), (1, HUGE), (HUGE, 1)] {
-        let bound = w.bound(w.memory_for(Platform::SwProtected, 2 * HUGE)?)?;
+        let bound = w.bound(w.memory_apart(2 * HUGE)?)?;
         let part = pages(offset, offset + length);
         for visibility in [SHARED, PRIVATE] {
             for page in [part.start().get(), part.end() - 1] {

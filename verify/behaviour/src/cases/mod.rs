@@ -9,15 +9,19 @@ mod exits;
 mod guest_conversion;
 mod host_view;
 mod population;
+mod rmp;
 mod together;
 
 use crate::{Case, Section};
 
 // Names that hosts refer to.
 pub(crate) use bind::{DROPPED, MOVED, SLOTS};
-pub(crate) use contents::LOST;
+pub(crate) use contents::{
+    LOST, PRESERVED, PRESERVED_PROTECTED, UNSPECIFIED, UNSPECIFIED_PROTECTED, ZEROED,
+    ZEROED_PROTECTED,
+};
 pub(crate) use conversion::{AUDIT, GUP, QUARANTINE, REFERENCED, STEP_FAILS};
-pub(crate) use exits::{FAILED, MISMATCH, QUARANTINE_EXIT};
+pub(crate) use exits::{FAILED, MISMATCH, PLAIN_VM, QUARANTINE_EXIT};
 pub(crate) use guest_conversion::IMPLICIT;
 pub(crate) use host_view::{CHILD, OTHER, STRAY};
 pub(crate) use population::{CONTINUE_FAILS, PLAIN_FAULTS};
@@ -25,7 +29,7 @@ pub(crate) use together::DENIED_WHILE_FAILING;
 
 /// Every row, in the table's order within a section.
 pub fn cases() -> impl Iterator<Item = &'static Case> {
-    let files: [&[Case]; 10] = [
+    let files: [&[Case]; 11] = [
         create::CASES,
         bind::CASES,
         host_view::CASES,
@@ -34,6 +38,7 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
         conversion::CASES,
         contents::CASES,
         together::CASES,
+        rmp::CASES,
         exits::CASES,
         population::CASES,
     ];

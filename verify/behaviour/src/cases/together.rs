@@ -8,7 +8,7 @@ use polder_vmm::scenario::{HostAccess, Op};
 
 use crate::Section::Conversion;
 use crate::world::{
-    BASE, Bound, PASSED, Stop, World, all, byte, check, facts, fill, gfn, kept, meanwhile, page,
+    BASE, Bound, PASSED, Stop, World, all, byte, check, facts, fill, gfn, meanwhile, page,
     pages, probe, put, share_all, to, zero,
 };
 use crate::{Case, Ran, Skipped};
@@ -79,7 +79,7 @@ fn busy(w: &World<'_>) -> Ran {
     loop {
         let mut next = SHARED;
         let met = beside_a_conversion(&memory, || {
-            match memory.convert(page(7), next, kept(&memory), OnBusy::Refuse) {
+            match memory.convert(page(7), next, memory.keeps_most(next), OnBusy::Refuse) {
                 Ok(_) => {
                     next = next.other();
                     false
@@ -143,7 +143,7 @@ fn race(w: &World<'_>) -> Ran {
         assert!((160..256).all(|at| visibility(at) == PRIVATE));
         share_all(&memory);
     }
-    let left = if memory.is_in_place() { 8 } else { 0 };
+    let left = if crate::world::keeps(&memory) { 8 } else { 0 };
     assert!((0..256).all(|at| byte(&memory, at) == Some(left)));
     PASSED
 }
@@ -166,7 +166,7 @@ fn toucher(memory: &Memory, target: &AtomicU64, denied: &AtomicU64, stop: &Atomi
         let page = target.load(Ordering::Relaxed) + step;
         let mut read = [0; 8];
         match memory.host_view().touch_read(page * PAGE_SIZE + 64, &mut read) {
-            Ok(()) if read == [0; 8] && !memory.is_in_place() => {}
+            Ok(()) if read == [0; 8] && !crate::world::keeps(memory) => {}
             Ok(()) => assert_eq!(read, word(page), "page {page}"),
             Err(_) => drop(denied.fetch_add(1, Ordering::Relaxed)),
         }
@@ -217,7 +217,7 @@ fn under_touches(w: &World<'_>, rounds: u64, convert: impl Fn(&Memory, u64, Visi
         }
     });
     share_all(&memory);
-    for page in (0..PAGES).filter(|_| memory.is_in_place()) {
+    for page in (0..PAGES).filter(|_| crate::world::keeps(&memory)) {
         assert!(crate::world::touch(&memory, page) == Ok(word(page).repeat(512)), "page {page}");
     }
     PASSED

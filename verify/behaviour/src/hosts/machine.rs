@@ -1,21 +1,36 @@
 //! Host `machine`: the simulated one, with its kernel and hardware within reach.
 
 use std::collections::BTreeSet;
+use std::sync::RwLock;
 
 use polder::machine::{
-    GupFast, GupStep, HostExit, HostPte, Hva, PinId, PinKind, Plant, Thread, Vpn, VpnRange,
+    GupFast, GupStep, HostExit, HostPte, Hva, LockOwner, PinId, PinKind, Plant, RmpSize, Thread,
+    Vpn, VpnRange,
 };
-use polder::units::{Gpa, PAGE_SIZE, PageIndex, PageRange};
-use polder::{GuestExit, HostKind, Memory, MemoryFault, Visibility, VmId};
+use polder::units::{Gpa, Level, PAGE_SIZE, PageIndex, PageRange};
+use polder::{Bug, GuestExit, HostKind, Memory, MemoryFault, Platform, Visibility, VmId};
 use polder_vmm::scenario::Op;
-use polder_vmm::{Ended, Supervision, Vm};
+use polder_vmm::{Accesses, Ended, Supervision, Vm};
 
 use super::LOOKS;
 use crate::host::{Guest, Host, Inside, Trouble};
-use crate::{Skipped, cases};
+use crate::{Section, Skipped, cases};
 
-/// The simulated machine, with a bug planted or without.
-pub(super) struct Machine(pub(super) Option<Plant>);
+/// The simulated machine, for a kind of VM, with a bug planted or without.
+pub(super) struct Machine {
+    pub(super) platform: Platform,
+    pub(super) plant: Option<Plant>,
+    pub(super) bug: Option<Bug>,
+}
+
+impl Machine {
+    pub(super) const fn new(platform: Platform) -> Self {
+        Self { platform, plant: None, bug: None }
+    }
+}
+
+/// Another processor, or the kernel on it.
+const OTHER: LockOwner = LockOwner(7);
 
 /// Where the object's page 0 is in the host view: the 1 GiB page after the first.
 const HOST_VIEW: u64 = 1 << 18;
@@ -24,41 +39,95 @@ fn vpn(page: PageIndex) -> Vpn {
     Vpn::new(HOST_VIEW + page.get()).expect("a page of a small object")
 }
 
+const NEVER_FAILS: &str = "the simulated kernel unmaps and frees without fail; the driver's own \
+    tests (`polder/src/driver_tests.rs`) have every step fail on it";
+const EITHER: &str = "without hardware that tells them apart (SNP), stage 2 lets either kind of \
+    access through once a page is mapped";
+const OTHER_MAPS: &str = "another process's own mapping is the kernel's to fill: the machine lets it \
+    map what it likes, and hardware (SNP) refuses writes only";
+const IN_PLACE: &str = "memory is converted in place: every treatment of contents is on offer";
+const ANOTHER: &str = "this row is about another platform";
+
+/// A row and why it is not applicable.
+type Reason = (&'static str, &'static str);
+
+/// What holds on the machine for every kind of VM.
+const EVERY: [Reason; 10] = [
+    (cases::STEP_FAILS, NEVER_FAILS),
+    (cases::QUARANTINE, NEVER_FAILS),
+    (cases::QUARANTINE_EXIT, NEVER_FAILS),
+    (cases::DENIED_WHILE_FAILING, NEVER_FAILS),
+    (cases::CONTINUE_FAILS, NEVER_FAILS),
+    (cases::FAILED, "the machine does not model memory that fails"),
+    (cases::OTHER, OTHER_MAPS),
+    (
+        cases::DROPPED,
+        "each memory is on a machine of its own: a VM has no other memory to run on",
+    ),
+    (
+        cases::PLAIN_FAULTS,
+        "on the machine Polder is the hypervisor: every stage-2 fault comes to it",
+    ),
+    (cases::SLOTS, "the machine has as many slots as there are numbers for them"),
+];
+
+/// The reasons that hold for every kind of VM, and more.
+const fn reasons<const MORE: usize, const ALL: usize>(more: [Reason; MORE]) -> [Reason; ALL] {
+    let mut all = [("", ""); ALL];
+    let mut at = 0;
+    while at < ALL {
+        all[at] = if at < EVERY.len() { EVERY[at] } else { more[at - EVERY.len()] };
+        at += 1;
+    }
+    all
+}
+
+const PLAIN: &[Reason] = &reasons::<3, 13>([
+    (cases::LOST, IN_PLACE),
+    (cases::IMPLICIT, EITHER),
+    (cases::MISMATCH, EITHER),
+]);
+
+const PROTECTED: &[Reason] = &reasons::<7, 17>([
+    (cases::LOST, IN_PLACE),
+    (cases::IMPLICIT, EITHER),
+    (cases::MISMATCH, EITHER),
+    (cases::PRESERVED, ANOTHER),
+    (cases::ZEROED, ANOTHER),
+    (cases::UNSPECIFIED, ANOTHER),
+    (cases::PLAIN_VM, ANOTHER),
+]);
+
+const SNP: &[Reason] = &reasons::<7, 17>([
+    (cases::PLAIN_VM, ANOTHER),
+    (cases::PRESERVED, ANOTHER),
+    (cases::ZEROED, ANOTHER),
+    (cases::UNSPECIFIED, ANOTHER),
+    (cases::PRESERVED_PROTECTED, ANOTHER),
+    (cases::ZEROED_PROTECTED, ANOTHER),
+    (cases::UNSPECIFIED_PROTECTED, ANOTHER),
+]);
+
 impl Host for Machine {
     fn kind(&self) -> HostKind {
         HostKind::Machine
     }
 
+    fn platform(&self) -> Platform {
+        self.platform
+    }
+
+    fn lacks(&self, section: Section) -> Option<&'static str> {
+        let snp = self.platform == Platform::Snp;
+        (section == Section::Rmp && !snp).then_some("only memory of an SNP guest has an RMP")
+    }
+
     fn not_applicable(&self) -> &'static [(&'static str, &'static str)] {
-        const NEVER_FAILS: &str = "the simulated kernel unmaps and frees without fail; the \
-            driver's own tests (`polder/src/driver_tests.rs`) have every step fail on it";
-        const EITHER: &str = "without hardware that tells them apart (SNP), stage 2 lets either \
-            kind of access through once a page is mapped";
-        &[
-            (cases::LOST, "memory is converted in place: every treatment of contents is on offer"),
-            (cases::STEP_FAILS, NEVER_FAILS),
-            (cases::QUARANTINE, NEVER_FAILS),
-            (cases::QUARANTINE_EXIT, NEVER_FAILS),
-            (cases::DENIED_WHILE_FAILING, NEVER_FAILS),
-            (cases::CONTINUE_FAILS, NEVER_FAILS),
-            (cases::FAILED, "the machine does not model memory that fails"),
-            (
-                cases::OTHER,
-                "another process's own mapping is the kernel's to fill: what keeps it off private \
-                 pages is hardware (SNP, pKVM), which this machine does not have yet",
-            ),
-            (cases::IMPLICIT, EITHER),
-            (cases::MISMATCH, EITHER),
-            (
-                cases::DROPPED,
-                "each memory is on a machine of its own: a VM has no other memory to run on",
-            ),
-            (
-                cases::PLAIN_FAULTS,
-                "on the machine Polder is the hypervisor: every stage-2 fault comes to it",
-            ),
-            (cases::SLOTS, "the machine has as many slots as there are numbers for them"),
-        ]
+        match self.platform {
+            Platform::Plain => PLAIN,
+            Platform::SwProtected => PROTECTED,
+            Platform::Snp => SNP,
+        }
     }
 
     fn missing(&self, _: &polder::Error) -> Option<Skipped> {
@@ -66,9 +135,12 @@ impl Host for Machine {
     }
 
     fn prepare(&self, memory: &Memory) {
-        if let Some(plant) = self.0 {
+        if let Some(plant) = self.plant {
             let planted = memory.simulated(|machine, _, _| machine.plant(plant, true));
             planted.expect("memory of this host");
+        }
+        if let Some(bug) = self.bug {
+            memory.plant(bug);
         }
     }
 
@@ -135,15 +207,17 @@ impl Guest for MachineGuest {
         value: Option<u64>,
     ) -> Result<u64, MemoryFault> {
         let vcpu = memory.machine_vcpu(vm).expect("memory of this host");
+        let accepting = RwLock::default();
+        let guest = Accesses::new(vcpu, (memory, vm), &accepting);
         let refused = |exit| match exit {
             GuestExit::MemoryFault(fault) => fault,
             other => panic!("{other}"),
         };
         if let Some(value) = value {
-            vcpu.write(gpa, visibility, &value.to_le_bytes()).map_err(refused)?;
+            guest.write_as(gpa, visibility, &value.to_le_bytes()).map_err(refused)?;
         }
         let mut word = [0; 8];
-        vcpu.read(gpa, visibility, &mut word).map_err(refused)?;
+        guest.read_as(gpa, visibility, &mut word).map_err(refused)?;
         Ok(u64::from_le_bytes(word))
     }
 }
@@ -210,6 +284,53 @@ impl Inside for Machine {
                 GupStep::Fallback => return false,
             }
         }
+    }
+
+    fn rmp(&self, memory: &Memory, page: PageIndex) -> (bool, bool) {
+        let entry = memory.simulated(|machine, object, _| {
+            let backing = machine.backing(object, page).expect("the object");
+            machine.rmp_entry(backing.expect("a page with memory").pfn)
+        });
+        let entry = entry.expect("memory of this host").expect("SNP is enabled");
+        (entry.assigned, entry.size == RmpSize::Size2M)
+    }
+
+    fn huge_folio(&self, memory: &Memory, page: PageIndex) {
+        let made =
+            memory.simulated(|machine, object, _| machine.allocate(object, page, Level::Size2M));
+        made.expect("memory of this host").expect("a free block of 2M");
+    }
+
+    fn gigabyte_folio(&self, memory: &Memory) {
+        let first = PageIndex::from(0);
+        let made =
+            memory.simulated(|machine, object, _| machine.allocate(object, first, Level::Size1G));
+        made.expect("memory of this host").expect("a free block of 1G");
+    }
+
+    fn split(&self, memory: &Memory, page: PageIndex) {
+        let split = memory.simulated(|machine, object, _| {
+            let backing = machine.backing(object, page)?.expect("a page with memory");
+            machine.lock_folio(backing.pfn, OTHER)?;
+            machine.split_folio(object, page, OTHER)?;
+            machine.unlock_folio(backing.pfn, OTHER)
+        });
+        split.expect("memory of this host").expect("nobody refers to it");
+    }
+
+    fn while_in_use(&self, memory: &Memory, page: PageIndex, run: &mut dyn FnMut()) {
+        let at = |machine: &polder::machine::Machine, object| {
+            machine.backing(object, page).expect("the object").expect("a page with memory").pfn
+        };
+        let held = memory.simulated(|machine, object, _| {
+            machine.rmp_hold(at(machine, object), RmpSize::Size4K, OTHER)
+        });
+        held.expect("memory of this host").expect("nobody else has it in use");
+        run();
+        let released = memory.simulated(|machine, object, _| {
+            machine.rmp_release(at(machine, object), OTHER)
+        });
+        released.expect("memory of this host").expect("it is held");
     }
 
     fn audit(&self, memory: &Memory) -> Result<(), String> {

@@ -5,6 +5,7 @@ mod machine;
 mod memfd;
 
 use polder::machine::Plant;
+use polder::{Bug, Platform};
 
 use crate::Host;
 
@@ -13,16 +14,21 @@ const LOOKS: u32 = 20 * 30;
 
 /// The columns of the table, in order.
 pub fn hosts() -> &'static [&'static dyn Host] {
-    &[&memfd::Memfd, &guest_memfd::GuestMemfd, &machine::Machine(None)]
+    const PLAIN: &dyn Host = &machine::Machine::new(Platform::Plain);
+    const PROTECTED: &dyn Host = &machine::Machine::new(Platform::SwProtected);
+    const SNP: &dyn Host = &machine::Machine::new(Platform::Snp);
+    &[&memfd::Memfd, &guest_memfd::GuestMemfd, PLAIN, PROTECTED, SNP]
 }
 
-/// The simulated machine with a bug: no column of the table, but what its rows are tried on.
+/// The simulated machine with a bug of its own: no column of the table, but what its rows are
+/// tried on.
 pub fn planted(plant: Plant) -> &'static dyn Host {
-    match plant {
-        Plant::SkipFlush => &machine::Machine(Some(Plant::SkipFlush)),
-        Plant::StaleGup => &machine::Machine(Some(Plant::StaleGup)),
-        Plant::StaleSequence => &machine::Machine(Some(Plant::StaleSequence)),
-        Plant::LostMapcount => &machine::Machine(Some(Plant::LostMapcount)),
-        Plant::LostPin => &machine::Machine(Some(Plant::LostPin)),
-    }
+    let plain = machine::Machine::new(Platform::Plain);
+    Box::leak(Box::new(machine::Machine { plant: Some(plant), ..plain }))
+}
+
+/// An SNP guest's memory whose engine or driver has a bug.
+pub fn planted_in_engine(bug: Bug) -> &'static dyn Host {
+    let snp = machine::Machine::new(Platform::Snp);
+    Box::leak(Box::new(machine::Machine { bug: Some(bug), ..snp }))
 }

@@ -1,0 +1,66 @@
+//! Merge: the 4K RMP entries of 2M pages that are private as a whole become large ones again.
+//!
+//! A conversion merges what it may; but a page that it has just assigned is not validated, and so
+//! does not agree with neighbours that are. Once the guest has validated all, this merges them.
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use polder_units::{Level, PageRange};
+
+use crate::operation::Program;
+use crate::{Activity, Blocked, Engine, Operation, Stage, Step, Visibility};
+
+/// A merge in flight: waiting for answers in flight; then unmapping and merging.
+#[derive(Debug)]
+pub enum Merging {}
+/// All is done; [`Engine::finish_merge`] ends it.
+#[derive(Debug)]
+pub enum Merged {}
+
+impl Stage for Merging {
+    type Next = Merged;
+    const INDEX: usize = 0;
+}
+
+impl Engine {
+    /// Claims a range to merge the 2M pages in it that are private as a whole. Where there is no
+    /// RMP, nothing will be done.
+    ///
+    /// # Errors
+    /// Refused beyond the object and for a page in quarantine; busy where an operation holds a
+    /// page.
+    pub fn merge(&mut self, range: PageRange) -> Result<Operation<Merging>, Blocked> {
+        self.check_bounds(range)?;
+        self.check_quarantine(range)?;
+        self.check_claims(range)?;
+        let steps = self.large_private(range).flat_map(|page| {
+            // Stage 2 has it at 4K, which would be a fault for its size.
+            [Step::UnmapGuest(page), Step::Merge(page)]
+        });
+        let program = Program::default().stage(steps.collect::<Vec<_>>().into_iter());
+        Ok(self.begin(Activity::Merge, vec![range], vec![range], program))
+    }
+
+    /// Ends a merge.
+    pub fn finish_merge(&mut self, merge: Operation<Merged>) {
+        self.finish(&merge);
+    }
+
+    /// The 2M pages in a range that are private as a whole, where there is an RMP.
+    fn large_private(&self, range: PageRange) -> impl Iterator<Item = PageRange> {
+        let geometry = self.config.geometry;
+        let pages = geometry.pages(Level::Size2M).get();
+        let first = range.start().get().next_multiple_of(pages);
+        let end = if self.config.platform.has_rmp() { range.end() } else { 0 };
+        let pages = (first..end).step_by(usize::try_from(pages).unwrap_or(usize::MAX));
+        pages
+            .filter_map(move |start| {
+                PageRange::between(start, start + geometry.pages(Level::Size2M).get())
+            })
+            .filter(move |page| range.contains_range(*page))
+            .filter(|page| {
+                self.pages.runs(*page).all(|(_, facts)| facts.visibility == Visibility::Private)
+            })
+    }
+}

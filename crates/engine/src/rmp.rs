@@ -1,0 +1,171 @@
+//! The hardware stage of SEV-SNP: which RMP entries an operation changes, and in which order.
+//!
+//! ```text
+//! to private   Assign, a 2M page at a time; Merge what has become one 2M page of the guest's
+//! to shared    Smash what is shared in part; Unassign, a 2M page at a time
+//! ```
+//! A step is about one 2M page at most: so much is put in quarantine if it can't be undone. Which
+//! level the entries have is looked up when the step is taken, not when the list is made: a guest's
+//! fault on a neighbour may smash an entry at any time.
+//!
+//! The RMP has one size bit, so a 1G folio is assigned as 512 large entries, and entries of no
+//! other level exist (AMD APM volume 2, table 15-34).
+
+use alloc::vec::Vec;
+
+use polder_units::{Geometry, Gfn, Level, PageIndex, PageRange, Pfn};
+
+use crate::{Engine, GuestAnswer, MemoryFault, Response, Step, View, Visibility, VmId};
+
+/// What [`can_install_large_rmp_entry`] looks at: a 2M page of the object, and what is behind it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct LargeRmpEntry {
+    /// The level of the folio that the page is part of.
+    pub folio: Level,
+    /// Its first page of the object.
+    pub page: PageIndex,
+    /// The frame of that.
+    pub frame: Pfn,
+    /// The guest frame of that.
+    pub gfn: Gfn,
+    /// The pages that the operation is about.
+    pub within: PageRange,
+    /// Whether no entry of its frames is assigned.
+    pub unassigned: bool,
+}
+
+/// Why a 2M page gets 4K entries.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, thiserror::Error)]
+pub enum NotLarge {
+    /// A large entry swallows what else lies in its frames: all of them are to be one folio's.
+    #[error("its folio is smaller")]
+    Folio,
+    /// A folio sits at a multiple of its size, so the page is to start at one.
+    #[error("its first page is not aligned")]
+    Page,
+    /// RMPUPDATE takes no other.
+    #[error("its first frame is not aligned")]
+    Frame,
+    /// No access passes a large entry of an unaligned guest frame.
+    #[error("its first guest frame is not aligned")]
+    Gfn,
+    /// The rest of it is not the operation's to change.
+    #[error("the operation is about a part of it only")]
+    Range,
+    /// RMPUPDATE takes no 4K entry for a part of a large one (`FAIL_OVERLAP`).
+    #[error("a part of it is assigned already")]
+    Assigned,
+}
+
+/// Whether a 2M page can be one large RMP entry: the check that thread 1 asks for, by its name
+/// there, with the clauses that were found since. Page, frame and guest frame that are all aligned
+/// are congruent, too.
+///
+/// # Errors
+/// The first clause that does not hold.
+pub fn can_install_large_rmp_entry(
+    entry: &LargeRmpEntry,
+    geometry: Geometry,
+) -> Result<(), NotLarge> {
+    let pages = geometry.pages(Level::Size2M);
+    let clauses = [
+        (entry.folio >= Level::Size2M, NotLarge::Folio),
+        (entry.page.is_multiple_of(pages), NotLarge::Page),
+        (entry.frame.is_multiple_of(pages), NotLarge::Frame),
+        (entry.gfn.is_multiple_of(pages), NotLarge::Gfn),
+        (entry.within.contains_range(around(entry.page, geometry)), NotLarge::Range),
+        (entry.unassigned, NotLarge::Assigned),
+    ];
+    clauses.into_iter().find(|(holds, _)| !holds).map_or(Ok(()), |(_, clause)| Err(clause))
+}
+
+/// The 2M page around a page.
+fn around(page: PageIndex, geometry: Geometry) -> PageRange {
+    PageRange::enclosing(page, Level::Size2M, geometry)
+}
+
+/// The parts of a range in each 2M page that it touches.
+fn by_large_page(range: PageRange, geometry: Geometry) -> impl Iterator<Item = PageRange> {
+    let mut rest = Some(range);
+    core::iter::from_fn(move || {
+        let left = rest?;
+        let part = left.intersection(around(left.start(), geometry))?;
+        rest = PageRange::between(part.end(), left.end());
+        Some(part)
+    })
+}
+
+impl Engine {
+    /// The steps that make the RMP agree with `parts` becoming `to`, for an operation that claims
+    /// `claims`. None where there is no RMP.
+    pub(crate) fn rmp_steps(
+        &self,
+        parts: &[PageRange],
+        claims: &[PageRange],
+        to: Visibility,
+    ) -> Vec<Step> {
+        if !self.config.platform.has_rmp() {
+            return Vec::new();
+        }
+        let geometry = self.config.geometry;
+        let large = move |part: PageRange| around(part.start(), geometry);
+        let chunks = parts.iter().flat_map(|&part| by_large_page(part, geometry));
+        let mut chunks = chunks.peekable();
+        let mut steps = Vec::new();
+        match to {
+            Visibility::Private => {
+                while let Some(part) = chunks.next() {
+                    steps.push(Step::Assign(part));
+                    let last = chunks.peek().is_none_or(|&next| large(next) != large(part));
+                    if last && part != large(part) && self.becomes_private(large(part), parts, claims)
+                    {
+                        // Stage 2 has it at 4K, which would be a fault for its size.
+                        steps.push(Step::UnmapGuest(large(part)));
+                        steps.push(Step::Merge(large(part)));
+                    }
+                }
+            }
+            Visibility::Shared => {
+                for part in chunks {
+                    if part != large(part) {
+                        steps.push(Step::Smash(large(part)));
+                    }
+                    steps.push(Step::Unassign(part));
+                }
+            }
+        }
+        self.plants.in_steps(&mut steps);
+        steps
+    }
+
+    /// Whether all of a 2M page is private once `parts` are, and is claimed, so that its entries
+    /// can be merged.
+    fn becomes_private(&self, page: PageRange, parts: &[PageRange], claims: &[PageRange]) -> bool {
+        let within = |runs: &[PageRange], run| runs.iter().any(|one| one.contains_range(run));
+        let object = self.config.pages.get();
+        page.end() <= object
+            && within(claims, page)
+            && self.pages.runs(page).all(|(run, facts)| {
+                facts.visibility == Visibility::Private || within(parts, run)
+            })
+    }
+
+    /// Answers a guest's access or PVALIDATE that the RMP refuses for its size (`#NPF` with the RMP
+    /// bit): the large page around it is to be smashed, and taken out of stage 2. Nothing is
+    /// claimed of it by an operation meanwhile, which might be about to do the same.
+    pub fn size_fault(&mut self, vm: VmId, gfn: Gfn) -> GuestAnswer {
+        let geometry = self.config.geometry;
+        let Some((page, _)) = self.bindings.page_of(vm, gfn, geometry) else {
+            return GuestAnswer::Exit(MemoryFault::Unbound(polder_units::GfnRange::one(gfn)));
+        };
+        let all = PageRange::between(0, self.config.pages.get()).expect("an object has pages");
+        let range = around(page, geometry).intersection(all).expect("the page lies in both");
+        match self.check_claims(range) {
+            Ok(()) => {}
+            Err(crate::Blocked::Abandoned(operation)) => return GuestAnswer::Undo(operation),
+            Err(_) => return GuestAnswer::Wait,
+        }
+        let answer = self.answer(View::Guest, range, Response::Map);
+        GuestAnswer::Now { answer, level: Level::Size2M }
+    }
+}

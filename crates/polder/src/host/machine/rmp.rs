@@ -1,0 +1,359 @@
+//! The machine's RMP, for the memory of an SNP guest.
+//!
+//! ```text
+//!                    RMP of its frame
+//! shared page        not assigned
+//! private page       assigned to the VM that sees it at that gfn, from the conversion on or, where
+//!                    it had no memory then, from the answer that maps it first
+//! no memory          not assigned: memory is unassigned before it is freed
+//! ```
+//! Each instruction is a step of its own. What an instruction needs to know is looked up before it,
+//! and again if it fails: another CPU may have been faster. `FAIL_INUSE` and `FAIL_OVERLAP` are
+//! tried again a bounded number of times, for an overlap by a wrong size never goes away.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+#[cfg(feature = "plant")]
+use polder_engine::NotLarge;
+use polder_engine::{LargeRmpEntry, VmId, can_install_large_rmp_entry};
+use polder_linux::Errno;
+use polder_machine::{Asid, Backing, Machine, RmpEntry, RmpFail, RmpSize, RmpUpdate};
+use polder_units::{Geometry, Gfn, GfnRange, Level, PageCount, PageIndex, PageRange, Pfn};
+
+use super::{MachineHost, refused};
+use crate::Error;
+use crate::host::{Smashed, failed};
+
+/// How often an instruction is tried again that met another at work.
+const RMP_RETRIES: u32 = 32;
+
+/// What is kept about the RMP.
+#[derive(Default)]
+pub(super) struct Rmp {
+    /// The VM that the memory's private pages are assigned to: the first that it was bound to.
+    owner: Mutex<Option<Owner>>,
+    large: AtomicU64,
+    merged: AtomicU64,
+    left_small: AtomicU64,
+    #[cfg(feature = "plant")]
+    bug: Mutex<Option<polder_engine::Bug>>,
+}
+
+#[derive(Clone, Copy)]
+struct Owner {
+    id: VmId,
+    vm: polder_machine::VmId,
+    asid: Asid,
+}
+
+impl Rmp {
+    pub(super) fn counts(&self) -> [u64; 3] {
+        [&self.large, &self.merged, &self.left_small].map(|count| count.load(Ordering::Relaxed))
+    }
+}
+
+/// The ASID of a VM.
+pub(super) fn asid(id: VmId) -> Result<Asid, Error> {
+    let number = id.0.checked_add(1).and_then(|number| u16::try_from(number).ok());
+    number.and_then(Asid::new).ok_or_else(|| failed("SNP_LAUNCH_START", Errno::NOSPC))
+}
+
+/// What is to be done after a look at a page.
+enum Next {
+    /// Go on so many pages further.
+    On(u64),
+    /// Look again, for this reason.
+    Again(RmpFail),
+}
+
+impl Next {
+    fn after(result: Result<(), RmpFail>, pages: u64, page: PageIndex) -> Result<Self, Error> {
+        match result {
+            Ok(()) => Ok(Self::On(pages)),
+            Err(fail @ (RmpFail::InUse | RmpFail::Overlap)) => Ok(Self::Again(fail)),
+            Err(fail) => Err(Error::Rmp { page, fail }),
+        }
+    }
+}
+
+/// A page with memory, and its entry.
+struct Found {
+    pfn: Pfn,
+    folio: Level,
+    entry: RmpEntry,
+    geometry: Geometry,
+}
+
+impl Found {
+    fn at(machine: &Machine, host: &MachineHost, page: PageIndex) -> Result<Option<Self>, Error> {
+        let backing = machine.backing(host.object, page).map_err(refused)?;
+        let Some(Backing { pfn, level: folio }) = backing else { return Ok(None) };
+        let entry = machine.rmp_entry(pfn).expect("the rmp covers all frames");
+        Ok(Some(Self { pfn, folio, entry, geometry: machine.geometry() }))
+    }
+
+    fn is_large(&self) -> bool {
+        self.entry.assigned && self.entry.size == RmpSize::Size2M
+    }
+
+    /// The pages of a large entry.
+    fn pages(&self) -> u64 {
+        self.geometry.pages(Level::Size2M).get()
+    }
+
+    /// How far into its 2M frames it is.
+    fn offset(&self) -> u64 {
+        self.pfn.get() % self.pages()
+    }
+
+    /// The first of its 2M frames.
+    fn head(&self) -> Pfn {
+        Pfn::new(self.pfn.get() - self.offset()).expect("below a frame")
+    }
+
+    /// The pages from this one to the end of its entry.
+    fn left(&self) -> u64 {
+        if self.is_large() { self.pages() - self.offset() } else { 1 }
+    }
+}
+
+impl MachineHost {
+    #[cfg(feature = "plant")]
+    pub(crate) fn plant(&self, bug: polder_engine::Bug) {
+        if let Some(rmp) = &self.rmp {
+            *rmp.bug.lock() = Some(bug);
+        }
+    }
+
+    #[cfg(feature = "plant")]
+    fn bug(&self) -> Option<polder_engine::Bug> {
+        *self.rmp().bug.lock()
+    }
+
+    fn rmp(&self) -> &Rmp {
+        self.rmp.as_ref().expect("asked for of an SNP guest's memory only")
+    }
+
+    fn owner(&self) -> Option<Owner> {
+        self.rmp.as_ref().and_then(|rmp| *rmp.owner.lock())
+    }
+
+    /// Refuses a VM other than the first that the memory is bound to.
+    pub(super) fn own(&self, id: VmId, vm: polder_machine::VmId) -> Result<(), Error> {
+        let Some(rmp) = &self.rmp else { return Ok(()) };
+        let mut owner = rmp.owner.lock();
+        match *owner {
+            Some(owner) if owner.id != id => Err(Error::OneVm { owner: owner.id, vm: id }),
+            _ => {
+                *owner = Some(Owner { id, vm, asid: asid(id)? });
+                Ok(())
+            }
+        }
+    }
+
+    /// Looks at the pages of a range one after the other, and does something about each.
+    fn each(
+        &self,
+        range: PageRange,
+        mut at: impl FnMut(PageIndex) -> Result<Next, Error>,
+    ) -> Result<(), Error> {
+        let (mut next, mut tries) = (range.start().get(), 0);
+        while let Some(rest) = PageRange::between(next, range.end()) {
+            let page = rest.start();
+            match at(page)? {
+                Next::On(pages) => (next, tries) = (next + pages, 0),
+                Next::Again(_) if tries < RMP_RETRIES => {
+                    tries += 1;
+                    std::thread::yield_now();
+                }
+                Next::Again(fail) => return Err(Error::Rmp { page, fail }),
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn assign(&self, range: PageRange) -> Result<(), Error> {
+        self.each(range, |page| self.assign_at(page, range))
+    }
+
+    /// Assigns a page that is about to be mapped, with others of its folio if they are `within`
+    /// what is answered for.
+    pub(super) fn assign_for(&self, page: PageIndex, within: PageRange) -> Result<(), Error> {
+        self.each(PageRange::one(page), |page| self.assign_at(page, within))
+    }
+
+    fn assign_at(&self, page: PageIndex, within: PageRange) -> Result<Next, Error> {
+        let Some(owner) = self.owner() else { return Ok(Next::On(1)) };
+        let machine = &mut *self.lock();
+        let Some(found) = Found::at(machine, self, page)? else { return Ok(Next::On(1)) };
+        let shown = machine.gfns_of(self.object, PageRange::one(page));
+        let Some((_, gfns)) = shown.into_iter().find(|(vm, _)| *vm == owner.vm) else {
+            return Ok(Next::On(1));
+        };
+        let (gfn, entry) = (gfns.start(), found.entry);
+        if entry.asid == Some(owner.asid) && entry.gfn == gfn {
+            // An RMPUPDATE would take what the guest has validated.
+            return Ok(Next::On(found.left()));
+        }
+        if found.is_large() {
+            // It is for where the page was seen before.
+            let smashed = machine.psmash(found.head()).and(Err(RmpFail::Overlap));
+            return Next::after(smashed, 0, page);
+        }
+        if let Some((head, at)) = self.large(machine, &found, (page, gfn), within) {
+            let large = RmpUpdate::private(owner.asid, at, RmpSize::Size2M);
+            let updated = machine.rmpupdate(head, large);
+            self.rmp().large.fetch_add(u64::from(updated.is_ok()), Ordering::Relaxed);
+            return Next::after(updated, found.pages() - found.offset(), page);
+        }
+        let small = RmpUpdate::private(owner.asid, gfn, RmpSize::Size4K);
+        Next::after(machine.rmpupdate(found.pfn, small), 1, page)
+    }
+
+    /// The first frame and guest frame of the 2M page around a page, if it gets a large entry.
+    fn large(
+        &self,
+        machine: &Machine,
+        found: &Found,
+        (page, gfn): (PageIndex, Gfn),
+        within: PageRange,
+    ) -> Option<(Pfn, Gfn)> {
+        let around = PageRange::enclosing(page, Level::Size2M, found.geometry);
+        let offset = page.get() - around.start().get();
+        let frame = Pfn::new(found.pfn.get().checked_sub(offset)?)?;
+        let gfn = Gfn::new(gfn.get().checked_sub(offset)?)?;
+        let frames = (frame.get()..frame.get() + found.pages()).map_while(Pfn::new);
+        let is_assigned = |pfn| machine.rmp_entry(pfn).is_none_or(|entry| entry.assigned);
+        let entry = LargeRmpEntry {
+            folio: found.folio,
+            page: around.start(),
+            frame,
+            gfn,
+            within,
+            unassigned: found.folio > Level::Size4K && !frames.into_iter().any(is_assigned),
+        };
+        let can = can_install_large_rmp_entry(&entry, found.geometry);
+        #[cfg(feature = "plant")]
+        let can = match (can, self.bug()) {
+            (Err(NotLarge::Gfn), Some(polder_engine::Bug::MisalignedLarge)) => Ok(()),
+            (can, _) => can,
+        };
+        can.is_ok().then_some((frame, gfn))
+    }
+
+    pub(super) fn unassign(&self, range: PageRange) -> Result<(), Error> {
+        self.each(range, |page| {
+            let machine = &mut *self.lock();
+            let Some(found) = Found::at(machine, self, page)? else { return Ok(Next::On(1)) };
+            if !found.entry.assigned {
+                return Ok(Next::On(1));
+            }
+            // A large entry of which a part is to stay has been smashed by a step before.
+            let whole = found.offset() == 0 && range.end() - page.get() >= found.pages();
+            let (pfn, size) = match found.is_large() && whole {
+                true => (found.head(), RmpSize::Size2M),
+                false => (found.pfn, RmpSize::Size4K),
+            };
+            let updated = machine.rmpupdate(pfn, RmpUpdate::shared(size));
+            Next::after(updated, if size == RmpSize::Size2M { found.left() } else { 1 }, page)
+        })
+    }
+
+    /// Smashes the large entries of a range.
+    pub(super) fn smash_all(&self, range: PageRange) -> Result<(), Error> {
+        self.each(range, |page| {
+            let machine = &mut *self.lock();
+            let Some(found) = Found::at(machine, self, page)? else { return Ok(Next::On(1)) };
+            if !found.is_large() {
+                return Ok(Next::On(1));
+            }
+            match machine.psmash(found.head()) {
+                // Look again: what is 4K now was smashed by somebody else.
+                Err(RmpFail::BadAddress) => Ok(Next::Again(RmpFail::BadAddress)),
+                result => Next::after(result, found.left(), page),
+            }
+        })
+    }
+
+    /// Solves a fault for its size: as [`smash_all`](Self::smash_all), for one guest frame, then
+    /// takes the 2M page out of stage 2, so that it is mapped anew at the size that the RMP has.
+    pub(super) fn smash_at(&self, vm: polder_machine::VmId, gfn: Gfn) -> Result<Smashed, Error> {
+        let Ok(bound) = self.lock().bound(vm, gfn) else { return Ok(Smashed::Spurious) };
+        #[cfg(feature = "plant")]
+        if self.bug() == Some(polder_engine::Bug::ForgottenSmash) {
+            return Ok(Smashed::Spurious);
+        }
+        let mut smashed = Smashed::Spurious;
+        self.each(PageRange::one(bound.page), |page| {
+            // The look and the PSMASH are two steps, as on the processor.
+            let Some(found) = Found::at(&self.lock(), self, page)? else { return Ok(Next::On(1)) };
+            if !found.is_large() {
+                return Ok(Next::On(1));
+            }
+            match self.lock().psmash(found.head()) {
+                Err(RmpFail::BadAddress) => {
+                    smashed = Smashed::Raced;
+                    Ok(Next::Again(RmpFail::BadAddress))
+                }
+                Err(RmpFail::InUse) => {
+                    smashed = Smashed::Busy;
+                    Ok(Next::On(1))
+                }
+                result => {
+                    smashed = if result.is_ok() { Smashed::Done } else { smashed };
+                    Next::after(result, 1, page)
+                }
+            }
+        })?;
+        let mut machine = self.lock();
+        let around = GfnRange::enclosing(gfn, Level::Size2M, machine.geometry());
+        machine.tdp_zap(vm, around).map_err(refused)?;
+        Ok(smashed)
+    }
+
+    /// Merges the 4K entries of a 2M page, which nobody has mapped, by the firmware: each is made
+    /// immutable, all are made one, and the one is taken back. Where they do not agree, they stay.
+    pub(super) fn merge(&self, range: PageRange) -> Result<(), Error> {
+        let first = range.start();
+        let Some(found) = Found::at(&self.lock(), self, first)? else { return Ok(()) };
+        if found.is_large() || found.folio == Level::Size4K || found.offset() != 0 {
+            return Ok(());
+        }
+        let head = found.head();
+        let merged = self.freeze(head, range.count()).is_ok() && {
+            let mut machine = self.lock();
+            machine.page_unsmash(head).is_ok()
+                && machine.page_reclaim(head, RmpSize::Size2M).is_ok()
+        };
+        let count = if merged { &self.rmp().merged } else { &self.rmp().left_small };
+        count.fetch_add(1, Ordering::Relaxed);
+        if merged { Ok(()) } else { self.thaw(head, range.count(), first) }
+    }
+
+    /// Makes 4K entries immutable, all else as it was.
+    fn freeze(&self, head: Pfn, count: PageCount) -> Result<(), RmpFail> {
+        frames(head, count).try_for_each(|pfn| {
+            let mut machine = self.lock();
+            let RmpEntry { assigned, size, gfn, asid, .. } =
+                machine.rmp_entry(pfn).expect("the rmp covers all frames");
+            machine.rmpupdate(pfn, RmpUpdate { assigned, size, immutable: true, gfn, asid })
+        })
+    }
+
+    /// Takes 4K entries back from the firmware.
+    fn thaw(&self, head: Pfn, count: PageCount, first: PageIndex) -> Result<(), Error> {
+        for pfn in frames(head, count) {
+            let mut machine = self.lock();
+            let frozen = machine.rmp_entry(pfn).is_some_and(|entry| entry.immutable);
+            if frozen && machine.page_reclaim(pfn, RmpSize::Size4K).is_err() {
+                return Err(Error::Rmp { page: first, fail: RmpFail::Permission });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn frames(head: Pfn, count: PageCount) -> impl Iterator<Item = Pfn> {
+    (head.get()..head.get() + count.get()).map_while(Pfn::new)
+}

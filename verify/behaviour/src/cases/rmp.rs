@@ -1,0 +1,362 @@
+//! SEV-SNP's reverse map table, as it follows what is granted.
+
+use polder::units::{GfnRange, PageCount, PageIndex, PageRange};
+use polder::{Contents, Error, Memory, OnBusy, Platform, Refusal, Slot, Visibility};
+use polder_vmm::scenario::HostAccess;
+
+use crate::Section::Rmp;
+use crate::host::Inside;
+use crate::world::{
+    BASE, Bound, PASSED, World, all, byte, bytes, check, convert, facts, fill, gfn, gfns, page,
+    pages, probe, put, share_all, to, zero,
+};
+use crate::{Case, Ran, Skipped};
+
+pub(super) const CASES: &[Case] = &[
+    Case::new(Rmp, "a private page with memory is the guest's, a shared one nobody's", owners),
+    Case::new(Rmp, "nothing is preserved, and zeros can be had to shared only", contents),
+    Case::new(Rmp, "what was shared is not what the guest finds, nor the other way", ciphertext),
+    Case::new(Rmp, "private pages can't be populated by the host, and are named", populated),
+    Case::new(Rmp, "a second VM is refused: a page is assigned to one", one_vm),
+    Case::new(Rmp, "2M of one folio are one large entry, by a conversion or a fault", large),
+    Case::new(Rmp, "a 1G folio is 512 large entries", gigabyte),
+    Case::new(Rmp, "2M of 4K folios are 4K entries", small_folios),
+    Case::new(Rmp, "where guest frames are not congruent, entries are 4K, and work", incongruent),
+    Case::new(Rmp, "a part of a large entry becomes shared, and its neighbours stay", part),
+    Case::new(Rmp, "a folio that was split leaves a large entry, smashed when met", split),
+    Case::new(Rmp, "vCPUs that meet the same large entry all go on", met_by_many),
+    Case::new(Rmp, "a conversion to private that fails leaves the RMP as it was", fails_to_private),
+    Case::new(Rmp, "a conversion to shared that fails leaves the RMP as it was", fails_to_shared),
+    Case::new(Rmp, "2M that become private part by part are merged where they agree", merged),
+    Case::new(Rmp, "what is discarded is nobody's before it is free", discarded),
+];
+
+const SHARED: Visibility = Visibility::Shared;
+const PRIVATE: Visibility = Visibility::Private;
+
+/// Pages of 2 MiB.
+const HUGE: u64 = 512;
+
+fn index(page: u64) -> PageIndex {
+    PageIndex::new(page).expect("a page of a case")
+}
+
+/// Memory of as many 2M folios, bound from [`BASE`] on.
+fn huge(w: &World<'_>, folios: u64) -> Result<Bound, Skipped> {
+    let bound = w.bound(w.memory(folios * HUGE)?)?;
+    (0..folios).for_each(|at| w.inside().huge_folio(&bound.memory, index(at * HUGE)));
+    Ok(bound)
+}
+
+/// Assigned, and by a large entry.
+const LARGE: (bool, bool) = (true, true);
+/// Assigned, by a 4K entry.
+const SMALL: (bool, bool) = (true, false);
+/// Not assigned.
+const NOBODYS: (bool, bool) = (false, false);
+
+/// The entries of pages, in runs.
+fn entries(inside: &dyn Inside, memory: &Memory, range: PageRange) -> Vec<(u64, (bool, bool))> {
+    let mut runs: Vec<(u64, (bool, bool))> = Vec::new();
+    for page in range.frames() {
+        let entry = inside.rmp(memory, page);
+        match runs.last_mut().filter(|last| last.1 == entry) {
+            Some(last) => last.0 += 1,
+            None => runs.push((1, entry)),
+        }
+    }
+    runs
+}
+
+fn audit(w: &World<'_>, memory: &Memory) {
+    assert_eq!(w.inside().audit(memory), Ok(()));
+}
+
+fn owners(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(8)?)?;
+    let memory = &bound.memory;
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    let rmp = || entries(w.inside(), memory, all(memory));
+    assert_eq!(rmp(), [(8, SMALL)]);
+    to(memory, pages(2, 5), SHARED).expect("no pins");
+    assert_eq!(rmp(), [(2, SMALL), (3, NOBODYS), (3, SMALL)]);
+    to(memory, pages(3, 4), PRIVATE).expect("no pins");
+    assert_eq!(rmp(), [(2, SMALL), (1, NOBODYS), (1, SMALL), (1, NOBODYS), (3, SMALL)]);
+    bound.passes([check(gfns(pages(0, 2)), 1), zero(gfns(page(3))), check(gfns(pages(5, 8)), 1)]);
+    bound.passes([probe(gfns(page(3)), HostAccess::Denied)]);
+    audit(w, memory);
+    PASSED
+}
+
+fn contents(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(8)?)?;
+    let memory = &bound.memory;
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    let before = facts(memory, all(memory));
+    let ask = |to, contents| memory.convert(pages(0, 4), to, contents, OnBusy::Wait);
+    let refused = |contents, to| {
+        let platform = Platform::Snp;
+        Err(Error::Refused(Refusal::Contents { contents, to, platform }))
+    };
+    assert_eq!(ask(SHARED, Contents::Preserve), refused(Contents::Preserve, SHARED));
+    assert_eq!(facts(memory, all(memory)), before);
+    bound.passes([check(gfns(all(memory)), 1)]);
+    assert_eq!(ask(SHARED, Contents::Zero).map(PageCount::get), Ok(4));
+    assert_eq!(bytes(memory, pages(0, 4)), [Some(0); 4]);
+    (0..4).for_each(|page| put(memory, page, 5));
+    for contents in [Contents::Preserve, Contents::Zero] {
+        assert_eq!(ask(PRIVATE, contents), refused(contents, PRIVATE));
+    }
+    assert_eq!(bytes(memory, pages(0, 4)), [Some(5); 4], "nothing has changed");
+    assert_eq!(ask(PRIVATE, Contents::Unspecified).map(PageCount::get), Ok(4));
+    bound.passes([zero(gfns(pages(0, 4))), check(gfns(pages(4, 8)), 1)]);
+    PASSED
+}
+
+fn ciphertext(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(4)?)?;
+    let memory = &bound.memory;
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    let unspecified = |range, to| memory.convert(range, to, Contents::Unspecified, OnBusy::Wait);
+    unspecified(page(1), SHARED).expect("no pins");
+    assert!(!crate::world::holds(memory, page(1), 1), "the host reads what the guest wrote");
+    put(memory, 1, 5);
+    unspecified(page(1), PRIVATE).expect("no pins");
+    assert_eq!(byte(memory, 1), None);
+    bound.passes([zero(gfns(page(1))), check(gfns(pages(2, 4)), 1)]);
+    PASSED
+}
+
+fn populated(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.owed(4)?)?;
+    let memory = &bound.memory;
+    to(memory, pages(0, 2), SHARED).expect("no pins");
+    let platform = Platform::Snp;
+    let named = Error::Refused(Refusal::GuestFills { page: index(2), platform });
+    assert_eq!(named.errno() as i32, 95, "EOPNOTSUPP");
+    assert_eq!(memory.populate(all(memory), &[7; 4096]), Err(named));
+    assert_eq!(memory.populate(page(1), &[7; 4096]), Ok(()));
+    assert_eq!(byte(memory, 1), Some(7));
+    memory.settle().expect("the machine can");
+    bound.passes([zero(gfns(pages(2, 4)))]);
+    PASSED
+}
+
+fn one_vm(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(4)?)?;
+    let other = w.guest()?;
+    let vm = other.attach(&bound.memory);
+    let refused = bound.memory.bind(vm, Slot(0), gfn(BASE), page(0));
+    assert_eq!(refused, Err(Error::OneVm { owner: bound.vm, vm }));
+    bound.passes([fill(gfns(page(0)), 1), check(gfns(page(0)), 1)]);
+    PASSED
+}
+
+fn large(w: &World<'_>) -> Ran {
+    let bound = huge(w, 2)?;
+    let memory = &bound.memory;
+    let rmp = || entries(w.inside(), memory, all(memory));
+    // One fault, one answer: the rest of the folio comes with it.
+    bound.passes([fill(gfns(page(700)), 1)]);
+    assert_eq!(rmp(), [(512, NOBODYS), (512, LARGE)]);
+    share_all(memory);
+    assert_eq!(rmp(), [(1024, NOBODYS)]);
+    to(memory, all(memory), PRIVATE).expect("no pins");
+    assert_eq!(rmp(), [(1024, LARGE)]);
+    bound.passes([fill(gfns(all(memory)), 2), check(gfns(all(memory)), 2)]);
+    assert_eq!(rmp(), [(1024, LARGE)]);
+    let rmp = memory.statistics().rmp;
+    assert_eq!((rmp.large, rmp.smashed), (3, 0));
+    audit(w, memory);
+    PASSED
+}
+
+fn gigabyte(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(HUGE * HUGE)?)?;
+    let memory = &bound.memory;
+    w.inside().gigabyte_folio(memory);
+    share_all(memory);
+    to(memory, all(memory), PRIVATE).expect("no pins");
+    assert_eq!(memory.statistics().rmp.large, HUGE);
+    let ends = [0, 511, 512, HUGE * HUGE - 1];
+    assert_eq!(ends.map(|at| w.inside().rmp(memory, index(at))), [LARGE; 4]);
+    bound.passes([fill(gfns(page(512)), 1), check(gfns(page(512)), 1), zero(gfns(page(513)))]);
+    to(memory, page(513), SHARED).expect("no pins");
+    let some = [511, 512, 513, 1023, 1024].map(|at| w.inside().rmp(memory, index(at)));
+    assert_eq!(some, [LARGE, SMALL, NOBODYS, SMALL, LARGE]);
+    bound.passes([check(gfns(page(512)), 1)]);
+    audit(w, memory);
+    PASSED
+}
+
+fn small_folios(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(HUGE)?)?;
+    let memory = &bound.memory;
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    share_all(memory);
+    (0..HUGE).for_each(|at| put(memory, at, 1));
+    to(memory, all(memory), PRIVATE).expect("no pins");
+    assert_eq!(entries(w.inside(), memory, all(memory)), [(HUGE, SMALL)]);
+    bound.passes([fill(gfns(all(memory)), 2), check(gfns(all(memory)), 2)]);
+    PASSED
+}
+
+fn incongruent(w: &World<'_>) -> Ran {
+    let bound = huge(w, 1)?;
+    let memory = &bound.memory;
+    memory.unbind(bound.vm, Slot(0)).expect("it is bound");
+    memory.bind(bound.vm, Slot(0), gfn(BASE + 1), all(memory)).expect("it is free");
+    share_all(memory);
+    to(memory, all(memory), PRIVATE).expect("no pins");
+    assert_eq!(entries(w.inside(), memory, all(memory)), [(HUGE, SMALL)]);
+    audit(w, memory);
+    let seen = GfnRange::between(BASE + 1, BASE + 1 + HUGE).expect("a range");
+    bound.passes([fill(seen, 1), check(seen, 1)]);
+    audit(w, memory);
+    PASSED
+}
+
+fn part(w: &World<'_>) -> Ran {
+    let bound = huge(w, 2)?;
+    let memory = &bound.memory;
+    let rmp = || entries(w.inside(), memory, all(memory));
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    assert_eq!(rmp(), [(1024, LARGE)]);
+    // Asked for by the VMM, then by the guest; across two 2M pages, then in one.
+    to(memory, pages(510, 514), SHARED).expect("no pins");
+    assert_eq!(rmp(), [(510, SMALL), (4, NOBODYS), (510, SMALL)]);
+    assert_eq!(bytes(memory, pages(510, 514)), [Some(0); 4]);
+    bound.passes([convert(gfns(page(7)), SHARED), fill(gfns(page(7)), 3)]);
+    assert_eq!(rmp(), [(7, SMALL), (1, NOBODYS), (502, SMALL), (4, NOBODYS), (510, SMALL)]);
+    let kept = [pages(0, 7), pages(8, 510), pages(514, 1024)];
+    bound.passes(kept.map(|range| check(gfns(range), 1)));
+    bound.passes([convert(gfns(page(7)), PRIVATE), zero(gfns(page(7)))]);
+    bound.passes(kept.map(|range| check(gfns(range), 1)));
+    audit(w, memory);
+    PASSED
+}
+
+fn split(w: &World<'_>) -> Ran {
+    let bound = huge(w, 1)?;
+    let memory = &bound.memory;
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    assert_eq!(entries(w.inside(), memory, all(memory)), [(HUGE, LARGE)]);
+    w.inside().split(memory, index(0));
+    assert_eq!(entries(w.inside(), memory, all(memory)), [(HUGE, LARGE)], "nobody told the RMP");
+    bound.passes([check(gfns(all(memory)), 1)]);
+    let rmp = memory.statistics().rmp;
+    assert_eq!((rmp.smashed, rmp.raced), (1, 0));
+    assert_eq!(entries(w.inside(), memory, all(memory)), [(HUGE, SMALL)]);
+    bound.passes([fill(gfns(all(memory)), 2), check(gfns(all(memory)), 2)]);
+    assert_eq!(memory.statistics().rmp.smashed, 1, "once is enough");
+    audit(w, memory);
+    PASSED
+}
+
+fn met_by_many(w: &World<'_>) -> Ran {
+    for _ in 0..8 {
+        let bound = huge(w, 1)?;
+        let memory = &bound.memory;
+        bound.passes([fill(gfns(all(memory)), 1)]);
+        w.inside().split(memory, index(0));
+        let quarter = |at: u64| gfns(pages(at * 128, at * 128 + 128));
+        bound.pass((0..4).map(|at| vec![check(quarter(at), 1), fill(quarter(at), 2)]).collect());
+        assert_eq!(memory.statistics().rmp.smashed, 1);
+        bound.passes([check(gfns(all(memory)), 2)]);
+    }
+    PASSED
+}
+
+/// A conversion that meets an entry in use, and so fails.
+fn fails(w: &World<'_>, memory: &Memory, range: PageRange, visibility: Visibility, at: u64) {
+    let mut failed = None;
+    w.inside().while_in_use(memory, index(at), &mut || {
+        failed = Some(to(memory, range, visibility));
+    });
+    let named = matches!(failed, Some(Err(Error::Rmp { page, .. })) if page == index(at));
+    assert!(named, "{failed:?}");
+    assert_eq!(memory.quarantined(), []);
+}
+
+fn fails_to_private(w: &World<'_>) -> Ran {
+    // A part of the 2M page is private by 4K entries, which become a large one on the way there;
+    // the pages after it have 4K folios, one of which is in use.
+    let bound = w.bound(w.memory(2 * HUGE)?)?;
+    let memory = &bound.memory;
+    w.inside().huge_folio(memory, index(0));
+    share_all(memory);
+    (0..2 * HUGE).for_each(|at| put(memory, at, 5));
+    to(memory, pages(0, 256), PRIVATE).expect("no pins");
+    let before = (facts(memory, all(memory)), entries(w.inside(), memory, all(memory)));
+    assert_eq!(before.1, [(256, SMALL), (768, NOBODYS)]);
+    fails(w, memory, all(memory), PRIVATE, 700);
+    assert_eq!((facts(memory, all(memory)), entries(w.inside(), memory, all(memory))), before);
+    for at in [256, 511, 512, 699, 700, 701, 1023] {
+        assert_eq!(byte(memory, at), Some(5), "page {at}");
+        put(memory, at, 6);
+    }
+    audit(w, memory);
+    to(memory, all(memory), PRIVATE).expect("it is no longer in use");
+    assert_eq!(entries(w.inside(), memory, all(memory)), [(512, LARGE), (512, SMALL)]);
+    bound.passes([fill(gfns(all(memory)), 1), check(gfns(all(memory)), 1)]);
+    PASSED
+}
+
+fn fails_to_shared(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(2 * HUGE)?)?;
+    let memory = &bound.memory;
+    w.inside().huge_folio(memory, index(0));
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    let before = facts(memory, all(memory));
+    fails(w, memory, pages(256, 2 * HUGE), SHARED, 700);
+    assert_eq!(facts(memory, all(memory)), before);
+    assert_eq!(entries(w.inside(), memory, all(memory)), [(1024, SMALL)], "smashed, and assigned");
+    assert_eq!([255, 256, 511, 512, 700, 1023].map(|at| byte(memory, at)), [None; 6]);
+    // What was taken unasked and given back the guest has to accept again.
+    bound.passes([check(gfns(pages(0, 256)), 1), fill(gfns(all(memory)), 2)]);
+    bound.passes([check(gfns(all(memory)), 2)]);
+    audit(w, memory);
+    assert_eq!(to(memory, pages(256, 2 * HUGE), SHARED), Ok(768));
+    assert_eq!(entries(w.inside(), memory, all(memory)), [(256, SMALL), (768, NOBODYS)]);
+    PASSED
+}
+
+fn merged(w: &World<'_>) -> Ran {
+    let bound = huge(w, 1)?;
+    let memory = &bound.memory;
+    let rmp = || entries(w.inside(), memory, all(memory));
+    share_all(memory);
+    to(memory, pages(0, 100), PRIVATE).expect("no pins");
+    assert_eq!(rmp(), [(100, SMALL), (412, NOBODYS)]);
+    to(memory, all(memory), PRIVATE).expect("no pins");
+    assert_eq!(rmp(), [(512, LARGE)], "none of them is validated: they agree");
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    to(memory, page(3), SHARED).expect("no pins");
+    to(memory, all(memory), PRIVATE).expect("no pins");
+    assert_eq!(rmp(), [(512, SMALL)], "its neighbours are validated, and page 3 is not");
+    let statistics = memory.statistics().rmp;
+    assert_eq!((statistics.merged, statistics.left_small), (1, 1));
+    bound.passes([zero(gfns(page(3))), check(gfns(pages(4, 512)), 1)]);
+    // Now they agree.
+    memory.merge(all(memory), OnBusy::Wait).expect("nothing is in the way");
+    assert_eq!(rmp(), [(512, LARGE)]);
+    bound.passes([zero(gfns(page(3))), check(gfns(pages(4, 512)), 1)]);
+    assert_eq!(rmp(), [(512, LARGE)], "and nobody smashed it");
+    audit(w, memory);
+    PASSED
+}
+
+fn discarded(w: &World<'_>) -> Ran {
+    let bound = huge(w, 1)?;
+    let memory = &bound.memory;
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    memory.discard(pages(5, 9), OnBusy::Wait).expect("no pins");
+    assert_eq!(entries(w.inside(), memory, all(memory)), [(5, SMALL), (4, NOBODYS), (503, SMALL)]);
+    bound.passes([check(gfns(pages(0, 5)), 1), zero(gfns(pages(5, 9))), check(gfns(page(9)), 1)]);
+    memory.discard(all(memory), OnBusy::Wait).expect("no pins");
+    assert_eq!(memory.existing(), Ok(vec![]));
+    audit(w, memory);
+    bound.passes([zero(gfns(all(memory))), fill(gfns(all(memory)), 2)]);
+    audit(w, memory);
+    PASSED
+}
