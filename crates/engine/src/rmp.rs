@@ -117,7 +117,9 @@ impl Engine {
                 while let Some(part) = chunks.next() {
                     steps.push(Step::Assign(part));
                     let last = chunks.peek().is_none_or(|&next| large(next) != large(part));
-                    if last && part != large(part) && self.becomes_private(large(part), parts, claims)
+                    if last
+                        && part != large(part)
+                        && self.becomes_private(large(part), parts, claims)
                     {
                         // Stage 2 has it at 4K, which would be a fault for its size.
                         steps.push(Step::UnmapGuest(large(part)));
@@ -145,9 +147,10 @@ impl Engine {
         let object = self.config.pages.get();
         page.end() <= object
             && within(claims, page)
-            && self.pages.runs(page).all(|(run, facts)| {
-                facts.visibility == Visibility::Private || within(parts, run)
-            })
+            && self
+                .pages
+                .runs(page)
+                .all(|(run, facts)| facts.visibility == Visibility::Private || within(parts, run))
     }
 
     /// Answers a guest's access or PVALIDATE that the RMP refuses for its size (`#NPF` with the RMP

@@ -21,18 +21,27 @@
 mod error;
 pub mod limits;
 mod names;
+mod outcome;
 mod parse;
+mod player;
+mod report;
 mod scenario;
+mod state;
+mod worker;
+mod world;
 
 use polder::Platform;
 
 pub use error::ScenarioError;
 pub use names::{Is, Kind, VERBS, VerbEntry};
+pub use outcome::Outcome;
 pub use parse::{DEFAULT_GPA, parse};
+pub use player::{Options, play};
+pub use report::{Change, Played, PlayedStep, Verdict};
 pub use scenario::{
     Actor, Bytes, Expect, Hold, HostView, Look, Mapped, MemorySpec, Place, Scenario, SlotSpec,
     Step, Verb, VmSpec,
 };
 
 /// Every platform.
-pub const PLATFORMS: [Platform; 2] = [Platform::Plain, Platform::SwProtected];
+pub const PLATFORMS: [Platform; 3] = [Platform::Plain, Platform::SwProtected, Platform::Snp];

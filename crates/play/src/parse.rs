@@ -3,7 +3,7 @@
 //!
 //! Keys are looked at before values, so that a key that is misspelt is called that, and not missing.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use polder::machine::RmpSize;
@@ -280,13 +280,14 @@ impl<'t> Reader<'t> {
         let hosts = match root.get("hosts") {
             None => vec![HostKind::Machine],
             Some(key) => {
-                let word = |(item, _): (Key<'t>, &str)| item.word(&HostKind::ALL);
-                words(&key)?
-                    .into_iter()
-                    .map(word)
-                    .collect::<Parsed<BTreeSet<_>>>()?
-                    .into_iter()
-                    .collect()
+                let mut hosts = Vec::new();
+                for (item, _) in words(&key)? {
+                    let host = item.word(&HostKind::ALL)?;
+                    if !hosts.contains(&host) {
+                        hosts.push(host);
+                    }
+                }
+                hosts
             }
         };
         if hosts.is_empty() {
@@ -779,7 +780,12 @@ impl<'t> Reader<'t> {
                 amid.remove(actor);
             }
         }
-        Ok(())
+        let Some((actor, line)) = amid.into_iter().next() else { return Ok(()) };
+        let what = format!("the scenario ends, and \"{actor}\" is amid this step");
+        let meant = Some("resume it, and say what comes of it".to_owned());
+        let at = steps.iter().zip(&tables).find(|(step, _)| step.line == line);
+        let span = at.map_or(0..0, |(_, table)| table.span.clone());
+        Err(ScenarioError { meant, ..wrong(self.text, span, what) })
     }
 }
 

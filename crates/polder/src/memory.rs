@@ -178,6 +178,14 @@ impl Memory {
         Ok(look(&mut host.lock(), object, process))
     }
 
+    /// The simulated machine's name for a VM, for who looks into it by [`Memory::simulated`].
+    ///
+    /// # Errors
+    /// [`Error::NotSimulated`] on another host, [`Error::NoSuchVm`].
+    pub fn simulated_vm(&self, vm: VmId) -> Result<polder_machine::VmId, Error> {
+        self.driver.host.machine().ok_or(Error::NotSimulated)?.vm(vm).ok_or(Error::NoSuchVm)
+    }
+
     /// Tells somebody what happens to this memory, from now on and between its steps: a scenario,
     /// or whoever wants to see an operation from inside. Whether nobody was told before; there can
     /// be one only.

@@ -5,9 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use polder_engine::{GuestAccess, MemoryFault, Visibility, VmId};
-use polder_machine::{
-    Exit, Machine, Refused, RmpCheck, RmpFail, RmpSize, Side, VcpuId,
-};
+use polder_machine::{Exit, Machine, Refused, RmpCheck, RmpFail, RmpSize, Side, VcpuId};
 use polder_units::{Gfn, GfnRange, Gpa, Level};
 
 use crate::Error;
@@ -166,7 +164,8 @@ impl MachineVcpu {
         let host = self.driver.host.machine().expect("made on the simulated machine");
         let Some(vm) = host.vm(self.vm) else { return gfns.start() };
         let machine = host.lock();
-        let shows = |gfn: &Gfn| matches!(machine.spte(vm, *gfn), Ok(Some(spte)) if spte.pfn == refused.pfn);
+        let shows =
+            |gfn: &Gfn| matches!(machine.spte(vm, *gfn), Ok(Some(spte)) if spte.pfn == refused.pfn);
         gfns.frames().find(shows).unwrap_or(gfns.start())
     }
 

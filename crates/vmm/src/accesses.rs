@@ -29,11 +29,7 @@ pub struct Accesses<'a> {
 
 impl<'a> Accesses<'a> {
     /// Those of a vCPU; the vCPUs of a guest share one lock.
-    pub fn new(
-        vcpu: MachineVcpu,
-        memory: (&'a Memory, VmId),
-        accepting: &'a RwLock<()>,
-    ) -> Self {
+    pub fn new(vcpu: MachineVcpu, memory: (&'a Memory, VmId), accepting: &'a RwLock<()>) -> Self {
         Self { vcpu, memory, accepting }
     }
 
@@ -83,7 +79,8 @@ impl<'a> Accesses<'a> {
         while let Some(rest) = GfnRange::between(next, gfns.end()) {
             let gfn = rest.start();
             let private = self.granted(gfn) == Some(Visibility::Private);
-            let (level, result) = if private { self.rescind_at(rest)? } else { (Level::Size4K, false) };
+            let (level, result) =
+                if private { self.rescind_at(rest)? } else { (Level::Size4K, false) };
             if result {
                 rescinded.push((gfn, level));
             }

@@ -1,7 +1,7 @@
 //! The threads of a run: one for each vCPU, one for the intruder, and the caller as supervisor.
 
-use std::sync::{Arc, RwLock};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, RwLock};
 use std::thread::{Builder, Thread};
 use std::time::Duration;
 

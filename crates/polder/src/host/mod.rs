@@ -103,13 +103,7 @@ pub(crate) trait Host: Send + Sync {
 
     /// Maps the page of `level` around the frame accessed for the guest, whose pages of the object
     /// are `range` and of the kind accessed. KVM maps by itself.
-    fn map_guest(
-        &self,
-        _: VmId,
-        _: GuestAccess,
-        _: Level,
-        _range: PageRange,
-    ) -> Result<(), Error> {
+    fn map_guest(&self, _: VmId, _: GuestAccess, _: Level, _range: PageRange) -> Result<(), Error> {
         Ok(())
     }
 

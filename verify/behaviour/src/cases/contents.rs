@@ -4,8 +4,8 @@ use polder::{Contents, Error, OnBusy, Platform, Refusal, Visibility};
 
 use crate::Section::Conversion;
 use crate::world::{
-    PASSED, World, all, byte, bytes, check, facts, fill, gfns, page, pages, put, share_all,
-    to, zero,
+    PASSED, World, all, byte, bytes, check, facts, fill, gfns, page, pages, put, share_all, to,
+    zero,
 };
 use crate::{Case, Ran};
 
@@ -21,22 +21,12 @@ const PLAIN: Platform = Platform::Plain;
 const PROTECTED: Platform = Platform::SwProtected;
 
 pub(super) const CASES: &[Case] = &[
-    Case::new(Conversion, PRESERVED, |w| {
-        contents(w, PLAIN, Contents::Preserve)
-    }),
-    Case::new(Conversion, PRESERVED_PROTECTED, |w| {
-        contents(w, PROTECTED, Contents::Preserve)
-    }),
+    Case::new(Conversion, PRESERVED, |w| contents(w, PLAIN, Contents::Preserve)),
+    Case::new(Conversion, PRESERVED_PROTECTED, |w| contents(w, PROTECTED, Contents::Preserve)),
     Case::new(Conversion, ZEROED, |w| contents(w, PLAIN, Contents::Zero)),
-    Case::new(Conversion, ZEROED_PROTECTED, |w| {
-        contents(w, PROTECTED, Contents::Zero)
-    }),
-    Case::new(Conversion, UNSPECIFIED, |w| {
-        contents(w, PLAIN, Contents::Unspecified)
-    }),
-    Case::new(Conversion, UNSPECIFIED_PROTECTED, |w| {
-        contents(w, PROTECTED, Contents::Unspecified)
-    }),
+    Case::new(Conversion, ZEROED_PROTECTED, |w| contents(w, PROTECTED, Contents::Zero)),
+    Case::new(Conversion, UNSPECIFIED, |w| contents(w, PLAIN, Contents::Unspecified)),
+    Case::new(Conversion, UNSPECIFIED_PROTECTED, |w| contents(w, PROTECTED, Contents::Unspecified)),
     Case::new(Conversion, "contents zeroed are zeros for the guest, too", zeros_for_the_guest),
     Case::new(Conversion, "contents of pages that are so already are not zeroed", already_so),
     Case::new(Conversion, LOST, lost),

@@ -8,8 +8,8 @@ use polder_vmm::scenario::{HostAccess, Op};
 
 use crate::Section::Conversion;
 use crate::world::{
-    BASE, Bound, PASSED, Stop, World, all, byte, check, facts, fill, gfn, meanwhile, page,
-    pages, probe, put, share_all, to, zero,
+    BASE, Bound, PASSED, Stop, World, all, byte, check, facts, fill, gfn, meanwhile, page, pages,
+    probe, put, share_all, to, zero,
 };
 use crate::{Case, Ran, Skipped};
 

@@ -60,10 +60,7 @@ const EVERY: [Reason; 10] = [
     (cases::CONTINUE_FAILS, NEVER_FAILS),
     (cases::FAILED, "the machine does not model memory that fails"),
     (cases::OTHER, OTHER_MAPS),
-    (
-        cases::DROPPED,
-        "each memory is on a machine of its own: a VM has no other memory to run on",
-    ),
+    (cases::DROPPED, "each memory is on a machine of its own: a VM has no other memory to run on"),
     (
         cases::PLAIN_FAULTS,
         "on the machine Polder is the hypervisor: every stage-2 fault comes to it",
@@ -327,9 +324,8 @@ impl Inside for Machine {
         });
         held.expect("memory of this host").expect("nobody else has it in use");
         run();
-        let released = memory.simulated(|machine, object, _| {
-            machine.rmp_release(at(machine, object), OTHER)
-        });
+        let released =
+            memory.simulated(|machine, object, _| machine.rmp_release(at(machine, object), OTHER));
         released.expect("memory of this host").expect("it is held");
     }
 

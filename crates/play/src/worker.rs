@@ -1,0 +1,627 @@
+//! An actor: a thread that does his steps.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender};
+
+use polder::machine::{
+    GupFast, GupStep, Hva, LockOwner, Machine, ObjectId, PinId, PinKind as GupKind, ProcessId,
+    RmpSize, RmpUpdate, Side, Thread, VcpuId, View as Vma, VpnRange,
+};
+use polder::units::{Level, PAGE_SIZE, PageIndex, PageRange, Pfn};
+use polder::{Holder, MachineVcpu, OnBusy, Pin, Slot, Visibility};
+use polder_vmm::scenario::Op;
+use polder_vmm::{End, Failure, Supervision};
+
+use crate::names::{Is, Kind};
+use crate::outcome::Outcome;
+use crate::scenario::{Actor, Bytes, Hold, Place, Verb};
+use crate::world::{self, Event, Here, World, first_page};
+
+/// A step to do.
+pub(crate) struct Job {
+    pub(crate) verb: Verb,
+    pub(crate) hold: Option<Hold>,
+}
+
+/// What an actor's thread is started with.
+pub(crate) struct Start {
+    pub(crate) number: usize,
+    pub(crate) name: String,
+    pub(crate) actor: Actor,
+    pub(crate) world: Arc<World>,
+    pub(crate) events: Sender<Event>,
+    pub(crate) jobs: Receiver<Job>,
+    pub(crate) resume: Receiver<Option<Hold>>,
+}
+
+/// Does steps until there are no more.
+pub(crate) fn run(start: Start) {
+    let Start { number, name, actor, world, events, jobs, resume } = start;
+    world::become_actor(Here {
+        actor: number,
+        events: events.clone(),
+        resume,
+        hold: None.into(),
+        steps: 0.into(),
+    });
+    let mut worker = Worker {
+        number,
+        name,
+        actor,
+        world: &world,
+        vcpu: None,
+        process: None,
+        pins: BTreeMap::new(),
+        references: BTreeMap::new(),
+        gups: BTreeMap::new(),
+    };
+    while let Ok(Job { verb, hold }) = jobs.recv() {
+        world::begin(hold);
+        let outcome = worker.act(&verb).unwrap_or_else(|outcome| outcome);
+        if events.send(Event::Done(number, Box::new(outcome))).is_err() {
+            return;
+        }
+    }
+}
+
+/// A vCPU of the actor's own.
+enum Vcpu {
+    /// Whose faults Polder answers.
+    Polder(MachineVcpu),
+    /// Whose faults nobody answers.
+    Bare(VcpuId),
+    /// Of KVM's: a guest runs for each access.
+    Kvm,
+}
+
+struct Worker<'w> {
+    number: usize,
+    name: String,
+    actor: Actor,
+    world: &'w World,
+    vcpu: Option<Rc<Vcpu>>,
+    /// His mapping, if he is a process of his own.
+    process: Option<(ProcessId, VpnRange)>,
+    pins: BTreeMap<String, Pin<'w>>,
+    references: BTreeMap<String, PinId>,
+    gups: BTreeMap<String, GupFast>,
+}
+
+type Acted<T = Outcome> = Result<T, Outcome>;
+
+/// Where another process maps the memory: aligned to every level.
+const PROCESS_VIEW: u64 = 1 << 18;
+
+impl Worker<'_> {
+    fn act(&mut self, verb: &Verb) -> Acted {
+        let memory = &self.world.memory;
+        match verb {
+            Verb::Convert { place, to, contents, wait } => {
+                let on_busy = if *wait { OnBusy::Wait } else { OnBusy::Refuse };
+                let converted = match (*place, self.world.vms[self.actor.vm].id) {
+                    (Place::Gpa(gpa, count), Some(id)) => {
+                        let gfns = polder::units::GfnRange::new(gpa.gfn(), count)
+                            .map_err(|error| Outcome::new(Is::Range, error.to_string()))?;
+                        memory.convert_gfns(id, gfns, *to, *contents, on_busy)?
+                    }
+                    (Place::Gpa(..), None) => return Err(nobodys()),
+                    (Place::Pages(range), _) => memory.convert(range, *to, *contents, on_busy)?,
+                };
+                Ok(Outcome { converted: Some(converted.get()), ..Outcome::done() })
+            }
+            Verb::Discard { place } => {
+                self.each(*place, |range| Ok(memory.discard(range, OnBusy::Wait)?))
+            }
+            Verb::Populate { place, bytes } => {
+                self.each(*place, |range| Ok(memory.populate(range, bytes.as_bytes())?))
+            }
+            Verb::Fail { place } => self.each(*place, |range| Ok(memory.fail(range)?)),
+            Verb::Settle => {
+                memory.settle()?;
+                Ok(Outcome::done())
+            }
+            Verb::Bind { vm, slot } => self.bind(*vm, slot),
+            Verb::Unbind { vm, slot } => {
+                let id = self.world.vms[*vm].id.ok_or_else(nobodys)?;
+                memory.unbind(id, Slot(*slot))?;
+                Ok(Outcome::done())
+            }
+            Verb::Read { from, length } => {
+                let length = usize::try_from(*length).unwrap_or_default();
+                let mut bytes = vec![0; length];
+                self.read(from, &mut bytes)?;
+                Ok(Outcome::read(bytes))
+            }
+            Verb::Write { to, bytes } => {
+                self.write(to, bytes.as_bytes())?;
+                Ok(Outcome::done())
+            }
+            Verb::Pin { place, kind, name } => self.pin(*place, *kind, name),
+            Verb::Unpin { name } => match self.pins.remove(name) {
+                Some(pin) => {
+                    drop(pin);
+                    Ok(Outcome::done())
+                }
+                None => {
+                    let what = format!("{} has no pin \"{name}\"", self.name);
+                    Err(Outcome::new(Is::NotPinned, what))
+                }
+            },
+            Verb::Refer { place, name } => self.refer(*place, name),
+            Verb::Release { name } => self.release(name),
+            Verb::GupFast { place, name } => self.gup_fast(*place, name),
+            Verb::Pvalidate { place, size, validate } => self.pvalidate(*place, *size, *validate),
+            Verb::Resume { .. } | Verb::Look(_) | Verb::Audit => {
+                Err(Outcome::new(Is::Failed, "the player does this, not an actor"))
+            }
+            other => self.kernel(other),
+        }
+    }
+
+    /// A place's pages, which are to be one run.
+    fn run(&self, place: Place) -> Acted<PageRange> {
+        match self.world.pages(place, self.actor.vm)?.as_slice() {
+            &[range] => Ok(range),
+            runs => {
+                Err(Outcome::new(Is::Range, format!("{} runs of pages, and not one", runs.len())))
+            }
+        }
+    }
+
+    /// Does something to each run of a place's pages.
+    fn each(&self, place: Place, mut each: impl FnMut(PageRange) -> Acted<()>) -> Acted {
+        for range in self.world.pages(place, self.actor.vm)? {
+            each(range)?;
+        }
+        Ok(Outcome::done())
+    }
+
+    fn bind(&self, vm: usize, slot: &crate::scenario::SlotSpec) -> Acted {
+        let vm = &self.world.vms[vm];
+        match (vm.id, vm.machine) {
+            (Some(id), _) => {
+                self.world.memory.bind(id, Slot(slot.slot), slot.gpa.gfn(), slot.pages)?;
+            }
+            (None, Some(machine_vm)) => self.world.inside(|machine, object, _| {
+                Ok(machine.bind(machine_vm, slot.gpa.gfn(), object, slot.pages)?)
+            })?,
+            (None, None) => return Err(nobodys()),
+        }
+        Ok(Outcome::done())
+    }
+
+    fn read(&mut self, from: &Bytes, bytes: &mut [u8]) -> Acted<()> {
+        let (world, vm) = (self.world, self.actor.vm);
+        match self.actor.kind {
+            Kind::Vmm => {
+                let id = world.vms[vm].id.ok_or_else(nobodys)?;
+                Ok(world.memory.read(id, world.gpa(from.place, from.at, vm)?, bytes)?)
+            }
+            Kind::Device => {
+                let offset = world.offset(from.place, from.at, vm)?;
+                Ok(world.memory.host_view().touch_read(offset, bytes)?)
+            }
+            Kind::Process => {
+                let (thread, hva) = self.process_at(from)?;
+                world.inside(|machine, _, _| Ok(machine.host_read(thread, hva, bytes)?))
+            }
+            Kind::Guest => {
+                let gpa = world.gpa(from.place, from.at, vm)?;
+                match &*self.vcpu()? {
+                    Vcpu::Polder(vcpu) => Ok(vcpu.read(gpa, from.side, bytes)?),
+                    Vcpu::Bare(id) => {
+                        let id = *id;
+                        world.inside(|machine, _, _| {
+                            Ok(machine.vcpu(id)?.read(gpa, side(from.side), bytes)?)
+                        })
+                    }
+                    Vcpu::Kvm => self.run_kvm(gpa, bytes, None),
+                }
+            }
+            Kind::Kernel => Err(Outcome::new(Is::Failed, "the kernel reads nothing")),
+        }
+    }
+
+    fn write(&mut self, to: &Bytes, bytes: &[u8]) -> Acted<()> {
+        let (world, vm) = (self.world, self.actor.vm);
+        match self.actor.kind {
+            Kind::Vmm => {
+                let id = world.vms[vm].id.ok_or_else(nobodys)?;
+                Ok(world.memory.write(id, world.gpa(to.place, to.at, vm)?, bytes)?)
+            }
+            Kind::Device => {
+                let offset = world.offset(to.place, to.at, vm)?;
+                Ok(world.memory.host_view().touch_write(offset, bytes)?)
+            }
+            Kind::Process => {
+                let (thread, hva) = self.process_at(to)?;
+                world.inside(|machine, _, _| Ok(machine.host_write(thread, hva, bytes)?))
+            }
+            Kind::Guest => {
+                let gpa = world.gpa(to.place, to.at, vm)?;
+                match &*self.vcpu()? {
+                    Vcpu::Polder(vcpu) => Ok(vcpu.write(gpa, to.side, bytes)?),
+                    Vcpu::Bare(id) => {
+                        let id = *id;
+                        world.inside(|machine, _, _| {
+                            Ok(machine.vcpu(id)?.write(gpa, side(to.side), bytes)?)
+                        })
+                    }
+                    Vcpu::Kvm => {
+                        let mut unused = Vec::new();
+                        self.run_kvm(gpa, &mut unused, Some(bytes))
+                    }
+                }
+            }
+            Kind::Kernel => Err(Outcome::new(Is::Failed, "the kernel writes nothing")),
+        }
+    }
+
+    /// The actor's vCPU, made when he first needs it.
+    fn vcpu(&mut self) -> Acted<Rc<Vcpu>> {
+        if let Some(vcpu) = &self.vcpu {
+            return Ok(Rc::clone(vcpu));
+        }
+        let vm = &self.world.vms[self.actor.vm];
+        let vcpu = Rc::new(match (vm.id, vm.machine, &vm.kvm) {
+            (_, _, Some(_)) => Vcpu::Kvm,
+            (Some(id), ..) => {
+                let vcpu = self.world.memory.machine_vcpu(id)?;
+                self.world.add_kicker(vcpu.kicker());
+                Vcpu::Polder(vcpu)
+            }
+            (None, Some(vm), _) => {
+                Vcpu::Bare(self.world.inside(|machine, _, _| Ok(machine.add_vcpu(vm)?))?)
+            }
+            (None, None, None) => return Err(nobodys()),
+        });
+        self.vcpu = Some(Rc::clone(&vcpu));
+        Ok(vcpu)
+    }
+
+    /// Has a guest on KVM write bytes, or read them, by whole words.
+    fn run_kvm(&self, gpa: polder::units::Gpa, into: &mut [u8], from: Option<&[u8]>) -> Acted<()> {
+        const WORD: u64 = 8;
+        let vm = &self.world.vms[self.actor.vm];
+        let (Some(kvm), Some(id)) = (&vm.kvm, vm.id) else { return Err(nobodys()) };
+        if !gpa.get().is_multiple_of(WORD) {
+            return Err(Outcome::new(
+                Is::NotOffered,
+                "on KVM a guest accesses whole words: `at` is a multiple of 8",
+            ));
+        }
+        let run = |op: Op| -> Acted<End> {
+            let supervise = |_| match self.world.is_over() {
+                true => Supervision::TimeOut,
+                false => Supervision::GoOn,
+            };
+            let ended = kvm.run((&self.world.memory, id), &[vec![op, Op::Done]], supervise);
+            let ended = ended.map_err(|error| Outcome::new(Is::Failed, error.to_string()))?;
+            match ended.faults.first() {
+                Some(&fault) => Err(fault.into()),
+                None => Ok(ended.end),
+            }
+        };
+        let at = |word: usize| gpa.checked_add(word as u64 * WORD).unwrap_or(gpa);
+        let ended = |end: End| match end {
+            End::Ok => Ok(()),
+            End::Failed(Failure::MemoryFault { fault, .. }) => Err(fault.into()),
+            End::Failed(failure) => Err(Outcome::new(Is::Failed, failure.to_string())),
+            End::TimedOut | End::Interrupted => {
+                Err(Outcome::new(Is::Kicked, "the guest was stopped"))
+            }
+        };
+        for (word, bytes) in from.into_iter().flat_map(|from| from.chunks(8)).enumerate() {
+            ended(run(Op::Store { gpa: at(word), value: to_word(bytes) })?)?;
+        }
+        for (word, bytes) in into.chunks_mut(8).enumerate() {
+            let value = match run(Op::Load { gpa: at(word), expect: 0 })? {
+                End::Failed(Failure::Check { found, .. }) => found,
+                other => ended(other).map(|()| 0)?,
+            };
+            bytes.copy_from_slice(&value.to_le_bytes()[..bytes.len()]);
+        }
+        Ok(())
+    }
+
+    /// The actor's own mapping, made when he first needs it.
+    fn mapping(&mut self) -> Acted<(ProcessId, VpnRange)> {
+        if let Some(mapping) = self.process {
+            return Ok(mapping);
+        }
+        let pages = self.world.memory.pages();
+        let mapping = match self.actor.kind {
+            Kind::Process => self.world.inside(|machine, object, _| {
+                let process = machine.create_process()?;
+                let all = VpnRange::between(PROCESS_VIEW, PROCESS_VIEW + pages.get());
+                let all = all.ok_or_else(|| Outcome::new(Is::Range, "too large to be mapped"))?;
+                machine.mmap(process, all, object, PageIndex::from(0), Vma::PLAIN)?;
+                Ok((process, all))
+            })?,
+            _ => self.world.inside(|machine, object, process| {
+                let all = PageRange::between(0, pages.get());
+                let mut views = machine.views_of(object, all.ok_or_else(nobodys)?);
+                let view = views.find(|(id, _)| *id == process);
+                view.ok_or_else(|| Outcome::new(Is::Failed, "there is no host view"))
+            })?,
+        };
+        self.process = Some(mapping);
+        Ok(mapping)
+    }
+
+    /// Where a byte is in the actor's mapping.
+    fn process_at(&mut self, bytes: &Bytes) -> Acted<(Thread, Hva)> {
+        let (process, all) = self.mapping()?;
+        let offset = self.world.offset(bytes.place, bytes.at, self.actor.vm)?;
+        Ok((Thread { process, index: 0 }, Hva::new(all.start().get() * PAGE_SIZE + offset)))
+    }
+
+    /// Where a page is in the actor's mapping.
+    fn vpns(&mut self, place: Place) -> Acted<(ProcessId, VpnRange)> {
+        let (process, all) = self.mapping()?;
+        let range = self.run(place)?;
+        let vpns = VpnRange::between(
+            all.start().get() + range.start().get(),
+            all.start().get() + range.end(),
+        );
+        let vpns = vpns.filter(|vpns| all.contains_range(*vpns));
+        let beyond = || Outcome::new(Is::Beyond, format!("pages {range} are beyond the memory"));
+        Ok((process, vpns.ok_or_else(beyond)?))
+    }
+
+    fn pin(&mut self, place: Place, kind: polder::PinKind, name: &str) -> Acted {
+        if self.pins.contains_key(name) {
+            return Err(Outcome::new(Is::Exists, format!("{} has a pin \"{name}\"", self.name)));
+        }
+        let range = self.run(place)?;
+        let pin = self.world.memory.pin(range, kind, Holder::new(name.to_owned()))?;
+        self.pins.insert(name.to_owned(), pin);
+        Ok(Outcome::done())
+    }
+
+    fn refer(&mut self, place: Place, name: &str) -> Acted {
+        self.check_free(name)?;
+        let (process, vpns) = self.vpns(place)?;
+        let pin = self.world.inside(|machine, _, _| {
+            Ok(machine.pin_user_pages(process, vpns, true, GupKind::LongTerm)?)
+        })?;
+        self.references.insert(name.to_owned(), pin);
+        Ok(Outcome::done())
+    }
+
+    fn check_free(&self, name: &str) -> Acted<()> {
+        match self.references.contains_key(name) {
+            false => Ok(()),
+            true => {
+                Err(Outcome::new(Is::Exists, format!("{} refers as \"{name}\" already", self.name)))
+            }
+        }
+    }
+
+    fn release(&mut self, name: &str) -> Acted {
+        let pin = self.references.remove(name);
+        let pin = pin.ok_or_else(|| {
+            Outcome::new(Is::NotPinned, format!("{} refers to nothing as \"{name}\"", self.name))
+        })?;
+        self.world.inside(|machine, _, _| Ok(machine.unpin(pin)?))?;
+        Ok(Outcome::done())
+    }
+
+    fn gup_fast(&mut self, place: Place, name: &str) -> Acted {
+        let (step, what) = match self.gups.remove(name) {
+            Some(gup) => (gup, "it has looked again"),
+            None => {
+                self.check_free(name)?;
+                let (process, vpns) = self.vpns(place)?;
+                let gup = GupFast::new(process, vpns.start(), true, GupKind::Short);
+                (gup, "it has read the entry")
+            }
+        };
+        match self.world.inside(|machine, _, _| Ok(step.step(machine)?))? {
+            GupStep::Again(gup) => {
+                let again = what == "it has looked again";
+                self.gups.insert(name.to_owned(), gup);
+                let what = if again { "it has a reference, and will look again" } else { what };
+                Ok(Outcome::new(Is::Ok, what))
+            }
+            GupStep::Pinned(pin) => {
+                self.references.insert(name.to_owned(), pin);
+                Ok(Outcome::new(Is::Ok, "the page is pinned"))
+            }
+            GupStep::Fallback => {
+                Err(Outcome::new(Is::NotPinned, "the entry is gone; nothing is held"))
+            }
+        }
+    }
+
+    fn pvalidate(&mut self, place: Place, size: RmpSize, validate: bool) -> Acted {
+        let (world, vm) = (self.world, self.actor.vm);
+        let first = world.gfn(place, vm)?;
+        let count = match place {
+            Place::Pages(range) => range.count(),
+            Place::Gpa(_, count) => count,
+        };
+        let gfns = polder::units::GfnRange::new(first, count)
+            .map_err(|error| Outcome::new(Is::Range, error.to_string()))?;
+        let pages = polder::units::Geometry::X86_64.pages(size.level()).get();
+        let step = usize::try_from(pages).unwrap_or(usize::MAX);
+        let mut changed = false;
+        for gfn in gfns.frames().step_by(step) {
+            changed |= match &*self.vcpu()? {
+                Vcpu::Polder(vcpu) => vcpu.pvalidate(gfn, size.level(), validate)??,
+                Vcpu::Bare(id) => {
+                    let id = *id;
+                    world.inside(|machine, _, _| {
+                        Ok(machine.vcpu(id)?.pvalidate(gfn, size, validate)??)
+                    })?
+                }
+                Vcpu::Kvm => return Err(Outcome::new(Is::NotOffered, "this is no SNP guest")),
+            };
+        }
+        Ok(Outcome::new(Is::Ok, if changed { "" } else { "nothing changed" }))
+    }
+
+    /// What the machine's kernel does.
+    fn kernel(&mut self, verb: &Verb) -> Acted {
+        let world = self.world;
+        let by = LockOwner(100 + u32::try_from(self.number).unwrap_or(0));
+        let pages = |place: Place| world.pages(place, self.actor.vm);
+        match verb {
+            Verb::Allocate { place, level } => {
+                let pages = pages(*place)?;
+                self.by_level(&pages, *level, |machine, object, page| {
+                    machine.allocate(object, page, *level)?;
+                    Ok(())
+                })
+            }
+            Verb::NoMemory { after } => world.inside(|machine, _, _| {
+                machine.fail_allocation(Some(*after));
+                Ok(Outcome::done())
+            }),
+            Verb::Lock { place } => {
+                self.frame(&pages(*place)?, |machine, pfn| Ok(machine.lock_folio(pfn, by)?))
+            }
+            Verb::Unlock { place } => {
+                self.frame(&pages(*place)?, |machine, pfn| Ok(machine.unlock_folio(pfn, by)?))
+            }
+            Verb::Split { place } => {
+                let page = first_page(&pages(*place)?)?;
+                world.inside(|machine, object, _| {
+                    let level = machine.split_folio(object, page, by)?;
+                    Ok(Outcome::new(Is::Ok, format!("into {level} folios")))
+                })
+            }
+            Verb::Merge { place, level } => {
+                let page = first_page(&pages(*place)?)?;
+                world.inside(|machine, object, _| {
+                    machine.merge_folios(object, page, *level, by)?;
+                    Ok(Outcome::done())
+                })
+            }
+            Verb::Map { place, vm, level } => {
+                let (gfn, vm) = (world.gfn(*place, *vm)?, machine_vm(world, *vm)?);
+                world.inside(|machine, _, _| {
+                    let resolved = machine.tdp_resolve(vm, gfn)?;
+                    let level = machine.tdp_map(&resolved, *level, true)?;
+                    Ok(Outcome::new(Is::Ok, format!("at {level}")))
+                })
+            }
+            Verb::Zap { place, vm } => {
+                let number = *vm;
+                let vm = machine_vm(world, number)?;
+                let all = world.pages(*place, number)?;
+                world.inside(|machine, object, _| {
+                    for range in all {
+                        let shown: Vec<_> = machine.gfns_of(object, range).collect();
+                        for (_, gfns) in shown.into_iter().filter(|(id, _)| *id == vm) {
+                            machine.tdp_zap(vm, gfns)?;
+                        }
+                    }
+                    Ok(Outcome::done())
+                })
+            }
+            Verb::Rmpupdate { place, vm, size, assign, immutable } => {
+                self.rmpupdate(*place, *vm, (*size, *assign, *immutable))
+            }
+            Verb::Psmash { place } => {
+                self.frame(&pages(*place)?, |machine, pfn| Ok(machine.psmash(pfn)?))
+            }
+            Verb::Unsmash { place } => {
+                self.frame(&pages(*place)?, |machine, pfn| Ok(machine.page_unsmash(pfn)?))
+            }
+            Verb::Reclaim { place, size } => {
+                let pages = pages(*place)?;
+                self.by_level(&pages, size.level(), |machine, object, page| {
+                    Ok(machine.page_reclaim(frame(machine, object, page)?, *size)?)
+                })
+            }
+            Verb::RmpHold { place, size } => {
+                self.frame(&pages(*place)?, |machine, pfn| Ok(machine.rmp_hold(pfn, *size, by)?))
+            }
+            Verb::RmpRelease { place } => {
+                self.frame(&pages(*place)?, |machine, pfn| Ok(machine.rmp_release(pfn, by)?))
+            }
+            _ => Err(Outcome::new(Is::Failed, "this is no step of the kernel's")),
+        }
+    }
+
+    fn rmpupdate(&self, place: Place, vm: usize, how: (RmpSize, bool, bool)) -> Acted {
+        let (size, assign, immutable) = how;
+        let pages = self.world.pages(place, vm)?;
+        let (asid, id) = (self.world.vms[vm].asid, machine_vm(self.world, vm)?);
+        self.by_level(&pages, size.level(), |machine, object, page| {
+            let pfn = frame(machine, object, page)?;
+            let update = if assign {
+                let mut shown = machine.gfns_of(object, PageRange::one(page));
+                let gfns = shown.find(|(shown, _)| *shown == id).map(|(_, gfns)| gfns);
+                let unseen =
+                    || Outcome::new(Is::Unbound, format!("the VM does not see page {page}"));
+                let gfn = gfns.ok_or_else(unseen)?.start();
+                RmpUpdate { assigned: true, size, immutable, gfn, asid }
+            } else {
+                RmpUpdate { immutable, ..RmpUpdate::shared(size) }
+            };
+            Ok(machine.rmpupdate(pfn, update)?)
+        })
+    }
+
+    /// Does something to the frame of a place's first page.
+    fn frame(
+        &self,
+        pages: &[PageRange],
+        act: impl FnOnce(&mut Machine, Pfn) -> Acted<()>,
+    ) -> Acted {
+        let page = first_page(pages)?;
+        self.world.inside(|machine, object, _| {
+            let pfn = frame(machine, object, page)?;
+            act(machine, pfn)?;
+            Ok(Outcome::done())
+        })
+    }
+
+    /// Does something to each page of a level, from the place's first page on.
+    fn by_level(
+        &self,
+        pages: &[PageRange],
+        level: Level,
+        mut act: impl FnMut(&mut Machine, ObjectId, PageIndex) -> Acted<()>,
+    ) -> Acted {
+        self.world.inside(|machine, object, _| {
+            let step = usize::try_from(machine.geometry().pages(level).get()).unwrap_or(usize::MAX);
+            for page in pages.iter().flat_map(|range| range.frames().step_by(step)) {
+                act(machine, object, page)?;
+            }
+            Ok(Outcome::done())
+        })
+    }
+}
+
+fn frame(machine: &Machine, object: ObjectId, page: PageIndex) -> Acted<Pfn> {
+    let backing = machine.backing(object, page)?;
+    let hole = || Outcome::new(Is::Hole, format!("there is no memory behind page {page}"));
+    Ok(backing.ok_or_else(hole)?.pfn)
+}
+
+fn machine_vm(world: &World, vm: usize) -> Acted<polder::machine::VmId> {
+    world.vms[vm].machine.ok_or_else(nobodys)
+}
+
+fn nobodys() -> Outcome {
+    Outcome::new(Is::NotOffered, "this VM is not known to Polder, or not to this host")
+}
+
+const fn side(visibility: Visibility) -> Side {
+    match visibility {
+        Visibility::Private => Side::Private,
+        Visibility::Shared => Side::Shared,
+    }
+}
+
+/// Up to 8 bytes as a word, zeros behind them.
+fn to_word(bytes: &[u8]) -> u64 {
+    let mut word = [0; 8];
+    word[..bytes.len()].copy_from_slice(bytes);
+    u64::from_le_bytes(word)
+}
