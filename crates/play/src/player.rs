@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use polder::machine::Plant;
-use polder::units::{PageCount, PageIndex, PageRange};
+use polder::units::{PageCount, PageRange};
 use polder::{HostKind, Moment, View};
 
 use crate::limits::{LOOKED_MAX, WAITS_MAX};
@@ -112,10 +112,12 @@ impl Player<'_> {
     fn story(&mut self, played: &mut Played) -> Result<(), String> {
         for step in &self.scenario.steps {
             let step = self.step(step)?;
-            let (line, unmet) = (step.line, step.unmet.clone());
+            let why = step.unmet.as_ref().map(|unmet| {
+                format!("line {}: {}; {unmet}", step.line, step.outcome.line())
+            });
             played.steps.push(step);
-            if let Some(why) = unmet {
-                return Err(format!("line {line}: {why}"));
+            if let Some(why) = why {
+                return Err(why);
             }
         }
         for look in &self.scenario.expect {
@@ -413,7 +415,6 @@ impl Player<'_> {
             pages.extend(PageRange::between(end, range.end()));
             for (page, state) in states(&self.world.memory, &vms, now) {
                 if let Some(why) = look.unmet(&state) {
-                    let page = PageIndex::new(page).map_or(String::new(), |page| page.to_string());
                     return Err(Outcome::new(Is::Differs, format!("page {page}: {why}")));
                 }
             }

@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use polder::machine::{HostPte, Machine, ObjectId, ProcessId, VmId as MachineVm};
-use polder::units::{Level, PageIndex, PageRange};
+use polder::machine::{HostPte, Machine, ObjectId, ProcessId, RmpEntry, VmId as MachineVm};
+use polder::units::{Level, PageIndex, PageRange, Pfn};
 use polder::{Memory, PageFacts, Population, Visibility};
 
 use crate::scenario::{HostView, Look, Mapped};
@@ -131,7 +131,9 @@ fn inside(
         let spte = gfns.zip(*vm).and_then(|(gfn, vm)| machine.spte(vm, gfn).ok().flatten());
         spte.map_or(Mapped::No, |spte| Mapped::At(spte.level))
     });
-    let entry = backing.and_then(|backing| machine.rmp_entry(backing.pfn));
+    // What has no memory has no entry, where there are any.
+    let no_entry = machine.rmp_entry(Pfn::from(0)).map(|_| RmpEntry::HYPERVISOR);
+    let entry = backing.map_or(no_entry, |backing| machine.rmp_entry(backing.pfn));
     Inside {
         host_view: match pte {
             Some(HostPte::Mapped { .. }) => HostView::Mapped,
