@@ -132,6 +132,7 @@ impl Engine {
     /// # Errors
     /// [`Refusal::NoSuchSlot`].
     pub fn unbind(&mut self, vm: VmId, slot: Slot) -> Result<Binding, Refusal> {
+        self.wishes.forget(vm, slot);
         self.bindings.0.remove(&(vm, slot)).ok_or(Refusal::NoSuchSlot { slot })
     }
 

@@ -16,7 +16,7 @@ use crate::operation::Program;
 use crate::range_set::push_run;
 use crate::{
     Activity, Blocked, Contents, Engine, Operation, Population, Refusal, Stage, Step, View,
-    Visibility,
+    Visibility, VmId,
 };
 
 /// A conversion in flight.
@@ -66,6 +66,8 @@ pub struct ConversionRequest {
     pub to: Visibility,
     /// What becomes of their bytes.
     pub contents: Contents,
+    /// The VM whose wish it is; all, where the VMM decides for them.
+    pub by: Option<VmId>,
 }
 
 /// How a conversion began.
@@ -92,7 +94,7 @@ impl Engine {
     /// quarantine, and for a pinned page that would become private: nothing has been unmapped
     /// then. Busy where another operation holds a page.
     pub fn convert(&mut self, request: &ConversionRequest) -> Result<Start, Blocked> {
-        let &ConversionRequest { ref ranges, to, contents } = request;
+        let &ConversionRequest { ref ranges, to, contents, by } = request;
         for &range in ranges {
             self.check_bounds(range)?;
         }
@@ -106,6 +108,7 @@ impl Engine {
         }
         let parts = self.parts_that_change(ranges, to);
         if parts.is_empty() {
+            self.grant(by, ranges, &parts);
             return Ok(Start::AlreadySo);
         }
         if to == Visibility::Private {
@@ -114,7 +117,7 @@ impl Engine {
             }
         }
         let program = self.conversion_program(ranges, &parts, to, contents);
-        let activity = Activity::Conversion { to, contents };
+        let activity = Activity::Conversion { to, contents, by };
         Ok(Start::Claimed(self.begin(activity, ranges.clone(), parts, program)))
     }
 
@@ -156,7 +159,7 @@ impl Engine {
     /// Makes the conversion true: from here on faults see the pages as what they became.
     pub fn finish_conversion(&mut self, conversion: Conversion<Settled>) -> Converted {
         let record = self.finish(&conversion);
-        let Activity::Conversion { to, contents } = record.activity else {
+        let Activity::Conversion { to, contents, by } = record.activity else {
             unreachable!("only a conversion is ever settled")
         };
         let mut pages = PageCount::ZERO;
@@ -171,6 +174,7 @@ impl Engine {
             pages = pages.checked_add(part.count()).expect("parts lie in one object");
         }
         self.forget_markers(View::Host, &record.parts);
+        self.grant(by, &record.claims, &record.parts);
         Converted { pages }
     }
 

@@ -49,6 +49,7 @@ mod populate;
 mod range_set;
 mod rmp;
 mod step;
+mod wanted;
 
 #[cfg(test)]
 mod tests;
@@ -77,6 +78,7 @@ pub use populate::{Published, Writing};
 pub use range_set::RangeSet;
 pub use rmp::{LargeRmpEntry, NotLarge, can_install_large_rmp_entry};
 pub use step::Step;
+pub use wanted::Wish;
 
 use crate::binding::Bindings;
 use crate::fault::InFlight;
@@ -107,6 +109,7 @@ pub struct Engine {
     config: Config,
     pages: PageMap,
     bindings: Bindings,
+    wishes: wanted::Wishes,
     operations: Vec<Record>,
     in_flight: Vec<InFlight>,
     pins: Pins,
@@ -129,6 +132,7 @@ impl Engine {
         Self {
             pages: PageMap::new(config.pages, config.geometry, config.initial),
             bindings: Bindings::default(),
+            wishes: wanted::Wishes::default(),
             operations: Vec::new(),
             in_flight: Vec::new(),
             pins: Pins::default(),

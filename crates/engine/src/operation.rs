@@ -21,7 +21,7 @@ use polder_units::PageRange;
 
 use crate::plant::Plants;
 use crate::step::Undo;
-use crate::{Contents, Engine, Refusal, Step, View, Visibility};
+use crate::{Contents, Engine, Refusal, Step, View, Visibility, VmId};
 
 /// Names an operation; never used twice.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -36,6 +36,8 @@ pub enum Activity {
         to: Visibility,
         /// What becomes of their bytes.
         contents: Contents,
+        /// The VM whose wish it is; all, where the VMM decided for them.
+        by: Option<VmId>,
     },
     /// Filling pages that are owed.
     Population,
@@ -121,7 +123,7 @@ impl From<Refusal> for Blocked {
 pub(crate) struct Record {
     id: OpId,
     pub(crate) activity: Activity,
-    claims: Vec<PageRange>,
+    pub(crate) claims: Vec<PageRange>,
     /// The pages that it changes; a part of the claims.
     pub(crate) parts: Vec<PageRange>,
     progress: Progress,

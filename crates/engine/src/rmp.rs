@@ -172,3 +172,70 @@ impl Engine {
         GuestAnswer::Now { answer, level: Level::Size2M }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 2M pages of four.
+    fn geometry() -> Geometry {
+        Geometry::new(4, 4).unwrap()
+    }
+
+    /// An entry for which every clause holds.
+    fn entry() -> LargeRmpEntry {
+        LargeRmpEntry {
+            folio: Level::Size2M,
+            page: 8u32.into(),
+            frame: 20u32.into(),
+            gfn: 12u32.into(),
+            within: PageRange::between(8, 12).unwrap(),
+            unassigned: true,
+        }
+    }
+
+    fn can(change: impl FnOnce(&mut LargeRmpEntry)) -> Result<(), NotLarge> {
+        let mut entry = entry();
+        change(&mut entry);
+        can_install_large_rmp_entry(&entry, geometry())
+    }
+
+    #[test]
+    fn a_2m_folio_that_is_aligned_everywhere_and_all_unassigned_gets_a_large_entry() {
+        assert_eq!(can(|_| ()), Ok(()));
+    }
+
+    #[test]
+    fn a_1g_folio_gets_large_entries_and_a_4k_folio_none() {
+        assert_eq!(can(|entry| entry.folio = Level::Size1G), Ok(()));
+        assert_eq!(can(|entry| entry.folio = Level::Size4K), Err(NotLarge::Folio));
+    }
+
+    #[test]
+    fn the_offset_in_the_object_is_aligned() {
+        assert_eq!(can(|entry| entry.page = 9u32.into()), Err(NotLarge::Page));
+    }
+
+    #[test]
+    fn the_frame_is_aligned() {
+        assert_eq!(can(|entry| entry.frame = 22u32.into()), Err(NotLarge::Frame));
+    }
+
+    #[test]
+    fn the_guest_frame_is_aligned() {
+        assert_eq!(can(|entry| entry.gfn = 13u32.into()), Err(NotLarge::Gfn));
+    }
+
+    #[test]
+    fn all_of_it_is_within_what_the_operation_is_about() {
+        let within = |start, end| PageRange::between(start, end).unwrap();
+        assert_eq!(can(|entry| entry.within = within(8, 11)), Err(NotLarge::Range));
+        assert_eq!(can(|entry| entry.within = within(9, 12)), Err(NotLarge::Range));
+        assert_eq!(can(|entry| entry.within = within(0, 64)), Ok(()));
+    }
+
+    #[test]
+    fn no_part_of_it_is_assigned() {
+        assert_eq!(can(|entry| entry.unassigned = false), Err(NotLarge::Assigned));
+    }
+}

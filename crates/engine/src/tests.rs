@@ -34,7 +34,7 @@ fn plain() -> Engine {
 }
 
 fn request(range: PageRange, to: Visibility, contents: Contents) -> ConversionRequest {
-    ConversionRequest { ranges: vec![range], to, contents }
+    ConversionRequest { ranges: vec![range], to, contents, by: None }
 }
 
 fn claim(engine: &mut Engine, request: &ConversionRequest) -> Result<Start, Refusal> {
@@ -227,6 +227,207 @@ fn pages_whose_undo_fails_are_kept_from_everybody() {
     let copy = engine.copy(&[pages(2, 3)]);
     assert!(matches!(copy, Err(Blocked::Refused(refusal)) if refusal == quarantined));
     assert!(matches!(engine.discard(pages(2, 3)), Err(Blocked::Refused(_))));
+}
+
+fn snp() -> Engine {
+    engine(Platform::Snp, Population::Whole)
+}
+
+#[test]
+fn an_snp_guest_loses_its_mappings_before_the_rmp_changes_and_a_part_is_smashed_first() {
+    let mut engine = snp();
+    let to_shared = request(pages(2, 9), Visibility::Shared, Contents::Zero);
+    assert_eq!(
+        convert(&mut engine, &to_shared, None).unwrap(),
+        [
+            Step::UnmapGuest(pages(2, 9)),
+            Step::Smash(pages(0, 4)),
+            Step::Unassign(pages(2, 4)),
+            Step::Unassign(pages(4, 8)),
+            Step::Smash(pages(8, 12)),
+            Step::Unassign(pages(8, 9)),
+            Step::Free(pages(2, 9)),
+        ]
+    );
+    let to_private = request(pages(0, 12), Visibility::Private, Contents::Unspecified);
+    assert_eq!(
+        convert(&mut engine, &to_private, None).unwrap(),
+        [
+            Step::UnmapHost(pages(2, 9)),
+            Step::UnmapGuest(pages(2, 9)),
+            Step::CheckReferences(pages(2, 9)),
+            Step::Assign(pages(2, 4)),
+            // The rest of it was private all the while.
+            Step::UnmapGuest(pages(0, 4)),
+            Step::Merge(pages(0, 4)),
+            Step::Assign(pages(4, 8)),
+            Step::Assign(pages(8, 9)),
+            Step::UnmapGuest(pages(8, 12)),
+            Step::Merge(pages(8, 12)),
+        ]
+    );
+}
+
+#[test]
+fn the_rmp_is_undone_last_first_and_the_step_that_failed_with_it() {
+    let mut engine = snp();
+    let share = request(pages(2, 9), Visibility::Shared, Contents::Unspecified);
+    convert(&mut engine, &share, None).unwrap();
+    let to_private = request(pages(0, 12), Visibility::Private, Contents::Unspecified);
+    let undone = convert(&mut engine, &to_private, Some(6)).unwrap_err();
+    assert_eq!(
+        undone,
+        [Step::Unassign(pages(4, 8)), Step::Smash(pages(0, 4)), Step::Unassign(pages(2, 4))]
+    );
+    let undone = convert(
+        &mut engine,
+        &request(pages(0, 4), Visibility::Shared, Contents::Unspecified),
+        Some(2),
+    );
+    assert_eq!(undone.unwrap_err(), [Step::Assign(pages(0, 2))], "4K entries are left 4K");
+}
+
+#[test]
+fn rmp_steps_that_can_not_be_undone_quarantine_their_2m_page_and_no_more() {
+    let mut engine = snp();
+    convert(&mut engine, &request(pages(0, 8), Visibility::Shared, Contents::Unspecified), None)
+        .unwrap();
+    let to_private = request(pages(0, 8), Visibility::Private, Contents::Unspecified);
+    let Start::Claimed(draining) = claim(&mut engine, &to_private).unwrap() else { panic!() };
+    let (mut taken, mut fail) = (Vec::new(), None);
+    let unmapped = stage(&mut engine, draining, &mut taken, &mut fail).unwrap();
+    let unpinned = stage(&mut engine, unmapped, &mut taken, &mut fail).unwrap();
+    let reshaped = stage(&mut engine, unpinned, &mut taken, &mut fail).unwrap();
+    let protected = stage(&mut engine, reshaped, &mut taken, &mut fail).unwrap();
+    let operation = engine.undo(protected);
+    let mut undone = Vec::new();
+    while let Some(step) = engine.next_undo(&operation) {
+        undone.push(step);
+        engine.undo_taken(&operation, step != Step::Unassign(pages(4, 8)));
+    }
+    assert_eq!(engine.finish_undo(operation), [pages(4, 8)]);
+    assert_eq!(
+        undone,
+        [Step::Unassign(pages(4, 8)), Step::Quarantine(pages(4, 8)), Step::Unassign(pages(0, 4))]
+    );
+    assert!(engine.quarantine().first_in(pages(0, 4)).is_none());
+}
+
+#[test]
+fn contents_of_an_snp_guest_are_refused_before_anything_is_claimed() {
+    let mut engine = snp();
+    for (to, contents) in [
+        (Visibility::Shared, Contents::Preserve),
+        (Visibility::Private, Contents::Preserve),
+        (Visibility::Private, Contents::Zero),
+    ] {
+        let refusal = claim(&mut engine, &request(pages(0, 4), to, contents)).unwrap_err();
+        assert_eq!(refusal.errno(), Errno::EOPNOTSUPP, "{contents} to {to}");
+    }
+    assert!(engine.is_idle());
+    let most = |to| engine.config().platform.keeps_most(to, true);
+    assert_eq!(most(Visibility::Shared), Contents::Zero);
+    assert_eq!(most(Visibility::Private), Contents::Unspecified);
+}
+
+#[test]
+fn a_discard_takes_private_pages_back_before_they_are_freed() {
+    let mut engine = snp();
+    let share = request(pages(0, 4), Visibility::Shared, Contents::Unspecified);
+    convert(&mut engine, &share, None).unwrap();
+    let discard = engine.discard(pages(2, 6)).unwrap();
+    let mut taken = Vec::new();
+    let cleared = stage(&mut engine, discard, &mut taken, &mut None).unwrap();
+    engine.finish_discard(cleared);
+    assert_eq!(
+        taken,
+        [
+            Step::UnmapHost(pages(2, 6)),
+            Step::UnmapGuest(pages(2, 6)),
+            Step::Smash(pages(4, 8)),
+            Step::Unassign(pages(4, 6)),
+            Step::Free(pages(2, 6)),
+        ]
+    );
+}
+
+#[test]
+fn a_fault_for_its_size_is_about_the_2m_page_and_waits_for_operations_there() {
+    let (mut engine, vm) = (snp(), VmId(0));
+    engine.bind(vm, Slot(0), 0u32.into(), pages(0, 64)).unwrap();
+    let GuestAnswer::Now { answer, level } = engine.size_fault(vm, 5u32.into()) else { panic!() };
+    assert_eq!((answer.range(), level), (pages(4, 8), Level::Size2M));
+    engine.answered(answer, None);
+    let draining = engine.discard(pages(7, 8)).unwrap();
+    assert!(matches!(engine.size_fault(vm, 5u32.into()), GuestAnswer::Wait));
+    assert!(matches!(engine.size_fault(vm, 9u32.into()), GuestAnswer::Now { .. }));
+    assert!(matches!(engine.size_fault(vm, 64u32.into()), GuestAnswer::Exit(_)));
+    drop(draining);
+    assert!(matches!(engine.size_fault(vm, 5u32.into()), GuestAnswer::Undo(_)));
+}
+
+#[test]
+fn a_merge_is_of_2m_pages_that_are_private_as_a_whole() {
+    let mut engine = snp();
+    let share = request(pages(5, 6), Visibility::Shared, Contents::Unspecified);
+    convert(&mut engine, &share, None).unwrap();
+    let merge = engine.merge(pages(1, 16)).unwrap();
+    let mut taken = Vec::new();
+    let merged = stage(&mut engine, merge, &mut taken, &mut None).unwrap();
+    engine.finish_merge(merged);
+    let both = |page| [Step::UnmapGuest(page), Step::Merge(page)];
+    assert_eq!(taken, [both(pages(8, 12)), both(pages(12, 16))].concat());
+}
+
+#[test]
+fn one_bindings_wish_overrides_no_others_and_both_are_reported() {
+    use Visibility::{Private, Shared};
+    let (mut engine, one, other) = (plain(), VmId(0), VmId(1));
+    engine.bind(one, Slot(0), 0u32.into(), pages(0, 32)).unwrap();
+    engine.bind(other, Slot(3), 16u32.into(), pages(0, 32)).unwrap();
+    let gfns = |start, end| GfnRange::between(start, end).unwrap();
+    let wish = |pages, granted, wanted| Wish { pages, granted, wanted };
+    assert_eq!(engine.unmet().count(), 0, "a new binding wishes for what is granted");
+
+    engine.want(one, gfns(4, 8), Shared).unwrap();
+    assert_eq!(
+        engine.wanted(one, gfns(2, 10)).unwrap(),
+        [
+            wish(pages(2, 4), Private, Private),
+            wish(pages(4, 8), Private, Shared),
+            wish(pages(8, 10), Private, Private)
+        ]
+    );
+    let others = engine.wanted(other, gfns(16, 48)).unwrap();
+    assert_eq!(others, [wish(pages(0, 32), Private, Private)]);
+    assert_eq!(engine.pages().get(page(4)).visibility, Private, "a wish alone changes nothing");
+
+    // Granted for the one, it is unmet for the other.
+    let ranges = vec![pages(4, 8)];
+    let by_one = ConversionRequest { ranges, to: Shared, contents: Contents::Zero, by: Some(one) };
+    convert(&mut engine, &by_one, Some(1)).unwrap_err();
+    let unmet = |engine: &Engine| engine.unmet().collect::<Vec<_>>();
+    let of_one = (one, Slot(0), wish(pages(4, 8), Private, Shared));
+    assert_eq!(unmet(&engine), [of_one], "what failed has granted nothing");
+    convert(&mut engine, &by_one, None).unwrap();
+    assert_eq!(unmet(&engine), [(other, Slot(3), wish(pages(4, 8), Shared, Private))]);
+
+    // The other wishes the same of a part; the VMM decides for all of the rest.
+    engine.want(other, gfns(20, 22), Shared).unwrap();
+    assert_eq!(unmet(&engine), [(other, Slot(3), wish(pages(6, 8), Shared, Private))]);
+    let for_all = request(pages(0, 32), Shared, Contents::Zero);
+    convert(&mut engine, &for_all, None).unwrap();
+    assert_eq!(unmet(&engine), []);
+
+    // Both wish it private again; what one is granted is what both wished.
+    engine.want(one, gfns(0, 2), Private).unwrap();
+    engine.want(other, gfns(17, 18), Private).unwrap();
+    let back = ConversionRequest { ranges: vec![pages(0, 2)], to: Private, ..by_one };
+    convert(&mut engine, &back, None).unwrap();
+    assert_eq!(unmet(&engine), [(other, Slot(3), wish(pages(0, 1), Private, Shared))]);
+    engine.unbind(other, Slot(3)).unwrap();
+    assert_eq!(unmet(&engine), []);
+    assert!(matches!(engine.want(other, gfns(16, 17), Shared), Err(Refusal::Unbound { .. })));
 }
 
 #[test]

@@ -200,11 +200,12 @@ impl Driver {
         &self,
         find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
         (to, contents): (Visibility, Contents),
+        by: Option<VmId>,
         on_busy: OnBusy,
     ) -> Result<Option<Converted>, Error> {
         let claim = |engine: &mut Engine| {
             let ranges = find(engine)?;
-            engine.convert(&ConversionRequest { ranges, to, contents })
+            engine.convert(&ConversionRequest { ranges, to, contents, by })
         };
         let conversion = match self.claim(on_busy, claim)? {
             Start::AlreadySo => return Ok(None),

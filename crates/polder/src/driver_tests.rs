@@ -176,6 +176,14 @@ impl Set {
 
     /// One whose waiters ask again after `ask_again`.
     fn asking(kind: HostKind, trouble: Trouble, ask_again: Duration) -> Option<Self> {
+        Self::of((kind, Platform::Plain), trouble, ask_again)
+    }
+
+    fn of(
+        (kind, platform): (HostKind, Platform),
+        trouble: Trouble,
+        ask_again: Duration,
+    ) -> Option<Self> {
         let pages = PageCount::new(PAGES).unwrap();
         let (host, guest_view): (Box<dyn Host>, _) = match kind {
             HostKind::Memfd => {
@@ -193,7 +201,7 @@ impl Set {
         let config = Config {
             pages,
             geometry: Geometry::X86_64,
-            platform: Platform::Plain,
+            platform,
             in_place: true,
             host_view_level: Level::Size4K,
             initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
@@ -209,7 +217,7 @@ impl Set {
     }
 
     fn convert(&self, range: PageRange, to: Visibility, contents: Contents) -> Result<(), Error> {
-        self.driver.convert(|_| Ok(vec![range]), (to, contents), OnBusy::Wait).map(drop)
+        self.driver.convert(|_| Ok(vec![range]), (to, contents), None, OnBusy::Wait).map(drop)
     }
 
     /// Whether nothing is in flight soon: who touches is let go before his answer is given back.
@@ -238,6 +246,70 @@ impl Drop for Set {
 
 fn pages(start: u64, end: u64) -> PageRange {
     PageRange::between(start, end).unwrap()
+}
+
+/// Memory of an SNP guest whose pages 0, 2, .. 14 are shared, and the others assigned to it.
+fn snp(trouble: Trouble) -> Set {
+    let set = Set::of((HostKind::Machine, Platform::Snp), trouble, Duration::from_millis(1));
+    let (set, vm, first) = (set.expect("the machine needs nothing"), VmId(0), Gfn::from(0));
+    let all = pages(0, PAGES);
+    set.driver.host.attach(vm, Vm::Machine).unwrap();
+    set.driver.engine().bind(vm, Slot(0), first, all).unwrap();
+    set.driver.host.bind(vm, Slot(0), first, all).unwrap();
+    for page in all.frames() {
+        let gfn = Gfn::new(page.get()).unwrap();
+        let access = GuestAccess { gfn, visibility: Visibility::Private };
+        assert_eq!(set.driver.guest_fault(vm, access, || true), Ok(None));
+        if page.get() % 2 == 0 {
+            set.convert(PageRange::one(page), Visibility::Shared, Contents::Unspecified).unwrap();
+        }
+    }
+    set
+}
+
+/// Which pages are assigned in the RMP.
+fn assigned(set: &Set) -> Vec<bool> {
+    let (object, _) = set.driver.host.machine().unwrap().parts();
+    let machine = set.driver.host.machine().unwrap().lock();
+    let is_assigned = |page| {
+        let backing = machine.backing(object, page).unwrap().expect("a page with memory");
+        machine.rmp_entry(backing.pfn).unwrap().assigned
+    };
+    pages(0, PAGES).frames().map(is_assigned).collect()
+}
+
+/// INV-4 and INV-9: the RMP is what it was, and agrees with what is granted.
+#[test]
+fn a_conversion_of_an_snp_guest_whose_nth_step_goes_wrong_leaves_the_rmp_as_it_was() {
+    for trouble in [Trouble::Fail, Trouble::Panic] {
+        for to in [Visibility::Private, Visibility::Shared] {
+            let wrong = (0..).take_while(|&n| goes_wrong_on_snp(trouble, to, n)).count();
+            assert!(wrong > 10, "{wrong} steps in all");
+        }
+    }
+}
+
+/// Whether there was an nth step.
+fn goes_wrong_on_snp(trouble: Trouble, to: Visibility, n: usize) -> bool {
+    let set = snp(trouble);
+    let before = assigned(&set);
+    assert_eq!(before, (0..PAGES).map(|page| page % 2 == 1).collect::<Vec<_>>());
+    *set.plan.lock() = (n, 1);
+    let convert = || set.convert(pages(0, PAGES), to, Contents::Unspecified);
+    let result = catch_unwind(AssertUnwindSafe(convert));
+    let wrong = set.plan.lock().1 == 0;
+    *set.plan.lock() = (usize::MAX, 0);
+    assert_eq!(matches!(result, Ok(Ok(()))), !wrong);
+    if wrong {
+        // Who comes next undoes what was abandoned.
+        set.driver.populate(pages(0, 1), &[]).unwrap_err();
+        assert_eq!(assigned(&set), before, "step {n} of a conversion to {to}");
+        assert!(set.becomes_idle() && set.driver.engine().quarantine().is_empty());
+        set.convert(pages(0, PAGES), to, Contents::Unspecified).unwrap();
+    }
+    let private = to == Visibility::Private;
+    assert!(assigned(&set).iter().all(|assigned| *assigned == private));
+    wrong
 }
 
 /// Pages 0, 2, .. 14 are shared and hold their number plus one.

@@ -38,7 +38,7 @@ mod watch;
 pub use polder_engine::Bug;
 pub use polder_engine::{
     Binding, Contents, Errno, Holder, MemoryFault, PageFacts, PinId, PinKind, Platform, Population,
-    Refusal, Response, Slot, Step, View, Visibility, VmId,
+    Refusal, Response, Slot, Step, View, Visibility, VmId, Wish,
 };
 /// The simulated machine, for who looks into it by [`Memory::simulated`].
 pub use polder_machine as machine;

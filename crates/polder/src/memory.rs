@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use parking_lot::Mutex;
 use polder_engine::{
     Binding, Config, Contents, Engine, GuestAccess, Holder, MemoryFault, PageFacts, PinKind,
-    Platform, Population, Refusal, Slot, Visibility, VmId,
+    Platform, Population, Refusal, Slot, Visibility, VmId, Wish,
 };
 use polder_machine::{ObjectId, ProcessId};
 use polder_units::{
@@ -259,10 +259,11 @@ impl Memory {
         contents: Contents,
         on_busy: OnBusy,
     ) -> Result<PageCount, Error> {
-        self.convert_found(|_| Ok(vec![range]), (to, contents), on_busy)
+        self.convert_found(|_| Ok(vec![range]), (to, contents), None, on_busy)
     }
 
-    /// [`Memory::convert`] by guest frames.
+    /// [`Memory::convert`] by guest frames, as this VM wishes: what other VMs wish of the same
+    /// pages stays what it is.
     ///
     /// # Errors
     /// As [`Memory::convert`], and [`Refusal::Unbound`].
@@ -274,16 +275,18 @@ impl Memory {
         contents: Contents,
         on_busy: OnBusy,
     ) -> Result<PageCount, Error> {
-        self.convert_found(|engine| engine.pages_of(vm, gfns), (to, contents), on_busy)
+        let find = |engine: &Engine| engine.pages_of(vm, gfns);
+        self.convert_found(find, (to, contents), Some(vm), on_busy)
     }
 
     fn convert_found(
         &self,
         find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
         (to, contents): (Visibility, Contents),
+        by: Option<VmId>,
         on_busy: OnBusy,
     ) -> Result<PageCount, Error> {
-        match self.driver.convert(find, (to, contents), on_busy) {
+        match self.driver.convert(find, (to, contents), by, on_busy) {
             Ok(converted) => {
                 let pages = converted.map_or(PageCount::ZERO, |converted| converted.pages);
                 self.driver.counters.converted(to, pages);
@@ -294,6 +297,29 @@ impl Memory {
                 Err(error)
             }
         }
+    }
+
+    /// Notes what a VM wishes its pages to be (`MEMORY_ATTRIBUTE_PRIVATE`): nothing changes by it.
+    /// A conversion grants it.
+    ///
+    /// # Errors
+    /// [`Refusal::Unbound`] unless every frame is bound.
+    pub fn want(&self, vm: VmId, gfns: GfnRange, to: Visibility) -> Result<(), Error> {
+        self.driver.ask(|engine| engine.want(vm, gfns, to))
+    }
+
+    /// What a VM wishes its pages to be, and what they are, in runs.
+    ///
+    /// # Errors
+    /// [`Refusal::Unbound`] unless every frame is bound.
+    pub fn wanted(&self, vm: VmId, gfns: GfnRange) -> Result<Vec<Wish>, Error> {
+        self.driver.ask(|engine| engine.wanted(vm, gfns))
+    }
+
+    /// Every wish that is not what is granted, by the binding whose it is: VMs that disagree about
+    /// a page are seen here.
+    pub fn unmet(&self) -> Vec<(VmId, Slot, Wish)> {
+        self.driver.engine().unmet().collect()
     }
 
     /// Drops the contents of pages: they read as zeros, and take up no memory. Visibility stays.
@@ -474,7 +500,8 @@ impl Memory {
         self.driver.host.resident()
     }
 
-    /// Whether a conversion can keep contents: [`HostKind::is_in_place`].
+    /// Whether private and shared pages are the same memory: [`HostKind::is_in_place`]. Whether
+    /// their contents outlive a conversion is [`Memory::keeps_most`]'s to say.
     pub fn is_in_place(&self) -> bool {
         self.driver.engine().config().in_place
     }

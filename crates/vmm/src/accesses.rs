@@ -72,7 +72,8 @@ impl<'a> Accesses<'a> {
     /// [`GuestExit`].
     pub fn rescind(&self, gfns: GfnRange) -> Result<Vec<(Gfn, Level)>, GuestExit> {
         let mut rescinded = Vec::new();
-        if !self.memory.0.platform().has_rmp() || self.granted(gfns.start()).is_none() {
+        let (memory, vm) = self.memory;
+        if !memory.platform().has_rmp() || memory.pages_of(vm, gfns).is_err() {
             return Ok(rescinded);
         }
         let mut next = gfns.start().get();

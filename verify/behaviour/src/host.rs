@@ -148,6 +148,9 @@ pub trait Inside {
     /// Splits the folio of a page to the next level.
     fn split(&self, memory: &Memory, page: PageIndex);
 
+    /// Makes one folio of the 2M page at `page`, as khugepaged does: nobody has it mapped then.
+    fn collapse(&self, memory: &Memory, page: PageIndex);
+
     /// Calls `run` while another processor has the RMP entry of a page in use.
     fn while_in_use(&self, memory: &Memory, page: PageIndex, run: &mut dyn FnMut());
 

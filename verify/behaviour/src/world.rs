@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use polder::units::{Gfn, GfnRange, PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange};
 use polder::{
-    Builder, Contents, Error, Memory, OnBusy, PageFacts, Platform, Slot, Visibility, VmId,
+    Builder, Contents, Error, Memory, OnBusy, PageFacts, Platform, Population, Slot, Visibility,
+    VmId,
 };
 use polder_require::Facility;
 use polder_vmm::scenario::{HostAccess, Op, Outcome, Pattern, pattern};
@@ -237,7 +238,15 @@ pub(crate) fn facts(memory: &Memory, range: PageRange) -> Vec<(PageRange, PageFa
 
 /// Converts, contents kept where the host can; waits for others.
 pub(crate) fn to(memory: &Memory, range: PageRange, to: Visibility) -> Result<u64, Error> {
-    memory.convert(range, to, memory.keeps_most(to), OnBusy::Wait).map(PageCount::get)
+    let owed = |run: &(PageRange, PageFacts)| run.1.population == Population::Owed;
+    let contents = match memory.keeps_most(to) {
+        // Zeros would be contents: nothing would be owed any more.
+        Contents::Zero if memory.facts(range).is_ok_and(|runs| runs.iter().any(owed)) => {
+            Contents::Unspecified
+        }
+        contents => contents,
+    };
+    memory.convert(range, to, contents, OnBusy::Wait).map(PageCount::get)
 }
 
 /// Whether conversions can keep what is in the pages, both ways.

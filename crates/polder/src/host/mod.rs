@@ -36,7 +36,7 @@ impl HostKind {
     pub const ALL: [Self; 3] = [Self::Memfd, Self::GuestMemfd, Self::Machine];
 
     /// Whether private and shared pages are the same memory, so that a conversion can keep what is
-    /// in them ([`Contents::Preserve`](crate::Contents::Preserve)).
+    /// in them ([`Contents::Preserve`](crate::Contents::Preserve)) where the platform can, too.
     pub const fn is_in_place(self) -> bool {
         match self {
             Self::Memfd | Self::Machine => true,

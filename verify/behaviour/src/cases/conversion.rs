@@ -1,7 +1,7 @@
 //! Conversions, asked for by the VMM.
 
 use polder::units::{PAGE_SIZE, PageRange};
-use polder::{Error, Holder, Memory, OnBusy, PinKind, Refusal, Slot, Visibility};
+use polder::{Error, Holder, Memory, OnBusy, PinKind, Refusal, Slot, Visibility, Wish};
 use polder_vmm::scenario::{HostAccess, Op, Outcome};
 
 use crate::Section::Conversion;
@@ -15,6 +15,9 @@ pub(crate) const REFERENCED: &str = "a page that somebody unknown refers to is r
 
 const SHARED: Visibility = Visibility::Shared;
 const PRIVATE: Visibility = Visibility::Private;
+
+pub(crate) const DISAGREE: &str =
+    "what one VM wishes overrides no other's wish, and both are reported";
 
 pub(crate) const STEP_FAILS: &str = "a step that fails changes nothing, and denies nobody";
 
@@ -50,6 +53,8 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Conversion, REFERENCED, referenced),
     Case::new(Conversion, "a request across two slots is all or nothing", two_slots),
     Case::new(Conversion, "a request across a gap between slots is refused", gap),
+    Case::new(Conversion, "a wish alone changes nothing; a conversion grants it", wish),
+    Case::new(Conversion, DISAGREE, disagree),
     Case::new(Conversion, STEP_FAILS, failed),
     Case::new(Conversion, QUARANTINE, quarantine),
 ];
@@ -268,6 +273,52 @@ fn gap(w: &World<'_>) -> Ran {
     PASSED
 }
 
+fn wish(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(8)?)?;
+    let (memory, vm) = (&bound.memory, bound.vm);
+    let before = facts(memory, all(memory));
+    let wished = gfns(pages(2, 4));
+    memory.want(vm, wished, SHARED).expect("it is bound");
+    let wish = Wish { pages: pages(2, 4), granted: PRIVATE, wanted: SHARED };
+    assert_eq!(memory.wanted(vm, wished), Ok(vec![wish]));
+    assert_eq!((facts(memory, all(memory)), bytes(memory, pages(2, 4))), (before, vec![None; 2]));
+    bound.passes([Op::Convert {
+        gpa: wished.start().gpa(),
+        pages: 2,
+        to: SHARED,
+        expect: Outcome::Done,
+    }]);
+    assert_eq!(memory.unmet(), []);
+    memory.want(vm, gfns(page(3)), PRIVATE).expect("it is bound");
+    let unmet = Wish { pages: page(3), granted: SHARED, wanted: PRIVATE };
+    assert_eq!(memory.unmet(), [(vm, Slot(0), unmet)]);
+    assert!(byte(memory, 3).is_some());
+    PASSED
+}
+
+fn disagree(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(8)?)?;
+    let (memory, guest) = (&bound.memory, w.guest()?);
+    let other = guest.attach(memory);
+    memory.bind(other, Slot(2), gfn(BASE), all(memory)).expect("another VM's slot");
+    let ask = |vm, range, to| {
+        let contents = memory.keeps_most(to);
+        memory.convert_gfns(vm, gfns(range), to, contents, OnBusy::Wait).expect("no pins");
+    };
+    ask(bound.vm, pages(0, 4), SHARED);
+    let unmet = Wish { pages: pages(0, 4), granted: SHARED, wanted: PRIVATE };
+    assert_eq!(memory.unmet(), [(other, Slot(2), unmet)]);
+    ask(other, pages(0, 2), SHARED);
+    let unmet = Wish { pages: pages(2, 4), ..unmet };
+    assert_eq!(memory.unmet(), [(other, Slot(2), unmet)], "of the rest it wishes what it wished");
+    ask(other, pages(2, 4), PRIVATE);
+    let unmet = Wish { pages: pages(2, 4), granted: PRIVATE, wanted: SHARED };
+    assert_eq!(memory.unmet(), [(bound.vm, Slot(0), unmet)]);
+    to(memory, all(memory), PRIVATE).expect("no pins");
+    assert_eq!(memory.unmet(), [], "the VMM has decided for both");
+    PASSED
+}
+
 fn failed(w: &World<'_>) -> Ran {
     let bound = w.bound(w.memory(8)?)?;
     let memory = &bound.memory;
@@ -353,6 +404,7 @@ fn audit(w: &World<'_>) -> Ran {
     let memory = &bound.memory;
     bound.passes([fill(gfns(all(memory)), 1)]);
     share_all(memory);
+    bound.refill(all(memory), 1);
     assert!(crate::world::holds(memory, all(memory), 1));
     let reference = w.inside().refer(memory, 5u32.into());
     assert_eq!(w.inside().audit(memory), Ok(()));

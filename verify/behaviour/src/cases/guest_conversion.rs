@@ -1,5 +1,7 @@
 //! Conversions that a guest asks for: the rows of the kernel's `private_mem_conversions_test`.
 
+use std::collections::BTreeSet;
+
 use polder::units::{Gpa, PAGE_SIZE};
 use polder::{MemoryFault, Visibility};
 use polder_vmm::scenario::{HostAccess, Op, Outcome};
@@ -112,7 +114,8 @@ fn implicit(w: &World<'_>) -> Ran {
         let bound = w.bound(w.memory_apart(2 * HUGE)?)?;
         let part = pages(offset, offset + length);
         for visibility in [SHARED, PRIVATE] {
-            for page in [part.start().get(), part.end() - 1] {
+            let ends = [part.start().get(), part.end() - 1];
+            for page in BTreeSet::from(ends) {
                 converted_by_access(&bound, page, visibility);
             }
             to(&bound.memory, part, visibility).expect("no pins");

@@ -20,7 +20,7 @@ pub(crate) use contents::{
     LOST, PRESERVED, PRESERVED_PROTECTED, UNSPECIFIED, UNSPECIFIED_PROTECTED, ZEROED,
     ZEROED_PROTECTED,
 };
-pub(crate) use conversion::{AUDIT, GUP, QUARANTINE, REFERENCED, STEP_FAILS};
+pub(crate) use conversion::{AUDIT, DISAGREE, GUP, QUARANTINE, REFERENCED, STEP_FAILS};
 pub(crate) use exits::{FAILED, MISMATCH, PLAIN_VM, QUARANTINE_EXIT};
 pub(crate) use guest_conversion::IMPLICIT;
 pub(crate) use host_view::{CHILD, OTHER, STRAY};

@@ -1,14 +1,14 @@
 //! SEV-SNP's reverse map table, as it follows what is granted.
 
 use polder::units::{GfnRange, PageCount, PageIndex, PageRange};
-use polder::{Contents, Error, Memory, OnBusy, Platform, Refusal, Slot, Visibility};
+use polder::{Contents, Error, Memory, MemoryFault, OnBusy, Platform, Refusal, Slot, Visibility};
 use polder_vmm::scenario::HostAccess;
 
 use crate::Section::Rmp;
 use crate::host::Inside;
 use crate::world::{
     BASE, Bound, PASSED, World, all, byte, bytes, check, convert, facts, fill, gfn, gfns, page,
-    pages, probe, put, share_all, to, zero,
+    pages, probe, put, zero,
 };
 use crate::{Case, Ran, Skipped};
 
@@ -16,6 +16,7 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Rmp, "a private page with memory is the guest's, a shared one nobody's", owners),
     Case::new(Rmp, "nothing is preserved, and zeros can be had to shared only", contents),
     Case::new(Rmp, "what was shared is not what the guest finds, nor the other way", ciphertext),
+    Case::new(Rmp, "an access of the other kind exits if it writes, and reads no contents", kinds),
     Case::new(Rmp, "private pages can't be populated by the host, and are named", populated),
     Case::new(Rmp, "a second VM is refused: a page is assigned to one", one_vm),
     Case::new(Rmp, "2M of one folio are one large entry, by a conversion or a fault", large),
@@ -24,6 +25,11 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Rmp, "where guest frames are not congruent, entries are 4K, and work", incongruent),
     Case::new(Rmp, "a part of a large entry becomes shared, and its neighbours stay", part),
     Case::new(Rmp, "a folio that was split leaves a large entry, smashed when met", split),
+    Case::new(
+        Rmp,
+        "a collapse leaves 4K entries, which work at 4K until they are merged",
+        collapse,
+    ),
     Case::new(Rmp, "vCPUs that meet the same large entry all go on", met_by_many),
     Case::new(Rmp, "a conversion to private that fails leaves the RMP as it was", fails_to_private),
     Case::new(Rmp, "a conversion to shared that fails leaves the RMP as it was", fails_to_shared),
@@ -54,6 +60,11 @@ const LARGE: (bool, bool) = (true, true);
 const SMALL: (bool, bool) = (true, false);
 /// Not assigned.
 const NOBODYS: (bool, bool) = (false, false);
+
+/// Converts; what memory there is stays.
+fn to(memory: &Memory, range: PageRange, to: Visibility) -> Result<u64, Error> {
+    memory.convert(range, to, Contents::Unspecified, OnBusy::Wait).map(PageCount::get)
+}
 
 /// The entries of pages, in runs.
 fn entries(inside: &dyn Inside, memory: &Memory, range: PageRange) -> Vec<(u64, (bool, bool))> {
@@ -117,13 +128,29 @@ fn ciphertext(w: &World<'_>) -> Ran {
     let bound = w.bound(w.memory(4)?)?;
     let memory = &bound.memory;
     bound.passes([fill(gfns(all(memory)), 1)]);
-    let unspecified = |range, to| memory.convert(range, to, Contents::Unspecified, OnBusy::Wait);
-    unspecified(page(1), SHARED).expect("no pins");
+    to(memory, page(1), SHARED).expect("no pins");
     assert!(!crate::world::holds(memory, page(1), 1), "the host reads what the guest wrote");
     put(memory, 1, 5);
-    unspecified(page(1), PRIVATE).expect("no pins");
+    to(memory, page(1), PRIVATE).expect("no pins");
     assert_eq!(byte(memory, 1), None);
     bound.passes([zero(gfns(page(1))), check(gfns(pages(2, 4)), 1)]);
+    PASSED
+}
+
+fn kinds(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(2)?)?;
+    let memory = (&bound.memory, bound.vm);
+    to(memory.0, page(1), SHARED).expect("no pins");
+    for (at, granted) in [(0, PRIVATE), (1, SHARED)] {
+        let (gpa, wanted) = (gfn(BASE + at).gpa(), granted.other());
+        let mismatch = MemoryFault::Mismatch { gfns: gfns(page(at)), wanted };
+        assert_eq!(bound.guest.access(memory, gpa, wanted, None), Err(mismatch), "unmapped");
+        assert_eq!(bound.guest.access(memory, gpa, granted, Some(5)), Ok(5));
+        assert_eq!(bound.guest.access(memory, gpa, wanted, Some(6)), Err(mismatch));
+        let read = bound.guest.access(memory, gpa, wanted, None);
+        assert!(read != Ok(5) && (granted == PRIVATE) == read.is_ok(), "{read:?}");
+        assert_eq!(bound.guest.access(memory, gpa, granted, None), Ok(5), "it wrote nothing");
+    }
     PASSED
 }
 
@@ -159,7 +186,7 @@ fn large(w: &World<'_>) -> Ran {
     // One fault, one answer: the rest of the folio comes with it.
     bound.passes([fill(gfns(page(700)), 1)]);
     assert_eq!(rmp(), [(512, NOBODYS), (512, LARGE)]);
-    share_all(memory);
+    to(memory, all(memory), SHARED).expect("no pins");
     assert_eq!(rmp(), [(1024, NOBODYS)]);
     to(memory, all(memory), PRIVATE).expect("no pins");
     assert_eq!(rmp(), [(1024, LARGE)]);
@@ -175,7 +202,7 @@ fn gigabyte(w: &World<'_>) -> Ran {
     let bound = w.bound(w.memory(HUGE * HUGE)?)?;
     let memory = &bound.memory;
     w.inside().gigabyte_folio(memory);
-    share_all(memory);
+    to(memory, all(memory), SHARED).expect("no pins");
     to(memory, all(memory), PRIVATE).expect("no pins");
     assert_eq!(memory.statistics().rmp.large, HUGE);
     let ends = [0, 511, 512, HUGE * HUGE - 1];
@@ -193,7 +220,7 @@ fn small_folios(w: &World<'_>) -> Ran {
     let bound = w.bound(w.memory(HUGE)?)?;
     let memory = &bound.memory;
     bound.passes([fill(gfns(all(memory)), 1)]);
-    share_all(memory);
+    to(memory, all(memory), SHARED).expect("no pins");
     (0..HUGE).for_each(|at| put(memory, at, 1));
     to(memory, all(memory), PRIVATE).expect("no pins");
     assert_eq!(entries(w.inside(), memory, all(memory)), [(HUGE, SMALL)]);
@@ -206,7 +233,7 @@ fn incongruent(w: &World<'_>) -> Ran {
     let memory = &bound.memory;
     memory.unbind(bound.vm, Slot(0)).expect("it is bound");
     memory.bind(bound.vm, Slot(0), gfn(BASE + 1), all(memory)).expect("it is free");
-    share_all(memory);
+    to(memory, all(memory), SHARED).expect("no pins");
     to(memory, all(memory), PRIVATE).expect("no pins");
     assert_eq!(entries(w.inside(), memory, all(memory)), [(HUGE, SMALL)]);
     audit(w, memory);
@@ -223,7 +250,8 @@ fn part(w: &World<'_>) -> Ran {
     bound.passes([fill(gfns(all(memory)), 1)]);
     assert_eq!(rmp(), [(1024, LARGE)]);
     // Asked for by the VMM, then by the guest; across two 2M pages, then in one.
-    to(memory, pages(510, 514), SHARED).expect("no pins");
+    let zeros = memory.convert(pages(510, 514), SHARED, Contents::Zero, OnBusy::Wait);
+    assert_eq!(zeros.map(PageCount::get), Ok(4));
     assert_eq!(rmp(), [(510, SMALL), (4, NOBODYS), (510, SMALL)]);
     assert_eq!(bytes(memory, pages(510, 514)), [Some(0); 4]);
     bound.passes([convert(gfns(page(7)), SHARED), fill(gfns(page(7)), 3)]);
@@ -249,6 +277,25 @@ fn split(w: &World<'_>) -> Ran {
     assert_eq!(entries(w.inside(), memory, all(memory)), [(HUGE, SMALL)]);
     bound.passes([fill(gfns(all(memory)), 2), check(gfns(all(memory)), 2)]);
     assert_eq!(memory.statistics().rmp.smashed, 1, "once is enough");
+    audit(w, memory);
+    PASSED
+}
+
+fn collapse(w: &World<'_>) -> Ran {
+    let bound = huge(w, 1)?;
+    let memory = &bound.memory;
+    let rmp = || entries(w.inside(), memory, all(memory));
+    w.inside().split(memory, index(0));
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    assert_eq!(rmp(), [(HUGE, SMALL)]);
+    w.inside().collapse(memory, index(0));
+    bound.passes([check(gfns(all(memory)), 1), fill(gfns(all(memory)), 2)]);
+    assert_eq!((rmp(), memory.statistics().rmp.smashed), (vec![(HUGE, SMALL)], 0));
+    audit(w, memory);
+    memory.merge(all(memory), OnBusy::Wait).expect("nothing is in the way");
+    assert_eq!(rmp(), [(HUGE, LARGE)]);
+    bound.passes([check(gfns(all(memory)), 2)]);
+    assert_eq!((rmp(), memory.statistics().rmp.smashed), (vec![(HUGE, LARGE)], 0));
     audit(w, memory);
     PASSED
 }
@@ -284,7 +331,7 @@ fn fails_to_private(w: &World<'_>) -> Ran {
     let bound = w.bound(w.memory(2 * HUGE)?)?;
     let memory = &bound.memory;
     w.inside().huge_folio(memory, index(0));
-    share_all(memory);
+    to(memory, all(memory), SHARED).expect("no pins");
     (0..2 * HUGE).for_each(|at| put(memory, at, 5));
     to(memory, pages(0, 256), PRIVATE).expect("no pins");
     let before = (facts(memory, all(memory)), entries(w.inside(), memory, all(memory)));
@@ -325,7 +372,7 @@ fn merged(w: &World<'_>) -> Ran {
     let bound = huge(w, 1)?;
     let memory = &bound.memory;
     let rmp = || entries(w.inside(), memory, all(memory));
-    share_all(memory);
+    to(memory, all(memory), SHARED).expect("no pins");
     to(memory, pages(0, 100), PRIVATE).expect("no pins");
     assert_eq!(rmp(), [(100, SMALL), (412, NOBODYS)]);
     to(memory, all(memory), PRIVATE).expect("no pins");

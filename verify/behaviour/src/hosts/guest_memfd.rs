@@ -34,6 +34,7 @@ const REASONS: &[(&str, &str)] = &[
     ("an overlap in guest frames is refused, in another VM it is not", ONE_VM),
     ("an overlap in pages is refused, in another VM it is not", ONE_VM),
     ("two VMs see one object, and a conversion holds for both", ONE_VM),
+    (cases::DISAGREE, ONE_VM),
     (cases::IMPLICIT, KIND),
     (cases::MISMATCH, KIND),
     (cases::REFERENCED, OUTSIDE),

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::sync::RwLock;
 
 use polder::machine::{
-    GupFast, GupStep, HostExit, HostPte, Hva, LockOwner, PinId, PinKind, Plant, RmpSize, Thread,
-    Vpn, VpnRange,
+    GupFast, GupStep, HostExit, HostPte, Hva, LockOwner, PinId, PinKind, Plant, RmpEntry, RmpSize,
+    Thread, Vpn, VpnRange,
 };
 use polder::units::{Gpa, Level, PAGE_SIZE, PageIndex, PageRange};
 use polder::{Bug, GuestExit, HostKind, Memory, MemoryFault, Platform, Visibility, VmId};
@@ -95,7 +95,32 @@ const PROTECTED: &[Reason] = &reasons::<7, 17>([
     (cases::PLAIN_VM, ANOTHER),
 ]);
 
-const SNP: &[Reason] = &reasons::<7, 17>([
+const ONE_VM: &str = "the RMP has one guest for a page: a second VM's bind is refused";
+const LOSES: &str = "a conversion of an SNP guest's memory loses contents, and this case is about \
+    contents kept";
+const NO_ZEROS: &str = "what is zero to an SNP guest is what it has cleared itself: zeros can't be \
+    asked for to private";
+const GUEST_FILLS: &str = "the host can't write an SNP guest's private pages: they are populated \
+    shared, or by the guest";
+const VALIDATES: &str = "a page that shows at another guest frame has to be validated anew there";
+const READS: &str = "a read as the other kind finds ciphertext or garbage once a page is mapped, and \
+    exits for a write only: that is a row of the RMP";
+
+const SNP: &[Reason] = &reasons::<21, 31>([
+    (cases::DISAGREE, ONE_VM),
+    ("an overlap in guest frames is refused, in another VM it is not", ONE_VM),
+    ("an overlap in pages is refused, in another VM it is not", ONE_VM),
+    ("two VMs see one object, and a conversion holds for both", ONE_VM),
+    ("a slot in use is refused; a slot unbound can be bound anew", VALIDATES),
+    (cases::MOVED, VALIDATES),
+    ("shared first: what the host wrote stays when it becomes private", LOSES),
+    ("a guest at work on the pages loses none of its words", LOSES),
+    ("contents zeroed are zeros for the guest, too", NO_ZEROS),
+    ("a zeroing conversion of owed pages makes them whole, and zeros", NO_ZEROS),
+    ("a guest's access to an owed page waits, and sees it whole", GUEST_FILLS),
+    ("private pages are populated for the guest alone", GUEST_FILLS),
+    ("a conversion of owed pages leaves them owed", GUEST_FILLS),
+    (cases::MISMATCH, READS),
     (cases::PLAIN_VM, ANOTHER),
     (cases::PRESERVED, ANOTHER),
     (cases::ZEROED, ANOTHER),
@@ -285,11 +310,12 @@ impl Inside for Machine {
 
     fn rmp(&self, memory: &Memory, page: PageIndex) -> (bool, bool) {
         let entry = memory.simulated(|machine, object, _| {
-            let backing = machine.backing(object, page).expect("the object");
-            machine.rmp_entry(backing.expect("a page with memory").pfn)
+            let backing = machine.backing(object, page).expect("the object")?;
+            machine.rmp_entry(backing.pfn)
         });
-        let entry = entry.expect("memory of this host").expect("SNP is enabled");
-        (entry.assigned, entry.size == RmpSize::Size2M)
+        let entry = entry.expect("memory of this host");
+        let is_large = |entry: RmpEntry| entry.size == RmpSize::Size2M;
+        entry.map_or((false, false), |entry| (entry.assigned, is_large(entry)))
     }
 
     fn huge_folio(&self, memory: &Memory, page: PageIndex) {
@@ -309,10 +335,22 @@ impl Inside for Machine {
         let split = memory.simulated(|machine, object, _| {
             let backing = machine.backing(object, page)?.expect("a page with memory");
             machine.lock_folio(backing.pfn, OTHER)?;
+            let gfns: Vec<_> = machine.gfns_of(object, PageRange::one(page)).collect();
+            gfns.into_iter().try_for_each(|(vm, gfns)| machine.tdp_zap(vm, gfns).map(|_| ()))?;
             machine.split_folio(object, page, OTHER)?;
             machine.unlock_folio(backing.pfn, OTHER)
         });
         split.expect("memory of this host").expect("nobody refers to it");
+    }
+
+    fn collapse(&self, memory: &Memory, page: PageIndex) {
+        let collapsed = memory.simulated(|machine, object, _| {
+            let range = PageRange::enclosing(page, Level::Size2M, machine.geometry());
+            let gfns: Vec<_> = machine.gfns_of(object, range).collect();
+            gfns.into_iter().try_for_each(|(vm, gfns)| machine.tdp_zap(vm, gfns).map(|_| ()))?;
+            machine.merge_folios(object, page, Level::Size2M, OTHER)
+        });
+        collapsed.expect("memory of this host").expect("one block of frames");
     }
 
     fn while_in_use(&self, memory: &Memory, page: PageIndex, run: &mut dyn FnMut()) {
