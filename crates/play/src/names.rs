@@ -165,8 +165,17 @@ pub(crate) const STEP_KEYS: [&str; 3] = ["actor", "do", "expect"];
 /// Keys that name pages.
 pub(crate) const PLACE_KEYS: [&str; 4] = ["page", "pages", "gpa", "count"];
 /// What is said of pages.
-pub(crate) const LOOK_KEYS: [&str; 9] =
-    ["vm", "visibility", "population", "host-view", "stage2", "folio", "rmp", "validated", "page"];
+pub(crate) const LOOK_KEYS: [&str; 9] = [
+    "vm",
+    "visibility",
+    "population",
+    "wanted",
+    "host-view",
+    "stage2",
+    "folio",
+    "rmp",
+    "validated",
+];
 
 /// Every verb.
 pub const VERBS: &[VerbEntry] = &[
@@ -176,6 +185,13 @@ pub const VERBS: &[VerbEntry] = &[
         &["page", "to"],
         &["contents", "wait", "hold"],
         "make pages private or shared; a guest asks the VMM, which does it",
+    ),
+    verb(
+        "want",
+        &[Vmm],
+        &["page", "to"],
+        &["vm"],
+        "note what a VM wishes pages to be: nothing changes by it",
     ),
     verb("discard", &[Vmm], &["page"], &["hold"], "drop contents: zeros from now on"),
     verb("populate", &[Vmm], &["page", "bytes"], &["hold"], "bring contents that are owed"),
@@ -217,8 +233,8 @@ pub const VERBS: &[VerbEntry] = &[
     verb(
         "gup-fast",
         &[Device, Process],
-        &[],
-        &["page", "name"],
+        &["page"],
+        &["name"],
         "the next step of GUP-fast: read the entry, take a reference, look again",
     ),
     verb("pvalidate", &[Guest], &["page"], &["size", "validate"], "accept a page, or no longer"),

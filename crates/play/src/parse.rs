@@ -518,6 +518,11 @@ impl<'t> Reader<'t> {
                 },
                 wait: flag("wait", true)?,
             },
+            "want" => Verb::Want {
+                place: self.place(table, what)?,
+                vm: self.vm(table)?,
+                to: need("to")?.word(&[Visibility::Private, Visibility::Shared])?,
+            },
             "discard" => Verb::Discard { place: self.place(table, what)? },
             "populate" => Verb::Populate {
                 place: self.place(table, what)?,
@@ -706,6 +711,7 @@ impl<'t> Reader<'t> {
                     &[("owed".into(), Population::Owed), ("whole".into(), Population::Whole)],
                 )?),
             },
+            wanted: self.visibility(table, "wanted")?,
             host_view: match table.get("host-view") {
                 None => None,
                 Some(key) => Some(key.word(&HostView::ALL)?),
@@ -717,7 +723,7 @@ impl<'t> Reader<'t> {
         };
         if look.is_empty() {
             let what = format!("{what} says nothing of the pages");
-            let meant = Some(format!("say one of: {}", LOOK_KEYS[1..8].join(", ")));
+            let meant = Some(format!("say one of: {}", LOOK_KEYS[1..].join(", ")));
             return Err(ScenarioError { meant, ..wrong(self.text, table.span.clone(), what) });
         }
         Ok(look)

@@ -112,9 +112,10 @@ impl Player<'_> {
     fn story(&mut self, played: &mut Played) -> Result<(), String> {
         for step in &self.scenario.steps {
             let step = self.step(step)?;
-            let why = step.unmet.as_ref().map(|unmet| {
-                format!("line {}: {}; {unmet}", step.line, step.outcome.line())
-            });
+            let why = step
+                .unmet
+                .as_ref()
+                .map(|unmet| format!("line {}: {}; {unmet}", step.line, step.outcome.line()));
             played.steps.push(step);
             if let Some(why) = why {
                 return Err(why);
@@ -389,7 +390,7 @@ impl Player<'_> {
 
     fn states(&self, pages: &[PageRange]) -> Vec<(u64, PageState)> {
         let mut left = LOOKED_MAX;
-        let vms = self.world.machine_vms();
+        let vms = self.world.names();
         let mut found = Vec::new();
         for range in pages {
             let count = range.count().get().min(left);
@@ -407,7 +408,7 @@ impl Player<'_> {
     /// Checks what is so of pages.
     fn look(&self, look: &Look) -> Result<(), Outcome> {
         let mut pages: VecDeque<PageRange> = self.world.pages(look.place, look.vm)?.into();
-        let vms = self.world.machine_vms();
+        let vms = self.world.names();
         while let Some(range) = pages.pop_front() {
             // A piece at a time: what is looked at is kept.
             let end = range.end().min(range.start().get() + LOOKED_MAX);
@@ -478,6 +479,7 @@ impl Verb {
     pub(crate) fn place(&self) -> Option<Place> {
         Some(match self {
             Self::Convert { place, .. }
+            | Self::Want { place, .. }
             | Self::Discard { place }
             | Self::Populate { place, .. }
             | Self::Fail { place }
@@ -513,6 +515,7 @@ impl Verb {
         match self {
             Self::Bind { vm, .. }
             | Self::Unbind { vm, .. }
+            | Self::Want { vm, .. }
             | Self::Map { vm, .. }
             | Self::Zap { vm, .. }
             | Self::Rmpupdate { vm, .. } => Some(*vm),

@@ -152,6 +152,7 @@ impl Verb {
             Self::Convert { place, to, contents, .. } => {
                 format!("convert {place} to {to}, contents {contents}")
             }
+            Self::Want { place, to, vm: number } => format!("wish {place}{} {to}", vm(*number)),
             Self::Discard { place } => format!("discard {place}"),
             Self::Populate { place, bytes } => {
                 format!("populate {place} with \"{}\"", short(bytes))

@@ -133,6 +133,7 @@ pub struct Bytes {
 #[expect(missing_docs, reason = "the table of verbs in names.rs says what each is")]
 pub enum Verb {
     Convert { place: Place, to: Visibility, contents: Contents, wait: bool },
+    Want { place: Place, vm: usize, to: Visibility },
     Discard { place: Place },
     Populate { place: Place, bytes: String },
     Fail { place: Place },
@@ -202,6 +203,8 @@ pub struct Look {
     pub visibility: Option<Visibility>,
     /// Owed or whole.
     pub population: Option<Population>,
+    /// What the VM wishes it to be, by the slot that shows it.
+    pub wanted: Option<Visibility>,
     /// What the host view has there.
     pub host_view: Option<HostView>,
     /// The level at which stage 2 maps it, or that it does not.
@@ -261,7 +264,10 @@ impl fmt::Display for Mapped {
 impl Look {
     /// Whether it says nothing.
     pub(crate) fn is_empty(&self) -> bool {
-        self.visibility.is_none() && self.population.is_none() && !self.is_simulated()
+        self.visibility.is_none()
+            && self.population.is_none()
+            && self.wanted.is_none()
+            && !self.is_simulated()
     }
 
     /// Whether it says what only the simulated machine shows.

@@ -4,7 +4,7 @@ use std::fmt;
 
 use polder::machine::{HostPte, Machine, ObjectId, ProcessId, RmpEntry, VmId as MachineVm};
 use polder::units::{Level, PageIndex, PageRange, Pfn};
-use polder::{Memory, PageFacts, Population, Visibility};
+use polder::{Memory, PageFacts, Population, Visibility, VmId};
 
 use crate::scenario::{HostView, Look, Mapped};
 
@@ -17,6 +17,8 @@ pub struct PageState {
     pub population: Population,
     /// Whether it is in quarantine.
     pub quarantined: bool,
+    /// The VMs that wish it to be the other way, by their place in the scenario.
+    pub unmet: Vec<usize>,
     /// What only the simulated machine shows.
     pub inside: Option<Inside>,
 }
@@ -54,6 +56,9 @@ impl fmt::Display for PageState {
         if self.quarantined {
             f.write_str(", in quarantine")?;
         }
+        for vm in &self.unmet {
+            write!(f, ", VM {vm} wishes it {}", self.visibility.other())?;
+        }
         let Some(inside) = &self.inside else { return Ok(()) };
         match inside.folio {
             Mapped::No => f.write_str(", no memory")?,
@@ -88,21 +93,27 @@ impl fmt::Display for PageState {
 /// Looks at pages of the object, each by itself; those beyond it are left out.
 pub(crate) fn states(
     memory: &Memory,
-    vms: &[Option<MachineVm>],
+    vms: &[(Option<VmId>, Option<MachineVm>)],
     range: PageRange,
 ) -> Vec<(u64, PageState)> {
     let all = PageRange::between(0, memory.pages().get());
     let Some(range) = all.and_then(|all| all.intersection(range)) else { return Vec::new() };
     let facts = memory.facts(range).unwrap_or_default();
     let quarantined = memory.quarantined();
+    let wishes = memory.unmet();
     let mut states = Vec::new();
     for (run, PageFacts { visibility, population }) in facts {
         for page in run.frames() {
             let quarantined = quarantined.iter().any(|run| run.contains(page));
-            states.push((
-                page.get(),
-                PageState { visibility, population, quarantined, inside: None },
-            ));
+            let differs = |vm: &usize| {
+                wishes.iter().any(|(id, _, wish)| {
+                    vms.get(*vm).is_some_and(|(vm, _)| *vm == Some(*id))
+                        && wish.pages.contains(page)
+                })
+            };
+            let unmet = (0..vms.len()).filter(differs).collect();
+            let state = PageState { visibility, population, quarantined, unmet, inside: None };
+            states.push((page.get(), state));
         }
     }
     // On another host there is nothing more to see.
@@ -118,7 +129,7 @@ pub(crate) fn states(
 fn inside(
     machine: &Machine,
     (object, process): (ObjectId, ProcessId),
-    vms: &[Option<MachineVm>],
+    vms: &[(Option<VmId>, Option<MachineVm>)],
     page: PageIndex,
 ) -> Inside {
     let one = PageRange::one(page);
@@ -126,7 +137,7 @@ fn inside(
     let pte = view.and_then(|(_, vpns)| machine.host_pte(process, vpns.start()).ok());
     let backing = machine.backing(object, page).ok().flatten();
     let shown: Vec<_> = machine.gfns_of(object, one).collect();
-    let stage2 = vms.iter().map(|vm| {
+    let stage2 = vms.iter().map(|(_, vm)| {
         let gfns = shown.iter().find(|(id, _)| Some(*id) == *vm).map(|(_, gfns)| gfns.start());
         let spte = gfns.zip(*vm).and_then(|(gfn, vm)| machine.spte(vm, gfn).ok().flatten());
         spte.map_or(Mapped::No, |spte| Mapped::At(spte.level))
@@ -175,6 +186,11 @@ impl Look {
                 let (expected, found) =
                     (self.population.map(population), population(state.population));
                 differs("its population", expected, Some(found))
+            })
+            .or_else(|| {
+                let is_unmet = state.unmet.contains(&self.vm);
+                let wanted = if is_unmet { state.visibility.other() } else { state.visibility };
+                differs("the wish", self.wanted, Some(wanted))
             })
             .or_else(|| differs("the host view", self.host_view, inside.map(|it| it.host_view)))
             .or_else(|| {

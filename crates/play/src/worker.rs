@@ -9,7 +9,7 @@ use polder::machine::{
     GupFast, GupStep, Hva, LockOwner, Machine, ObjectId, PinId, PinKind as GupKind, ProcessId,
     RmpSize, RmpUpdate, Side, Thread, VcpuId, View as Vma, VpnRange,
 };
-use polder::units::{Level, PAGE_SIZE, PageIndex, PageRange, Pfn};
+use polder::units::{GfnRange, Level, PAGE_SIZE, PageIndex, PageRange, Pfn};
 use polder::{Holder, MachineVcpu, OnBusy, Pin, Slot, Visibility};
 use polder_vmm::scenario::Op;
 use polder_vmm::{End, Failure, Supervision};
@@ -100,16 +100,23 @@ impl Worker<'_> {
         match verb {
             Verb::Convert { place, to, contents, wait } => {
                 let on_busy = if *wait { OnBusy::Wait } else { OnBusy::Refuse };
-                let converted = match (*place, self.world.vms[self.actor.vm].id) {
-                    (Place::Gpa(gpa, count), Some(id)) => {
-                        let gfns = polder::units::GfnRange::new(gpa.gfn(), count)
-                            .map_err(|error| Outcome::new(Is::Range, error.to_string()))?;
+                // A guest asks for its own frames; the VMM names pages, or frames of its VM.
+                let converted = match (*place, self.actor.kind) {
+                    (Place::Pages(range), Kind::Vmm) => {
+                        memory.convert(range, *to, *contents, on_busy)?
+                    }
+                    (place, _) => {
+                        let id = self.world.vms[self.actor.vm].id.ok_or_else(nobodys)?;
+                        let gfns = self.gfns(place, self.actor.vm)?;
                         memory.convert_gfns(id, gfns, *to, *contents, on_busy)?
                     }
-                    (Place::Gpa(..), None) => return Err(nobodys()),
-                    (Place::Pages(range), _) => memory.convert(range, *to, *contents, on_busy)?,
                 };
                 Ok(Outcome { converted: Some(converted.get()), ..Outcome::done() })
+            }
+            Verb::Want { place, vm, to } => {
+                let id = self.world.vms[*vm].id.ok_or_else(nobodys)?;
+                memory.want(id, self.gfns(*place, *vm)?, *to)?;
+                Ok(Outcome::done())
             }
             Verb::Discard { place } => {
                 self.each(*place, |range| Ok(memory.discard(range, OnBusy::Wait)?))
@@ -158,6 +165,16 @@ impl Worker<'_> {
             }
             other => self.kernel(other),
         }
+    }
+
+    /// A place's guest frames: so many from its first on.
+    fn gfns(&self, place: Place, vm: usize) -> Acted<GfnRange> {
+        let count = match place {
+            Place::Pages(range) => range.count(),
+            Place::Gpa(_, count) => count,
+        };
+        GfnRange::new(self.world.gfn(place, vm)?, count)
+            .map_err(|error| Outcome::new(Is::Range, error.to_string()))
     }
 
     /// A place's pages, which are to be one run.
@@ -438,13 +455,7 @@ impl Worker<'_> {
 
     fn pvalidate(&mut self, place: Place, size: RmpSize, validate: bool) -> Acted {
         let (world, vm) = (self.world, self.actor.vm);
-        let first = world.gfn(place, vm)?;
-        let count = match place {
-            Place::Pages(range) => range.count(),
-            Place::Gpa(_, count) => count,
-        };
-        let gfns = polder::units::GfnRange::new(first, count)
-            .map_err(|error| Outcome::new(Is::Range, error.to_string()))?;
+        let gfns = self.gfns(place, vm)?;
         let pages = polder::units::Geometry::X86_64.pages(size.level()).get();
         let step = usize::try_from(pages).unwrap_or(usize::MAX);
         let mut changed = false;

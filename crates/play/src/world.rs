@@ -214,9 +214,9 @@ impl World {
         Ok(first * PAGE_SIZE + at)
     }
 
-    /// The machine's names of the VMs.
-    pub(crate) fn machine_vms(&self) -> Vec<Option<MachineVm>> {
-        self.vms.iter().map(|vm| vm.machine).collect()
+    /// The names of the VMs, at Polder and on the machine.
+    pub(crate) fn names(&self) -> Vec<(Option<VmId>, Option<MachineVm>)> {
+        self.vms.iter().map(|vm| (vm.id, vm.machine)).collect()
     }
 
     pub(crate) fn add_kicker(&self, kicker: Arc<AtomicBool>) {
