@@ -29,6 +29,7 @@ mod scenario;
 mod state;
 mod worker;
 mod world;
+mod write;
 
 use polder::Platform;
 
