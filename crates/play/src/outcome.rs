@@ -113,6 +113,22 @@ fn shown(bytes: &[u8]) -> String {
     }
 }
 
+/// A step that came to something else than its end. (A box, for it is returned through all calls.)
+#[derive(Debug)]
+pub(crate) struct Stop(pub(crate) Box<Outcome>);
+
+impl Stop {
+    pub(crate) fn new(is: Is, text: impl Into<String>) -> Self {
+        Self(Box::new(Outcome::new(is, text)))
+    }
+}
+
+impl<E: Into<Outcome>> From<E> for Stop {
+    fn from(error: E) -> Self {
+        Self(Box::new(error.into()))
+    }
+}
+
 fn refusal(refusal: &Refusal) -> (Is, Option<u64>, Option<String>) {
     let on = |is, page: &polder::units::PageIndex| (is, Some(page.get()), None);
     match refusal {

@@ -17,7 +17,7 @@ use polder::{HostKind, Moment, View};
 
 use crate::limits::{LOOKED_MAX, WAITS_MAX};
 use crate::names::{Is, Kind};
-use crate::outcome::Outcome;
+use crate::outcome::{Outcome, Stop};
 use crate::report::{Change, Played, PlayedStep, Verdict};
 use crate::scenario::{Actor, Hold, Look, Place, Scenario, Step, Verb};
 use crate::state::{PageState, states};
@@ -122,7 +122,7 @@ impl Player<'_> {
             }
         }
         for look in &self.scenario.expect {
-            if let Err(outcome) = self.look(look) {
+            if let Err(Stop(outcome)) = self.look(look) {
                 return Err(format!("line {}: {}", look.line, outcome.text));
             }
         }
@@ -158,7 +158,9 @@ impl Player<'_> {
         let pages = self.pages_of(step, number);
         let before = self.states(&pages);
         let outcome = match (&step.verb, number) {
-            (Verb::Look(look), _) => self.look(look).err().unwrap_or_else(Outcome::done),
+            (Verb::Look(look), _) => {
+                self.look(look).map_or_else(|Stop(outcome)| *outcome, |()| Outcome::done())
+            }
             (Verb::Audit, _) => self.audit(),
             (verb, Some(number)) => self.act(number, step, verb, &pages)?,
             (_, None) => return Err(format!("line {}: nobody does this", step.line)),
@@ -406,7 +408,7 @@ impl Player<'_> {
     }
 
     /// Checks what is so of pages.
-    fn look(&self, look: &Look) -> Result<(), Outcome> {
+    fn look(&self, look: &Look) -> Result<(), Stop> {
         let mut pages: VecDeque<PageRange> = self.world.pages(look.place, look.vm)?.into();
         let vms = self.world.names();
         while let Some(range) = pages.pop_front() {
@@ -416,7 +418,7 @@ impl Player<'_> {
             pages.extend(PageRange::between(end, range.end()));
             for (page, state) in states(&self.world.memory, &vms, now) {
                 if let Some(why) = look.unmet(&state) {
-                    return Err(Outcome::new(Is::Differs, format!("page {page}: {why}")));
+                    return Err(Stop::new(Is::Differs, format!("page {page}: {why}")));
                 }
             }
         }

@@ -15,7 +15,7 @@ use polder_vmm::scenario::Op;
 use polder_vmm::{End, Failure, Supervision};
 
 use crate::names::{Is, Kind};
-use crate::outcome::Outcome;
+use crate::outcome::{Outcome, Stop};
 use crate::scenario::{Actor, Bytes, Hold, Place, Verb};
 use crate::world::{self, Event, Here, World, first_page};
 
@@ -59,8 +59,8 @@ pub(crate) fn run(start: Start) {
     };
     while let Ok(Job { verb, hold }) = jobs.recv() {
         world::begin(hold);
-        let outcome = worker.act(&verb).unwrap_or_else(|outcome| outcome);
-        if events.send(Event::Done(number, Box::new(outcome))).is_err() {
+        let outcome = worker.act(&verb).map_or_else(|Stop(outcome)| outcome, Box::new);
+        if events.send(Event::Done(number, outcome)).is_err() {
             return;
         }
     }
@@ -89,7 +89,7 @@ struct Worker<'w> {
     gups: BTreeMap<String, GupFast>,
 }
 
-type Acted<T = Outcome> = Result<T, Outcome>;
+type Acted<T = Outcome> = Result<T, Stop>;
 
 /// Where another process maps the memory: aligned to every level.
 const PROCESS_VIEW: u64 = 1 << 18;
@@ -153,7 +153,7 @@ impl Worker<'_> {
                 }
                 None => {
                     let what = format!("{} has no pin \"{name}\"", self.name);
-                    Err(Outcome::new(Is::NotPinned, what))
+                    Err(Stop::new(Is::NotPinned, what))
                 }
             },
             Verb::Refer { place, name } => self.refer(*place, name),
@@ -161,7 +161,7 @@ impl Worker<'_> {
             Verb::GupFast { place, name } => self.gup_fast(*place, name),
             Verb::Pvalidate { place, size, validate } => self.pvalidate(*place, *size, *validate),
             Verb::Resume { .. } | Verb::Look(_) | Verb::Audit => {
-                Err(Outcome::new(Is::Failed, "the player does this, not an actor"))
+                Err(Stop::new(Is::Failed, "the player does this, not an actor"))
             }
             other => self.kernel(other),
         }
@@ -174,16 +174,14 @@ impl Worker<'_> {
             Place::Gpa(_, count) => count,
         };
         GfnRange::new(self.world.gfn(place, vm)?, count)
-            .map_err(|error| Outcome::new(Is::Range, error.to_string()))
+            .map_err(|error| Stop::new(Is::Range, error.to_string()))
     }
 
     /// A place's pages, which are to be one run.
     fn run(&self, place: Place) -> Acted<PageRange> {
         match self.world.pages(place, self.actor.vm)?.as_slice() {
             &[range] => Ok(range),
-            runs => {
-                Err(Outcome::new(Is::Range, format!("{} runs of pages, and not one", runs.len())))
-            }
+            runs => Err(Stop::new(Is::Range, format!("{} runs of pages, and not one", runs.len()))),
         }
     }
 
@@ -237,7 +235,7 @@ impl Worker<'_> {
                     Vcpu::Kvm => self.run_kvm(gpa, bytes, None),
                 }
             }
-            Kind::Kernel => Err(Outcome::new(Is::Failed, "the kernel reads nothing")),
+            Kind::Kernel => Err(Stop::new(Is::Failed, "the kernel reads nothing")),
         }
     }
 
@@ -272,7 +270,7 @@ impl Worker<'_> {
                     }
                 }
             }
-            Kind::Kernel => Err(Outcome::new(Is::Failed, "the kernel writes nothing")),
+            Kind::Kernel => Err(Stop::new(Is::Failed, "the kernel writes nothing")),
         }
     }
 
@@ -304,7 +302,7 @@ impl Worker<'_> {
         let vm = &self.world.vms[self.actor.vm];
         let (Some(kvm), Some(id)) = (&vm.kvm, vm.id) else { return Err(nobodys()) };
         if !gpa.get().is_multiple_of(WORD) {
-            return Err(Outcome::new(
+            return Err(Stop::new(
                 Is::NotOffered,
                 "on KVM a guest accesses whole words: `at` is a multiple of 8",
             ));
@@ -315,7 +313,7 @@ impl Worker<'_> {
                 false => Supervision::GoOn,
             };
             let ended = kvm.run((&self.world.memory, id), &[vec![op, Op::Done]], supervise);
-            let ended = ended.map_err(|error| Outcome::new(Is::Failed, error.to_string()))?;
+            let ended = ended.map_err(|error| Stop::new(Is::Failed, error.to_string()))?;
             match ended.faults.first() {
                 Some(&fault) => Err(fault.into()),
                 None => Ok(ended.end),
@@ -325,10 +323,8 @@ impl Worker<'_> {
         let ended = |end: End| match end {
             End::Ok => Ok(()),
             End::Failed(Failure::MemoryFault { fault, .. }) => Err(fault.into()),
-            End::Failed(failure) => Err(Outcome::new(Is::Failed, failure.to_string())),
-            End::TimedOut | End::Interrupted => {
-                Err(Outcome::new(Is::Kicked, "the guest was stopped"))
-            }
+            End::Failed(failure) => Err(Stop::new(Is::Failed, failure.to_string())),
+            End::TimedOut | End::Interrupted => Err(Stop::new(Is::Kicked, "the guest was stopped")),
         };
         for (word, bytes) in from.into_iter().flat_map(|from| from.chunks(8)).enumerate() {
             ended(run(Op::Store { gpa: at(word), value: to_word(bytes) })?)?;
@@ -353,7 +349,7 @@ impl Worker<'_> {
             Kind::Process => self.world.inside(|machine, object, _| {
                 let process = machine.create_process()?;
                 let all = VpnRange::between(PROCESS_VIEW, PROCESS_VIEW + pages.get());
-                let all = all.ok_or_else(|| Outcome::new(Is::Range, "too large to be mapped"))?;
+                let all = all.ok_or_else(|| Stop::new(Is::Range, "too large to be mapped"))?;
                 machine.mmap(process, all, object, PageIndex::from(0), Vma::PLAIN)?;
                 Ok((process, all))
             })?,
@@ -361,7 +357,7 @@ impl Worker<'_> {
                 let all = PageRange::between(0, pages.get());
                 let mut views = machine.views_of(object, all.ok_or_else(nobodys)?);
                 let view = views.find(|(id, _)| *id == process);
-                view.ok_or_else(|| Outcome::new(Is::Failed, "there is no host view"))
+                view.ok_or_else(|| Stop::new(Is::Failed, "there is no host view"))
             })?,
         };
         self.process = Some(mapping);
@@ -384,13 +380,13 @@ impl Worker<'_> {
             all.start().get() + range.end(),
         );
         let vpns = vpns.filter(|vpns| all.contains_range(*vpns));
-        let beyond = || Outcome::new(Is::Beyond, format!("pages {range} are beyond the memory"));
+        let beyond = || Stop::new(Is::Beyond, format!("pages {range} are beyond the memory"));
         Ok((process, vpns.ok_or_else(beyond)?))
     }
 
     fn pin(&mut self, place: Place, kind: polder::PinKind, name: &str) -> Acted {
         if self.pins.contains_key(name) {
-            return Err(Outcome::new(Is::Exists, format!("{} has a pin \"{name}\"", self.name)));
+            return Err(Stop::new(Is::Exists, format!("{} has a pin \"{name}\"", self.name)));
         }
         let range = self.run(place)?;
         let pin = self.world.memory.pin(range, kind, Holder::new(name.to_owned()))?;
@@ -412,7 +408,7 @@ impl Worker<'_> {
         match self.references.contains_key(name) {
             false => Ok(()),
             true => {
-                Err(Outcome::new(Is::Exists, format!("{} refers as \"{name}\" already", self.name)))
+                Err(Stop::new(Is::Exists, format!("{} refers as \"{name}\" already", self.name)))
             }
         }
     }
@@ -420,7 +416,7 @@ impl Worker<'_> {
     fn release(&mut self, name: &str) -> Acted {
         let pin = self.references.remove(name);
         let pin = pin.ok_or_else(|| {
-            Outcome::new(Is::NotPinned, format!("{} refers to nothing as \"{name}\"", self.name))
+            Stop::new(Is::NotPinned, format!("{} refers to nothing as \"{name}\"", self.name))
         })?;
         self.world.inside(|machine, _, _| Ok(machine.unpin(pin)?))?;
         Ok(Outcome::done())
@@ -448,7 +444,7 @@ impl Worker<'_> {
                 Ok(Outcome::new(Is::Ok, "the page is pinned"))
             }
             GupStep::Fallback => {
-                Err(Outcome::new(Is::NotPinned, "the entry is gone; nothing is held"))
+                Err(Stop::new(Is::NotPinned, "the entry is gone; nothing is held"))
             }
         }
     }
@@ -468,7 +464,7 @@ impl Worker<'_> {
                         Ok(machine.vcpu(id)?.pvalidate(gfn, size, validate)??)
                     })?
                 }
-                Vcpu::Kvm => return Err(Outcome::new(Is::NotOffered, "this is no SNP guest")),
+                Vcpu::Kvm => return Err(Stop::new(Is::NotOffered, "this is no SNP guest")),
             };
         }
         Ok(Outcome::new(Is::Ok, if changed { "" } else { "nothing changed" }))
@@ -554,7 +550,7 @@ impl Worker<'_> {
             Verb::RmpRelease { place } => {
                 self.frame(&pages(*place)?, |machine, pfn| Ok(machine.rmp_release(pfn, by)?))
             }
-            _ => Err(Outcome::new(Is::Failed, "this is no step of the kernel's")),
+            _ => Err(Stop::new(Is::Failed, "this is no step of the kernel's")),
         }
     }
 
@@ -567,8 +563,7 @@ impl Worker<'_> {
             let update = if assign {
                 let mut shown = machine.gfns_of(object, PageRange::one(page));
                 let gfns = shown.find(|(shown, _)| *shown == id).map(|(_, gfns)| gfns);
-                let unseen =
-                    || Outcome::new(Is::Unbound, format!("the VM does not see page {page}"));
+                let unseen = || Stop::new(Is::Unbound, format!("the VM does not see page {page}"));
                 let gfn = gfns.ok_or_else(unseen)?.start();
                 RmpUpdate { assigned: true, size, immutable, gfn, asid }
             } else {
@@ -611,7 +606,7 @@ impl Worker<'_> {
 
 fn frame(machine: &Machine, object: ObjectId, page: PageIndex) -> Acted<Pfn> {
     let backing = machine.backing(object, page)?;
-    let hole = || Outcome::new(Is::Hole, format!("there is no memory behind page {page}"));
+    let hole = || Stop::new(Is::Hole, format!("there is no memory behind page {page}"));
     Ok(backing.ok_or_else(hole)?.pfn)
 }
 
@@ -619,8 +614,8 @@ fn machine_vm(world: &World, vm: usize) -> Acted<polder::machine::VmId> {
     world.vms[vm].machine.ok_or_else(nobodys)
 }
 
-fn nobodys() -> Outcome {
-    Outcome::new(Is::NotOffered, "this VM is not known to Polder, or not to this host")
+fn nobodys() -> Stop {
+    Stop::new(Is::NotOffered, "this VM is not known to Polder, or not to this host")
 }
 
 const fn side(visibility: Visibility) -> Side {

@@ -11,7 +11,7 @@ use polder::{Error, HostKind, Memory, Moment, Population, Slot, View, Visibility
 use polder_vmm::RunError;
 
 use crate::names::Is;
-use crate::outcome::Outcome;
+use crate::outcome::{Outcome, Stop};
 use crate::scenario::{Hold, Place, Scenario, VmSpec};
 
 /// What came to the player's ears.
@@ -152,37 +152,37 @@ impl World {
     /// Looks into the machine.
     pub(crate) fn inside<T>(
         &self,
-        look: impl FnOnce(&mut Machine, ObjectId, ProcessId) -> Result<T, Outcome>,
-    ) -> Result<T, Outcome> {
-        self.memory.simulated(look).map_err(Outcome::from)?
+        look: impl FnOnce(&mut Machine, ObjectId, ProcessId) -> Result<T, Stop>,
+    ) -> Result<T, Stop> {
+        self.memory.simulated(look).map_err(Stop::from)?
     }
 
     /// The pages of a place, as a VM sees it.
-    pub(crate) fn pages(&self, place: Place, vm: usize) -> Result<Vec<PageRange>, Outcome> {
+    pub(crate) fn pages(&self, place: Place, vm: usize) -> Result<Vec<PageRange>, Stop> {
         match place {
             Place::Pages(range) => Ok(vec![range]),
             Place::Gpa(gpa, count) => {
                 let gfns = GfnRange::new(gpa.gfn(), count)
-                    .map_err(|error| Outcome::new(Is::Range, error.to_string()))?;
+                    .map_err(|error| Stop::new(Is::Range, error.to_string()))?;
                 match self.vms.get(vm).map(|vm| (vm.id, vm.machine)) {
                     Some((Some(id), _)) => Ok(self.memory.pages_of(id, gfns)?),
                     Some((None, Some(machine_vm))) => self.inside(|machine, _, _| {
                         let page = |gfn| Ok(PageRange::one(machine.bound(machine_vm, gfn)?.page));
                         gfns.frames().map(page).collect()
                     }),
-                    _ => Err(Outcome::new(Is::Unbound, "there is no such VM")),
+                    _ => Err(Stop::new(Is::Unbound, "there is no such VM")),
                 }
             }
         }
     }
 
     /// Where a VM sees a place: its first guest frame.
-    pub(crate) fn gfn(&self, place: Place, vm: usize) -> Result<Gfn, Outcome> {
+    pub(crate) fn gfn(&self, place: Place, vm: usize) -> Result<Gfn, Stop> {
         let page = match place {
             Place::Gpa(gpa, _) => return Ok(gpa.gfn()),
             Place::Pages(range) => range.start(),
         };
-        let unbound = || Outcome::new(Is::Unbound, format!("the VM does not see page {page}"));
+        let unbound = || Stop::new(Is::Unbound, format!("the VM does not see page {page}"));
         let Vm { id, machine, .. } = self.vms.get(vm).ok_or_else(unbound)?;
         if let Some(id) = *id {
             let bindings = self.memory.bindings();
@@ -202,13 +202,13 @@ impl World {
     }
 
     /// The guest-physical address of a byte.
-    pub(crate) fn gpa(&self, place: Place, at: u64, vm: usize) -> Result<Gpa, Outcome> {
+    pub(crate) fn gpa(&self, place: Place, at: u64, vm: usize) -> Result<Gpa, Stop> {
         let gpa = self.gfn(place, vm)?.gpa().checked_add(at);
-        gpa.ok_or_else(|| Outcome::new(Is::Range, "past the last guest-physical address"))
+        gpa.ok_or_else(|| Stop::new(Is::Range, "past the last guest-physical address"))
     }
 
     /// The offset of a byte in the object.
-    pub(crate) fn offset(&self, place: Place, at: u64, vm: usize) -> Result<u64, Outcome> {
+    pub(crate) fn offset(&self, place: Place, at: u64, vm: usize) -> Result<u64, Stop> {
         let pages = self.pages(place, vm)?;
         let first = pages.first().map_or(0, |range| range.start().get());
         Ok(first * PAGE_SIZE + at)
@@ -245,8 +245,8 @@ impl World {
 }
 
 /// The first page of a place, if it names pages of the object.
-pub(crate) fn first_page(pages: &[PageRange]) -> Result<PageIndex, Outcome> {
-    pages.first().map(|range| range.start()).ok_or_else(|| Outcome::new(Is::Range, "no page"))
+pub(crate) fn first_page(pages: &[PageRange]) -> Result<PageIndex, Stop> {
+    pages.first().map(|range| range.start()).ok_or_else(|| Stop::new(Is::Range, "no page"))
 }
 
 fn unplayable(error: RunError) -> Unplayable {

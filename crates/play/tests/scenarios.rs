@@ -10,12 +10,15 @@ use polder_require::{Facility, require};
 
 fn all() -> Vec<(String, Scenario)> {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../scenarios");
-    let mut files: Vec<_> =
-        std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut files: Vec<_> = std::fs::read_dir(folder)
+        .expect("the folder")
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
     files.sort();
     let read = |path: &PathBuf| {
-        let text = std::fs::read_to_string(path).unwrap();
-        let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+        let text = std::fs::read_to_string(path).expect("a scenario");
+        let name = path.file_stem().expect("a file has a name").to_string_lossy().into_owned();
         let scenario = parse(&text).unwrap_or_else(|error| panic!("{name}.toml:{error}"));
         (name, scenario)
     };
