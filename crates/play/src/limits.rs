@@ -16,6 +16,6 @@ pub(crate) const SLOTS_MAX: usize = 64;
 /// The actors that it declares: each is a thread.
 pub(crate) const ACTORS_MAX: usize = 32;
 /// How often somebody may be found waiting still; each time costs some 40 ms.
-pub(crate) const WAITS_MAX: usize = 250;
+pub(crate) const WAITS_MAX: usize = 100;
 /// The pages of a step whose states are looked at, from its first on.
 pub(crate) const LOOKED_MAX: u64 = 4096;
