@@ -6,8 +6,8 @@
 //! changed that unasked: a real guest is told.
 //!
 //! # Holes
-//! A page that is not validated is accepted and cleared at its first use, as unaccepted memory is by
-//! Linux (`arch/x86/coco/sev/core.c`, `snp_accept_memory()`). A real guest keeps a list of what it
+//! A page that is not validated is accepted and cleared at its first use, as Linux does unaccepted
+//! memory (`arch/x86/coco/sev/core.c`, `snp_accept_memory()`). A real guest keeps a list of what it
 //! has accepted, so that a hypervisor can't have it accept a page twice; this one does not.
 
 use std::sync::{PoisonError, RwLock};

@@ -1,5 +1,5 @@
-//! Bugs planted in the simulated machine, and in the engine and its host for it: the row that is about each one breaks, and not by
-//! hanging.
+//! Bugs planted in the simulated machine, and in the engine and its host for it: the row that is
+//! about each one breaks, and not by hanging.
 //!
 //! `Plant::StaleSequence` is not among them: what it does shows only where a slot moves between two
 //! steps of one answer, which the row about moving slots meets often and not always. The machine's

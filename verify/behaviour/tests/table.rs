@@ -25,6 +25,21 @@ fn every_case_has_a_sentence_of_its_own_and_every_reason_a_case() {
     }
 }
 
+/// The rows in docs/snp.md are promises, too.
+#[test]
+fn the_rows_that_the_page_about_snp_names_exist() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/snp.md");
+    let text = std::fs::read_to_string(path).unwrap().replace('\n', " ");
+    let rows: BTreeSet<&str> = cases().map(|case| case.name).collect();
+    // Bold is no row, and a row is a sentence: longer than a word with stress.
+    let text = text.replace("**", "\u{1}");
+    let slanted = text.split('*').skip(1).step_by(2);
+    let named: Vec<&str> = slanted.filter(|name| name.split(' ').count() > 2).collect();
+    let none: Vec<_> = named.iter().filter(|name| !rows.contains(*name)).collect();
+    assert!(none.is_empty(), "{none:?}");
+    assert!(named.len() > 8);
+}
+
 /// Runs the cells of a section, on every host.
 fn section(section: Section) {
     let mut failed = Vec::new();

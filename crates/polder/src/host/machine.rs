@@ -28,7 +28,8 @@ use polder_engine::{
 };
 use polder_linux::Errno;
 use polder_machine::{
-    Config, Hva, LockOwner, Machine, ObjectId, ProcessId, Sigbus, Thread, View as Vma, VpnRange,
+    Config, Hva, LockOwner, Machine, ObjectId, ProcessId, RmpFail, Sigbus, Thread, View as Vma,
+    VpnRange,
 };
 use polder_units::{
     Gfn, GfnRange, Level, PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange, Pfn, PfnRange,
@@ -410,7 +411,11 @@ impl Host for MachineHost {
         self.allocate(&mut machine, PageRange::one(page))?;
         drop(machine);
         if self.rmp.is_some() && visibility == Visibility::Private {
-            self.assign_for(page, range)?;
+            match self.assign_for(page, range) {
+                // Somebody else is at work on the entry: the guest faults again.
+                Err(Error::Rmp { fail: RmpFail::InUse, .. }) => return Ok(()),
+                assigned => assigned?,
+            }
         }
         let Ok(resolved) = self.lock().tdp_resolve(vm, gfn) else { return Ok(()) };
         if is_ours(Ok(resolved.bound())).is_none() {

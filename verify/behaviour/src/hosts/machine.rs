@@ -43,8 +43,8 @@ const NEVER_FAILS: &str = "the simulated kernel unmaps and frees without fail; t
     tests (`polder/src/driver_tests.rs`) have every step fail on it";
 const EITHER: &str = "without hardware that tells them apart (SNP), stage 2 lets either kind of \
     access through once a page is mapped";
-const OTHER_MAPS: &str = "another process's own mapping is the kernel's to fill: the machine lets it \
-    map what it likes, and hardware (SNP) refuses writes only";
+const OTHER_MAPS: &str = "another process's own mapping is the kernel's to fill: the machine lets \
+    it map what it likes, and hardware (SNP) refuses writes only";
 const IN_PLACE: &str = "memory is converted in place: every treatment of contents is on offer";
 const ANOTHER: &str = "this row is about another platform";
 
@@ -103,8 +103,8 @@ const NO_ZEROS: &str = "what is zero to an SNP guest is what it has cleared itse
 const GUEST_FILLS: &str = "the host can't write an SNP guest's private pages: they are populated \
     shared, or by the guest";
 const VALIDATES: &str = "a page that shows at another guest frame has to be validated anew there";
-const READS: &str = "a read as the other kind finds ciphertext or garbage once a page is mapped, and \
-    exits for a write only: that is a row of the RMP";
+const READS: &str = "once a page is mapped, a read as the other kind finds ciphertext or garbage, \
+    and only a write exits: that is a row of the RMP";
 
 const SNP: &[Reason] = &reasons::<21, 31>([
     (cases::DISAGREE, ONE_VM),

@@ -424,6 +424,14 @@ mod tests {
         assert_eq!(host.unassign(whole), in_use);
         host.lock().rmp_release(head, other).unwrap();
         assert_eq!(host.unassign(whole), Ok(()));
+        // The same for a page that is to be assigned: it is left unmapped.
+        host.unmap_guest(whole).unwrap();
+        host.lock().rmp_hold(head, RmpSize::Size4K, other).unwrap();
+        map(&host, 0, Level::Size4K);
+        assert_eq!(level(&host, 0), None);
+        host.lock().rmp_release(head, other).unwrap();
+        map(&host, 0, Level::Size4K);
+        assert_eq!(level(&host, 0), Some(Level::Size4K));
     }
 
     #[test]
