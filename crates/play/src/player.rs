@@ -55,6 +55,7 @@ pub fn play(scenario: &Scenario, host: HostKind, options: &Options) -> Played {
         actors: Vec::new(),
         numbers: BTreeMap::new(),
         trace: Vec::new(),
+        names: scenario.vms.iter().map(|vm| vm.name.clone()).collect(),
         waits: 0,
     };
     let mut played = Played::none(host, Verdict::Passed);
@@ -103,6 +104,8 @@ struct Player<'s> {
     /// The actors' names, to their place in `actors`.
     numbers: BTreeMap<String, usize>,
     trace: Vec<String>,
+    /// The VMs' names.
+    names: Arc<[String]>,
     /// How often somebody was waited for to wait.
     waits: usize,
 }
@@ -402,7 +405,7 @@ impl Player<'_> {
                 break;
             };
             left -= count;
-            found.extend(states(&self.world.memory, &vms, part));
+            found.extend(states(&self.world.memory, (&vms, &self.names), part));
         }
         found
     }
@@ -416,7 +419,7 @@ impl Player<'_> {
             let end = range.end().min(range.start().get() + LOOKED_MAX);
             let Some(now) = PageRange::between(range.start().get(), end) else { break };
             pages.extend(PageRange::between(end, range.end()));
-            for (page, state) in states(&self.world.memory, &vms, now) {
+            for (page, state) in states(&self.world.memory, (&vms, &self.names), now) {
                 if let Some(why) = look.unmet(&state) {
                     return Err(Stop::new(Is::Differs, format!("page {page}: {why}")));
                 }

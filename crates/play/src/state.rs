@@ -1,12 +1,16 @@
 //! What is so of pages, as Polder and the machine know it.
 
 use std::fmt;
+use std::sync::Arc;
 
 use polder::machine::{HostPte, Machine, ObjectId, ProcessId, RmpEntry, VmId as MachineVm};
 use polder::units::{Level, PageIndex, PageRange, Pfn};
 use polder::{Memory, PageFacts, Population, Visibility, VmId};
 
 use crate::scenario::{HostView, Look, Mapped};
+
+/// A VM's names: at Polder, and on the machine.
+pub(crate) type VmNames = (Option<VmId>, Option<MachineVm>);
 
 /// What is so of one page.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -19,6 +23,8 @@ pub struct PageState {
     pub quarantined: bool,
     /// The VMs that wish it to be the other way, by their place in the scenario.
     pub unmet: Vec<usize>,
+    /// The names of the VMs.
+    pub vms: Arc<[String]>,
     /// What only the simulated machine shows.
     pub inside: Option<Inside>,
 }
@@ -47,6 +53,12 @@ pub struct RmpState {
     pub validated: bool,
 }
 
+impl PageState {
+    fn vm(&self, vm: usize) -> &str {
+        self.vms.get(vm).map_or("", String::as_str)
+    }
+}
+
 impl fmt::Display for PageState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.visibility)?;
@@ -57,7 +69,7 @@ impl fmt::Display for PageState {
             f.write_str(", in quarantine")?;
         }
         for vm in &self.unmet {
-            write!(f, ", VM {vm} wishes it {}", self.visibility.other())?;
+            write!(f, ", {} wishes it {}", self.vm(*vm), self.visibility.other())?;
         }
         let Some(inside) = &self.inside else { return Ok(()) };
         match inside.folio {
@@ -73,11 +85,8 @@ impl fmt::Display for PageState {
         let many = inside.stage2.len() > 1;
         for (vm, mapped) in inside.stage2.iter().enumerate() {
             if let Mapped::At(level) = mapped {
-                write!(f, ", guest")?;
-                if many {
-                    write!(f, " {vm}")?;
-                }
-                write!(f, " maps {level}")?;
+                let who = if many { self.vm(vm) } else { "guest" };
+                write!(f, ", {who} maps {level}")?;
             }
         }
         if let Some(RmpState { entry: Mapped::At(level), validated }) = inside.rmp {
@@ -93,7 +102,7 @@ impl fmt::Display for PageState {
 /// Looks at pages of the object, each by itself; those beyond it are left out.
 pub(crate) fn states(
     memory: &Memory,
-    vms: &[(Option<VmId>, Option<MachineVm>)],
+    (vms, names): (&[VmNames], &Arc<[String]>),
     range: PageRange,
 ) -> Vec<(u64, PageState)> {
     let all = PageRange::between(0, memory.pages().get());
@@ -112,7 +121,14 @@ pub(crate) fn states(
                 })
             };
             let unmet = (0..vms.len()).filter(differs).collect();
-            let state = PageState { visibility, population, quarantined, unmet, inside: None };
+            let state = PageState {
+                visibility,
+                population,
+                quarantined,
+                unmet,
+                vms: Arc::clone(names),
+                inside: None,
+            };
             states.push((page.get(), state));
         }
     }
@@ -129,7 +145,7 @@ pub(crate) fn states(
 fn inside(
     machine: &Machine,
     (object, process): (ObjectId, ProcessId),
-    vms: &[(Option<VmId>, Option<MachineVm>)],
+    vms: &[VmNames],
     page: PageIndex,
 ) -> Inside {
     let one = PageRange::one(page);

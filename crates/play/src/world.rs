@@ -13,6 +13,7 @@ use polder_vmm::RunError;
 use crate::names::Is;
 use crate::outcome::{Outcome, Stop};
 use crate::scenario::{Hold, Place, Scenario, VmSpec};
+use crate::state::VmNames;
 
 /// What came to the player's ears.
 #[derive(Debug)]
@@ -215,7 +216,7 @@ impl World {
     }
 
     /// The names of the VMs, at Polder and on the machine.
-    pub(crate) fn names(&self) -> Vec<(Option<VmId>, Option<MachineVm>)> {
+    pub(crate) fn names(&self) -> Vec<VmNames> {
         self.vms.iter().map(|vm| (vm.id, vm.machine)).collect()
     }
 

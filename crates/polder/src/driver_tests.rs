@@ -192,9 +192,7 @@ impl Set {
                 (Box::new(host), Some(guest_view))
             }
             HostKind::GuestMemfd => unreachable!("not one of `HOSTS`"),
-            HostKind::Machine => {
-                (Box::new(MachineHost::new(pages, Platform::Plain).unwrap()), None)
-            }
+            HostKind::Machine => (Box::new(MachineHost::new(pages, platform).unwrap()), None),
         };
         let plan = Arc::new(Mutex::new((usize::MAX, 0)));
         let answers = Arc::new(AtomicUsize::new(0));
