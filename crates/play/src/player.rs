@@ -30,6 +30,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// How often somebody has to be found waiting.
 const ROUNDS: u32 = 3;
 
+/// The same, where nobody is there to wait for: what is on its way may take long on a busy machine.
+const ROUNDS_FOR_NOBODY: u32 = 500;
+
 /// How to play.
 #[derive(Clone, Default, Debug)]
 pub struct Options {
@@ -262,6 +265,10 @@ impl Player<'_> {
 
     /// Waits until an actor's step has come to something.
     fn await_actor(&mut self, number: usize, line: usize) -> Result<Outcome, String> {
+        let others = self.actors.iter().enumerate().filter(|(other, _)| *other != number);
+        let amid = |hand: &Hand| matches!(hand.doing, Doing::Held(_) | Doing::Waiting);
+        let somebody = self.scenario.memory.owed || others.into_iter().any(|(_, hand)| amid(hand));
+        let rounds = if somebody { ROUNDS } else { ROUNDS_FOR_NOBODY };
         loop {
             let hand = &mut self.actors[number];
             match &hand.doing {
@@ -271,7 +278,7 @@ impl Player<'_> {
                     return Ok(outcome);
                 }
                 Doing::Held(at) => return Ok(Outcome::new(Is::Held, at.clone())),
-                _ if hand.found_waiting >= ROUNDS => {
+                _ if hand.found_waiting >= rounds => {
                     hand.doing = Doing::Waiting;
                     return Ok(Outcome::new(Is::Waits, ""));
                 }
