@@ -4,6 +4,7 @@ mod bench;
 mod doctor;
 mod output;
 mod picture;
+mod play;
 mod run;
 mod trouble;
 
@@ -22,6 +23,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Run(run::Arguments),
+    Play(play::Arguments),
     Bench(bench::Arguments),
     Doctor(doctor::Arguments),
 }
@@ -29,6 +31,7 @@ enum Command {
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Run(arguments) => run::main(&arguments),
+        Command::Play(arguments) => play::main(&arguments),
         Command::Bench(arguments) => bench::main(&arguments),
         Command::Doctor(arguments) => doctor::main(&arguments),
     }

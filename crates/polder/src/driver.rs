@@ -11,6 +11,7 @@
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -29,6 +30,7 @@ use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 use crate::host::Host;
 use crate::host::views::Views;
 use crate::statistics::Counters;
+use crate::watch::{Moment, Reached, Watch};
 use crate::{Error, OnBusy, Vcpu};
 
 /// [`Driver::ask_again`], as a rule.
@@ -48,6 +50,8 @@ pub(crate) struct Driver {
     /// After how long a waiter asks again by itself: a claim whose thread died is released by
     /// whoever asks.
     pub(crate) ask_again: Duration,
+    /// Who is told what happens.
+    pub(crate) watch: OnceLock<Arc<dyn Watch>>,
 }
 
 /// The engine, locked.
@@ -122,6 +126,7 @@ impl Driver {
             host,
             counters: Counters::default(),
             ask_again: ASK_AGAIN,
+            watch: OnceLock::new(),
         }
     }
 
@@ -141,8 +146,22 @@ impl Driver {
         self.changed.notify_all();
     }
 
+    /// Tells who watches. Not with the engine locked, but for [`Moment::Waits`].
+    pub(crate) fn tell(&self, moment: Moment) {
+        if let Some(watch) = self.watch.get() {
+            watch.at(moment);
+        }
+    }
+
+    /// Tells who watches how far an operation has come.
+    fn reached<S>(&self, operation: Operation<S>, stage: Reached) -> Operation<S> {
+        self.tell(Moment::Reached(stage));
+        operation
+    }
+
     /// Waits until a claim was released, or for a while.
     fn wait(&self, locked: &mut Locked<'_>) {
+        self.tell(Moment::Waits);
         self.changed.wait_for(&mut locked.engine, self.ask_again);
         assert!(!self.broken.load(Ordering::Relaxed), "the engine broke an invariant of its own");
     }
@@ -196,12 +215,14 @@ impl Driver {
             Start::AlreadySo => return Ok(None),
             Start::Claimed(conversion) => conversion,
         };
+        let conversion = self.reached(conversion, Reached::Claimed);
         self.drain(&conversion);
-        let unmapped = self.perform(conversion)?;
-        let unpinned = self.perform(unmapped)?;
-        let reshaped = self.perform(unpinned)?;
-        let protected = self.perform(reshaped)?;
-        let settled = self.perform(protected)?;
+        let conversion = self.reached(conversion, Reached::Drained);
+        let unmapped = self.reached(self.perform(conversion)?, Reached::Unmapped);
+        let unpinned = self.reached(self.perform(unmapped)?, Reached::Unpinned);
+        let reshaped = self.reached(self.perform(unpinned)?, Reached::Reshaped);
+        let protected = self.reached(self.perform(reshaped)?, Reached::Protected);
+        let settled = self.reached(self.perform(protected)?, Reached::Settled);
         let converted = self.engine().finish_conversion(settled);
         self.released();
         Ok(Some(converted))
@@ -210,8 +231,10 @@ impl Driver {
     /// Drops the contents of pages.
     pub(crate) fn discard(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
         let discard = self.claim(on_busy, |engine| engine.discard(range))?;
+        let discard = self.reached(discard, Reached::Claimed);
         self.drain(&discard);
-        let cleared = self.perform(discard)?;
+        let discard = self.reached(discard, Reached::Drained);
+        let cleared = self.reached(self.perform(discard)?, Reached::Cleared);
         self.engine().finish_discard(cleared);
         self.released();
         Ok(())
@@ -230,11 +253,14 @@ impl Driver {
     /// Fills pages that are owed with `bytes`, and zeros after them.
     pub(crate) fn populate(&self, range: PageRange, bytes: &[u8]) -> Result<(), Error> {
         let writing = self.claim(OnBusy::Wait, |engine| engine.populate(range))?;
+        let writing = self.reached(writing, Reached::Claimed);
         self.drain(&writing);
+        let writing = self.reached(writing, Reached::Drained);
         if let Err(error) = self.host.views().write(range.start().offset(), bytes) {
             return Err(self.fail(writing, error));
         }
-        let published = self.perform(writing)?;
+        let writing = self.reached(writing, Reached::Written);
+        let published = self.reached(self.perform(writing)?, Reached::Published);
         let answer = self.engine().finish_population(published);
         let (view, response, range) = (answer.view(), answer.response(), answer.range());
         let mut given = Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
@@ -367,7 +393,9 @@ impl Driver {
         let mut step = engine.next_step(&operation);
         while let Some(now) = step {
             drop(engine);
+            self.tell(Moment::Step(now));
             if let Err(error) = self.host.take(now) {
+                self.tell(Moment::Failed(now));
                 return Err(self.fail(operation, error));
             }
             engine = self.engine();
@@ -389,6 +417,7 @@ impl Driver {
     pub(crate) fn undo(&self, operation: Operation<Undoing>) -> Vec<PageRange> {
         let mut step = self.engine().next_undo(&operation);
         while let Some(now) = step {
+            self.tell(Moment::Undo(now));
             let done = self.undo_step(now);
             let mut engine = self.engine();
             engine.undo_taken(&operation, done);

@@ -14,6 +14,7 @@ use polder_engine::{Answer, Operation, Response, TouchAnswer, Undoing, View};
 use polder_units::{PageIndex, PageRange};
 
 use crate::driver::Driver;
+use crate::watch::Moment;
 
 /// The threads, ended when stopped.
 #[derive(Debug)]
@@ -72,6 +73,7 @@ impl Server<'_> {
         let mut answers =
             Answers { driver: self.driver, given: Vec::new(), left: &mut self.touches };
         let abandoned = answers.ask();
+        answers.tell_who_waits();
         answers.carry_out();
         drop(answers);
         for operation in abandoned {
@@ -119,12 +121,20 @@ impl Answers<'_> {
         abandoned
     }
 
+    /// Tells who watches which touches were not answered.
+    fn tell_who_waits(&self) {
+        for &(view, page) in self.left.iter() {
+            self.driver.tell(Moment::TouchWaits(view, PageRange::one(page)));
+        }
+    }
+
     /// Carries answers out, neighbours with the same one together. If that fails, one by one.
     fn carry_out(&mut self) {
         let mut first = 0;
         while first < self.given.len() {
             let (view, response, range, count) = together(&self.given[first..]);
             let views = self.driver.host.views();
+            self.driver.tell(Moment::Answer(view, response, range));
             let done = views.answer(view, response, range).is_ok();
             for (answer, carried_out) in &mut self.given[first..first + count] {
                 // Memory that has run out may come back: who touches waits for that.

@@ -33,12 +33,13 @@ mod pin;
 mod prefault;
 mod statistics;
 mod vcpu;
+mod watch;
 
 #[cfg(feature = "plant")]
 pub use polder_engine::Bug;
 pub use polder_engine::{
-    Contents, Errno, Holder, MemoryFault, PageFacts, PinId, PinKind, Platform, Population, Refusal,
-    Slot, Visibility, VmId, Wish,
+    Binding, Contents, Errno, Holder, MemoryFault, PageFacts, PinId, PinKind, Platform, Population,
+    Refusal, Response, Slot, Step, View, Visibility, VmId, Wish,
 };
 /// The simulated machine, for who looks into it by [`Memory::simulated`].
 pub use polder_machine as machine;
@@ -53,3 +54,4 @@ pub use pin::Pin;
 pub use prefault::{Prefaulted, Vcpu};
 pub use statistics::{RmpStatistics, Statistics};
 pub use vcpu::{GuestExit, MachineVcpu};
+pub use watch::{Moment, Reached, UnknownStage, Watch};

@@ -24,6 +24,7 @@ use crate::host::views::Views;
 use crate::host::{Host, HostKind, Vm};
 use crate::statistics::Statistics;
 use crate::vcpu::MachineVcpu;
+use crate::watch::Watch;
 use crate::{HostView, Pin};
 
 /// What to do when another operation holds a part of the range.
@@ -169,6 +170,21 @@ impl Memory {
         let host = self.driver.host.machine().ok_or(Error::NotSimulated)?;
         let (object, process) = host.parts();
         Ok(look(&mut host.lock(), object, process))
+    }
+
+    /// The simulated machine's name for a VM, for who looks into it by [`Memory::simulated`].
+    ///
+    /// # Errors
+    /// [`Error::NotSimulated`] on another host, [`Error::NoSuchVm`].
+    pub fn simulated_vm(&self, vm: VmId) -> Result<polder_machine::VmId, Error> {
+        self.driver.host.machine().ok_or(Error::NotSimulated)?.vm(vm).ok_or(Error::NoSuchVm)
+    }
+
+    /// Tells somebody what happens to this memory, from now on and between its steps: a scenario,
+    /// or whoever wants to see an operation from inside. Whether nobody was told before; there can
+    /// be one only.
+    pub fn watch(&self, watch: Arc<dyn Watch>) -> bool {
+        self.driver.watch.set(watch).is_ok()
     }
 
     /// Plants a bug, on the simulated machine.

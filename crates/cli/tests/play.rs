@@ -1,0 +1,110 @@
+//! `polder play` as a user sees it.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn scenarios() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scenarios")
+}
+
+fn play(path: &Path, options: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_polder"))
+        .arg("play")
+        .arg(path)
+        .args(options)
+        .output()
+        .expect("the program starts")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A file with this text, named after the test.
+fn file(name: &str, text: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::write(&path, text).expect("a file for the test");
+    path
+}
+
+#[test]
+fn all_scenarios_pass_on_the_machine() {
+    let output = play(&scenarios(), &["--host", "machine", "--json"]);
+    let report: Value = serde_json::from_slice(&output.stdout).expect("one object");
+    assert!(output.status.success(), "{report}");
+    assert!(report["passed"].as_u64() >= Some(20), "{report}");
+    assert_eq!((&report["failed"], &report["skipped"]), (&0.into(), &0.into()));
+    let first = &report["scenarios"][0];
+    assert_eq!(first["verdict"], "passed");
+    assert_eq!(first["steps"][0]["met"], true);
+    assert!(first["steps"][0]["trace"].is_null(), "asked for by --trace only");
+}
+
+#[test]
+fn a_step_is_told_in_a_line_with_its_pages_before_and_after() {
+    let path = scenarios().join("refused-by-a-pin.toml");
+    let output = play(&path, &["--host", "machine", "--trace"]);
+    let told = text(&output.stdout);
+    assert!(output.status.success(), "{told}");
+    for line in [
+        "guest  convert pages 2..8 to private, contents preserve: pinned: page 0x5 is pinned",
+        "page 5: shared, in the host view, referred to",
+        ". guest: unmap pages [0x2..0x8) from the host view",
+        "1 passed, 0 failed, 0 skipped",
+    ] {
+        let line = line.replace(", referred to", "");
+        assert!(told.contains(&line), "{line} is not in:\n{told}");
+    }
+}
+
+#[test]
+fn what_is_not_as_expected_fails_with_line_and_reason() {
+    let path = file(
+        "fails.toml",
+        "about = \"a\"\n[memory]\npages = 2\n[[step]]\nactor = \"device\"\ndo = \"read\"\npage = 1\n",
+    );
+    let output = play(&path, &[]);
+    assert_eq!(output.status.code(), Some(1));
+    let told = text(&output.stdout);
+    assert!(told.contains("FAILED: line 4: denied: byte 0x1000"), "{told}");
+    assert!(told.contains("\"ok\" was expected"), "{told}");
+    assert!(told.ends_with("0 passed, 1 failed, 0 skipped\n"), "{told}");
+}
+
+#[test]
+fn what_is_no_scenario_is_refused_with_file_and_line() {
+    let path = file("bad.toml", "about = \"a\"\n[memory]\npages = 2\n[[stop]]\n");
+    let output = play(&path, &[]);
+    assert_eq!(output.status.code(), Some(2));
+    let told = text(&output.stderr);
+    let expected = "bad.toml:4:3: a scenario has no key `stop`; did you mean `step`?\n";
+    assert!(told.ends_with(expected), "{told}");
+    let output = play(&path, &["--json"]);
+    assert_eq!(output.status.code(), Some(2));
+    let report: Value = serde_json::from_slice(&output.stdout).expect("one object");
+    assert!(report["error"]["what"].as_str().is_some_and(|what| what.contains("`step`")));
+}
+
+#[test]
+fn what_is_no_file_of_sensible_size_is_refused() {
+    for (path, why) in [
+        (PathBuf::from("/dev/zero"), "this is no file"),
+        (PathBuf::from("/does/not/exist"), "No such file"),
+        (file("large.toml", &"#\n".repeat(1 << 20)), "tell a shorter story"),
+    ] {
+        let output = play(&path, &[]);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(text(&output.stderr).contains(why), "{}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn a_host_that_a_scenario_is_not_for_is_skipped_with_the_reason() {
+    let output = play(&scenarios().join("psmash-raced.toml"), &["--host", "memfd"]);
+    assert!(output.status.success());
+    let told = text(&output.stdout);
+    assert!(told.contains("SKIPPED: it is not for host memfd"), "{told}");
+    assert!(told.ends_with("0 passed, 0 failed, 1 skipped\n"), "{told}");
+}

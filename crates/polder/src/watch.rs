@@ -1,0 +1,136 @@
+//! Watching a memory at work, between two of its steps: how a scenario shows an operation step by
+//! step, and has it stop while others act. Not for a VMM: it costs, and whoever holds a thread in a
+//! [`Watch`] holds the operation.
+
+use std::fmt;
+use std::str::FromStr;
+
+use polder_engine::{Response, Step, View};
+use polder_units::PageRange;
+
+/// How far an operation has come. Between two of these anybody else may act.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Reached {
+    /// It holds its range; answers and copies from before may be in flight.
+    Claimed,
+    /// Nothing is in flight on its range any more.
+    Drained,
+    /// A conversion: the side that loses the pages can't reach them.
+    Unmapped,
+    /// A conversion: nobody refers to the pages.
+    Unpinned,
+    /// A conversion: the huge pages have the shape that they need.
+    Reshaped,
+    /// A conversion: hardware or kernel treats the pages as what they become.
+    Protected,
+    /// A conversion: all but the page map says so.
+    Settled,
+    /// A population: the bytes are there, and nobody sees them yet.
+    Written,
+    /// A population: the pages are ready for their first use.
+    Published,
+    /// A discard: the memory is gone.
+    Cleared,
+}
+
+impl Reached {
+    /// Every stage.
+    pub const ALL: [Self; 10] = [
+        Self::Claimed,
+        Self::Drained,
+        Self::Unmapped,
+        Self::Unpinned,
+        Self::Reshaped,
+        Self::Protected,
+        Self::Settled,
+        Self::Written,
+        Self::Published,
+        Self::Cleared,
+    ];
+
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Claimed => "claimed",
+            Self::Drained => "drained",
+            Self::Unmapped => "unmapped",
+            Self::Unpinned => "unpinned",
+            Self::Reshaped => "reshaped",
+            Self::Protected => "protected",
+            Self::Settled => "settled",
+            Self::Written => "written",
+            Self::Published => "published",
+            Self::Cleared => "cleared",
+        }
+    }
+}
+
+impl fmt::Display for Reached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// A text that names no stage.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("no stage of an operation has this name")]
+pub struct UnknownStage;
+
+impl FromStr for Reached {
+    type Err = UnknownStage;
+
+    fn from_str(text: &str) -> Result<Self, UnknownStage> {
+        Self::ALL.into_iter().find(|stage| stage.name() == text).ok_or(UnknownStage)
+    }
+}
+
+/// What happens, told by the thread that does it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Moment {
+    /// An operation has reached a stage.
+    Reached(Reached),
+    /// A step is about to be taken on the host.
+    Step(Step),
+    /// The step failed; what was done is undone next.
+    Failed(Step),
+    /// A step of a way back is about to be taken.
+    Undo(Step),
+    /// The calling thread has asked for what somebody else holds, and waits. Told with the engine
+    /// locked: to be noted, and no more.
+    Waits,
+    /// A fault thread was asked about touches of these pages, which have to wait.
+    TouchWaits(View, PageRange),
+    /// A fault thread is about to answer touches of these pages.
+    Answer(View, Response, PageRange),
+}
+
+impl fmt::Display for Moment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = |view: &View| match view {
+            View::Host => "the host view",
+            View::Guest => "the guest view",
+        };
+        match self {
+            Self::Reached(stage) => write!(f, "is {stage}"),
+            Self::Step(step) => write!(f, "{step}"),
+            Self::Failed(step) => write!(f, "failed: {step}"),
+            Self::Undo(step) => write!(f, "undo: {step}"),
+            Self::Waits => f.write_str("wait"),
+            Self::TouchWaits(view, pages) => {
+                write!(f, "touches of pages {pages} in {} wait", name(view))
+            }
+            Self::Answer(view, Response::Map, pages) => {
+                write!(f, "map pages {pages} in {}", name(view))
+            }
+            Self::Answer(view, Response::Poison, pages) => {
+                write!(f, "deny pages {pages} in {}", name(view))
+            }
+        }
+    }
+}
+
+/// Who is told what happens, while it happens: the thread goes on once this returns.
+pub trait Watch: Send + Sync {
+    /// Something happens, on the calling thread.
+    fn at(&self, moment: Moment);
+}
