@@ -33,6 +33,9 @@ const ROUNDS: u32 = 3;
 /// The same, where nobody is there to wait for: what is on its way may take long on a busy machine.
 const ROUNDS_FOR_NOBODY: u32 = 500;
 
+/// How many answers a touch needs at most.
+const ANSWERS: u32 = 8;
+
 /// How to play.
 #[derive(Clone, Default, Debug)]
 pub struct Options {
@@ -96,6 +99,8 @@ struct Hand {
     pages: Vec<PageRange>,
     /// How often he was found waiting since it was asked.
     found_waiting: u32,
+    /// How often his touches were answered since then.
+    answers: u32,
 }
 
 struct Player<'s> {
@@ -213,6 +218,7 @@ impl Player<'_> {
             touches: None,
             pages: Vec::new(),
             found_waiting: 0,
+            answers: 0,
         });
         self.numbers.insert(name.to_owned(), number);
         Ok(number)
@@ -235,7 +241,7 @@ impl Player<'_> {
             return Err(format!("line {line}: the actor is still amid an earlier step"));
         }
         (hand.touches, hand.pages) = (touches, pages.to_vec());
-        (hand.doing, hand.found_waiting) = (Doing::Acting, 0);
+        (hand.doing, hand.found_waiting, hand.answers) = (Doing::Acting, 0, 0);
         let job = Job { verb: verb.clone(), hold: step.hold };
         hand.jobs.send(job).map_err(|_| gone(line))?;
         self.await_actor(number, line)
@@ -259,7 +265,7 @@ impl Player<'_> {
                 return Err(format!("line {line}: the actor is amid nothing that could go on"));
             }
         }
-        hand.found_waiting = 0;
+        (hand.found_waiting, hand.answers) = (0, 0);
         self.await_actor(number, line)
     }
 
@@ -298,7 +304,7 @@ impl Player<'_> {
             if self.waits > WAITS_MAX {
                 return Err(format!("more than {WAITS_MAX} steps while somebody waits"));
             }
-            self.actors[number].found_waiting = 0;
+            (self.actors[number].found_waiting, self.actors[number].answers) = (0, 0);
             while self.actors[number].doing == Doing::Waiting
                 && self.actors[number].found_waiting < ROUNDS
             {
@@ -355,9 +361,17 @@ impl Player<'_> {
             Event::Moment(number, moment) => {
                 let told = moment.to_string();
                 self.trace_of(number, &told);
-                if let (Moment::Answer(..), None) = (moment, number) {
-                    // Whoever touched goes on.
-                    self.actors.iter_mut().for_each(|hand| hand.found_waiting = 0);
+                if let (Moment::Answer(view, _, range), None) = (moment, number) {
+                    for hand in &mut self.actors {
+                        let is_his = hand.touches.as_ref().is_some_and(|(through, pages)| {
+                            *through == view && pages.iter().any(|pages| pages.overlaps(range))
+                        });
+                        // Whoever touched goes on, unless the answer can't be carried out: then it
+                        // is given again and again, as where somebody has the folio locked.
+                        hand.answers += u32::from(is_his);
+                        hand.found_waiting =
+                            if hand.answers > ANSWERS { ROUNDS_FOR_NOBODY } else { 0 };
+                    }
                 }
             }
         }
