@@ -87,7 +87,7 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
         };
         for host in hosts {
             let played = if scenario.hosts.contains(&host) {
-                play(scenario, host, &Options::default())
+                play(scenario, host, Options::default())
             } else {
                 let why = format!("it is not for host {host}");
                 Played { host, verdict: Verdict::Skipped(why), steps: Vec::new() }

@@ -11,7 +11,6 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use polder::machine::Plant;
 use polder::units::{PageCount, PageRange};
 use polder::{HostKind, Moment, View};
 
@@ -37,17 +36,17 @@ const ROUNDS_FOR_NOBODY: u32 = 500;
 const ANSWERS: u32 = 8;
 
 /// How to play.
-#[derive(Clone, Default, Debug)]
-pub struct Options {
-    /// Bugs to plant into the machine, so that a scenario can be seen to notice. No scenario can
-    /// ask for one.
-    pub plants: Vec<Plant>,
+#[derive(Clone, Copy, Default)]
+pub struct Options<'a> {
+    /// Called with the memory before the first step: by a test, to plant a bug that the scenario
+    /// has to notice. No scenario can ask for one.
+    pub prepare: Option<&'a dyn Fn(&polder::Memory)>,
 }
 
 /// Plays a scenario on a host.
-pub fn play(scenario: &Scenario, host: HostKind, options: &Options) -> Played {
+pub fn play(scenario: &Scenario, host: HostKind, options: Options<'_>) -> Played {
     let (events, heard) = channel();
-    let world = match World::new(scenario, host, &options.plants, events.clone()) {
+    let world = match World::new(scenario, host, options, events.clone()) {
         Ok(world) => world,
         Err(Unplayable::Skipped(why)) => return Played::none(host, Verdict::Skipped(why)),
         Err(Unplayable::Failed(why)) => return Played::none(host, Verdict::Failed(why)),

@@ -5,13 +5,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use polder::machine::{Asid, Machine, ObjectId, Plant, ProcessId, VmId as MachineVm};
+use polder::machine::{Asid, Machine, ObjectId, ProcessId, VmId as MachineVm};
 use polder::units::{Gfn, GfnRange, Gpa, PAGE_SIZE, PageIndex, PageRange};
 use polder::{Error, HostKind, Memory, Moment, Population, Slot, View, Visibility, VmId, Watch};
 use polder_vmm::RunError;
 
 use crate::names::Is;
 use crate::outcome::{Outcome, Stop};
+use crate::player::Options;
 use crate::scenario::{Hold, Place, Scenario, VmSpec};
 use crate::state::VmNames;
 
@@ -83,7 +84,7 @@ impl World {
     pub(crate) fn new(
         scenario: &Scenario,
         host: HostKind,
-        plants: &[Plant],
+        options: Options<'_>,
         events: Sender<Event>,
     ) -> Result<Self, Unplayable> {
         let spec = scenario.memory;
@@ -94,9 +95,8 @@ impl World {
             Visibility::Shared => builder.shared().build()?,
         };
         memory.watch(Arc::new(Watcher { events }));
-        for &plant in plants {
-            // Only the machine has bugs to order.
-            let _ = memory.simulated(|machine, _, _| machine.plant(plant, true));
+        if let Some(prepare) = options.prepare {
+            prepare(&memory);
         }
         let mut world = Self {
             memory,

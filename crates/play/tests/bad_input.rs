@@ -119,7 +119,7 @@ fn what_is_too_large_is_told_at_once() {
 fn as_many_steps_as_may_be_are_played_within_seconds() {
     let step = "[[step]]\nactor = \"vmm\"\ndo = \"convert\"\npages = \"0..4\"\nto = \"shared\"\n";
     let scenario = parse(&format!("{HEAD}{}", step.repeat(limits::STEPS_MAX))).unwrap();
-    let played = play(&scenario, HostKind::Machine, &Options::default());
+    let played = play(&scenario, HostKind::Machine, Options::default());
     assert_eq!(played.verdict, Verdict::Passed);
     assert_eq!(played.steps.len(), limits::STEPS_MAX);
 }
@@ -129,7 +129,7 @@ fn who_waits_for_ever_ends_with_the_scenario() {
     let text = "about = \"a\"\n[memory]\npages = 4\nstarts = \"shared\"\nowed = true\n\
                 [[step]]\nactor = \"device\"\ndo = \"read\"\npage = 0\n\
                 [[step]]\nactor = \"guest\"\ndo = \"read\"\npage = 1\n";
-    let played = play(&parse(text).unwrap(), HostKind::Machine, &Options::default());
+    let played = play(&parse(text).unwrap(), HostKind::Machine, Options::default());
     let Verdict::Failed(why) = played.verdict else { panic!("{:?}", played.verdict) };
     assert_eq!(why, "line 6: waits; \"ok\" was expected");
 }
@@ -282,7 +282,7 @@ fn step() -> impl Strategy<Value = String> {
 fn play_on(text: &str) {
     let Ok(mut scenario) = parse(text) else { return };
     loop {
-        let played = play(&scenario, HostKind::Machine, &Options::default());
+        let played = play(&scenario, HostKind::Machine, Options::default());
         let Verdict::Failed(why) = played.verdict else { return };
         assert!(!why.contains("bug of Polder's"), "{why}\n{text}");
         let ends = !why.contains("neither ends") && !why.contains("never ends");

@@ -53,7 +53,7 @@ fn the_documents_examples_play() {
     for example in examples {
         let text = example.split("```").next().unwrap_or_default();
         let scenario = parse(text).unwrap_or_else(|error| panic!("{error}\n{text}"));
-        let played = play(&scenario, HostKind::Machine, &Options::default());
+        let played = play(&scenario, HostKind::Machine, Options::default());
         assert_eq!(played.verdict, Verdict::Passed, "{text}");
     }
 }

@@ -3,8 +3,8 @@
 
 use std::path::PathBuf;
 
-use polder::HostKind;
 use polder::machine::Plant;
+use polder::{HostKind, Memory};
 use polder_play::{Options, Played, Scenario, Verdict, parse, play};
 use polder_require::{Facility, require};
 
@@ -31,7 +31,7 @@ fn named(name: &str) -> Scenario {
 }
 
 fn on_the_machine(scenario: &Scenario) -> Played {
-    play(scenario, HostKind::Machine, &Options::default())
+    play(scenario, HostKind::Machine, Options::default())
 }
 
 #[test]
@@ -41,7 +41,7 @@ fn every_scenario_passes_and_names_its_thread_and_invariant() {
         assert!(scenario.thread.is_some_and(|thread| thread <= 4), "{name}: its thread");
         assert!(!scenario.invariants.is_empty(), "{name}: its invariant");
         for &host in &scenario.hosts {
-            let played = play(scenario, host, &Options::default());
+            let played = play(scenario, host, Options::default());
             match played.verdict {
                 Verdict::Passed => assert_eq!(played.steps.len(), scenario.steps.len()),
                 Verdict::Skipped(why) if host != HostKind::Machine => {
@@ -92,8 +92,11 @@ fn forget_lines(scenario: &mut Scenario) {
 
 /// Why the scenario fails with a bug planted into the machine.
 fn broken(plant: Plant, name: &str) -> String {
-    let options = Options { plants: vec![plant] };
-    match play(&named(name), HostKind::Machine, &options).verdict {
+    let prepare = |memory: &Memory| {
+        memory.simulated(|machine, _, _| machine.plant(plant, true)).expect("it is the machine");
+    };
+    let options = Options { prepare: Some(&prepare) };
+    match play(&named(name), HostKind::Machine, options).verdict {
         Verdict::Failed(why) => why,
         verdict => panic!("{name} does not notice {plant:?}: {verdict:?}"),
     }

@@ -5,9 +5,10 @@
 //! steps of one answer, which the row about moving slots meets often and not always. The machine's
 //! own tests walk through those steps.
 
-use polder::Bug;
 use polder::machine::Plant;
+use polder::{Bug, HostKind, Memory};
 use polder_behaviour::{Host, Verdict, cases, planted, planted_in_engine, run};
+use polder_play::{Options, Verdict as Played};
 
 /// What the row says of a host with a bug; none if it passes.
 fn broken(host: &'static dyn Host, name: &str) -> Option<String> {
@@ -21,6 +22,33 @@ fn broken(host: &'static dyn Host, name: &str) -> Option<String> {
 fn breaks(plant: Plant, name: &str) {
     let why = broken(planted(plant), name);
     assert!(why.as_ref().is_some_and(|why| !why.contains("it hangs")), "{plant:?}: {why:?}");
+}
+
+/// Why the scenario fails with a bug planted into the engine.
+fn scenario_breaks(bug: Bug, name: &str) -> String {
+    let file = format!("{}/../../scenarios/{name}.toml", env!("CARGO_MANIFEST_DIR"));
+    let text = std::fs::read_to_string(file).expect("a scenario");
+    let scenario = polder_play::parse(&text).expect("it can be read");
+    let verdict = |options| polder_play::play(&scenario, HostKind::Machine, options).verdict;
+    assert_eq!(verdict(Options::default()), Played::Passed, "{name} without the bug");
+    match verdict(Options { prepare: Some(&|memory: &Memory| memory.plant(bug)) }) {
+        Played::Failed(why) => why,
+        verdict => panic!("{name} does not notice {bug:?}: {verdict:?}"),
+    }
+}
+
+#[test]
+fn scenarios_notice_what_is_planted_into_the_engine() {
+    for (bug, name, noticed) in [
+        (Bug::ForgottenSmash, "part-to-shared", "FAIL_OVERLAP"),
+        (Bug::MisalignedLarge, "misaligned-slot", "page 0: the RMP entry is 2M"),
+        (Bug::NotReverted, "entry-in-use", "page 0: the RMP entry is 4K, and \"none\""),
+        (Bug::ForwardUndo, "entry-in-use-after-a-large-one", "in quarantine"),
+        (Bug::SkippedFailed, "entry-in-use-after-a-large-one", "page 512: the RMP entry is 4K"),
+    ] {
+        let why = scenario_breaks(bug, name);
+        assert!(why.contains(noticed), "{bug:?}: {why}");
+    }
 }
 
 fn bug_breaks(bug: Bug, name: &str) {
