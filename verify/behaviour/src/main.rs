@@ -12,9 +12,9 @@ use serde_json::{Value, json};
 #[derive(Parser)]
 #[command(name = "cargo xtask behaviours")]
 struct Arguments {
-    /// Only the cells of this host
-    #[arg(long, value_name = "NAME")]
-    host: Option<HostKind>,
+    /// Only the cells of these hosts
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
+    host: Vec<HostKind>,
     /// Only the cases in whose sentence this occurs
     #[arg(long, value_name = "TEXT")]
     case: Option<String>,
@@ -40,7 +40,9 @@ fn main() -> ExitCode {
     }
     let mut rows = Vec::new();
     let (mut failed, mut looked) = (0, 0);
-    for host in hosts().iter().filter(|host| arguments.host.is_none_or(|one| one == host.kind())) {
+    let wanted =
+        |host: &&&dyn Host| arguments.host.is_empty() || arguments.host.contains(&host.kind());
+    for host in hosts().iter().filter(wanted) {
         let asked = |case: &&Case| arguments.case.as_ref().is_none_or(|a| case.name.contains(a));
         for case in cases().filter(asked) {
             let (word, why) = came(*host, case);

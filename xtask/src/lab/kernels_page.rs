@@ -12,7 +12,7 @@ This file is written by `cargo xtask lab --matrix`, which boots each kernel on a
 processor with nested paging (`docs/lab.md`), and runs `polder doctor` and the behaviour table
 (`verify/behaviour/table.md`) there. It records what came of that: a failure is one of Polder on
 that kernel, or one of the kernel's. *lab* is the kernel with private memory; the others are
-Debian's packages as they are. Why a behaviour is not applicable to a host is in the table.
+Debian's packages as they are. The simulated machine needs nothing of a kernel. Why a behaviour is not applicable to a host is in the table.
 ";
 
 /// The words for what may come of a behaviour, in the order of their columns.

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::guest::Kernel;
 use super::kernels_page::page;
 use super::packaged::PACKAGED;
+use super::table::HOSTS;
 use super::{Lab, holding, kernel, tool};
 
 /// 0 once the page is written, whatever it tells. It is left where there is nothing to tell.
@@ -85,6 +86,8 @@ fn tried(
         "env".into(),
         "POLDER_REQUIRE=".into(),
         lab.program("polder-behaviour"),
+        "--host".into(),
+        HOSTS.into(),
         "--json".into(),
     ];
     *behaviours = told(lab, name, "the behaviour table", kernel, &table)?["behaviours"].take();

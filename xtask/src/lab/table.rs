@@ -9,6 +9,10 @@ use serde_json::Value;
 use super::guest::Kernel;
 use super::{Lab, kernel};
 
+/// The hosts that are the kernel's affair: the simulated machine needs nothing of it, and is the same
+/// outside.
+pub(super) const HOSTS: &str = "memfd,guest_memfd";
+
 /// What must not be missing in the lab (`polder_require`), whichever kernel with private memory it
 /// is given.
 const REQUIRED: &str = "kvm,userfault,private-memory";
@@ -27,7 +31,13 @@ pub(super) fn run(lab: &Lab, kernel: &Kernel) -> Result<u8, String> {
     };
     let require = OsString::from(format!("POLDER_REQUIRE={required}"));
     println!("lab: the behaviour table; {required} may not be missing");
-    let table = ["env".into(), require.clone(), lab.program("polder-behaviour")];
+    let table = [
+        "env".into(),
+        require.clone(),
+        lab.program("polder-behaviour"),
+        "--host".into(),
+        HOSTS.into(),
+    ];
     let (status, text) = shown(lab, kernel, &table)?;
     let counts = counts(&text);
     let mut summary = vec![format!("the behaviour table: {}", words(&counts))];
