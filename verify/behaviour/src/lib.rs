@@ -32,7 +32,7 @@ pub use cases::cases;
 pub use host::{Guest, Host, Inside, Trouble};
 pub use hosts::{hosts, planted, planted_in_engine};
 pub use table::{Cell, cell, render};
-pub use verdict::{Verdict, run};
+pub use verdict::{Verdict, run, run_within};
 pub use world::{Bound, World};
 
 /// What a case is about: the table's headings.

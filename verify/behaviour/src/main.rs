@@ -2,10 +2,11 @@
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use polder::HostKind;
-use polder_behaviour::{Case, Cell, Host, Verdict, cases, cell, hosts, render, run};
+use polder_behaviour::{Case, Cell, Host, Verdict, cases, cell, hosts, render, run, run_within};
 use serde_json::{Value, json};
 
 /// Runs every cell of the behaviour table that runs on this machine.
@@ -18,6 +19,9 @@ struct Arguments {
     /// Only the cases in whose sentence this occurs
     #[arg(long, value_name = "TEXT")]
     case: Option<String>,
+    /// Seconds after which a cell counts as hung
+    #[arg(long, value_name = "SECONDS")]
+    limit: Option<u64>,
     /// Print one JSON object instead of lines
     #[arg(long)]
     json: bool,
@@ -45,7 +49,7 @@ fn main() -> ExitCode {
     for host in hosts().iter().filter(wanted) {
         let asked = |case: &&Case| arguments.case.as_ref().is_none_or(|a| case.name.contains(a));
         for case in cases().filter(asked) {
-            let (word, why) = came(*host, case);
+            let (word, why) = came(*host, case, arguments.limit);
             looked += 1;
             failed += u32::from(word == "FAILED");
             if arguments.json {
@@ -68,11 +72,22 @@ fn main() -> ExitCode {
     if failed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
+fn limited(host: &'static dyn Host, case: &'static Case, limit: Option<u64>) -> Verdict {
+    match limit {
+        Some(seconds) => run_within(host, case, Duration::from_secs(seconds)),
+        None => run(host, case),
+    }
+}
+
 /// What came of a cell, in a word, and why it is not `ok`.
-fn came(host: &'static dyn Host, case: &'static Case) -> (&'static str, Option<String>) {
+fn came(
+    host: &'static dyn Host,
+    case: &'static Case,
+    limit: Option<u64>,
+) -> (&'static str, Option<String>) {
     match cell(host, case) {
         Cell::NotApplicable(reason) => ("n/a", Some(reason.to_owned())),
-        Cell::Runs => match run(host, case) {
+        Cell::Runs => match limited(host, case, limit) {
             Verdict::Ok => ("ok", None),
             Verdict::Failed(why) => ("FAILED", Some(why)),
             Verdict::Skipped(skipped) => {

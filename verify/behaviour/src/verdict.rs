@@ -24,6 +24,11 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 /// Runs a case on a host, in a thread of its own: one that hangs is left behind.
 pub fn run(host: &'static dyn Host, case: &'static Case) -> Verdict {
+    run_within(host, case, patience(LIMIT))
+}
+
+/// The same with a time limit of one's own.
+pub fn run_within(host: &'static dyn Host, case: &'static Case, limit: Duration) -> Verdict {
     let (done, came) = mpsc::channel();
     let thread = std::thread::Builder::new().name(format!("{}: {}", host.name(), case.name));
     let started = thread.spawn(move || {
@@ -35,7 +40,6 @@ pub fn run(host: &'static dyn Host, case: &'static Case) -> Verdict {
             Err(panic) => Verdict::Failed(message(panic.as_ref())),
         });
     });
-    let limit = patience(LIMIT);
     match (started, came.recv_timeout(limit)) {
         (Err(error), _) => Verdict::Failed(format!("no thread to run it in: {error}")),
         (Ok(_), Ok(verdict)) => verdict,

@@ -12,6 +12,9 @@ use super::packaged::PACKAGED;
 use super::table::HOSTS;
 use super::{Lab, holding, kernel, tool};
 
+/// Seconds that a cell may take: on an older kernel one may hang for a bug of that kernel.
+const LIMIT: &str = "60";
+
 /// 0 once the page is written, whatever it tells. It is left where there is nothing to tell.
 pub(super) fn run(lab: &Lab) -> Result<u8, String> {
     lab.build()?;
@@ -88,6 +91,8 @@ fn tried(
         lab.program("polder-behaviour"),
         "--host".into(),
         HOSTS.into(),
+        "--limit".into(),
+        LIMIT.into(),
         "--json".into(),
     ];
     *behaviours = told(lab, name, "the behaviour table", kernel, &table)?["behaviours"].take();
