@@ -25,7 +25,7 @@ use polder_engine::{
     GuestAnswer, MemoryFault, Operation, Refusal, Response, Stage, Start, Step, Undoing,
     Visibility, VmId,
 };
-use polder_units::{Gfn, GfnRange, PageCount, PageRange};
+use polder_units::{Gfn, GfnRange, Level, PageCount, PageRange};
 
 use crate::host::Host;
 use crate::host::views::Views;
@@ -298,18 +298,29 @@ impl Driver {
         stop: impl Fn() -> bool,
     ) -> Result<Option<MemoryFault>, Error> {
         self.counters.guest_fault();
+        let ask = |engine: &mut Engine| engine.guest_fault(vm, access);
+        self.answer_guest(ask, stop, |level, range| self.host.map_guest(vm, access, level, range))
+    }
+
+    /// Asks until there is an answer, and carries it out under its claim.
+    fn answer_guest(
+        &self,
+        ask: impl Fn(&mut Engine) -> GuestAnswer,
+        stop: impl Fn() -> bool,
+        carry_out: impl FnOnce(Level, PageRange) -> Result<(), Error>,
+    ) -> Result<Option<MemoryFault>, Error> {
         let mut engine = self.engine();
         loop {
-            match engine.guest_fault(vm, access) {
+            match ask(&mut engine) {
                 GuestAnswer::Exit(fault) => return Ok(Some(fault)),
                 GuestAnswer::Now { answer, level } => {
                     drop(engine);
                     let range = answer.range();
                     let mut given =
                         Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
-                    let mapped = self.host.map_guest(vm, access, level, range);
-                    given.done(mapped.is_ok());
-                    return mapped.map(|()| None);
+                    let done = carry_out(level, range);
+                    given.done(done.is_ok());
+                    return done.map(|()| None);
                 }
                 GuestAnswer::Wait if stop() => return Ok(None),
                 GuestAnswer::Wait => self.wait(&mut engine),
@@ -355,28 +366,11 @@ impl Driver {
         gfn: Gfn,
         stop: impl Fn() -> bool,
     ) -> Result<Option<MemoryFault>, Error> {
-        let mut engine = self.engine();
-        loop {
-            match engine.size_fault(vm, gfn) {
-                GuestAnswer::Exit(fault) => return Ok(Some(fault)),
-                GuestAnswer::Now { answer, .. } => {
-                    drop(engine);
-                    let mut given =
-                        Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
-                    let smashed = self.host.smash(vm, gfn)?;
-                    given.done(true);
-                    self.counters.smashed(smashed);
-                    return Ok(None);
-                }
-                GuestAnswer::Wait if stop() => return Ok(None),
-                GuestAnswer::Wait => self.wait(&mut engine),
-                GuestAnswer::Undo(operation) => {
-                    drop(engine);
-                    self.undo(operation);
-                    engine = self.engine();
-                }
-            }
-        }
+        let ask = |engine: &mut Engine| engine.size_fault(vm, gfn);
+        self.answer_guest(ask, stop, |_, _| {
+            self.counters.smashed(self.host.smash(vm, gfn)?);
+            Ok(())
+        })
     }
 
     /// Waits for the answers and copies in flight on what an operation claims.
