@@ -13,6 +13,7 @@ use alloc::vec::Vec;
 use polder_units::{PageCount, PageRange};
 
 use crate::operation::Program;
+use crate::planted::Planted;
 use crate::range_set::push_run;
 use crate::{
     Activity, Blocked, Contents, Engine, Operation, Population, Refusal, Stage, Step, View,
@@ -108,25 +109,33 @@ impl Engine {
         if parts.is_empty() {
             return Ok(Start::AlreadySo);
         }
-        if to == Visibility::Private {
+        if to == Visibility::Private && !self.planted.has(Planted::PinsForgotten) {
             for &part in &parts {
                 self.check_pins(part)?;
             }
         }
         let program = self.conversion_program(&parts, to, contents);
         let activity = Activity::Conversion { to, contents };
+        if self.planted.has(Planted::CommitBeforeHardware) {
+            parts.iter().for_each(|&part| self.pages.set_visibility(part, to));
+        }
         Ok(Start::Claimed(self.begin(activity, ranges.clone(), parts, program)))
     }
 
     fn conversion_program(&self, parts: &[PageRange], to: Visibility, how: Contents) -> Program {
         let each = || parts.iter().copied();
         let to_private = to == Visibility::Private;
-        Program::default()
-            .stage(each().map(|part| match to {
-                Visibility::Private => Step::UnmapHost(part),
-                Visibility::Shared => Step::UnmapGuest(part),
-            }))
-            .stage(each().filter(|_| to_private).map(Step::CheckReferences))
+        let cut_off = each().map(|part| match to {
+            Visibility::Private => Step::UnmapHost(part),
+            Visibility::Shared => Step::UnmapGuest(part),
+        });
+        let check = each().filter(|_| to_private).map(Step::CheckReferences);
+        let program = if self.planted.has(Planted::CheckBeforeCuttingOff) {
+            Program::default().stage(check).stage(cut_off)
+        } else {
+            Program::default().stage(cut_off).stage(check)
+        };
+        program
             .stage(core::iter::empty())
             .stage(each().map(|part| Step::Protect(part, to)))
             .stage(

@@ -38,10 +38,13 @@ mod convert;
 mod copy;
 mod discard;
 mod error;
+#[cfg(feature = "explore")]
+mod explore;
 mod fault;
 mod operation;
 mod page_map;
 mod pin;
+mod planted;
 mod platform;
 mod populate;
 mod range_set;
@@ -62,19 +65,25 @@ pub use convert::{
 pub use copy::Copying;
 pub use discard::{Cleared, Clearing, Discard};
 pub use error::{Errno, Refusal};
+#[cfg(feature = "explore")]
+pub use fault::InFlight;
 pub use fault::{Answer, GuestAccess, GuestAnswer, MemoryFault, Response, TouchAnswer, View};
 pub use operation::{Activity, Blocked, OpId, Operation, Stage, Undoing};
 pub use page_map::{PageFacts, PageMap, PageReader, Population, Visibility};
 pub use pin::{Holder, PinId, PinKind};
+#[cfg(feature = "explore")]
+pub use planted::Planted;
 pub use platform::{Contents, Platform};
 pub use populate::{Published, Writing};
 pub use range_set::RangeSet;
 pub use step::Step;
 
 use crate::binding::Bindings;
+#[cfg(not(feature = "explore"))]
 use crate::fault::InFlight;
 use crate::operation::Record;
 use crate::pin::Pins;
+use crate::planted::Plants;
 
 /// What an [`Engine`] is made for.
 #[derive(Clone, Copy, Debug)]
@@ -111,6 +120,7 @@ pub struct Engine {
     quarantine: RangeSet,
     /// The last id given out, to operations, answers and pins alike.
     last_id: u64,
+    planted: Plants,
 }
 
 impl Engine {
@@ -127,6 +137,7 @@ impl Engine {
             failed: RangeSet::default(),
             quarantine: RangeSet::default(),
             last_id: 0,
+            planted: Plants::default(),
             config,
         }
     }

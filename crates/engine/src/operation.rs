@@ -19,6 +19,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use polder_units::PageRange;
 
+use crate::planted::{Planted, Plants};
 use crate::step::Undo;
 use crate::{Contents, Engine, Refusal, Step, View, Visibility};
 
@@ -82,6 +83,11 @@ impl<S> Operation<S> {
     pub fn id(&self) -> OpId {
         self.id
     }
+
+    #[cfg(feature = "explore")]
+    pub(crate) fn resumed(id: OpId, abandoned: &Arc<AtomicBool>) -> Self {
+        Self::new(id, Lease(Arc::clone(abandoned)))
+    }
 }
 
 /// The handle's half of the flag by which a record knows that its handle is gone.
@@ -115,13 +121,13 @@ impl From<Refusal> for Blocked {
 /// An operation, from the inside.
 #[derive(Clone, Debug)]
 pub(crate) struct Record {
-    id: OpId,
+    pub(crate) id: OpId,
     pub(crate) activity: Activity,
     claims: Vec<PageRange>,
     /// The pages that it changes; a part of the claims.
     pub(crate) parts: Vec<PageRange>,
     progress: Progress,
-    abandoned: Arc<AtomicBool>,
+    pub(crate) abandoned: Arc<AtomicBool>,
 }
 
 /// The steps of an operation, stage by stage.
@@ -162,7 +168,7 @@ enum Progress {
 }
 
 impl Record {
-    fn is_abandoned(&self) -> bool {
+    pub(crate) fn is_abandoned(&self) -> bool {
         self.abandoned.load(Ordering::Acquire)
     }
 
@@ -172,14 +178,22 @@ impl Record {
     }
 
     /// The first page that it claims of `range`, as a range, and the claim that it is in.
-    fn claim_on(&self, range: PageRange) -> Option<PageRange> {
+    pub(crate) fn claim_on(&self, range: PageRange) -> Option<PageRange> {
         self.claims.iter().copied().find(|claim| claim.overlaps(range))
     }
 
+    #[cfg(feature = "explore")]
+    pub(crate) fn fingerprint<H: core::hash::Hasher>(&self, state: &mut H) {
+        use core::hash::Hash;
+        (self.activity, &self.claims, &self.parts, &self.progress).hash(state);
+        self.is_abandoned().hash(state);
+    }
+
     /// Turns it round: from here on its steps are those that undo what was done.
-    fn turn_back(&mut self) {
+    fn turn_back(&mut self, planted: Plants) {
         let Progress::Forward { program, taken, issued } = &self.progress else { return };
-        let reached = taken + usize::from(*issued);
+        let failing = *issued && !planted.has(Planted::UndoSkipsFailing);
+        let reached = taken + usize::from(failing);
         let mut quarantined = Vec::new();
         let mut back: Vec<Step> = Vec::new();
         for step in program.steps[..reached].iter().rev() {
@@ -191,6 +205,9 @@ impl Record {
                     quarantined.push(step.range());
                 }
             }
+        }
+        if planted.has(Planted::UndoForward) {
+            back.reverse();
         }
         if self.activity == Activity::Population && reached == 0 {
             // The bytes are written before the first step.
@@ -227,8 +244,8 @@ impl Engine {
         let met =
             self.operations.iter_mut().find_map(|record| Some((record.claim_on(range)?, record)));
         let Some((held, record)) = met else { return Ok(()) };
-        if record.is_abandoned() {
-            record.turn_back();
+        if record.is_abandoned() && !self.planted.has(Planted::AbandonedForgotten) {
+            record.turn_back(self.planted);
             return Err(Blocked::Abandoned(Operation::new(record.id, record.lease())));
         }
         Err(Blocked::Busy(Refusal::Busy { range, by: record.activity, held }))
@@ -237,7 +254,8 @@ impl Engine {
     /// Whether no answer and no copy is in flight on what the operation claims.
     pub fn is_drained<S>(&self, operation: &Operation<S>) -> bool {
         let claims = &self.record(operation.id).claims;
-        !self.in_flight.iter().any(|one| claims.iter().any(|claim| claim.overlaps(one.range())))
+        self.planted.has(Planted::NoDrain)
+            || !self.in_flight.iter().any(|one| claims.iter().any(|claim| claim.overlaps(one.range())))
     }
 
     /// The step to take next at this stage, or `None` when the stage is over. Until the next call
@@ -279,7 +297,8 @@ impl Engine {
 
     /// Turns an operation round, at any stage.
     pub fn undo<S: Stage>(&mut self, operation: Operation<S>) -> Operation<Undoing> {
-        self.record_mut(operation.id).turn_back();
+        let planted = self.planted;
+        self.record_mut(operation.id).turn_back(planted);
         Operation::new(operation.id, operation.lease)
     }
 
@@ -338,7 +357,7 @@ impl Engine {
         self.operations.swap_remove(at.expect("a handle's operation is in flight"))
     }
 
-    fn record(&self, id: OpId) -> &Record {
+    pub(crate) fn record(&self, id: OpId) -> &Record {
         self.operations
             .iter()
             .find(|record| record.id == id)

@@ -115,6 +115,7 @@ mod object;
 mod plant;
 mod process;
 mod reshape;
+mod search;
 mod slab;
 mod table;
 mod tdp;

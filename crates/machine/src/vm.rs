@@ -48,7 +48,7 @@ pub(crate) struct Invalidating {
 
 #[derive(Clone, Hash)]
 pub(crate) struct Vm {
-    slots: Vec<Slot>,
+    pub(crate) slots: Vec<Slot>,
     pub(crate) table: Table<TdpEntry>,
     pub(crate) vcpus: Vec<VcpuState>,
     pub(crate) sequence: Sequence,

@@ -1,0 +1,6 @@
+//! A search over the interleavings of Polder's protocols.
+#![allow(missing_docs)]
+mod fold;
+pub mod polder;
+pub mod search;
+pub mod system;
