@@ -28,7 +28,7 @@ pub struct Finding {
 }
 
 /// Who was met where by whom: work, stage, and the kind of work that went on meanwhile.
-pub type Overlaps = BTreeSet<(Point, &'static str)>;
+pub type Overlaps = BTreeSet<(Point, u8)>;
 
 /// What a search came to.
 #[derive(Clone, Default, Debug)]
@@ -53,6 +53,9 @@ pub type Progress<'a> = dyn FnMut(usize, u64) -> bool + 'a;
 /// How many steps are taken between two reports.
 const REPORT_EVERY: u64 = 1 << 14;
 
+/// How many steps one actor takes in a row at most, if there is another.
+const IN_A_ROW: u32 = 64;
+
 /// Nobody can go on: broken unless everybody has done his work.
 fn stuck<S: System>(system: &S) -> Option<Violation> {
     let waiting = (0..system.actors()).find(|&actor| !system.is_done(actor))?;
@@ -60,42 +63,40 @@ fn stuck<S: System>(system: &S) -> Option<Violation> {
     Some(Violation::new("INV-8", what))
 }
 
-/// Notes in the middle of what everybody else is while `actor` takes a step. The table is asked
-/// for each step, so it is of small numbers; names are put in at the end.
-#[derive(Default)]
+/// Notes in the middle of what everybody else is while an actor takes a step.
 struct Met {
-    points: Vec<Point>,
-    works: Vec<&'static str>,
-    met: Vec<u64>,
+    /// By work and stage: a bit for each work that went on meanwhile.
+    met: Vec<u32>,
 }
 
-fn number<T: PartialEq>(known: &mut Vec<T>, it: T) -> usize {
-    known.iter().position(|other| *other == it).unwrap_or_else(|| {
-        known.push(it);
-        known.len() - 1
-    })
-}
+/// The places of one work in that table.
+const STAGES: usize = 64;
 
 impl Met {
+    fn new<S: System>() -> Self {
+        assert!(S::WORKS.len() <= 32 && S::STAGES.len() <= STAGES, "the table is too small");
+        Self { met: vec![0; S::WORKS.len() * STAGES] }
+    }
+
+    #[inline]
     fn note<S: System>(&mut self, system: &S, actor: usize) {
-        let by = number(&mut self.works, system.point(actor).work);
+        let by = 1 << system.point(actor).work;
         for other in (0..system.actors()).filter(|&other| other != actor) {
-            let point = system.point(other);
-            if point.stage.is_empty() {
-                continue;
+            let Point { work, stage } = system.point(other);
+            if stage > 0 {
+                self.met[usize::from(work) * STAGES + usize::from(stage)] |= by;
             }
-            let at = number(&mut self.points, point);
-            if at >= self.met.len() {
-                self.met.resize(at + 1, 0);
-            }
-            self.met[at] |= 1 << by;
         }
     }
 
     fn overlaps(&self) -> Overlaps {
-        let by = |bits: u64| self.works.iter().enumerate().filter(move |(n, _)| bits >> n & 1 == 1);
-        let all = self.points.iter().zip(&self.met);
-        all.flat_map(|(&point, &bits)| by(bits).map(move |(_, &work)| (point, work))).collect()
+        let mut overlaps = Overlaps::new();
+        for (at, &bits) in self.met.iter().enumerate() {
+            let number = |number: usize| u8::try_from(number).unwrap_or(u8::MAX);
+            let point = Point { work: number(at / STAGES), stage: number(at % STAGES) };
+            overlaps.extend((0..32).filter(|by| bits >> by & 1 == 1).map(|by| (point, by)));
+        }
+        overlaps
     }
 }
 
@@ -132,7 +133,7 @@ pub fn exhaust<S: System>(start: &S, progress: &mut Progress<'_>) -> Outcome {
     let mut seen = Seen::new();
     seen.insert(start.fingerprint());
     let mut outcome = Outcome { complete: true, ..Outcome::default() };
-    let mut met = Met::default();
+    let mut met = Met::new::<S>();
     let mut stack = vec![Frame::new(start.clone(), None)];
     while let Some(top) = stack.last_mut() {
         let Some(taken) = top.next() else {
@@ -174,7 +175,7 @@ pub fn shortest<S: System>(start: &S, most: usize, progress: &mut Progress<'_>) 
     let mut seen = Seen::new();
     seen.insert(start.fingerprint());
     let mut outcome = Outcome { complete: true, ..Outcome::default() };
-    let mut met = Met::default();
+    let mut met = Met::new::<S>();
     // Whence each state came; what was found of it is in the queue.
     let mut came: Vec<(usize, Move)> = Vec::new();
     let way = |came: &[(usize, Move)], mut at: usize, last: Option<Move>| {
@@ -231,12 +232,12 @@ pub fn wander<S: System>(
 ) -> Outcome {
     let mut seen = Seen::new();
     let mut outcome = Outcome::default();
-    let mut met = Met::default();
+    let mut met = Met::new::<S>();
     let mut random = Random(seed.wrapping_mul(2).wrapping_add(1));
     loop {
         let mut system = start.clone();
         let mut moves: Vec<Move> = Vec::new();
-        let (mut left, mut last) = (preemptions, None);
+        let (mut left, mut last, mut in_a_row) = (preemptions, None, 0);
         loop {
             let open: Vec<u8> = (0..u8::try_from(system.actors()).unwrap_or(u8::MAX))
                 .filter(|&actor| system.ways(actor.into()) > 0)
@@ -244,12 +245,14 @@ pub fn wander<S: System>(
             if open.is_empty() {
                 break;
             }
-            let goes_on = last.filter(|actor| open.contains(actor));
+            // Who goes round in a circle until another goes on does not keep him from it.
+            let goes_on = last.filter(|actor| in_a_row < IN_A_ROW && open.contains(actor));
             let actor = match goes_on {
                 Some(actor) if left == 0 || !random.below(4).is_multiple_of(4) => actor,
                 _ => open[random.below(open.len())],
             };
             left -= u32::from(goes_on.is_some_and(|other| other != actor) && left > 0);
+            in_a_row = if last == Some(actor) { in_a_row + 1 } else { 0 };
             last = Some(actor);
             let ways = usize::from(system.ways(actor.into()));
             let way = u8::try_from(random.below(ways)).unwrap_or(0);
@@ -344,17 +347,23 @@ pub fn tell<S: System>(start: &S, finding: &Finding) -> Vec<String> {
 /// The overlaps that the actors make possible: everybody at every point of his work, met by the
 /// work of everybody else.
 pub fn possible<S: System>(system: &S) -> Overlaps {
-    let works: BTreeMap<usize, BTreeSet<&'static str>> = (0..system.actors())
+    let works: BTreeMap<usize, BTreeSet<u8>> = (0..system.actors())
         .map(|actor| (actor, system.points(actor).into_iter().map(|point| point.work).collect()))
         .collect();
     let mut all = Overlaps::new();
     for actor in 0..system.actors() {
-        for point in system.points(actor).into_iter().filter(|point| !point.stage.is_empty()) {
+        for point in system.points(actor).into_iter().filter(|point| point.stage > 0) {
             let others = works.iter().filter(|&(&other, _)| other != actor);
             all.extend(others.flat_map(|(_, works)| works.iter().map(move |&by| (point, by))));
         }
     }
     all
+}
+
+/// An overlap, in words.
+pub fn name<S: System>((point, by): (Point, u8)) -> String {
+    let (work, stage) = (S::WORKS[usize::from(point.work)], S::STAGES[usize::from(point.stage)]);
+    format!("{work}, {stage}, met by {}", S::WORKS[usize::from(by)])
 }
 
 /// A sequence that looks random and is the same for the same seed: xorshift.

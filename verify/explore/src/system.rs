@@ -23,13 +23,14 @@ impl fmt::Display for Violation {
     }
 }
 
-/// In the middle of what an actor is: a kind of work, and how far that has come.
+/// In the middle of what an actor is: a kind of work, and how far that has come, by their numbers
+/// among [`System::WORKS`] and [`System::STAGES`].
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Point {
     /// The kind of work.
-    pub work: &'static str,
-    /// How far it has come; empty between two pieces of work.
-    pub stage: &'static str,
+    pub work: u8,
+    /// How far it has come; 0 between two pieces of work.
+    pub stage: u8,
 }
 
 /// A state of several actors at work, and how each can go on. A clone goes its own way.
@@ -37,6 +38,12 @@ pub struct Point {
 /// An actor that waits has no way to go on until what it waits for has come: whether it is woken
 /// then is not searched.
 pub trait System: Clone {
+    /// The kinds of work, at most 32.
+    const WORKS: &'static [&'static str];
+
+    /// How far work can have come, at most 64; the first is for who does none.
+    const STAGES: &'static [&'static str];
+
     /// How many actors there are.
     fn actors(&self) -> usize;
 

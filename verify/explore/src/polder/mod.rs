@@ -18,6 +18,7 @@ mod guest;
 mod host;
 mod kept;
 mod operation;
+mod points;
 mod setup;
 
 use std::hash::{Hash, Hasher};
@@ -141,6 +142,8 @@ pub struct World {
     journal: [Option<(OpId, Pages)>; 6],
     failures: u8,
     deaths: u8,
+    /// How many actors from each one on do the same work as it.
+    alike: [u8; MOST],
     told: Option<String>,
 }
 
@@ -174,6 +177,7 @@ impl World {
             failures: setup.failures,
             deaths: setup.deaths,
             told: None,
+            alike: alike(&setup),
             setup,
         }
     }
@@ -414,6 +418,18 @@ impl World {
     }
 }
 
+/// How many actors from each one on are of a kind and have the same tasks.
+fn alike(setup: &Setup) -> [u8; MOST] {
+    let mut alike = [1; MOST];
+    let kind = |actor: &Actor| std::mem::discriminant(&actor.role);
+    for (at, one) in setup.actors.iter().enumerate() {
+        let like = |other: &&Actor| kind(other) == kind(one) && other.tasks == one.tasks;
+        let count = setup.actors[at..].iter().take_while(like).count();
+        alike[at] = u8::try_from(count).unwrap_or(1);
+    }
+    alike
+}
+
 fn verdict(done: bool) -> &'static str {
     if done { "done" } else { "failed" }
 }
@@ -477,6 +493,9 @@ fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine::Error> {
 }
 
 impl System for World {
+    const WORKS: &'static [&'static str] = points::WORKS;
+    const STAGES: &'static [&'static str] = points::STAGES;
+
     fn actors(&self) -> usize {
         self.setup.actors.len()
     }
@@ -557,8 +576,10 @@ impl System for World {
         // Who does the same work as his neighbour could as well be him.
         let mut first = 0;
         while first < count {
-            let alike = (first..count).take_while(|&other| self.are_alike(first, other)).count();
-            actors[first..first + alike].sort_unstable();
+            let alike = usize::from(self.alike[first]);
+            if alike > 1 {
+                actors[first..first + alike].sort_unstable();
+            }
             first += alike;
         }
         actors[..count].hash(state);
@@ -571,7 +592,7 @@ impl System for World {
     }
 
     fn point(&self, actor: usize) -> Point {
-        Point { work: self.work(actor), stage: self.stage_name(actor) }
+        self.point_of(actor)
     }
 
     fn points(&self, actor: usize) -> Vec<Point> {
@@ -588,127 +609,5 @@ impl System for World {
 
     fn told(&mut self) -> String {
         self.told.as_mut().map(std::mem::take).unwrap_or_default()
-    }
-}
-
-/// What the work on a task is called.
-fn work_of(task: Task) -> &'static str {
-    match task {
-        Task::GuestRead(_) | Task::GuestWrite(..) => "guest access",
-        Task::HostRead(_) | Task::HostWrite(..) => "host touch",
-        Task::Convert { to: Visibility::Private, .. } => "conversion to private",
-        Task::Convert { .. } => "conversion to shared",
-        Task::Populate { .. } => "population",
-        Task::Discard { .. } => "discard",
-        Task::CopyOut(_) | Task::CopyIn(..) => "copy",
-        Task::Pin(_) => "pin",
-        Task::Gup(_) => "gup",
-        Task::Rebind => "slot deletion",
-    }
-}
-
-const ANSWERING: &str = "fault thread";
-
-impl World {
-    fn are_alike(&self, one: usize, other: usize) -> bool {
-        let (one, other) = (&self.setup.actors[one], &self.setup.actors[other]);
-        let kind = |role| std::mem::discriminant(&role);
-        kind(one.role) == kind(other.role) && one.tasks == other.tasks
-    }
-
-    fn work(&self, actor: usize) -> &'static str {
-        match self.task(actor) {
-            _ if self.role(actor) == Role::Faults => ANSWERING,
-            Some(task) => work_of(task),
-            None => "",
-        }
-    }
-
-    fn stage_name(&self, actor: usize) -> &'static str {
-        let stage_of = |step: Step| match step {
-            Step::UnmapHost(_) => "unmap host",
-            Step::UnmapGuest(_) => "unmap guest",
-            Step::CheckReferences(_) => "check references",
-            Step::Protect(..) => "protect",
-            Step::Free(_) => "free",
-            Step::Publish(_) => "publish",
-            Step::Quarantine(_) => "quarantine",
-        };
-        match self.actors[actor].stage {
-            Stage::Idle | Stage::Dead => "",
-            Stage::GuestAsk => "ask",
-            Stage::GuestAllocate(..) => "allocate",
-            Stage::GuestResolve(..) => "resolve",
-            Stage::GuestMap(..) => "map",
-            Stage::GuestGive(..) | Stage::GiveBack(..) => "give back",
-            Stage::Waits | Stage::GupWaits => "wait",
-            Stage::CarryOut(..) | Stage::CarryOutLate(_) => "carry out",
-            Stage::Drain(_) => "drain",
-            Stage::Write(..) | Stage::WriteLate(_) => "write",
-            Stage::Take(_, _, step, _) => stage_of(step),
-            Stage::Taken(..) => "taken",
-            Stage::TakeBack(..) | Stage::TakenBack(..) => "undo",
-            Stage::Show(_) => "show",
-            Stage::Copy(_) => "copy",
-            Stage::Copied(_) | Stage::Held(_) | Stage::GupHeld(_) => "hold",
-            Stage::Gup(_) => "fast",
-            Stage::GupSlow => "slow",
-            Stage::Unbinding => "unbind",
-            Stage::Unbound => "unbound",
-            Stage::Binding => "bind",
-        }
-    }
-
-    /// Every point at which an actor can be met: what its tasks and its setup make possible.
-    fn all_points(&self, actor: usize) -> Vec<Point> {
-        let setup = &self.setup;
-        let undo: &[&'static str] =
-            if setup.failures > 0 || setup.deaths > 0 { &["undo"] } else { &[] };
-        let mut points = Vec::new();
-        let mut add = |work: &'static str, stages: &[&[&'static str]]| {
-            for &stage in stages.iter().copied().flatten() {
-                points.push(Point { work, stage });
-            }
-        };
-        if self.role(actor) == Role::Faults {
-            add(ANSWERING, &[&["carry out", "give back"], if setup.deaths > 0 { undo } else { &[] }]);
-        }
-        let pins = setup.actors.iter().any(|other| other.role == Role::Pinner);
-        for &task in &setup.actors[actor].tasks {
-            let work = work_of(task);
-            // A to-private conversion that finds a reference is undone too.
-            let back: &[&'static str] = if undo.is_empty() && pins { &["undo"] } else { undo };
-            match task {
-                Task::GuestRead(_) | Task::GuestWrite(..) => {
-                    add(work, &[&["ask", "allocate", "resolve", "map", "give back"]]);
-                }
-                Task::HostRead(_) | Task::HostWrite(..) => add(work, &[&["wait"]]),
-                Task::Convert { to, contents, .. } => {
-                    let free: &[&'static str] =
-                        if contents == polder_explored_engine::Contents::Zero { &["free"] } else { &[] };
-                    if to == Visibility::Private {
-                        let own = ["drain", "unmap host", "check references", "protect", "taken"];
-                        add(work, &[&own, free, back]);
-                    } else {
-                        let own = ["drain", "unmap guest", "protect", "unmap host", "taken"];
-                        add(work, &[&own, free, undo]);
-                    }
-                }
-                Task::Populate { .. } => {
-                    add(work, &[&["drain", "write", "publish", "taken", "show"], undo]);
-                }
-                Task::Discard { .. } => {
-                    let own = ["drain", "unmap host", "unmap guest", "free", "taken"];
-                    add(work, &[&own, undo]);
-                }
-                Task::CopyOut(_) | Task::CopyIn(..) => add(work, &[&["copy", "hold"]]),
-                Task::Pin(_) => add(work, &[&["hold"]]),
-                Task::Gup(_) => add(work, &[&["fast", "slow", "wait", "hold"]]),
-                Task::Rebind => add(work, &[&["unbind", "unbound", "bind"]]),
-            }
-        }
-        points.sort_unstable();
-        points.dedup();
-        points
     }
 }
