@@ -56,7 +56,7 @@ const REPORT_EVERY: u64 = 1 << 14;
 /// How many steps one actor takes in a row at most, if there is another.
 const IN_A_ROW: u32 = 64;
 
-/// Nobody can go on: broken unless everybody has done his work.
+/// Nobody can go on, or only in circles of one step: broken unless everybody has done his work.
 fn stuck<S: System>(system: &S) -> Option<Violation> {
     let waiting = (0..system.actors()).find(|&actor| !system.is_done(actor))?;
     let what = format!("{} waits for ever", system.name(waiting));
@@ -105,12 +105,14 @@ struct Frame<S> {
     /// The move that led here.
     came: Option<Move>,
     next: Move,
+    fingerprint: u64,
+    /// Whether a step from here changed anything.
     any: bool,
 }
 
 impl<S: System> Frame<S> {
-    fn new(system: S, came: Option<Move>) -> Self {
-        Self { system, came, next: Move { actor: 0, way: 0 }, any: false }
+    fn new(system: S, fingerprint: u64, came: Option<Move>) -> Self {
+        Self { system, came, next: Move { actor: 0, way: 0 }, fingerprint, any: false }
     }
 
     /// The next move that has not been tried from here.
@@ -119,7 +121,6 @@ impl<S: System> Frame<S> {
             if self.next.way < self.system.ways(self.next.actor.into()) {
                 let now = self.next;
                 self.next.way += 1;
-                self.any = true;
                 return Some(now);
             }
             self.next = Move { actor: self.next.actor + 1, way: 0 };
@@ -131,10 +132,11 @@ impl<S: System> Frame<S> {
 /// Looks at every state, until one is broken, all are seen, or `progress` says to stop.
 pub fn exhaust<S: System>(start: &S, progress: &mut Progress<'_>) -> Outcome {
     let mut seen = Seen::new();
-    seen.insert(start.fingerprint());
+    let first = start.fingerprint();
+    seen.insert(first);
     let mut outcome = Outcome { complete: true, ..Outcome::default() };
     let mut met = Met::new::<S>();
-    let mut stack = vec![Frame::new(start.clone(), None)];
+    let mut stack = vec![Frame::new(start.clone(), first, None)];
     while let Some(top) = stack.last_mut() {
         let Some(taken) = top.next() else {
             let broken = if top.any { None } else { stuck(&top.system) };
@@ -155,8 +157,10 @@ pub fn exhaust<S: System>(start: &S, progress: &mut Progress<'_>) -> Outcome {
             outcome.finding = Some(Finding { violation, moves });
             break;
         }
-        if seen.insert(system.fingerprint()) {
-            stack.push(Frame::new(system, Some(taken)));
+        let fingerprint = system.fingerprint();
+        top.any |= fingerprint != top.fingerprint;
+        if seen.insert(fingerprint) {
+            stack.push(Frame::new(system, fingerprint, Some(taken)));
             outcome.depth = outcome.depth.max(stack.len() - 1);
         }
         if outcome.steps % REPORT_EVERY == 0 && !progress(seen.len(), outcome.steps) {
@@ -173,7 +177,8 @@ pub fn exhaust<S: System>(start: &S, progress: &mut Progress<'_>) -> Outcome {
 /// Finds the shortest way to a broken invariant, among the first `most` states.
 pub fn shortest<S: System>(start: &S, most: usize, progress: &mut Progress<'_>) -> Outcome {
     let mut seen = Seen::new();
-    seen.insert(start.fingerprint());
+    let first = start.fingerprint();
+    seen.insert(first);
     let mut outcome = Outcome { complete: true, ..Outcome::default() };
     let mut met = Met::new::<S>();
     // Whence each state came; what was found of it is in the queue.
@@ -187,7 +192,7 @@ pub fn shortest<S: System>(start: &S, most: usize, progress: &mut Progress<'_>) 
         moves.reverse();
         moves
     };
-    let mut queue = VecDeque::from([(Frame::new(start.clone(), None), 0)]);
+    let mut queue = VecDeque::from([(Frame::new(start.clone(), first, None), 0)]);
     'search: while let Some((mut frame, at)) = queue.pop_front() {
         while let Some(taken) = frame.next() {
             met.note(&frame.system, taken.actor.into());
@@ -198,9 +203,11 @@ pub fn shortest<S: System>(start: &S, most: usize, progress: &mut Progress<'_>) 
                 outcome.finding = Some(Finding { violation, moves });
                 break 'search;
             }
-            if seen.insert(system.fingerprint()) {
+            let fingerprint = system.fingerprint();
+            frame.any |= fingerprint != frame.fingerprint;
+            if seen.insert(fingerprint) {
                 came.push((at, taken));
-                queue.push_back((Frame::new(system, None), came.len()));
+                queue.push_back((Frame::new(system, fingerprint, None), came.len()));
             }
             let go_on = outcome.steps % REPORT_EVERY != 0 || progress(seen.len(), outcome.steps);
             if !go_on || seen.len() > most {

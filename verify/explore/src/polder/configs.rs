@@ -66,12 +66,16 @@ fn conversion() -> Setup {
         about: "a huge page of two, two vCPUs, a host thread, a converter, a pinner",
         huge: true,
         actors: vec![
-            actor("vcpu 0", Role::Vcpu(0), &[Task::GuestWrite(0, 1)]),
-            actor("vcpu 1", Role::Vcpu(1), &[Task::GuestWrite(0, 1)]),
-            actor("thread", Role::Thread(0), &[Task::HostWrite(0, 2)]),
+            actor("vcpu 0", Role::Vcpu(0), &[Task::GuestWrite(0, 1), Task::GuestRead(1)]),
+            actor("vcpu 1", Role::Vcpu(1), &[Task::GuestWrite(0, 1), Task::GuestRead(1)]),
+            actor("thread", Role::Thread(0), &[Task::HostWrite(0, 2), Task::HostRead(1)]),
             faults(),
-            actor("converter", Role::Caller, &[convert(0, 2, PRIVATE), convert(0, 1, SHARED)]),
-            actor("pinner", Role::Pinner, &[Task::Gup(0)]),
+            actor(
+                "converter",
+                Role::Caller,
+                &[convert(0, 2, PRIVATE), convert(0, 1, SHARED), convert(0, 2, PRIVATE)],
+            ),
+            actor("pinner", Role::Pinner, &[Task::Gup(0), Task::Gup(1)]),
         ],
         ..small()
     }

@@ -1,0 +1,181 @@
+//! Bugs to plant, each with the configuration in which it is found.
+//!
+//! A search that finds nothing says little until it is known what it would have found.
+
+use polder_explored_engine::Planted;
+use polder_machine::Plant;
+
+use crate::polder::{Bug, Slip};
+
+/// A bug, as `polder check --planted` knows it.
+#[derive(Clone, Copy, Debug)]
+pub struct PlantedBug {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// The mistake, in a line.
+    pub about: &'static str,
+    /// Which.
+    pub bug: Bug,
+    /// The configuration that it is planted in.
+    pub config: &'static str,
+}
+
+const fn engine(
+    name: &'static str,
+    about: &'static str,
+    planted: Planted,
+    config: &'static str,
+) -> PlantedBug {
+    PlantedBug { name, about, bug: Bug::Engine(planted), config }
+}
+
+const fn driver(
+    name: &'static str,
+    about: &'static str,
+    slip: Slip,
+    config: &'static str,
+) -> PlantedBug {
+    PlantedBug { name, about, bug: Bug::Driver(slip), config }
+}
+
+const fn machine(
+    name: &'static str,
+    about: &'static str,
+    plant: Plant,
+    config: &'static str,
+) -> PlantedBug {
+    PlantedBug { name, about, bug: Bug::Machine(plant), config }
+}
+
+/// Every bug in the product's own protocol.
+pub const ALL: &[PlantedBug] = &[
+    engine(
+        "check-before-cut-off",
+        "references are looked for while the pages can still be reached",
+        Planted::CheckBeforeCuttingOff,
+        "conversion",
+    ),
+    driver(
+        "no-retry",
+        "a reference that GUP-fast is about to drop fails a conversion",
+        Slip::NoRetry,
+        "conversion",
+    ),
+    engine(
+        "commit-before-hardware",
+        "the page map changes when a conversion is claimed",
+        Planted::CommitBeforeHardware,
+        "failures",
+    ),
+    engine(
+        "undo-forward",
+        "what was done is undone first to last",
+        Planted::UndoForward,
+        "failures",
+    ),
+    engine(
+        "undo-skips-failing",
+        "the step that failed, and may be done in part, is not undone",
+        Planted::UndoSkipsFailing,
+        "failures",
+    ),
+    engine(
+        "no-congruence",
+        "a large page is mapped where gfns and pages are not congruent",
+        Planted::NoCongruence,
+        "apart",
+    ),
+    engine(
+        "no-fit",
+        "a large page is mapped of which the slot has a part only",
+        Planted::NoFit,
+        "levels",
+    ),
+    engine(
+        "large-over-claimed",
+        "a large page is mapped while an operation holds a part of it",
+        Planted::LargeOverClaimed,
+        "levels",
+    ),
+    engine(
+        "no-drain",
+        "an operation does not wait for the answers in flight",
+        Planted::NoDrain,
+        "conversion",
+    ),
+    engine(
+        "exists-while-claimed",
+        "a second populator is told that pages exist whose bytes are being written",
+        Planted::ExistsWhileClaimed,
+        "population",
+    ),
+    engine(
+        "denied-while-claimed",
+        "who touches a page of a conversion that may yet fail is denied, the holder of a pin too",
+        Planted::DeniedWhileClaimed,
+        "pins",
+    ),
+    engine(
+        "abandoned-forgotten",
+        "nobody sees that the thread of an operation has died",
+        Planted::AbandonedForgotten,
+        "abandoned",
+    ),
+    engine(
+        "markers-forgotten",
+        "a conversion to shared leaves the markers of touches that were denied",
+        Planted::MarkersForgotten,
+        "conversion",
+    ),
+    engine("pins-forgotten", "a conversion does not look for pins", Planted::PinsForgotten, "pins"),
+    engine(
+        "owed-shown",
+        "a touch of a page whose contents are to come is answered",
+        Planted::OwedShown,
+        "population",
+    ),
+    driver(
+        "publish-before-bytes",
+        "a page is shown before its bytes are written",
+        Slip::PublishBeforeBytes,
+        "population",
+    ),
+    driver(
+        "answer-after-given-back",
+        "a fault is answered after the drain has seen its answer given back",
+        Slip::AnswerAfterGivenBack,
+        "conversion",
+    ),
+    driver(
+        "copy-unclaimed",
+        "the page map is looked at, and bytes are copied later",
+        Slip::CopyUnclaimed,
+        "pins",
+    ),
+    driver(
+        "slot-not-zapped",
+        "a slot that is deleted stays in stage 2",
+        Slip::SlotNotZapped,
+        "slots",
+    ),
+    machine("no-flush", "a TLB is not flushed", Plant::SkipFlush, "conversion"),
+    machine(
+        "gup-looks-once",
+        "GUP-fast does not look at the page table again",
+        Plant::StaleGup,
+        "conversion",
+    ),
+    machine(
+        "sequence-not-rechecked",
+        "a guest's page is mapped though it was invalidated since it was found",
+        Plant::StaleSequence,
+        "slots",
+    ),
+    machine(
+        "lost-mapcount",
+        "mapping a page does not count",
+        Plant::LostMapcount,
+        "conversion",
+    ),
+    machine("lost-pin", "pinning a page does not count", Plant::LostPin, "conversion"),
+];
