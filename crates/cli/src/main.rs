@@ -1,6 +1,7 @@
 //! The program `polder`.
 
 mod bench;
+mod check;
 mod doctor;
 mod output;
 mod picture;
@@ -23,6 +24,7 @@ struct Cli {
 enum Command {
     Run(run::Arguments),
     Bench(bench::Arguments),
+    Check(check::Arguments),
     Doctor(doctor::Arguments),
 }
 
@@ -30,6 +32,7 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Run(arguments) => run::main(&arguments),
         Command::Bench(arguments) => bench::main(&arguments),
+        Command::Check(arguments) => check::main(&arguments),
         Command::Doctor(arguments) => doctor::main(&arguments),
     }
 }

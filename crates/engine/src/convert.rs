@@ -135,15 +135,12 @@ impl Engine {
         } else {
             Program::default().stage(cut_off).stage(check)
         };
-        program
-            .stage(core::iter::empty())
-            .stage(each().map(|part| Step::Protect(part, to)))
-            .stage(
-                each()
-                    .filter(|&part| !to_private && self.may_have_markers(part))
-                    .map(Step::UnmapHost)
-                    .chain(each().filter(|_| self.frees(how)).map(Step::Free)),
-            )
+        program.stage(core::iter::empty()).stage(each().map(|part| Step::Protect(part, to))).stage(
+            each()
+                .filter(|&part| !to_private && self.may_have_markers(part))
+                .map(Step::UnmapHost)
+                .chain(each().filter(|_| self.frees(how)).map(Step::Free)),
+        )
     }
 
     /// Whether a conversion frees the pages: asked for zeros; or to have no memory left on the

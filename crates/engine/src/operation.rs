@@ -255,7 +255,10 @@ impl Engine {
     pub fn is_drained<S>(&self, operation: &Operation<S>) -> bool {
         let claims = &self.record(operation.id).claims;
         self.planted.has(Planted::NoDrain)
-            || !self.in_flight.iter().any(|one| claims.iter().any(|claim| claim.overlaps(one.range())))
+            || !self
+                .in_flight
+                .iter()
+                .any(|one| claims.iter().any(|claim| claim.overlaps(one.range())))
     }
 
     /// The step to take next at this stage, or `None` when the stage is over. Until the next call

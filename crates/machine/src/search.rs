@@ -52,8 +52,6 @@ impl Machine {
     /// Hashes what a vCPU remembers.
     pub fn hash_guest_tlb<H: Hasher>(&self, vcpu: VcpuId, state: &mut H) {
         let vm = self.vms.get(vcpu.vm).ok();
-        vm.and_then(|vm| vm.vcpus.get(usize::from(vcpu.index)))
-            .map(|vcpu| &vcpu.tlb)
-            .hash(state);
+        vm.and_then(|vm| vm.vcpus.get(usize::from(vcpu.index))).map(|vcpu| &vcpu.tlb).hash(state);
     }
 }

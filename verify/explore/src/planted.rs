@@ -5,7 +5,8 @@
 use polder_explored_engine::Planted;
 use polder_machine::Plant;
 
-use crate::polder::{Bug, Slip};
+use crate::models::{MAPCOUNT_WITHOUT_LOCK, Model};
+use crate::polder::{self, Bug, Setup, Slip};
 
 /// A bug, as `polder check --planted` knows it.
 #[derive(Clone, Copy, Debug)]
@@ -14,10 +15,40 @@ pub struct PlantedBug {
     pub name: &'static str,
     /// The mistake, in a line.
     pub about: &'static str,
-    /// Which.
-    pub bug: Bug,
-    /// The configuration that it is planted in.
-    pub config: &'static str,
+    place: Place,
+}
+
+/// Where a bug is planted.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    /// In a configuration of the product.
+    Polder(Bug, &'static str),
+    /// In another protocol, where it breaks this invariant.
+    Model(Model, &'static str),
+}
+
+/// What is to be searched for a bug.
+#[derive(Clone, Debug)]
+pub enum Host {
+    /// The product.
+    Polder(Setup),
+    /// Another protocol, by this invariant.
+    Model(Model, &'static str),
+}
+
+impl PlantedBug {
+    /// Where it is to be found.
+    ///
+    /// # Panics
+    /// If it names no configuration.
+    pub fn host(&self) -> Host {
+        match self.place {
+            Place::Polder(bug, config) => {
+                Host::Polder(polder::named(config).expect("a configuration").with(bug))
+            }
+            Place::Model(model, invariant) => Host::Model(model, invariant),
+        }
+    }
 }
 
 const fn engine(
@@ -26,7 +57,7 @@ const fn engine(
     planted: Planted,
     config: &'static str,
 ) -> PlantedBug {
-    PlantedBug { name, about, bug: Bug::Engine(planted), config }
+    PlantedBug { name, about, place: Place::Polder(Bug::Engine(planted), config) }
 }
 
 const fn driver(
@@ -35,7 +66,7 @@ const fn driver(
     slip: Slip,
     config: &'static str,
 ) -> PlantedBug {
-    PlantedBug { name, about, bug: Bug::Driver(slip), config }
+    PlantedBug { name, about, place: Place::Polder(Bug::Driver(slip), config) }
 }
 
 const fn machine(
@@ -44,10 +75,10 @@ const fn machine(
     plant: Plant,
     config: &'static str,
 ) -> PlantedBug {
-    PlantedBug { name, about, bug: Bug::Machine(plant), config }
+    PlantedBug { name, about, place: Place::Polder(Bug::Machine(plant), config) }
 }
 
-/// Every bug in the product's own protocol.
+/// Every bug.
 pub const ALL: &[PlantedBug] = &[
     engine(
         "check-before-cut-off",
@@ -171,11 +202,11 @@ pub const ALL: &[PlantedBug] = &[
         Plant::StaleSequence,
         "slots",
     ),
-    machine(
-        "lost-mapcount",
-        "mapping a page does not count",
-        Plant::LostMapcount,
-        "conversion",
-    ),
+    machine("lost-mapcount", "mapping a page does not count", Plant::LostMapcount, "conversion"),
     machine("lost-pin", "pinning a page does not count", Plant::LostPin, "conversion"),
+    PlantedBug {
+        name: MAPCOUNT_WITHOUT_LOCK.name,
+        about: MAPCOUNT_WITHOUT_LOCK.about,
+        place: Place::Model(MAPCOUNT_WITHOUT_LOCK, "INV-1"),
+    },
 ];

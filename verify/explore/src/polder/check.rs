@@ -56,9 +56,8 @@ impl World {
         if denied != 0 {
             return broken("INV-4", format!("{} is shared, and denied", first(denied)));
         }
-        let held = (0..self.setup.pages).find(|&page| {
-            promised.pins[usize::from(page)] > 0 && private & 1 << page != 0
-        });
+        let held = (0..self.setup.pages)
+            .find(|&page| promised.pins[usize::from(page)] > 0 && private & 1 << page != 0);
         if let Some(page) = held {
             return broken("INV-7", format!("page {page} is private, and the library pins it"));
         }

@@ -44,6 +44,11 @@ fn small() -> Setup {
     }
 }
 
+/// The configuration of this name.
+pub fn named(name: &str) -> Option<Setup> {
+    all().into_iter().find(|setup| setup.name == name)
+}
+
 /// Every configuration.
 pub fn all() -> Vec<Setup> {
     vec![
@@ -133,7 +138,10 @@ fn population() -> Setup {
             actor(
                 "second source",
                 Role::Caller,
-                &[Task::Populate { start: 0, end: 1, value: 6 }, Task::Discard { start: 0, end: 2 }],
+                &[
+                    Task::Populate { start: 0, end: 1, value: 6 },
+                    Task::Discard { start: 0, end: 2 },
+                ],
             ),
             actor("converter", Role::Caller, &[convert(0, 1, PRIVATE)]),
         ],

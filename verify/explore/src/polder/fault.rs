@@ -1,6 +1,8 @@
 //! The fault thread: `polder/src/faults.rs`.
 
-use polder_explored_engine::{Answer, Blocked, OpId, Operation, Response, TouchAnswer, Undoing, View};
+use polder_explored_engine::{
+    Answer, Blocked, OpId, Operation, Response, TouchAnswer, Undoing, View,
+};
 use polder_units::{PageIndex, PageRange};
 
 use super::{Given, Slip, Stage, World, verdict};
@@ -122,7 +124,8 @@ impl World {
         }
         let over = at + count >= given.len() || given[at + count].is_none();
         let next = u8::try_from(at + count).unwrap_or(u8::MAX);
-        let stage = if over { Stage::GiveBack(given, undo) } else { Stage::CarryOut(given, next, undo) };
+        let stage =
+            if over { Stage::GiveBack(given, undo) } else { Stage::CarryOut(given, next, undo) };
         self.go(actor, stage);
         Ok(())
     }

@@ -1,8 +1,6 @@
 //! A guest's access: the CPU's, then `Driver::guest_fault` and `MachineHost::map_guest`.
 
-use polder_explored_engine::{
-    Answer, GuestAccess, GuestAnswer, MemoryFault, Response, Visibility,
-};
+use polder_explored_engine::{Answer, GuestAccess, GuestAnswer, MemoryFault, Response, Visibility};
 use polder_machine::{Exit, Resolved, Side};
 use polder_units::{Gfn, Level, PageIndex, PageRange};
 
@@ -38,9 +36,9 @@ impl World {
         let outcome = self.machine(|machine, _| {
             let mut vcpu = machine.vcpu(vcpu).expect("it was added");
             match task {
-                Task::GuestWrite(_, value) => {
-                    vcpu.write_u64(gfn.gpa(), Side::Shared, u64::from_le_bytes([value; 8])).map(|()| None)
-                }
+                Task::GuestWrite(_, value) => vcpu
+                    .write_u64(gfn.gpa(), Side::Shared, u64::from_le_bytes([value; 8]))
+                    .map(|()| None),
                 _ => vcpu.read_u64(gfn.gpa(), Side::Shared).map(Some),
             }
         });
@@ -228,7 +226,11 @@ impl World {
         self.engine(|engine| engine.answered(answer, mapped.then_some(Response::Map)));
         self.say(|| "gives the answer back".into());
         // Without memory the call fails, and the VMM decides.
-        if mapped { self.go(actor, Stage::Idle) } else { self.done(actor) }
+        if mapped {
+            self.go(actor, Stage::Idle)
+        } else {
+            self.done(actor)
+        }
         Ok(())
     }
 }

@@ -59,9 +59,9 @@ impl World {
             return Ok(());
         }
         self.machine(|machine, _| {
-            holes.into_iter().try_for_each(|page| {
-                machine.allocate(object, page, Level::Size4K).map(|_| ())
-            })
+            holes
+                .into_iter()
+                .try_for_each(|page| machine.allocate(object, page, Level::Size4K).map(|_| ()))
         })
     }
 

@@ -198,9 +198,8 @@ impl KeptMachine {
         }
         let gfn = setup.gfn(page);
         let spte = machine.spte(parts.vm, gfn).ok().flatten();
-        let remembers = |index| {
-            machine.remembered_by_guest(parts.vcpu(index), gfn, Side::Shared).is_some()
-        };
+        let remembers =
+            |index| machine.remembered_by_guest(parts.vcpu(index), gfn, Side::Shared).is_some();
         if spte.is_some() || (0..parts.vcpus).any(remembers) {
             self.reach.guest |= bit;
         }

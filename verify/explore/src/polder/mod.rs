@@ -33,7 +33,7 @@ use polder_units::{Level, PageCount, PageIndex, PageRange};
 
 use crate::fold::Fold;
 use crate::system::{Point, System, Violation};
-pub use configs::all;
+pub use configs::{all, named};
 use kept::{KeptEngine, KeptMachine, MOST_CPUS, Pages, Parts, range};
 pub use setup::{Actor, Bug, Role, Setup, Slip, Task};
 
@@ -309,9 +309,7 @@ impl World {
             Stage::WriteLate(half) => self.write_late(actor, half),
             Stage::Take(op, stage, step, part) => self.take_step(actor, op, stage, step, part, way),
             Stage::Taken(op, stage) => self.step_taken(actor, op, stage),
-            Stage::TakeBack(op, step, part, own) => {
-                self.take_back(actor, op, step, part, own, way)
-            }
+            Stage::TakeBack(op, step, part, own) => self.take_back(actor, op, step, part, own, way),
             Stage::TakenBack(op, done, own) => self.taken_back(actor, op, done, own),
             Stage::Show(answer) => self.show(actor, answer),
             Stage::Copy(in_flight) => self.copy(actor, in_flight),

@@ -43,7 +43,13 @@ fn next<S: OpStage>(engine: &mut Engine, op: OpId, taken: bool) -> Option<Step> 
 }
 
 /// Goes on to the next step of an operation, through stages that have none.
-fn go_on(engine: &mut Engine, task: Task, op: OpId, stage: &mut u8, mut taken: bool) -> Option<Step> {
+fn go_on(
+    engine: &mut Engine,
+    task: Task,
+    op: OpId,
+    stage: &mut u8,
+    mut taken: bool,
+) -> Option<Step> {
     let stages = if let Task::Convert { .. } = task { CONVERSION_STAGES } else { 1 };
     while *stage < stages {
         let step = match (task, *stage) {
@@ -177,7 +183,12 @@ impl World {
         }
     }
 
-    pub(super) fn step_taken(&mut self, actor: usize, op: OpId, stage: u8) -> Result<(), Violation> {
+    pub(super) fn step_taken(
+        &mut self,
+        actor: usize,
+        op: OpId,
+        stage: u8,
+    ) -> Result<(), Violation> {
         let Some(task) = self.task(actor) else { return Ok(()) };
         self.say(|| "reports that it is done".into());
         self.next_step(actor, task, op, stage, true)
@@ -268,7 +279,11 @@ impl World {
         });
         written.expect("pages of the object");
         self.say(|| format!("writes half {half} of pages {pages}"));
-        if half == 0 { self.go(actor, Stage::WriteLate(1)) } else { self.done(actor) }
+        if half == 0 {
+            self.go(actor, Stage::WriteLate(1))
+        } else {
+            self.done(actor)
+        }
         Ok(())
     }
 
@@ -358,17 +373,17 @@ impl World {
                 true
             }
             (Step::Publish(_), _) => true,
-            (Step::Free(range) | Step::Quarantine(range), 0) => {
-                self.unmap_guest(range)
-            }
+            (Step::Free(range) | Step::Quarantine(range), 0) => self.unmap_guest(range),
             (Step::Free(range) | Step::Quarantine(range), 1) => {
                 self.unmap_host(range) && self.flush_host(range)
             }
             (Step::Free(range), _) => {
-                let punched = self.machine(|machine, parts| machine.punch(parts.object, range, None));
+                let punched =
+                    self.machine(|machine, parts| machine.punch(parts.object, range, None));
                 for page in range.frames().filter(|_| punched.is_ok()) {
-                    if let Some(value) =
-                        usize::try_from(page.get()).ok().and_then(|at| self.promised.values.get_mut(at))
+                    if let Some(value) = usize::try_from(page.get())
+                        .ok()
+                        .and_then(|at| self.promised.values.get_mut(at))
                     {
                         *value = 0;
                     }
@@ -444,7 +459,11 @@ impl World {
         });
         self.promised.quarantine |= quarantined.iter().fold(0, |all, &range| all | set(range));
         self.say(|| "all of it is undone".into());
-        if own { self.done(actor) } else { self.go(actor, Stage::Idle) }
+        if own {
+            self.done(actor)
+        } else {
+            self.go(actor, Stage::Idle)
+        }
         Ok(())
     }
 
@@ -498,7 +517,11 @@ impl World {
         if self.setup.slips(Slip::CopyUnclaimed) {
             let private = self.engine.private & 1 << page != 0;
             self.say(|| format!("looks at page {page}, and claims nothing"));
-            if private { self.done(actor) } else { self.go(actor, Stage::Copy(None)) }
+            if private {
+                self.done(actor)
+            } else {
+                self.go(actor, Stage::Copy(None))
+            }
             return Ok(());
         }
         let copy = self.engine(|engine| {
@@ -593,7 +616,9 @@ pub(super) fn pages_of(task: Task) -> polder_units::PageRange {
         Task::Convert { start, end, .. }
         | Task::Populate { start, end, .. }
         | Task::Discard { start, end } => range(start, end),
-        Task::CopyOut(page) | Task::CopyIn(page, _) | Task::Pin(page) | Task::Gup(page) => one(page),
+        Task::CopyOut(page) | Task::CopyIn(page, _) | Task::Pin(page) | Task::Gup(page) => {
+            one(page)
+        }
         Task::GuestRead(page) | Task::GuestWrite(page, _) => one(page),
         Task::HostRead(page) | Task::HostWrite(page, _) => one(page),
         Task::Rebind => unreachable!("a task about the slot"),

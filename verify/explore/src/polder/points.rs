@@ -147,10 +147,13 @@ impl World {
                 }
                 Task::Convert { to, contents, .. } => {
                     undone |= fails || pins && to == Visibility::Private;
-                    add(work, match to {
-                        Visibility::Private => &["unmap host", "check references"],
-                        Visibility::Shared => &["unmap guest", "unmap host"],
-                    });
+                    add(
+                        work,
+                        match to {
+                            Visibility::Private => &["unmap host", "check references"],
+                            Visibility::Shared => &["unmap guest", "unmap host"],
+                        },
+                    );
                     add(work, &["drain", "protect", "taken"]);
                     if contents == Contents::Zero {
                         add(work, &["free"]);
