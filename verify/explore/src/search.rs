@@ -160,6 +160,11 @@ pub fn exhaust<S: System>(start: &S, progress: &mut Progress<'_>) -> Outcome {
         let fingerprint = system.fingerprint();
         top.any |= fingerprint != top.fingerprint;
         if seen.insert(fingerprint) {
+            if let Err(violation) = system.check() {
+                let moves = stack.iter().filter_map(|frame| frame.came).chain([taken]).collect();
+                outcome.finding = Some(Finding { violation, moves });
+                break;
+            }
             stack.push(Frame::new(system, fingerprint, Some(taken)));
             outcome.depth = outcome.depth.max(stack.len() - 1);
         }
@@ -206,6 +211,11 @@ pub fn shortest<S: System>(start: &S, most: usize, progress: &mut Progress<'_>) 
             let fingerprint = system.fingerprint();
             frame.any |= fingerprint != frame.fingerprint;
             if seen.insert(fingerprint) {
+                if let Err(violation) = system.check() {
+                    let moves = way(&came, at, Some(taken));
+                    outcome.finding = Some(Finding { violation, moves });
+                    break 'search;
+                }
                 came.push((at, taken));
                 queue.push_back((Frame::new(system, fingerprint, None), came.len()));
             }
@@ -265,7 +275,7 @@ pub fn wander<S: System>(
             let way = u8::try_from(random.below(ways)).unwrap_or(0);
             met.note(&system, actor.into());
             moves.push(Move { actor, way });
-            let broken = system.take(actor.into(), way);
+            let broken = system.take(actor.into(), way).and_then(|()| system.check());
             outcome.steps += 1;
             seen.insert(system.fingerprint());
             let stop = outcome.steps % REPORT_EVERY == 0 && !progress(seen.len(), outcome.steps);
@@ -326,7 +336,8 @@ fn follow<S: System>(start: &S, moves: &[Move]) -> Option<Finding> {
             continue;
         }
         taken.push(now);
-        if let Err(violation) = system.take(now.actor.into(), now.way) {
+        let broken = system.take(now.actor.into(), now.way).and_then(|()| system.check());
+        if let Err(violation) = broken {
             return Some(Finding { violation, moves: taken });
         }
     }

@@ -53,11 +53,17 @@ pub trait System: Clone {
     /// Whether an actor has nothing left to do.
     fn is_done(&self, actor: usize) -> bool;
 
-    /// Takes a step of an actor and looks at every invariant.
+    /// Takes a step of an actor.
     ///
     /// # Errors
-    /// One that is broken now.
+    /// An invariant that the step itself breaks: by what was read, by who was refused.
     fn take(&mut self, actor: usize, way: u8) -> Result<(), Violation>;
+
+    /// Looks at every invariant that can be told from a state. Asked once for each.
+    ///
+    /// # Errors
+    /// One that is broken.
+    fn check(&self) -> Result<(), Violation>;
 
     /// 64 bits that states from which the same can happen have in common.
     fn fingerprint(&self) -> u64;

@@ -440,7 +440,12 @@ impl ModelWorld {
         }
     }
 
-    fn check(&self) -> Result<(), Violation> {
+    /// What is broken, if it is what this search is about.
+    fn if_asked(&self, outcome: Result<(), Violation>) -> Result<(), Violation> {
+        outcome.or_else(|broken| if broken.invariant == self.only { Err(broken) } else { Ok(()) })
+    }
+
+    fn check_state(&self) -> Result<(), Violation> {
         // While a conversion is at it, what it has not finished does not count.
         let at_rest = self.actors[3].stage == Stage::Idle;
         if !at_rest || !self.is_private || self.model.two_pools {
@@ -503,8 +508,11 @@ impl System for ModelWorld {
             (_, Stage::Convert(at)) => self.convert(at, false),
             _ => self.convert(0, false),
         };
-        let outcome = outcome.and_then(|()| self.check());
-        outcome.or_else(|broken| if broken.invariant == self.only { Err(broken) } else { Ok(()) })
+        self.if_asked(outcome)
+    }
+
+    fn check(&self) -> Result<(), Violation> {
+        self.if_asked(self.check_state())
     }
 
     fn fingerprint(&self) -> u64 {

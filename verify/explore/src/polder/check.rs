@@ -8,7 +8,7 @@ use polder_units::PageRange;
 
 use super::guest::token;
 use super::host::References;
-use super::kept::{Pages, set};
+use super::kept::{Pages, Reach, set};
 use super::operation::pages_of;
 use super::{Stage, World};
 use crate::system::Violation;
@@ -24,8 +24,8 @@ fn first(pages: Pages) -> String {
 
 impl World {
     /// Every invariant that can be told from a state.
-    pub(super) fn check(&self) -> Result<(), Violation> {
-        let (engine, reach, promised) = (&*self.engine, self.machine.reach, &self.promised);
+    pub(super) fn check_state(&self) -> Result<(), Violation> {
+        let (engine, reach, promised) = (&*self.engine, self.reach(), &self.promised);
         let private = promised.private;
         let out = promised.quarantine;
         if engine.private != private {
@@ -67,9 +67,13 @@ impl World {
         Ok(())
     }
 
+    fn reach(&self) -> Reach {
+        self.machine.reach(&self.parts, &self.setup)
+    }
+
     /// What has to be so while nothing is in flight.
     fn check_at_rest(&self, private: Pages, out: Pages) -> Result<(), Violation> {
-        let reachable = (self.machine.reach.host | self.machine.reach.guest) & out;
+        let reachable = (self.reach().host | self.reach().guest) & out;
         if reachable != 0 {
             let page = first(reachable);
             return broken("INV-1", format!("{page} is in quarantine, and reachable"));

@@ -142,26 +142,27 @@ pub(super) struct KeptMachine {
     pub(super) hash: u64,
     pub(super) thread_hashes: [u64; MOST_CPUS],
     pub(super) vcpu_hashes: [u64; MOST_CPUS],
-    pub(super) reach: Reach,
+    /// Who can reach what, once somebody has asked.
+    reached: Cell<Option<Reach>>,
     /// What an audit says, once somebody has asked.
     audited: Cell<Option<Result<(), Discrepancy>>>,
 }
 
 impl KeptMachine {
-    pub(super) fn new(machine: Machine, parts: &Parts, setup: &Setup) -> Rc<Self> {
+    pub(super) fn new(machine: Machine, parts: &Parts) -> Rc<Self> {
         let mut kept = Self {
             machine,
             hash: 0,
             thread_hashes: [0; MOST_CPUS],
             vcpu_hashes: [0; MOST_CPUS],
-            reach: Reach::default(),
+            reached: Cell::new(None),
             audited: Cell::new(None),
         };
-        kept.refresh(parts, setup);
+        kept.refresh(parts);
         Rc::new(kept)
     }
 
-    pub(super) fn refresh(&mut self, parts: &Parts, setup: &Setup) {
+    pub(super) fn refresh(&mut self, parts: &Parts) {
         let machine = &self.machine;
         let mut state = Fold::new();
         machine.hash_without_tlbs(&mut state);
@@ -177,37 +178,44 @@ impl KeptMachine {
             *hash = state.finish();
         }
         self.audited.set(None);
-        self.reach = Reach::default();
-        for page in 0..setup.pages {
-            self.look_at(page, parts, setup);
-        }
+        self.reached.set(None);
     }
 
-    fn look_at(&mut self, page: u8, parts: &Parts, setup: &Setup) {
+    /// Who can reach which page.
+    pub(super) fn reach(&self, parts: &Parts, setup: &Setup) -> Reach {
+        self.reached.get().unwrap_or_else(|| {
+            let mut reach = Reach::default();
+            (0..setup.pages).for_each(|page| self.look_at(&mut reach, page, parts, setup));
+            self.reached.set(Some(reach));
+            reach
+        })
+    }
+
+    fn look_at(&self, reach: &mut Reach, page: u8, parts: &Parts, setup: &Setup) {
         let (machine, bit, vpn) = (&self.machine, 1 << page, parts.vpn(page));
         let mut host = false;
         match machine.host_pte(parts.process, vpn) {
             Ok(HostPte::Mapped { .. }) => host = true,
-            Ok(HostPte::Poison) => self.reach.poisoned |= bit,
+            Ok(HostPte::Poison) => reach.poisoned |= bit,
             _ => {}
         }
         let threads = &mut (0..parts.threads);
         host |= threads.any(|index| machine.remembered(parts.thread(index), vpn).is_some());
         if host {
-            self.reach.host |= bit;
+            reach.host |= bit;
         }
         let gfn = setup.gfn(page);
         let spte = machine.spte(parts.vm, gfn).ok().flatten();
         let remembers =
             |index| machine.remembered_by_guest(parts.vcpu(index), gfn, Side::Shared).is_some();
         if spte.is_some() || (0..parts.vcpus).any(remembers) {
-            self.reach.guest |= bit;
+            reach.guest |= bit;
         }
         let backing = machine.backing(parts.object, PageIndex::from(u32::from(page)));
         if let Ok(Some(backing)) = backing
             && machine.holders_of(PfnRange::one(backing.pfn)).any(|holder| !holder.speculative)
         {
-            self.reach.pinned |= bit;
+            reach.pinned |= bit;
         }
     }
 

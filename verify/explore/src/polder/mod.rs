@@ -28,7 +28,7 @@ use polder_explored_engine::{
     Answer, Config, Engine, InFlight, OpId, PageFacts, PinId, Platform, Population, Response, Slot,
     Step, Visibility, VmId,
 };
-use polder_machine::{GupFast, Machine, Resolved, View as Vma, VpnRange};
+use polder_machine::{GupFast, HostPte, Machine, Resolved, View as Vma, VpnRange};
 use polder_units::{Level, PageCount, PageIndex, PageRange};
 
 use crate::fold::Fold;
@@ -167,7 +167,7 @@ impl World {
         };
         Self {
             engine: KeptEngine::new(engine, &setup),
-            machine: KeptMachine::new(machine, &parts, &setup),
+            machine: KeptMachine::new(machine, &parts),
             parts,
             actors: [State { at: 0, stage: Stage::Idle }; MOST],
             promised,
@@ -194,7 +194,7 @@ impl World {
     fn machine<T>(&mut self, change: impl FnOnce(&mut Machine, &Parts) -> T) -> T {
         let kept = Rc::make_mut(&mut self.machine);
         let outcome = change(&mut kept.machine, &self.parts);
-        kept.refresh(&self.parts, &self.setup);
+        kept.refresh(&self.parts);
         outcome
     }
 
@@ -227,21 +227,11 @@ impl World {
 
     /// Whether a touch of the host view would be a fault now.
     fn faults(&self, role: Role, page: u8) -> bool {
-        let bit = 1 << page;
-        let thread = match role {
-            Role::Thread(index) => Some(self.parts.thread(index)),
-            _ => None,
-        };
-        let reach = self.machine.reach;
-        if reach.poisoned & bit != 0 {
-            return false;
-        }
-        reach.host & bit == 0 || {
-            // Perhaps only another thread's TLB has it.
-            let (machine, vpn) = (&self.machine.machine, self.parts.vpn(page));
-            let pte = machine.host_pte(self.parts.process, vpn);
-            let none = !matches!(pte, Ok(polder_machine::HostPte::Mapped { .. }));
-            none && thread.is_none_or(|thread| machine.remembered(thread, vpn).is_none())
+        let (machine, vpn) = (&self.machine.machine, self.parts.vpn(page));
+        let none = matches!(machine.host_pte(self.parts.process, vpn), Ok(HostPte::None));
+        none && match role {
+            Role::Thread(index) => machine.remembered(self.parts.thread(index), vpn).is_none(),
+            _ => true,
         }
     }
 
@@ -558,8 +548,11 @@ impl System for World {
     }
 
     fn take(&mut self, actor: usize, way: u8) -> Result<(), Violation> {
-        self.go_on(actor, way)?;
-        self.check()
+        self.go_on(actor, way)
+    }
+
+    fn check(&self) -> Result<(), Violation> {
+        self.check_state()
     }
 
     fn fingerprint(&self) -> u64 {
