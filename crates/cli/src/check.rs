@@ -159,8 +159,8 @@ fn check_configs(name: Option<&str>, arguments: &Arguments) -> Result<(String, b
     let mut all: Vec<Searched> = Vec::new();
     let count = setups.len();
     for (done, setup) in setups.into_iter().enumerate() {
-        // What one does not need is for those after it.
-        let limit = left / u32::try_from(count - done).unwrap_or(1);
+        // Random ways take all there is; a fifth of it is kept for those that come last.
+        let limit = if done + 1 == count { left } else { left * 4 / 5 };
         let bar = bar(arguments.json, limit, setup.name);
         let how = if setup.exhaustive { How::All } else { How::Some { seed: arguments.seed } };
         let (report, seconds) = timed(&World::new(&setup), how, limit, &bar);

@@ -40,7 +40,7 @@ impl Machine {
             }
         }
         (&self.pins, &self.plants).hash(state);
-        (&self.protection).hash(state);
+        self.protection.hash(state);
     }
 
     /// Hashes what a thread's CPU remembers.
