@@ -107,14 +107,13 @@ fn list(as_json: bool) -> String {
 fn timed<S: System>(start: &S, how: How, limit: Duration, bar: &ProgressBar) -> (Report, f64) {
     let began = clock();
     let mut at_a_time = began;
-    let report = check(start, how, &mut |states, steps| {
+    let report = check(start, how, &mut |states, _| {
         let now = clock();
         if now - at_a_time > Duration::from_millis(200) {
             at_a_time = now;
             let passed = (now - began).as_secs_f64();
             bar.set_position(((now - began).as_millis()).try_into().unwrap_or(u64::MAX));
             bar.set_message(format!("{states} states, {}/s", rate(states, passed)));
-            let _ = steps;
         }
         now - began < limit
     });

@@ -168,7 +168,7 @@ pub fn exhaust<S: System>(start: &S, progress: &mut Progress<'_>) -> Outcome {
             stack.push(Frame::new(system, fingerprint, Some(taken)));
             outcome.depth = outcome.depth.max(stack.len() - 1);
         }
-        if outcome.steps % REPORT_EVERY == 0 && !progress(seen.len(), outcome.steps) {
+        if outcome.steps.is_multiple_of(REPORT_EVERY) && !progress(seen.len(), outcome.steps) {
             outcome.complete = false;
             break;
         }
@@ -219,7 +219,8 @@ pub fn shortest<S: System>(start: &S, most: usize, progress: &mut Progress<'_>) 
                 came.push((at, taken));
                 queue.push_back((Frame::new(system, fingerprint, None), came.len()));
             }
-            let go_on = outcome.steps % REPORT_EVERY != 0 || progress(seen.len(), outcome.steps);
+            let go_on =
+                !outcome.steps.is_multiple_of(REPORT_EVERY) || progress(seen.len(), outcome.steps);
             if !go_on || seen.len() > most {
                 outcome.complete = false;
                 break 'search;
@@ -265,7 +266,7 @@ pub fn wander<S: System>(
             // Who goes round in a circle until another goes on does not keep him from it.
             let goes_on = last.filter(|actor| in_a_row < IN_A_ROW && open.contains(actor));
             let actor = match goes_on {
-                Some(actor) if left == 0 || !random.below(4).is_multiple_of(4) => actor,
+                Some(actor) if left == 0 || random.below(4) > 0 => actor,
                 _ => open[random.below(open.len())],
             };
             left -= u32::from(goes_on.is_some_and(|other| other != actor) && left > 0);
@@ -278,7 +279,8 @@ pub fn wander<S: System>(
             let broken = system.take(actor.into(), way).and_then(|()| system.check());
             outcome.steps += 1;
             seen.insert(system.fingerprint());
-            let stop = outcome.steps % REPORT_EVERY == 0 && !progress(seen.len(), outcome.steps);
+            let stop =
+                outcome.steps.is_multiple_of(REPORT_EVERY) && !progress(seen.len(), outcome.steps);
             if let Err(violation) = broken {
                 outcome.finding = Some(Finding { violation, moves: moves.clone() });
             }

@@ -156,7 +156,7 @@ impl ModelWorld {
 
     /// Which conversion the converter is at: they alternate.
     fn converts_to_private(&self) -> bool {
-        (self.actors[3].at % 2 == 0) != self.model.private_first
+        self.actors[CONVERTER_ACTOR].at.is_multiple_of(2) != self.model.private_first
     }
 
     fn steps(&self) -> (&'static [Do], &'static [Do]) {

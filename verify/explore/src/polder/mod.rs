@@ -240,7 +240,7 @@ impl World {
         self.faults(role, page) && (self.touched | self.answering) & (1 << page) != 0
     }
 
-    fn begin(&mut self, actor: usize, way: u8) -> Result<(), Violation> {
+    fn begin(&mut self, actor: usize) -> Result<(), Violation> {
         let Some(task) = self.task(actor) else { return Ok(()) };
         match task {
             Task::GuestRead(_) | Task::GuestWrite(..) => self.guest_access(actor, task),
@@ -261,15 +261,13 @@ impl World {
                 self.go(actor, Stage::Unbinding);
                 Ok(())
             }
-        }?;
-        let _ = way;
-        Ok(())
+        }
     }
 
     fn go_on(&mut self, actor: usize, way: u8) -> Result<(), Violation> {
         match self.actors[actor].stage {
             Stage::Idle if self.role(actor) == Role::Faults => self.serve(actor),
-            Stage::Idle => self.begin(actor, way),
+            Stage::Idle => self.begin(actor),
             Stage::Dead => Ok(()),
             Stage::GuestAsk => self.guest_ask(actor),
             Stage::GuestAllocate(answer, level) => self.guest_allocate(actor, answer, level, way),
@@ -278,14 +276,7 @@ impl World {
                 self.guest_map(actor, answer, level, &resolved)
             }
             Stage::GuestGive(answer, mapped) => self.guest_give(actor, answer, mapped),
-            Stage::Waits => {
-                let (Some(Task::HostRead(page) | Task::HostWrite(page, _)), Some(task)) =
-                    (self.task(actor), self.task(actor))
-                else {
-                    return Ok(());
-                };
-                self.touch(actor, task, page)
-            }
+            Stage::Waits => self.begin(actor),
             Stage::CarryOut(given, at, undo) => self.carry_out(actor, given, at, undo, way),
             Stage::GiveBack(given, undo) => self.give_back(actor, given, undo),
             Stage::CarryOutLate(answer) => {
@@ -505,10 +496,9 @@ impl System for World {
                     | Task::Populate { start, end, .. }
                     | Task::Discard { start, end },
                 ) => may(!busy(start, end)),
-                Some(Task::CopyOut(page) | Task::CopyIn(page, _))
+                Some(Task::CopyOut(_) | Task::CopyIn(..))
                     if self.setup.slips(Slip::CopyUnclaimed) =>
                 {
-                    let _ = page;
                     1
                 }
                 Some(Task::CopyOut(page) | Task::CopyIn(page, _) | Task::Pin(page)) => {
