@@ -297,8 +297,8 @@ pub fn wander<S: System>(
             outcome.finding = Some(Finding { violation, moves });
         }
         outcome.states = seen.len();
-        outcome.overlaps = met.overlaps();
         if outcome.finding.is_some() || !progress(seen.len(), outcome.steps) {
+            outcome.overlaps = met.overlaps();
             return outcome;
         }
     }

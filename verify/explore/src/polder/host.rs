@@ -84,9 +84,7 @@ impl World {
         }
         let first = matches!(self.actors[actor].stage, Stage::Idle);
         let stepped = if first {
-            // Reading an entry changes nothing.
-            let mut copy = self.machine.machine.clone();
-            gup.step(&mut copy)
+            Ok(gup.read(&self.machine.machine))
         } else {
             self.machine(|machine, _| gup.step(machine))
         };
