@@ -1,4 +1,5 @@
-//! What a search over states asks of a machine: what each CPU remembers, and hashes in parts.
+//! What a search over states asks of a machine: what each CPU remembers, hashes in parts, and
+//! whether something was invalidated, from one machine to the next.
 //!
 //! CPUs of one kind that do the same work are interchangeable. A search that hashes each one's TLB
 //! beside what its thread does, and sorts, takes two states that differ in names alone for one.
@@ -8,7 +9,7 @@ use core::hash::{Hash, Hasher};
 use polder_units::{Gfn, Pfn};
 
 use crate::tlb::guest_tag;
-use crate::{Machine, Side, Thread, VcpuId, Vpn};
+use crate::{Machine, Side, Thread, VcpuId, VmId, Vpn};
 
 impl Machine {
     /// The frame that a thread's TLB has for a page, however stale.
@@ -53,5 +54,11 @@ impl Machine {
     pub fn hash_guest_tlb<H: Hasher>(&self, vcpu: VcpuId, state: &mut H) {
         let vm = self.vms.get(vcpu.vm).ok();
         vm.and_then(|vm| vm.vcpus.get(usize::from(vcpu.index))).map(|vcpu| &vcpu.tlb).hash(state);
+    }
+
+    /// Whether what was resolved of a VM on `before`, from which this machine came, is stale.
+    pub fn has_invalidated_since(&self, before: &Self, vm: VmId) -> bool {
+        let sequence = |machine: &Self| machine.vms.get(vm).ok().map(|vm| vm.sequence);
+        sequence(self) != sequence(before)
     }
 }

@@ -5,6 +5,7 @@ use polder_explored_engine::{
 };
 use polder_units::{PageIndex, PageRange};
 
+use super::act::{Act, Done};
 use super::{Given, Slip, Stage, World, verdict};
 use crate::system::Violation;
 
@@ -77,17 +78,14 @@ impl World {
 
     /// Carries out an answer in the host view.
     pub(super) fn answer_host(&mut self, response: Response, range: PageRange) -> bool {
-        let vpns = self.vpns(range);
         match response {
             Response::Map => {
-                self.allocate(range).is_ok()
-                    && self
-                        .machine(|machine, parts| machine.host_map_range(parts.process, vpns))
-                        .is_ok()
+                self.allocate(range);
+                self.act(Act::MapHost(range)).is_well()
             }
             Response::Poison => {
-                let done = self.machine(|machine, parts| machine.host_poison(parts.process, vpns));
-                matches!(done, Ok(()) | Err(polder_machine::Error::Exists { .. }))
+                let done = self.act(Act::Poison(range));
+                matches!(done, Done::Well | Done::Refused(polder_machine::Error::Exists { .. }))
             }
         }
     }

@@ -4,6 +4,7 @@ use polder_explored_engine::{Answer, GuestAccess, GuestAnswer, MemoryFault, Resp
 use polder_machine::{Exit, Resolved, Side};
 use polder_units::{Gfn, Level, PageIndex, PageRange};
 
+use super::act::{Act, Done};
 use super::{Bug, Role, Stage, Task, VM, World, kept};
 use crate::system::Violation;
 
@@ -33,26 +34,21 @@ impl World {
             self.go(actor, Stage::GuestAsk);
             return Ok(());
         }
-        let outcome = self.machine(|machine, _| {
-            let mut vcpu = machine.vcpu(vcpu).expect("it was added");
-            match task {
-                Task::GuestWrite(_, value) => vcpu
-                    .write_u64(gfn.gpa(), Side::Shared, u64::from_le_bytes([value; 8]))
-                    .map(|()| None),
-                _ => vcpu.read_u64(gfn.gpa(), Side::Shared).map(Some),
-            }
+        let outcome = self.act(match task {
+            Task::GuestWrite(_, value) => Act::GuestWrite(vcpu, gfn, value),
+            _ => Act::GuestRead(vcpu, gfn),
         });
         match (outcome, task) {
-            (Ok(Some(word)), _) => {
+            (Done::Read(word), _) => {
                 self.say(|| format!("reads gfn {gfn}: {}", token(word)));
                 self.check_read("the guest", page, word, false)?;
             }
-            (Ok(None), Task::GuestWrite(_, value)) => {
+            (Done::Well, Task::GuestWrite(_, value)) => {
                 self.say(|| format!("writes {value} at gfn {gfn}"));
                 self.check_access("the guest", page, false)?;
                 self.promised.values[usize::from(page)] = value;
             }
-            (Err(Exit::Fault(_)), _) => {
+            (Done::GuestExit(Exit::Fault(_)), _) => {
                 self.go(actor, Stage::GuestAsk);
                 return Ok(());
             }
@@ -145,8 +141,7 @@ impl World {
     }
 
     pub(super) fn is_hole(&self, answer: Answer) -> bool {
-        let backing = |page| self.machine.machine.backing(self.parts.object, page);
-        answer.range().frames().any(|page| matches!(backing(page), Ok(None)))
+        self.has_hole(answer.range())
     }
 
     pub(super) fn guest_allocate(
@@ -169,7 +164,7 @@ impl World {
             return Ok(());
         };
         self.say(|| format!("has memory for page {page}"));
-        self.allocate(PageRange::one(page)).expect("the machine has memory enough");
+        self.allocate(PageRange::one(page));
         self.go(actor, Stage::GuestResolve(answer, level));
         Ok(())
     }
@@ -185,7 +180,7 @@ impl World {
         match resolved {
             Ok(resolved) if answer.range().contains(resolved.bound().page) => {
                 self.say(|| format!("finds gfn {gfn} in pfn {}", resolved.pfn()));
-                self.go(actor, Stage::GuestMap(answer, level, resolved));
+                self.go(actor, Stage::GuestMap(answer, level, resolved.detached(), true));
             }
             _ => {
                 self.say(|| format!("finds nothing at gfn {gfn} any more"));
@@ -200,17 +195,18 @@ impl World {
         actor: usize,
         answer: Answer,
         level: Level,
-        resolved: &Resolved,
+        (resolved, current): (Resolved, bool),
     ) -> Result<(), Violation> {
         let unchecked = matches!(self.setup.bug, Some(Bug::Machine(_)));
-        if !unchecked && !resolved.is_current(&self.machine.machine) {
+        if !unchecked && !current {
             self.say(|| "finds that it was invalidated meanwhile".into());
         } else {
             let level = level.min(resolved.largest());
-            let mapped = self.machine(|machine, _| machine.tdp_map(resolved, level, true));
+            let mapped = self.act(Act::MapGuest(resolved, level, current));
             self.say(|| match mapped {
-                Ok(level) => format!("has gfn {} mapped at {level}", resolved.gfn()),
-                Err(error) => error.to_string(),
+                Done::Mapped(level) => format!("has gfn {} mapped at {level}", resolved.gfn()),
+                Done::Refused(error) => error.to_string(),
+                other => unreachable!("it is mapped or not: {other:?}"),
             });
         }
         self.go(actor, Stage::GuestGive(answer, true));

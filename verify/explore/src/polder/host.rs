@@ -1,10 +1,11 @@
 //! Touches of the host view, and the kernel's pins of it.
 
-use polder_machine::{GupFast, GupStep, HostExit, Hva, PinKind, Sigbus, VpnRange};
-use polder_units::{Level, PAGE_SIZE, PageRange};
+use polder_machine::{GupFast, GupStep, HostExit, PinKind, Sigbus};
+use polder_units::PageRange;
 
+use super::act::{Act, Done};
 use super::guest::token;
-use super::{Role, Stage, Task, World, kept};
+use super::{Role, Stage, Task, World};
 use crate::system::Violation;
 
 impl World {
@@ -18,26 +19,21 @@ impl World {
             return Ok(());
         }
         let (thread, vpn) = (self.parts.thread(index), self.parts.vpn(page));
-        let mut word = [0; 8];
-        let outcome = self.machine(|machine, _| {
-            let hva = Hva::new(vpn.get() * PAGE_SIZE);
-            match task {
-                Task::HostWrite(_, value) => machine.host_write(thread, hva, &[value; 8]),
-                _ => machine.host_read(thread, hva, &mut word),
-            }
+        let outcome = self.act(match task {
+            Task::HostWrite(_, value) => Act::HostWrite(thread, vpn, value),
+            _ => Act::HostRead(thread, vpn),
         });
         match (outcome, task) {
-            (Ok(()), Task::HostWrite(_, value)) => {
+            (Done::Well, Task::HostWrite(_, value)) => {
                 self.say(|| format!("writes {value} to page {page}"));
                 self.check_access("the host", page, true)?;
                 self.promised.values[usize::from(page)] = value;
             }
-            (Ok(()), _) => {
-                let word = u64::from_le_bytes(word);
+            (Done::Read(word), _) => {
                 self.say(|| format!("reads page {page}: {}", token(word)));
                 self.check_read("the host", page, word, true)?;
             }
-            (Err(HostExit::Sigbus { why: Sigbus::Poisoned, .. }), _) => {
+            (Done::HostExit(HostExit::Sigbus { why: Sigbus::Poisoned, .. }), _) => {
                 self.say(|| format!("touches page {page}, and has a SIGBUS"));
                 self.check_denied(page)?;
             }
@@ -48,26 +44,16 @@ impl World {
     }
 
     /// Gives memory to the pages of a range that have none.
-    pub(super) fn allocate(&mut self, range: PageRange) -> Result<(), polder_machine::Error> {
-        let object = self.parts.object;
-        let holes = |machine: &polder_machine::Machine| {
-            let hole = |page| matches!(machine.backing(object, page), Ok(None));
-            range.frames().filter(|&page| hole(page)).collect::<Vec<_>>()
-        };
-        let holes = holes(&self.machine.machine);
-        if holes.is_empty() {
-            return Ok(());
+    pub(super) fn allocate(&mut self, range: PageRange) {
+        if self.has_hole(range) {
+            self.act(Act::Allocate(range)).well();
         }
-        self.machine(|machine, _| {
-            holes
-                .into_iter()
-                .try_for_each(|page| machine.allocate(object, page, Level::Size4K).map(|_| ()))
-        })
     }
 
-    pub(super) fn vpns(&self, range: PageRange) -> VpnRange {
-        let view = self.parts.host_view;
-        VpnRange::between(view + range.start().get(), view + range.end()).expect("a small range")
+    /// Whether a page of a range has no memory.
+    pub(super) fn has_hole(&self, range: PageRange) -> bool {
+        let backing = |page| self.machine.machine.backing(self.parts.object, page);
+        range.frames().any(|page| matches!(backing(page), Ok(None)))
     }
 
     pub(super) fn begin_gup(&mut self, actor: usize, page: u8) -> Result<(), Violation> {
@@ -84,11 +70,12 @@ impl World {
         }
         let first = matches!(self.actors[actor].stage, Stage::Idle);
         let stepped = if first {
-            Ok(gup.read(&self.machine.machine))
+            Done::Gup(gup.read(&self.machine.machine))
         } else {
-            self.machine(|machine, _| gup.step(machine))
+            self.act(Act::Gup(gup))
         };
-        match stepped.expect("nobody else releases its pin") {
+        let Done::Gup(stepped) = stepped else { unreachable!("nobody else releases its pin") };
+        match stepped {
             GupStep::Again(gup) => {
                 if !first {
                     self.say(|| format!("GUP-fast takes a reference of page {page}"));
@@ -120,21 +107,17 @@ impl World {
             self.go(actor, Stage::GupWaits);
             return Ok(());
         }
-        let range = self.vpns(kept::one(page));
-        let pinned = self.machine(|machine, parts| {
-            machine.pin_user_pages(parts.process, range, true, PinKind::LongTerm)
-        });
-        match pinned {
-            Ok(pin) => {
+        match self.act(Act::Pin(self.parts.vpn(page))) {
+            Done::Pinned(pin) => {
                 self.say(|| format!("the slow path pins page {page}"));
                 self.go(actor, Stage::GupHeld(pin));
             }
-            Err(HostExit::Sigbus { .. }) => {
+            Done::HostExit(HostExit::Sigbus { .. }) => {
                 self.say(|| format!("the slow path is refused page {page}"));
                 self.check_denied(page)?;
                 self.done(actor);
             }
-            Err(other) => unreachable!("a pin of a mapped page: {other}"),
+            other => unreachable!("a pin of a mapped page: {other:?}"),
         }
         Ok(())
     }
@@ -144,7 +127,7 @@ impl World {
         actor: usize,
         pin: polder_machine::PinId,
     ) -> Result<(), Violation> {
-        self.machine(|machine, _| machine.unpin(pin)).expect("it holds the pin");
+        self.act(Act::Unpin(pin)).well();
         self.say(|| "releases the pin".into());
         self.done(actor);
         Ok(())

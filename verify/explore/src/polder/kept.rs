@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use polder_explored_engine::{Engine, Population, Visibility};
 use polder_machine::{
-    Discrepancy, HostPte, Machine, ObjectId, ProcessId, Side, Thread, VcpuId, VmId, Vpn,
+    Discrepancy, HostPte, Machine, ObjectId, ProcessId, Side, Thread, VcpuId, VmId, Vpn, VpnRange,
 };
 use polder_units::{Gfn, PageIndex, PageRange, PfnRange};
 
@@ -106,6 +106,12 @@ pub(super) struct Parts {
 }
 
 impl Parts {
+    /// Where pages are in the host view.
+    pub(super) fn vpns(&self, pages: PageRange) -> VpnRange {
+        let (start, end) = (self.host_view + pages.start().get(), self.host_view + pages.end());
+        VpnRange::between(start, end).expect("a small range")
+    }
+
     pub(super) fn vpn(&self, page: u8) -> Vpn {
         Vpn::new(self.host_view + u64::from(page)).expect("a small number")
     }
@@ -135,9 +141,10 @@ pub(super) struct Reach {
 /// TLBs that a fingerprint can tell apart.
 pub(super) const MOST_CPUS: usize = 3;
 
-#[derive(Clone)]
 pub(super) struct KeptMachine {
     pub(super) machine: Machine,
+    /// Its number among those that are kept.
+    pub(super) number: Option<usize>,
     /// Of everything but TLBs.
     pub(super) hash: u64,
     pub(super) thread_hashes: [u64; MOST_CPUS],
@@ -149,36 +156,29 @@ pub(super) struct KeptMachine {
 }
 
 impl KeptMachine {
-    pub(super) fn new(machine: Machine, parts: &Parts) -> Rc<Self> {
-        let mut kept = Self {
-            machine,
-            hash: 0,
-            thread_hashes: [0; MOST_CPUS],
-            vcpu_hashes: [0; MOST_CPUS],
-            reached: Cell::new(None),
-            audited: Cell::new(None),
-        };
-        kept.refresh(parts);
-        Rc::new(kept)
-    }
-
-    pub(super) fn refresh(&mut self, parts: &Parts) {
-        let machine = &self.machine;
-        let mut state = Fold::new();
-        machine.hash_without_tlbs(&mut state);
-        self.hash = state.finish();
-        for (index, hash) in (0..parts.threads).zip(&mut self.thread_hashes) {
+    pub(super) fn new(machine: Machine, parts: &Parts) -> Self {
+        let (mut thread_hashes, mut vcpu_hashes) = ([0; MOST_CPUS], [0; MOST_CPUS]);
+        for (index, hash) in (0..parts.threads).zip(&mut thread_hashes) {
             let mut state = Fold::new();
             machine.hash_tlb(parts.thread(index), &mut state);
             *hash = state.finish();
         }
-        for (index, hash) in (0..parts.vcpus).zip(&mut self.vcpu_hashes) {
+        for (index, hash) in (0..parts.vcpus).zip(&mut vcpu_hashes) {
             let mut state = Fold::new();
             machine.hash_guest_tlb(parts.vcpu(index), &mut state);
             *hash = state.finish();
         }
-        self.audited.set(None);
-        self.reached.set(None);
+        let mut state = Fold::new();
+        machine.hash_without_tlbs(&mut state);
+        Self {
+            machine,
+            number: None,
+            hash: state.finish(),
+            thread_hashes,
+            vcpu_hashes,
+            reached: Cell::new(None),
+            audited: Cell::new(None),
+        }
     }
 
     /// Who can reach which page.

@@ -11,6 +11,7 @@
 //!   looked again, as the host does for a while.
 //! - A second fault thread: the driver has one.
 
+mod act;
 mod check;
 mod configs;
 mod fault;
@@ -21,6 +22,7 @@ mod operation;
 mod points;
 mod setup;
 
+use std::cell::RefCell;
 use std::hash::{Hash, Hasher};
 use std::rc::Rc;
 
@@ -33,6 +35,7 @@ use polder_units::{Level, PageCount, PageIndex, PageRange};
 
 use crate::fold::Fold;
 use crate::system::{Point, System, Violation};
+use act::{Act, After, Done, Machines};
 pub use configs::{all, named};
 use kept::{KeptEngine, KeptMachine, MOST_CPUS, Pages, Parts, range};
 pub use setup::{Actor, Bug, Role, Setup, Slip, Task};
@@ -59,7 +62,8 @@ enum Stage {
     GuestAsk,
     GuestAllocate(Answer, Level),
     GuestResolve(Answer, Level),
-    GuestMap(Answer, Level, Resolved),
+    /// With whether nothing was invalidated since.
+    GuestMap(Answer, Level, Resolved, bool),
     /// With whether the page was mapped.
     GuestGive(Answer, bool),
 
@@ -132,6 +136,7 @@ pub struct World {
     parts: Parts,
     engine: Rc<KeptEngine>,
     machine: Rc<KeptMachine>,
+    machines: Rc<RefCell<Machines>>,
     actors: [State; MOST],
     promised: Promised,
     /// Touches that wait for the fault thread.
@@ -154,6 +159,7 @@ impl World {
     /// If the setup is none.
     pub fn new(setup: &Setup) -> Self {
         let (machine, parts) = machine(setup).expect("a setup for a small machine");
+        let mut machines = Machines::new(parts);
         let engine = engine(setup);
         let setup = Rc::new(setup.clone());
         let all = Pages::MAX >> (8 - setup.pages);
@@ -167,7 +173,8 @@ impl World {
         };
         Self {
             engine: KeptEngine::new(engine, &setup),
-            machine: KeptMachine::new(machine, &parts),
+            machine: machines.keep(machine),
+            machines: Rc::new(RefCell::new(machines)),
             parts,
             actors: [State { at: 0, stage: Stage::Idle }; MOST],
             promised,
@@ -190,12 +197,19 @@ impl World {
         outcome
     }
 
-    /// Changes the machine.
-    fn machine<T>(&mut self, change: impl FnOnce(&mut Machine, &Parts) -> T) -> T {
-        let kept = Rc::make_mut(&mut self.machine);
-        let outcome = change(&mut kept.machine, &self.parts);
-        kept.refresh(&self.parts);
-        outcome
+    /// Does something to the machine.
+    fn act(&mut self, act: Act) -> Done {
+        let After { machine, done, invalidates } =
+            self.machines.borrow_mut().after(&self.machine, act);
+        self.machine = machine;
+        if invalidates {
+            for State { stage, .. } in &mut self.actors {
+                if let Stage::GuestMap(.., current) = stage {
+                    *current = false;
+                }
+            }
+        }
+        done
     }
 
     fn say(&mut self, line: impl FnOnce() -> String) {
@@ -272,8 +286,8 @@ impl World {
             Stage::GuestAsk => self.guest_ask(actor),
             Stage::GuestAllocate(answer, level) => self.guest_allocate(actor, answer, level, way),
             Stage::GuestResolve(answer, level) => self.guest_resolve(actor, answer, level),
-            Stage::GuestMap(answer, level, resolved) => {
-                self.guest_map(actor, answer, level, &resolved)
+            Stage::GuestMap(answer, level, resolved, current) => {
+                self.guest_map(actor, answer, level, (resolved, current))
             }
             Stage::GuestGive(answer, mapped) => self.guest_give(actor, answer, mapped),
             Stage::Waits => self.begin(actor),
@@ -311,8 +325,7 @@ impl World {
             }
             Stage::Binding => {
                 let (gfn, pages) = (self.setup.gfn(self.setup.first_page), self.slot_pages());
-                self.machine(|machine, parts| machine.bind(parts.vm, gfn, parts.object, pages))
-                    .expect("it was free");
+                self.act(Act::Bind(gfn, pages)).well();
                 self.say(|| "puts the slot back into the host".into());
                 self.done(actor);
                 Ok(())
@@ -327,15 +340,8 @@ impl World {
 
     fn unbind_host(&mut self, actor: usize) -> Result<(), Violation> {
         let gfn = self.setup.gfn(self.setup.first_page);
-        let zapped = !self.setup.slips(Slip::SlotNotZapped);
-        let gone = self.machine(|machine, parts| {
-            let gfns = machine.unbind(parts.vm, gfn)?;
-            if zapped {
-                machine.tdp_zap(parts.vm, gfns)?;
-            }
-            Ok::<_, polder_machine::Error>(())
-        });
-        gone.expect("the slot was there");
+        let zaps = !self.setup.slips(Slip::SlotNotZapped);
+        self.act(Act::Unbind(gfn, zaps)).well();
         self.say(|| "takes the slot out of the host, and of stage 2".into());
         self.go(actor, Stage::Unbound);
         Ok(())
@@ -359,8 +365,7 @@ impl World {
             Stage::GuestAllocate(it, level) | Stage::GuestResolve(it, level) => {
                 (answer(it), level).hash(state);
             }
-            Stage::GuestMap(it, level, resolved) => {
-                let current = resolved.is_current(&self.machine.machine);
+            Stage::GuestMap(it, level, resolved, current) => {
                 (answer(it), level, resolved, current).hash(state);
             }
             Stage::GuestGive(it, mapped) => (answer(it), mapped).hash(state),

@@ -7,6 +7,7 @@ use polder_explored_engine::{
 };
 use polder_units::PAGE_SIZE;
 
+use super::act::Act;
 use super::guest::token;
 use super::host::References;
 use super::kept::{one, range, set};
@@ -155,14 +156,8 @@ impl World {
             return self.turn_back(actor, op);
         }
         let pages = range(start, end);
-        self.allocate(pages).expect("the machine has memory enough");
-        let written = self.machine(|machine, parts| {
-            pages.frames().try_for_each(|page| {
-                let offset = page.get() * PAGE_SIZE + u64::from(half) * 4;
-                machine.object_write(parts.object, offset, &[value; 4])
-            })
-        });
-        written.expect("pages of the object");
+        self.allocate(pages);
+        self.act(Act::Fill { pages, offset: half * 4, len: 4, token: value }).well();
         let which = if half == 0 { "first" } else { "second" };
         self.say(|| format!("writes the {which} half of pages {pages}"));
         if half == 0 {
@@ -277,14 +272,8 @@ impl World {
     pub(super) fn write_late(&mut self, actor: usize, half: u8) -> Result<(), Violation> {
         let Some(Task::Populate { start, end, value }) = self.task(actor) else { return Ok(()) };
         let pages = range(start, end);
-        self.allocate(pages).expect("the machine has memory enough");
-        let written = self.machine(|machine, parts| {
-            pages.frames().try_for_each(|page| {
-                let offset = page.get() * PAGE_SIZE + u64::from(half) * 4;
-                machine.object_write(parts.object, offset, &[value; 4])
-            })
-        });
-        written.expect("pages of the object");
+        self.allocate(pages);
+        self.act(Act::Fill { pages, offset: half * 4, len: 4, token: value }).well();
         self.say(|| format!("writes half {half} of pages {pages}"));
         if half == 0 {
             self.go(actor, Stage::WriteLate(1))
@@ -385,9 +374,8 @@ impl World {
                 self.unmap_host(range) && self.flush_host(range)
             }
             (Step::Free(range), _) => {
-                let punched =
-                    self.machine(|machine, parts| machine.punch(parts.object, range, None));
-                for page in range.frames().filter(|_| punched.is_ok()) {
+                let punched = self.act(Act::Punch(range)).is_well();
+                for page in range.frames().filter(|_| punched) {
                     if let Some(value) = usize::try_from(page.get())
                         .ok()
                         .and_then(|at| self.promised.values.get_mut(at))
@@ -395,7 +383,7 @@ impl World {
                         *value = 0;
                     }
                 }
-                punched.is_ok()
+                punched
             }
             (Step::Assign(_) | Step::Unassign(_) | Step::Smash(_) | Step::Merge(_), _) => {
                 no_rmp(step)
@@ -408,24 +396,15 @@ impl World {
     }
 
     fn unmap_host(&mut self, range: polder_units::PageRange) -> bool {
-        let vpns = self.vpns(range);
-        self.machine(|machine, parts| {
-            machine.host_unmap(parts.process, vpns)?;
-            machine.zap_object(parts.object, range)
-        })
-        .is_ok()
+        self.act(Act::UnmapHost(range)).is_well()
     }
 
     fn flush_host(&mut self, range: polder_units::PageRange) -> bool {
-        self.machine(|machine, parts| machine.flush_object(parts.object, range)).is_ok()
+        self.act(Act::FlushHost(range)).is_well()
     }
 
     fn unmap_guest(&mut self, range: polder_units::PageRange) -> bool {
-        self.machine(|machine, parts| {
-            let gfns: Vec<_> = machine.gfns_of(parts.object, range).collect();
-            gfns.into_iter().try_for_each(|(vm, gfns)| machine.tdp_zap(vm, gfns).map(|_| ()))
-        })
-        .is_ok()
+        self.act(Act::ZapGuest(range)).is_well()
     }
 
     /// One's own operation has failed.
@@ -555,12 +534,9 @@ impl World {
     ) -> Result<(), Violation> {
         match self.task(actor) {
             Some(Task::CopyIn(page, value)) => {
-                self.allocate(one(page)).expect("the machine has memory enough");
-                let offset = u64::from(page) * PAGE_SIZE;
-                self.machine(|machine, parts| {
-                    machine.object_write(parts.object, offset, &[value; 8])
-                })
-                .expect("a page of the object");
+                let pages = one(page);
+                self.allocate(pages);
+                self.act(Act::Fill { pages, offset: 0, len: 8, token: value }).well();
                 self.say(|| format!("copies {value} to page {page}"));
                 self.check_access("the API", page, true)?;
                 self.promised.values[usize::from(page)] = value;
