@@ -14,6 +14,7 @@
 mod act;
 mod check;
 mod configs;
+mod copy;
 mod fault;
 mod guest;
 mod host;
@@ -21,23 +22,24 @@ mod kept;
 mod operation;
 mod points;
 mod setup;
+mod start;
+mod undo;
 
 use std::cell::RefCell;
 use std::hash::{Hash, Hasher};
 use std::rc::Rc;
 
 use polder_explored_engine::{
-    Answer, Config, Engine, InFlight, OpId, PageFacts, PinId, Platform, Population, Response, Slot,
-    Step, Visibility, VmId,
+    Answer, Engine, InFlight, OpId, PinId, Response, Slot, Step, Visibility, VmId,
 };
-use polder_machine::{GupFast, HostPte, Machine, Resolved, View as Vma, VpnRange};
-use polder_units::{Level, PageCount, PageIndex, PageRange};
+use polder_machine::{GupFast, HostPte, Resolved};
+use polder_units::{Level, PageRange};
 
 use crate::fold::Fold;
 use crate::system::{Point, System, Violation};
 use act::{Act, After, Done, Machines};
 pub use configs::{all, named};
-use kept::{KeptEngine, KeptMachine, MOST_CPUS, Pages, Parts, range};
+use kept::{KeptEngine, KeptMachine, Pages, Parts, range};
 pub use setup::{Actor, Bug, Role, Setup, Slip, Task};
 
 /// The one VM, and its one slot.
@@ -158,9 +160,9 @@ impl World {
     /// # Panics
     /// If the setup is none.
     pub fn new(setup: &Setup) -> Self {
-        let (machine, parts) = machine(setup).expect("a setup for a small machine");
+        let (machine, parts) = start::machine(setup).expect("a setup for a small machine");
         let mut machines = Machines::new(parts);
-        let engine = engine(setup);
+        let engine = start::engine(setup);
         let setup = Rc::new(setup.clone());
         let all = Pages::MAX >> (8 - setup.pages);
         let private = if setup.initial == Visibility::Private { all } else { 0 };
@@ -184,7 +186,7 @@ impl World {
             failures: setup.failures,
             deaths: setup.deaths,
             told: None,
-            alike: alike(&setup),
+            alike: start::alike(&setup),
             setup,
         }
     }
@@ -402,78 +404,8 @@ impl World {
     }
 }
 
-/// How many actors from each one on are of a kind and have the same tasks.
-fn alike(setup: &Setup) -> [u8; MOST] {
-    let mut alike = [1; MOST];
-    let kind = |actor: &Actor| std::mem::discriminant(&actor.role);
-    for (at, one) in setup.actors.iter().enumerate() {
-        let like = |other: &&Actor| kind(other) == kind(one) && other.tasks == one.tasks;
-        let count = setup.actors[at..].iter().take_while(like).count();
-        alike[at] = u8::try_from(count).unwrap_or(1);
-    }
-    alike
-}
-
 fn verdict(done: bool) -> &'static str {
     if done { "done" } else { "failed" }
-}
-
-fn engine(setup: &Setup) -> Engine {
-    let population = if setup.owed { Population::Owed } else { Population::Whole };
-    let mut engine = Engine::new(Config {
-        pages: PageCount::from(u32::from(setup.pages)),
-        geometry: setup.geometry,
-        platform: Platform::Plain,
-        in_place: true,
-        host_view_level: Level::Size4K,
-        initial: PageFacts { visibility: setup.initial, population },
-    });
-    if let Some(Bug::Engine(bug)) = setup.bug {
-        engine.plant(bug);
-    }
-    let pages = range(setup.first_page, setup.first_page + setup.slot_pages);
-    let bound = engine.bind(VM, SLOT, setup.gfn(setup.first_page), pages);
-    bound.expect("a slot of the object");
-    engine
-}
-
-fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine::Error> {
-    let pages = PageCount::from(u32::from(setup.pages));
-    let frames = pages.checked_add(pages).unwrap_or(pages);
-    let mut config = polder_machine::Config::symbolic(frames, setup.geometry);
-    // As large as the pages that can be in it, so that nothing stale is evicted.
-    config.tlb_entries = u32::from(setup.pages + setup.first_gfn).next_power_of_two();
-    let mut machine = Machine::new(config)?;
-    let object = machine.create_object(pages)?;
-    let process = machine.create_process()?;
-    let (mut threads, mut vcpus) = (1, 0);
-    let vm = machine.create_vm()?;
-    for actor in &setup.actors {
-        match actor.role {
-            Role::Vcpu(_) => {
-                machine.add_vcpu(vm)?;
-                vcpus += 1;
-            }
-            Role::Thread(index) if index >= threads => {
-                machine.add_thread(process)?;
-                threads += 1;
-            }
-            _ => {}
-        }
-    }
-    assert!(usize::from(threads.max(vcpus)) <= MOST_CPUS, "a CPU without a hash");
-    let host_view = setup.geometry.pages(Level::Size1G).get();
-    let at = VpnRange::between(host_view, host_view + pages.get()).expect("a small range");
-    machine.mmap(process, at, object, PageIndex::from(0), Vma::HOST)?;
-    let slot = range(setup.first_page, setup.first_page + setup.slot_pages);
-    machine.bind(vm, setup.gfn(setup.first_page), object, slot)?;
-    if setup.huge {
-        machine.allocate(object, PageIndex::from(0), Level::Size2M)?;
-    }
-    if let Some(Bug::Machine(plant)) = setup.bug {
-        machine.plant(plant, true);
-    }
-    Ok((machine, Parts { object, process, vm, threads, vcpus, host_view }))
 }
 
 impl System for World {

@@ -1,17 +1,15 @@
 //! Operations: `polder/src/driver.rs`, one call of the engine or of the host after the other.
 
 use polder_explored_engine::{
-    Clearing, Contents, ConversionRequest, Draining, Engine, Holder, InFlight, OpId, Operation,
-    PinId, PinKind, Protected, Published, Refusal, Reshaped, Response, Settled, Stage as OpStage,
-    Start, Step, Undoing, Unmapped, Unpinned, Visibility, Writing,
+    Clearing, Contents, ConversionRequest, Draining, Engine, OpId, Operation, Protected, Published,
+    Reshaped, Response, Settled, Stage as OpStage, Start, Step, Unmapped, Unpinned, Visibility,
+    Writing,
 };
-use polder_units::PAGE_SIZE;
 
 use super::act::Act;
-use super::guest::token;
 use super::host::References;
 use super::kept::{one, range, set};
-use super::{Slip, Stage, Task, World, verdict};
+use super::{Slip, Stage, Task, World};
 use crate::system::Violation;
 
 /// How a host takes a step.
@@ -72,7 +70,7 @@ fn go_on(
 }
 
 /// In how many holds of the machine's lock a host takes a step; unmapping flushes in one more.
-fn parts_of(step: Step) -> u8 {
+pub(super) fn parts_of(step: Step) -> u8 {
     match step {
         Step::UnmapHost(_) => 2,
         Step::UnmapGuest(_) | Step::CheckReferences(_) => 1,
@@ -355,7 +353,7 @@ impl World {
     }
 
     /// What host `machine` does for a step, in one part of it.
-    fn perform(&mut self, step: Step, part: u8) -> bool {
+    pub(super) fn perform(&mut self, step: Step, part: u8) -> bool {
         match (step, part) {
             (Step::UnmapHost(range), 0) => self.unmap_host(range),
             (Step::UnmapHost(range), _) => self.flush_host(range),
@@ -406,194 +404,6 @@ impl World {
     fn unmap_guest(&mut self, range: polder_units::PageRange) -> bool {
         self.act(Act::ZapGuest(range)).is_well()
     }
-
-    /// One's own operation has failed.
-    fn turn_back(&mut self, actor: usize, op: OpId) -> Result<(), Violation> {
-        let operation = self.engine(|engine| {
-            // At which stage it was does not matter to the engine.
-            let operation: Operation<Draining> = engine.resume(op);
-            engine.undo(operation)
-        });
-        self.begin_undo(actor, operation, true)
-    }
-
-    pub(super) fn begin_undo(
-        &mut self,
-        actor: usize,
-        operation: Operation<Undoing>,
-        own: bool,
-    ) -> Result<(), Violation> {
-        let (op, step) = self.engine(|engine| {
-            let step = engine.next_undo(&operation);
-            (engine.park(operation), step)
-        });
-        self.undo_next(actor, op, step, own)
-    }
-
-    fn undo_next(
-        &mut self,
-        actor: usize,
-        op: OpId,
-        step: Option<Step>,
-        own: bool,
-    ) -> Result<(), Violation> {
-        if let Some(step) = step {
-            self.go(actor, Stage::TakeBack(op, step, 0, own));
-            return Ok(());
-        }
-        self.forget(op);
-        let quarantined = self.engine(|engine| {
-            let operation: Operation<Undoing> = engine.resume(op);
-            engine.finish_undo(operation)
-        });
-        self.promised.quarantine |= quarantined.iter().fold(0, |all, &range| all | set(range));
-        self.say(|| "all of it is undone".into());
-        if own {
-            self.done(actor)
-        } else {
-            self.go(actor, Stage::Idle)
-        }
-        Ok(())
-    }
-
-    pub(super) fn take_back(
-        &mut self,
-        actor: usize,
-        op: OpId,
-        step: Step,
-        part: u8,
-        own: bool,
-        way: u8,
-    ) -> Result<(), Violation> {
-        if part == 0 {
-            self.check_undo(op, step)?;
-        }
-        let fails = way == 1;
-        self.failures -= u8::from(fails);
-        let done = !fails && self.perform(step, part);
-        self.say(|| format!("undoing: {step} ({}): {}", part_name(step, part), verdict(done)));
-        let more = done && part + 1 < parts_of(step);
-        self.go(
-            actor,
-            if more {
-                Stage::TakeBack(op, step, part + 1, own)
-            } else {
-                Stage::TakenBack(op, done, own)
-            },
-        );
-        Ok(())
-    }
-
-    pub(super) fn taken_back(
-        &mut self,
-        actor: usize,
-        op: OpId,
-        done: bool,
-        own: bool,
-    ) -> Result<(), Violation> {
-        let step = self.engine(|engine| {
-            let operation: Operation<Undoing> = engine.resume(op);
-            engine.undo_taken(&operation, done);
-            let step = engine.next_undo(&operation);
-            engine.park(operation);
-            step
-        });
-        self.say(|| "reports on it".into());
-        self.undo_next(actor, op, step, own)
-    }
-
-    pub(super) fn claim_copy(&mut self, actor: usize, page: u8) -> Result<(), Violation> {
-        if self.setup.slips(Slip::CopyUnclaimed) {
-            let private = self.engine.private & 1 << page != 0;
-            self.say(|| format!("looks at page {page}, and claims nothing"));
-            if private {
-                self.done(actor)
-            } else {
-                self.go(actor, Stage::Copy(None))
-            }
-            return Ok(());
-        }
-        let copy = self.engine(|engine| {
-            let copying = engine.copy(&[one(page)])?;
-            Ok(copying.park().next())
-        });
-        match copy {
-            Ok(in_flight) => {
-                self.say(|| format!("claims page {page} for a copy"));
-                self.go(actor, Stage::Copy(in_flight));
-                Ok(())
-            }
-            Err(blocked) => self.blocked(actor, blocked),
-        }
-    }
-
-    pub(super) fn copy(
-        &mut self,
-        actor: usize,
-        in_flight: Option<InFlight>,
-    ) -> Result<(), Violation> {
-        match self.task(actor) {
-            Some(Task::CopyIn(page, value)) => {
-                let pages = one(page);
-                self.allocate(pages);
-                self.act(Act::Fill { pages, offset: 0, len: 8, token: value }).well();
-                self.say(|| format!("copies {value} to page {page}"));
-                self.check_access("the API", page, true)?;
-                self.promised.values[usize::from(page)] = value;
-            }
-            Some(Task::CopyOut(page)) => {
-                let mut word = [0; 8];
-                let offset = u64::from(page) * PAGE_SIZE;
-                let object = self.parts.object;
-                let read = self.machine.machine.object_read(object, offset, &mut word);
-                read.expect("a page of the object");
-                let word = u64::from_le_bytes(word);
-                self.say(|| format!("copies from page {page}: {}", token(word)));
-                self.check_read("the API", page, word, true)?;
-            }
-            task => unreachable!("no copy: {task:?}"),
-        }
-        self.go(actor, Stage::Copied(in_flight));
-        Ok(())
-    }
-
-    pub(super) fn copied(
-        &mut self,
-        actor: usize,
-        in_flight: Option<InFlight>,
-    ) -> Result<(), Violation> {
-        if let Some(in_flight) = in_flight {
-            let copying = polder_explored_engine::Copying::resume(in_flight);
-            self.engine(|engine| engine.copied(copying));
-        }
-        self.say(|| "gives the copy back".into());
-        self.done(actor);
-        Ok(())
-    }
-
-    pub(super) fn pin(&mut self, actor: usize, page: u8) -> Result<(), Violation> {
-        let holder = Holder::new("a device");
-        let pinned = self.engine(|engine| engine.pin(one(page), PinKind::LongTerm, holder));
-        match pinned {
-            Ok(pin) => {
-                self.promised.pins[usize::from(page)] += 1;
-                self.say(|| format!("pins page {page}"));
-                self.go(actor, Stage::Held(pin));
-                Ok(())
-            }
-            Err(blocked) => self.blocked(actor, blocked),
-        }
-    }
-
-    pub(super) fn unpin(&mut self, actor: usize, pin: PinId) -> Result<(), Violation> {
-        let Some(Task::Pin(page)) = self.task(actor) else { return Ok(()) };
-        let unpinned: Result<(), Refusal> = self.engine(|engine| engine.unpin(pin));
-        unpinned.expect("it holds the pin");
-        self.promised.pins[usize::from(page)] -= 1;
-        self.say(|| format!("unpins page {page}"));
-        self.done(actor);
-        Ok(())
-    }
 }
 
 /// The pages that an operation's task is about.
@@ -611,7 +421,7 @@ pub(super) fn pages_of(task: Task) -> polder_units::PageRange {
     }
 }
 
-fn part_name(step: Step, part: u8) -> &'static str {
+pub(super) fn part_name(step: Step, part: u8) -> &'static str {
     match (step, part) {
         (Step::UnmapHost(_), 0) => "page tables",
         (Step::UnmapHost(_), _) => "flush",
