@@ -1,5 +1,7 @@
 //! `polder check`.
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -27,6 +29,7 @@ Examples:
   polder check --config conversion        one of them, with what it did not meet
   polder check --planted all              is every planted bug found?
   polder check --planted no-drain         the shortest way to one of them
+  polder check --planted all --save DIR   as scenarios for `polder play`
   polder check --model hugetlb-rfc        which invariants does another order keep?
 
 Exit status: 0 nothing is broken (or every planted bug was found; or a model was searched), 1
@@ -41,6 +44,10 @@ pub(crate) struct Arguments {
     /// A bug to plant and to find, or `all`
     #[arg(long, value_name = "NAME", conflicts_with = "config")]
     planted: Option<String>,
+    /// Write the shortest way to each planted bug here, as a scenario for `polder play`, if it can
+    /// be one
+    #[arg(long, value_name = "DIR", requires = "planted")]
+    save: Option<PathBuf>,
     /// How long to search in all; what ends by itself may end sooner
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     seconds: u64,
@@ -52,20 +59,14 @@ pub(crate) struct Arguments {
     json: bool,
 }
 
-/// There is nothing of this name.
-#[derive(Debug)]
-struct Unknown {
-    what: &'static str,
-    name: String,
+/// Why nothing was searched, or saved.
+#[derive(Debug, thiserror::Error)]
+enum Failed {
+    #[error("there is no {what} `{name}`")]
+    Unknown { what: &'static str, name: String },
+    #[error("{} can't be written", file.display())]
+    Unwritten { file: PathBuf, source: std::io::Error },
 }
-
-impl std::fmt::Display for Unknown {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "there is no {} `{}`", self.what, self.name)
-    }
-}
-
-impl std::error::Error for Unknown {}
 
 pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     let done = match (&arguments.planted, &arguments.model, arguments.config.as_deref()) {
@@ -76,9 +77,10 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     };
     match done {
         Ok((text, good)) => output::print(&text, ExitCode::from(u8::from(!good))),
-        Err(unknown) => {
-            let way_out = "`polder check --config list` says what there is";
-            Trouble::new(&unknown, Some(way_out)).print(arguments.json)
+        Err(failed) => {
+            let list = "`polder check --config list` says what there is";
+            let way_out = matches!(failed, Failed::Unknown { .. }).then_some(list);
+            Trouble::new(&failed, way_out).print(arguments.json)
         }
     }
 }
@@ -147,7 +149,7 @@ struct Searched {
     seconds: f64,
 }
 
-fn check_configs(name: Option<&str>, arguments: &Arguments) -> Result<(String, bool), Unknown> {
+fn check_configs(name: Option<&str>, arguments: &Arguments) -> Result<(String, bool), Failed> {
     let setups = match name {
         None => polder::all(),
         Some(name) => vec![polder::named(name).ok_or_else(|| unknown("configuration", name))?],
@@ -261,11 +263,11 @@ fn configs_json(all: &[Searched]) -> Value {
     })
 }
 
-fn unknown(what: &'static str, name: &str) -> Unknown {
-    Unknown { what, name: name.to_owned() }
+fn unknown(what: &'static str, name: &str) -> Failed {
+    Failed::Unknown { what, name: name.to_owned() }
 }
 
-fn check_planted(name: &str, arguments: &Arguments) -> Result<(String, bool), Unknown> {
+fn check_planted(name: &str, arguments: &Arguments) -> Result<(String, bool), Failed> {
     let one = planted::ALL.iter().find(|bug| bug.name == name);
     let bugs: Vec<&PlantedBug> = match (name, one) {
         ("all", _) => planted::ALL.iter().collect(),
@@ -292,12 +294,24 @@ fn check_planted(name: &str, arguments: &Arguments) -> Result<(String, bool), Un
             text.push_str(&trace(told));
         }
         found += usize::from(report.finding.is_some());
+        let saved = match &arguments.save {
+            Some(folder) => Some(save(bug, folder)?),
+            None => None,
+        };
+        if let Some(saved) = &saved {
+            let line = match saved {
+                Ok(file) => format!("saved as {}", file.display()),
+                Err(why) => format!("not saved: {why}"),
+            };
+            text.push_str(&format!("{:24} {line}\n", ""));
+        }
         rows.push(json!({
             "name": bug.name,
             "about": bug.about,
             "states": report.states,
             "seconds": seconds,
             "found": report.finding.as_ref().map(finding_json),
+            "saved": saved.and_then(Result::ok),
         }));
     }
     text.push_str(&format!("{found} of {} planted bugs were found\n", bugs.len()));
@@ -308,7 +322,21 @@ fn check_planted(name: &str, arguments: &Arguments) -> Result<(String, bool), Un
     Ok((text, found == bugs.len()))
 }
 
-fn check_model(name: &str, arguments: &Arguments) -> Result<(String, bool), Unknown> {
+/// Writes the shortest way to a bug that can be a scenario. If there is none, says why.
+fn save(bug: &PlantedBug, folder: &Path) -> Result<Result<PathBuf, String>, Failed> {
+    let scenario = match bug.scenario() {
+        Ok(scenario) => scenario,
+        Err(why) => return Ok(Err(why)),
+    };
+    let file = folder.join(format!("{}.toml", bug.name));
+    let written = fs::create_dir_all(folder).and_then(|()| fs::write(&file, scenario));
+    match written {
+        Ok(()) => Ok(Ok(file)),
+        Err(source) => Err(Failed::Unwritten { file, source }),
+    }
+}
+
+fn check_model(name: &str, arguments: &Arguments) -> Result<(String, bool), Failed> {
     let model: Model = models::named(name).ok_or_else(|| unknown("model", name))?;
     let limit = Duration::from_secs(arguments.seconds);
     let mut text = format!("{}: {}\n", model.name, model.about);

@@ -34,6 +34,21 @@ fn a_planted_bug_is_told_step_by_step() {
 }
 
 #[test]
+fn what_was_found_is_saved_as_a_scenario_that_can_be_played() {
+    let folder = std::env::temp_dir().join(format!("polder-check-{}", std::process::id()));
+    let save = folder.to_str().expect("a path of text");
+    let found = json(&["--planted", "pins-forgotten", "--save", save], 0);
+    let file = found["bugs"][0]["saved"].as_str().expect("it was saved");
+    let play = Command::new(env!("CARGO_BIN_EXE_polder")).args(["play", file]).output();
+    let play = play.expect("the program was just built");
+    assert!(play.status.success(), "{play:?}");
+    std::fs::remove_dir_all(&folder).expect("it was made");
+
+    let none = json(&["--planted", "no-drain", "--save", save], 0);
+    assert_eq!(none["bugs"][0]["saved"], Value::Null);
+}
+
+#[test]
 fn a_model_is_told_invariant_by_invariant() {
     let found = json(&["--model", "vm-attributes"], 0);
     let rows = found["invariants"].as_array().expect("a row for each");

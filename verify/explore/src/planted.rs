@@ -6,7 +6,8 @@ use polder_explored_engine::Bug as EngineBug;
 use polder_machine::Plant;
 
 use crate::models::{MAPCOUNT_WITHOUT_LOCK, Model};
-use crate::polder::{self, Bug, Setup, Slip};
+use crate::polder::{self, Bug, Setup, Slip, World};
+use crate::{SHORTEST_AMONG, search};
 
 /// A bug, as `polder check --planted` knows it.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +49,25 @@ impl PlantedBug {
             }
             Place::Model(model, invariant) => Host::Model(model, invariant),
         }
+    }
+
+    /// The shortest way to the bug that a scenario can say, as a scenario: it passes on the product,
+    /// and would not with the bug (`docs/check.md`).
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn scenario(&self) -> Result<String, String> {
+        let Host::Polder(setup) = self.host() else {
+            return Err("it is in another protocol than Polder's".into());
+        };
+        if (setup.first_gfn, setup.slot_pages) != (setup.first_page, setup.pages) {
+            return Err("its slot does not show all pages from the first on".into());
+        }
+        // In a scenario no step is made to fail and no thread dies, and a huge page has 512 pages.
+        let held = Setup { held: true, huge: false, failures: 0, deaths: 0, ..setup };
+        let found = search::shortest(&World::new(&held), SHORTEST_AMONG, &mut |_, _| true);
+        let finding = found.finding.ok_or("no way that a scenario can say leads to it")?;
+        polder::story(&held, &finding, self.about)
     }
 }
 

@@ -40,6 +40,7 @@ fn small() -> Setup {
         actors: Vec::new(),
         failures: 0,
         deaths: 0,
+        held: false,
         bug: None,
     }
 }
@@ -173,7 +174,7 @@ fn pins() -> Setup {
             actor("thread", Role::Thread(0), &[Task::HostWrite(0, 2)]),
             faults(),
             actor("pinner", Role::Pinner, &[Task::Gup(0), Task::Gup(1)]),
-            actor("device", Role::Caller, &[Task::Pin(0)]),
+            actor("backend", Role::Caller, &[Task::Pin(0)]),
             actor("copier", Role::Caller, &[Task::CopyIn(0, 3)]),
             actor("converter", Role::Caller, &[convert(0, 2, PRIVATE), convert(0, 2, SHARED)]),
             actor("caller", Role::Caller, &[Task::Discard { start: 0, end: 1 }]),
@@ -256,7 +257,7 @@ fn large() -> Setup {
                 &[convert(0, 4, PRIVATE), zeroed(1, 3, SHARED), convert(0, 2, SHARED)],
             ),
             actor("caller", Role::Caller, &[Task::Discard { start: 0, end: 2 }, Task::Rebind]),
-            actor("device", Role::Caller, &[Task::Pin(0), Task::CopyIn(1, 4)]),
+            actor("backend", Role::Caller, &[Task::Pin(0), Task::CopyIn(1, 4)]),
         ],
         ..small()
     }

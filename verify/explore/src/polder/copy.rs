@@ -6,7 +6,7 @@ use polder_units::PAGE_SIZE;
 use super::act::Act;
 use super::guest::token;
 use super::kept::one;
-use super::{Slip, Stage, Task, World};
+use super::{Came, Slip, Stage, Task, World};
 use crate::system::Violation;
 
 impl World {
@@ -57,6 +57,7 @@ impl World {
                 read.expect("a page of the object");
                 let word = u64::from_le_bytes(word);
                 self.say(|| format!("copies from page {page}: {}", token(word)));
+                self.came(actor, Came::Read(word));
                 self.check_read("the API", page, word, true)?;
             }
             task => unreachable!("no copy: {task:?}"),

@@ -1,21 +1,23 @@
 //! The fault thread: `polder/src/faults.rs`.
 
 use polder_explored_engine::{
-    Answer, Blocked, OpId, Operation, Response, TouchAnswer, Undoing, View,
+    Answer, Blocked, OpId, Operation, Refusal, Response, TouchAnswer, Undoing, View,
 };
 use polder_units::{PageIndex, PageRange};
 
 use super::act::{Act, Done};
-use super::{Given, Slip, Stage, World, verdict};
+use super::{Came, Given, Slip, Stage, World, verdict};
 use crate::system::Violation;
 
 impl World {
     /// Whether the fault thread would answer a touch now, or undo something for it.
     pub(super) fn can_serve(&self) -> bool {
+        self.has_answers() || self.setup.asks_while_busy() && self.touched != 0
+    }
+
+    /// The same, by how it should be.
+    pub(super) fn has_answers(&self) -> bool {
         let engine = &*self.engine;
-        if self.setup.asks_while_busy() {
-            return self.touched != 0;
-        }
         let abandoned = engine.held & !engine.busy;
         let denied = engine.private | engine.failed | engine.quarantine;
         let now = !engine.held & (denied | !engine.owed);
@@ -155,6 +157,7 @@ impl World {
         match blocked {
             Blocked::Refused(refusal) => {
                 self.say(|| format!("is refused: {refusal}"));
+                self.came(actor, Came::Is(word(&refusal)));
                 self.check_refusal(actor, &refusal)?;
                 self.done(actor);
                 Ok(())
@@ -168,5 +171,17 @@ impl World {
                 self.begin_undo(actor, operation, false)
             }
         }
+    }
+}
+
+/// A refusal by its word in a scenario.
+fn word(refusal: &Refusal) -> &'static str {
+    match refusal {
+        Refusal::Whole { .. } => "whole",
+        Refusal::Pinned { .. } => "pinned",
+        Refusal::Private { .. } => "private",
+        Refusal::Owed { .. } => "owed",
+        Refusal::Quarantined { .. } => "quarantined",
+        _ => "failed",
     }
 }

@@ -5,7 +5,7 @@ use polder_machine::{Exit, Resolved, Side};
 use polder_units::{Gfn, Level, PageIndex, PageRange};
 
 use super::act::{Act, Done};
-use super::{Bug, Role, Stage, Task, VM, World, kept};
+use super::{Bug, Came, Role, Stage, Task, VM, World, kept};
 use crate::system::Violation;
 
 impl World {
@@ -41,6 +41,7 @@ impl World {
         match (outcome, task) {
             (Done::Read(word), _) => {
                 self.say(|| format!("reads gfn {gfn}: {}", token(word)));
+                self.came(actor, Came::Read(word));
                 self.check_read("the guest", page, word, false)?;
             }
             (Done::Well, Task::GuestWrite(_, value)) => {
@@ -60,9 +61,14 @@ impl World {
 
     /// Whether the engine would let a guest's fault wait.
     pub(super) fn guest_waits(&self, actor: usize) -> bool {
+        !self.setup.asks_while_busy() && self.guest_has_to_wait(actor)
+    }
+
+    /// The same, by how it should be.
+    pub(super) fn guest_has_to_wait(&self, actor: usize) -> bool {
         let bit = 1 << self.guest_page(actor);
         let engine = &*self.engine;
-        if !self.promised.bound || self.setup.asks_while_busy() {
+        if !self.promised.bound {
             return false;
         }
         engine.busy & bit != 0

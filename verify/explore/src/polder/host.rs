@@ -5,7 +5,7 @@ use polder_units::PageRange;
 
 use super::act::{Act, Done};
 use super::guest::token;
-use super::{Role, Stage, Task, World};
+use super::{Came, Role, Stage, Task, World};
 use crate::system::Violation;
 
 impl World {
@@ -31,10 +31,12 @@ impl World {
             }
             (Done::Read(word), _) => {
                 self.say(|| format!("reads page {page}: {}", token(word)));
+                self.came(actor, Came::Read(word));
                 self.check_read("the host", page, word, true)?;
             }
             (Done::HostExit(HostExit::Sigbus { why: Sigbus::Poisoned, .. }), _) => {
                 self.say(|| format!("touches page {page}, and has a SIGBUS"));
+                self.came(actor, Came::Is("denied"));
                 self.check_denied(page)?;
             }
             (outcome, _) => unreachable!("a touch of a mapped page: {outcome:?}"),
@@ -65,6 +67,7 @@ impl World {
         let Some(Task::Gup(page)) = self.task(actor) else { return Ok(()) };
         if matches!(self.actors[actor].stage, Stage::Idle) && self.is_unmapped(page) {
             self.say(|| "finds nothing".into());
+            self.came(actor, Came::Is("not-pinned"));
             self.go(actor, Stage::GupSlow);
             return Ok(());
         }
@@ -88,6 +91,7 @@ impl World {
             }
             GupStep::Fallback => {
                 self.say(|| "GUP-fast gives up".into());
+                self.came(actor, Came::Is("not-pinned"));
                 self.go(actor, Stage::GupSlow);
             }
         }
@@ -114,6 +118,7 @@ impl World {
             }
             Done::HostExit(HostExit::Sigbus { .. }) => {
                 self.say(|| format!("the slow path is refused page {page}"));
+                self.came(actor, Came::Is("denied"));
                 self.check_denied(page)?;
                 self.done(actor);
             }

@@ -23,6 +23,7 @@ mod operation;
 mod points;
 mod setup;
 mod start;
+mod story;
 mod undo;
 
 use std::cell::RefCell;
@@ -41,6 +42,8 @@ use act::{Act, After, Done, Machines};
 pub use configs::{all, named};
 use kept::{KeptEngine, KeptMachine, Pages, Parts, range};
 pub use setup::{Actor, Bug, Role, Setup, Slip, Task};
+pub use story::story;
+use story::{Came, Telling};
 
 /// The one VM, and its one slot.
 const VM: VmId = VmId(0);
@@ -151,7 +154,8 @@ pub struct World {
     deaths: u8,
     /// How many actors from each one on do the same work as it.
     alike: [u8; MOST],
-    told: Option<String>,
+    /// What is told of the last step; of a search, nothing.
+    told: Option<Box<Telling>>,
 }
 
 impl World {
@@ -216,10 +220,10 @@ impl World {
 
     fn say(&mut self, line: impl FnOnce() -> String) {
         if let Some(told) = &mut self.told {
-            if !told.is_empty() {
-                told.push_str("; ");
+            if !told.line.is_empty() {
+                told.line.push_str("; ");
             }
-            told.push_str(&line());
+            told.line.push_str(&line());
         }
     }
 
@@ -349,6 +353,55 @@ impl World {
         Ok(())
     }
 
+    /// In how many ways an actor can go on, whoever else would have to go first.
+    fn ways_of(&self, actor: usize) -> u8 {
+        let may = |so: bool| u8::from(so);
+        let busy = |start: u8, end: u8| {
+            let pages = kept::set(range(start, end));
+            self.engine.busy & pages != 0 && !self.setup.asks_while_busy()
+        };
+        let role = self.role(actor);
+        match self.actors[actor].stage {
+            Stage::Dead => 0,
+            Stage::Idle if role == Role::Faults => may(self.can_serve()),
+            Stage::Idle => match self.task(actor) {
+                None => 0,
+                Some(
+                    Task::Convert { start, end, .. }
+                    | Task::Populate { start, end, .. }
+                    | Task::Discard { start, end },
+                ) => may(!busy(start, end)),
+                Some(Task::CopyOut(_) | Task::CopyIn(..))
+                    if self.setup.slips(Slip::CopyUnclaimed) =>
+                {
+                    1
+                }
+                Some(Task::CopyOut(page) | Task::CopyIn(page, _) | Task::Pin(page)) => {
+                    may(!busy(page, page + 1))
+                }
+                Some(_) => 1,
+            },
+            Stage::GuestAsk => may(!self.guest_waits(actor)),
+            Stage::GuestAllocate(answer, _) => 1 + may(self.failures > 0 && self.is_hole(answer)),
+            Stage::Waits => match self.task(actor) {
+                Some(Task::HostRead(page) | Task::HostWrite(page, _)) => {
+                    may(!self.unanswered(role, page))
+                }
+                _ => 0,
+            },
+            Stage::GupWaits => match self.task(actor) {
+                Some(Task::Gup(page)) => may(!self.unanswered(role, page)),
+                _ => 0,
+            },
+            Stage::CarryOut(..) => 1 + may(self.failures > 0),
+            Stage::Drain(op) => may(self.engine.engine.is_drained_of(op)),
+            Stage::Write(..) => 1 + may(self.failures > 0),
+            Stage::Take(_, _, step, part) => self.ways_of_step(step, part),
+            Stage::TakeBack(_, _, part, _) => 1 + may(self.failures > 0 && part == 0),
+            _ => 1,
+        }
+    }
+
     /// The hash of what an actor is at, and of the CPU that it runs on.
     fn hash_of(&self, actor: usize) -> u64 {
         let mut hash = Fold::new();
@@ -417,50 +470,9 @@ impl System for World {
     }
 
     fn ways(&self, actor: usize) -> u8 {
-        let may = |so: bool| u8::from(so);
-        let busy = |start: u8, end: u8| {
-            let pages = kept::set(range(start, end));
-            self.engine.busy & pages != 0 && !self.setup.asks_while_busy()
-        };
-        let role = self.role(actor);
-        match self.actors[actor].stage {
-            Stage::Dead => 0,
-            Stage::Idle if role == Role::Faults => may(self.can_serve()),
-            Stage::Idle => match self.task(actor) {
-                None => 0,
-                Some(
-                    Task::Convert { start, end, .. }
-                    | Task::Populate { start, end, .. }
-                    | Task::Discard { start, end },
-                ) => may(!busy(start, end)),
-                Some(Task::CopyOut(_) | Task::CopyIn(..))
-                    if self.setup.slips(Slip::CopyUnclaimed) =>
-                {
-                    1
-                }
-                Some(Task::CopyOut(page) | Task::CopyIn(page, _) | Task::Pin(page)) => {
-                    may(!busy(page, page + 1))
-                }
-                Some(_) => 1,
-            },
-            Stage::GuestAsk => may(!self.guest_waits(actor)),
-            Stage::GuestAllocate(answer, _) => 1 + may(self.failures > 0 && self.is_hole(answer)),
-            Stage::Waits => match self.task(actor) {
-                Some(Task::HostRead(page) | Task::HostWrite(page, _)) => {
-                    may(!self.unanswered(role, page))
-                }
-                _ => 0,
-            },
-            Stage::GupWaits => match self.task(actor) {
-                Some(Task::Gup(page)) => may(!self.unanswered(role, page)),
-                _ => 0,
-            },
-            Stage::CarryOut(..) => 1 + may(self.failures > 0),
-            Stage::Drain(op) => may(self.engine.engine.is_drained_of(op)),
-            Stage::Write(..) => 1 + may(self.failures > 0),
-            Stage::Take(_, _, step, part) => self.ways_of_step(step, part),
-            Stage::TakeBack(_, _, part, _) => 1 + may(self.failures > 0 && part == 0),
-            _ => 1,
+        match self.goes_first() {
+            Some(first) if first != actor => 0,
+            _ => self.ways_of(actor),
         }
     }
 
@@ -522,10 +534,10 @@ impl System for World {
     }
 
     fn tell(&mut self) {
-        self.told = Some(String::new());
+        self.told = Some(Box::default());
     }
 
     fn told(&mut self) -> String {
-        self.told.as_mut().map(std::mem::take).unwrap_or_default()
+        self.told.as_mut().map(|told| std::mem::take(&mut told.line)).unwrap_or_default()
     }
 }

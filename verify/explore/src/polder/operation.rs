@@ -9,7 +9,7 @@ use polder_explored_engine::{
 use super::act::Act;
 use super::host::References;
 use super::kept::{one, range, set};
-use super::{Slip, Stage, Task, World};
+use super::{Came, Slip, Stage, Task, World};
 use crate::system::Violation;
 
 /// How a host takes a step.
@@ -337,6 +337,7 @@ impl World {
             return Ok(());
         }
         if let (Step::CheckReferences(range), false) = (step, done) {
+            self.came(actor, Came::Is("referenced"));
             self.check_referenced(range)?;
         }
         if fails || !done {

@@ -35,6 +35,8 @@ pub struct Setup {
     pub failures: u8,
     /// How many threads may die at work.
     pub deaths: u8,
+    /// Whether others go on only where a scenario can hold whoever is amid something.
+    pub held: bool,
     /// What was planted.
     pub bug: Option<Bug>,
 }
