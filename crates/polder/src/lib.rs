@@ -32,6 +32,7 @@ mod memory;
 mod pin;
 mod prefault;
 mod statistics;
+mod sync;
 mod vcpu;
 mod watch;
 
