@@ -14,8 +14,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
-
 #[cfg(test)]
 #[path = "driver_tests.rs"]
 mod tests;
@@ -30,6 +28,7 @@ use polder_units::{Gfn, GfnRange, Level, PageCount, PageRange};
 use crate::host::Host;
 use crate::host::views::Views;
 use crate::statistics::Counters;
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::watch::{Moment, Reached, Watch};
 use crate::{Error, OnBusy, Vcpu};
 
@@ -428,7 +427,7 @@ impl Driver {
         let tries = if matches!(step, Step::Quarantine(_)) { CUT_OFF_TRIES } else { 1 };
         (0..tries).any(|tried| {
             if tried > 0 {
-                std::thread::sleep(CUT_OFF_PAUSE);
+                crate::sync::sleep(CUT_OFF_PAUSE);
             }
             self.host.take(step).is_ok()
         })

@@ -16,13 +16,10 @@
 
 mod rmp;
 
-use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
 use polder_engine::{
     GuestAccess, Holder, Platform, Refusal, Response, Slot, Step, View, Visibility, VmId,
 };
@@ -38,6 +35,7 @@ use polder_units::{
 use self::rmp::Rmp;
 use super::views::Views;
 use super::{Host, Smashed, Vm, failed};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::{Error, Vcpu};
 
 /// How long a touch that waits goes without being made again.
@@ -185,7 +183,7 @@ impl MachineHost {
             match self.referenced(range)? {
                 Some(_) if retries > 0 => {
                     retries -= 1;
-                    std::thread::yield_now();
+                    crate::sync::yield_now();
                 }
                 Some(refusal) => return Err(refusal.into()),
                 None => return Ok(()),
@@ -262,7 +260,7 @@ impl MachineHost {
                 Err(HostExit::Fault(fault)) => {
                     self.wait_for_answer((View::Host, fault.page), before)
                 }
-                Err(HostExit::Wait { .. }) => std::thread::yield_now(),
+                Err(HostExit::Wait { .. }) => crate::sync::yield_now(),
                 Err(HostExit::Sigbus { vpn, why }) => {
                     let page = vpn.get() - HOST_VIEW;
                     let touched = (page * PAGE_SIZE).max(offset);
@@ -372,15 +370,7 @@ fn in_page(offset: u64, count: usize) -> usize {
 
 /// The simulated CPU that the calling thread runs on.
 fn cpu() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    thread_local! {
-        static CPU: Cell<Option<u16>> = const { Cell::new(None) };
-    }
-    CPU.with(|cpu| {
-        let index = cpu.get().unwrap_or_else(|| NEXT.fetch_add(1, Ordering::Relaxed) % CPUS);
-        cpu.set(Some(index));
-        index
-    })
+    u16::try_from(crate::sync::thread_number() % usize::from(CPUS)).expect("a remainder of CPUS")
 }
 
 impl Host for MachineHost {
@@ -452,8 +442,11 @@ impl Host for MachineHost {
         level: Level,
         range: PageRange,
     ) -> Result<(), Error> {
-        // If it is not mapped now, the guest faults again.
-        self.map(id, access, level, range).map(|_| ())
+        if self.map(id, access, level, range)? != Tried::Mapped {
+            // The guest faults again; let go on whom it would only meet once more.
+            crate::sync::yield_now();
+        }
+        Ok(())
     }
 
     fn show(
@@ -468,7 +461,7 @@ impl Host for MachineHost {
             loop {
                 match self.map(id, access, Level::Size4K, page)? {
                     Tried::Mapped => break,
-                    Tried::Later => std::thread::yield_now(),
+                    Tried::Later => crate::sync::yield_now(),
                     Tried::Moved => return Err(failed("a prefault of stage 2", Errno::AGAIN)),
                 }
             }
@@ -533,7 +526,9 @@ impl Views for MachineHost {
         let mut events = self.events.lock();
         if events.touches.is_empty() && !events.nudged {
             match at_most {
-                Some(time) => drop(self.queued.wait_for(&mut events, time)),
+                Some(time) => {
+                    self.queued.wait_for(&mut events, time);
+                }
                 None => self.queued.wait(&mut events),
             }
         }
