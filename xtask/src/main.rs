@@ -3,6 +3,7 @@
 mod lab;
 mod layers;
 mod readme;
+mod soak;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -16,7 +17,9 @@ usage: cargo xtask NAME
   lab --matrix [--json]
            run the behaviour table in Debian's kernels too, and write docs/kernels.md
   layers   check which crate uses which, and where `unsafe` stands (crates/README.md)
-  readme   run the commands that README.md and docs/ show";
+  readme   run the commands that README.md and docs/ show
+  soak [--seconds N] [--part NAME] [--seed N] [--json]
+           run the long forms of what CI runs for seconds";
 
 /// The project's folder.
 fn root() -> PathBuf {
@@ -26,6 +29,7 @@ fn root() -> PathBuf {
 fn main() -> ExitCode {
     let done = match std::env::args().nth(1).as_deref() {
         Some("behaviours") => return behaviours(&root()),
+        Some("soak") => return soak::main(&root()),
         Some("lab") => return lab::main(&root()),
         Some(lab::holding::NAME) => return lab::holding::main(std::env::args_os().skip(2)),
         Some("layers") => layers::check(&root()),
