@@ -5,6 +5,8 @@
 //! first time may be about an answer that is on its way. After every step, those who wait are given
 //! the time to find that they need not any more: so nothing is left to chance.
 
+mod record;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -22,6 +24,8 @@ use crate::scenario::{Actor, Hold, Look, Place, Scenario, Step, Verb};
 use crate::state::{PageState, states};
 use crate::worker::{self, Job, Start};
 use crate::world::{Event, Unplayable, World};
+
+pub use record::{Recorded, record};
 
 /// How long a step may give no sign of life.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -45,23 +49,9 @@ pub struct Options<'a> {
 
 /// Plays a scenario on a host.
 pub fn play(scenario: &Scenario, host: HostKind, options: Options<'_>) -> Played {
-    let (events, heard) = channel();
-    let world = match World::new(scenario, host, options, events.clone()) {
-        Ok(world) => world,
-        Err(Unplayable::Skipped(why)) => return Played::none(host, Verdict::Skipped(why)),
-        Err(Unplayable::Failed(why)) => return Played::none(host, Verdict::Failed(why)),
-    };
-    let world = Arc::new(world);
-    let mut player = Player {
-        scenario,
-        world,
-        events,
-        heard,
-        actors: Vec::new(),
-        numbers: BTreeMap::new(),
-        trace: Vec::new(),
-        names: scenario.vms.iter().map(|vm| vm.name.clone()).collect(),
-        waits: 0,
+    let mut player = match Player::new(scenario, host, options) {
+        Ok(player) => player,
+        Err(verdict) => return Played::none(host, verdict),
     };
     let mut played = Played::none(host, Verdict::Passed);
     let told = player.story(&mut played);
@@ -115,6 +105,28 @@ struct Player<'s> {
     names: Arc<[String]>,
     /// How often somebody was waited for to wait.
     waits: usize,
+}
+
+impl<'s> Player<'s> {
+    fn new(scenario: &'s Scenario, host: HostKind, options: Options<'_>) -> Result<Self, Verdict> {
+        let (events, heard) = channel();
+        let world = World::new(scenario, host, options, events.clone());
+        let world = world.map_err(|unplayable| match unplayable {
+            Unplayable::Skipped(why) => Verdict::Skipped(why),
+            Unplayable::Failed(why) => Verdict::Failed(why),
+        })?;
+        Ok(Self {
+            scenario,
+            world: Arc::new(world),
+            events,
+            heard,
+            actors: Vec::new(),
+            numbers: BTreeMap::new(),
+            trace: Vec::new(),
+            names: scenario.vms.iter().map(|vm| vm.name.clone()).collect(),
+            waits: 0,
+        })
+    }
 }
 
 impl Player<'_> {
