@@ -36,6 +36,10 @@ const ROUNDS: u32 = 3;
 /// The same, where nobody is there to wait for: what is on its way may take long on a busy machine.
 const ROUNDS_FOR_NOBODY: u32 = 500;
 
+/// How often others may be told to wait while a step gives no sign of life: that is none of its own,
+/// and comes every 20 ms.
+const OTHERS_WAIT: u32 = 1000;
+
 /// How many answers a touch needs at most.
 const ANSWERS: u32 = 8;
 
@@ -105,6 +109,8 @@ struct Player<'s> {
     names: Arc<[String]>,
     /// How often somebody was waited for to wait.
     waits: usize,
+    /// How often somebody was told to wait since a step gave a sign of life.
+    others_wait: u32,
 }
 
 impl<'s> Player<'s> {
@@ -125,6 +131,7 @@ impl<'s> Player<'s> {
             trace: Vec::new(),
             names: scenario.vms.iter().map(|vm| vm.name.clone()).collect(),
             waits: 0,
+            others_wait: 0,
         })
     }
 }
@@ -286,6 +293,7 @@ impl Player<'_> {
         let amid = |hand: &Hand| matches!(hand.doing, Doing::Held(_) | Doing::Waiting);
         let somebody = self.scenario.memory.owed || others.into_iter().any(|(_, hand)| amid(hand));
         let rounds = if somebody { ROUNDS } else { ROUNDS_FOR_NOBODY };
+        self.others_wait = 0;
         loop {
             let hand = &mut self.actors[number];
             match &hand.doing {
@@ -298,6 +306,9 @@ impl Player<'_> {
                 _ if hand.found_waiting >= rounds => {
                     hand.doing = Doing::Waiting;
                     return Ok(Outcome::new(Is::Waits, ""));
+                }
+                _ if hand.found_waiting == 0 && self.others_wait >= OTHERS_WAIT => {
+                    return Err(silent(line));
                 }
                 _ => self.hear(line)?,
             }
@@ -338,13 +349,15 @@ impl Player<'_> {
                 self.take_in(event);
                 Ok(())
             }
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                Err(format!("line {line}: the step neither ends nor is known to wait"))
-            }
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Err(silent(line)),
         }
     }
 
     fn take_in(&mut self, event: Event) {
+        match event {
+            Event::Waits(_) | Event::TouchWaits(..) => self.others_wait += 1,
+            Event::Done(..) | Event::Held(..) | Event::Moment(..) => self.others_wait = 0,
+        }
         match event {
             Event::Done(number, outcome) => self.actors[number].doing = Doing::Done(outcome),
             Event::Held(number, at) => self.actors[number].doing = Doing::Held(at),
@@ -505,6 +518,10 @@ impl Player<'_> {
             Ok(())
         }
     }
+}
+
+fn silent(line: usize) -> String {
+    format!("line {line}: the step neither ends nor is known to wait")
 }
 
 fn gone(line: usize) -> String {

@@ -33,7 +33,7 @@ pub fn program(seed: u64, hosts: &[HostKind]) -> Scenario {
             false => Platform::Plain,
         },
         starts: random.one_of(&[Visibility::Private, Visibility::Shared]),
-        owed: random.percent(20) && !left_out(Feature::Owed),
+        owed: random.percent(12) && !left_out(Feature::Owed),
     };
     let vms = if random.percent(30) && !left_out(Feature::SecondVm) { 2 } else { 1 };
     let mut maker = Maker {
@@ -241,7 +241,7 @@ impl Maker {
             What::Populate => &[Reached::Claimed, Reached::Written, Reached::Published],
             _ => return None,
         };
-        self.random.percent(10).then(|| Hold::At(self.random.one_of(stages)))
+        self.random.percent(5).then(|| Hold::At(self.random.one_of(stages)))
     }
 
     fn visibility(&mut self) -> Visibility {
@@ -318,8 +318,12 @@ impl Maker {
         format!("step{step:03}.").chars().cycle().take(length).collect()
     }
 
-    /// Reads everything, by who can.
+    /// Has everybody end his step, all contents come or not, and who can read everything.
     fn read_all(&mut self, actors: &Actors) {
+        for name in actors.keys() {
+            self.push(name, Verb::Resume { hold: None }, None);
+        }
+        self.push("vmm", Verb::Settle, None);
         let read = |page| {
             let place = Place::Pages(PageRange::between(page, page + 1).expect("a page"));
             let from = Bytes { place, at: 0, side: Visibility::Private };

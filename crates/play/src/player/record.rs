@@ -3,7 +3,8 @@
 //! What can be done next depends on what came of the steps before, so the story is put right on the
 //! way: an actor who is amid a step is resumed before he does another, and everybody at the end; a
 //! step that nobody can do then is left out. So is one by which a second actor comes to wait: which
-//! of two goes first, once they may, is chance.
+//! of two goes first, once they may, is chance. And one that changes slots while a guest waits: KVM
+//! does not do that until its vCPU goes on ([`polder::Memory::unbind`]), and the machine does.
 
 use polder::HostKind;
 use polder::units::PageRange;
@@ -102,6 +103,10 @@ impl Player<'_> {
                 }
                 (true, true) | (false, false) => {}
             }
+            let slots = matches!(step.verb, Verb::Bind { .. } | Verb::Unbind { .. });
+            if slots && self.a_guest_waits() {
+                continue;
+            }
             self.note(step, noted)?;
             if self.waiting() > 1 {
                 return Ok(Some(SecondWaits(at)));
@@ -153,6 +158,13 @@ impl Player<'_> {
     fn is_waiting(&self, actor: &str) -> bool {
         let number = self.numbers.get(actor);
         number.is_some_and(|number| self.actors[*number].doing == Doing::Waiting)
+    }
+
+    fn a_guest_waits(&self) -> bool {
+        self.scenario
+            .actors
+            .iter()
+            .any(|(name, who)| who.kind == Kind::Guest && self.is_waiting(name))
     }
 
     fn waiting(&self) -> usize {
