@@ -419,12 +419,19 @@ impl Player<'_> {
         let actor = step.actor.as_ref().and_then(|name| self.scenario.actors.get(name));
         let Some(place) = step.verb.place() else { return Vec::new() };
         let vm = step.verb.vm().unwrap_or(actor.map_or(0, |actor| actor.vm));
-        let mut pages = self.world.pages(place, vm).unwrap_or_default();
-        if let (Some(bytes), Some(first)) = (step.verb.length(), pages.first_mut()) {
-            let end = first.start().get() + bytes.div_ceil(polder::units::PAGE_SIZE).max(1);
-            *first = PageRange::between(first.start().get(), end).unwrap_or(*first);
-        }
-        pages
+        let Some(bytes) = step.verb.length() else {
+            return self.world.pages(place, vm).unwrap_or_default();
+        };
+        // Those that it touches, whatever else the place has.
+        let count = PageCount::new(bytes.div_ceil(polder::units::PAGE_SIZE).max(1));
+        let of = |count| match place {
+            Place::Gpa(gpa, _) => self.world.pages(Place::Gpa(gpa, count), vm),
+            Place::Pages(range) => {
+                Ok(PageRange::new(range.start(), count).into_iter().collect::<Vec<_>>())
+            }
+        };
+        let pages = count.and_then(|count| of(count).ok());
+        pages.or_else(|| of(PageCount::ONE).ok()).unwrap_or_default()
     }
 
     /// Through which view a step touches its pages.

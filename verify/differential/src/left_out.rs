@@ -69,7 +69,7 @@ pub const LEFT_OUT: &[LeftOut] = &[
         host: Memfd,
         why: "nobody can see them on a real kernel from outside (docs/memfd.md)",
         scenario: "[memory]\npages = 2\nstarts = \"shared\"\n[[step]]\nactor = \"device\"\n\
-                   do = \"refer\"\npage = 0\n",
+                   do = \"refer\"\npage = 0\nexpect = \"not-pinned\"\n",
         says: ON_KVM,
     },
     LeftOut {
