@@ -25,7 +25,9 @@ const OFFSETS: [(u64, u64); 5] = [(50, 0), (20, 8), (10, 0x800), (10, 0xff8), (5
 pub fn program(seed: u64, hosts: &[HostKind]) -> Scenario {
     let mut random = Random::new(seed);
     let left_out = |feature| is_left_out(feature, hosts);
-    let pages = random.between(2, 17);
+    // Few pages, half of the time: steps meet there.
+    let most = random.one_of(&[5, 17]);
+    let pages = random.between(2, most);
     let memory = MemorySpec {
         pages: PageCount::new(pages).expect("a few pages"),
         platform: match random.percent(10) {
@@ -116,10 +118,10 @@ impl Maker {
         };
         let middle = self.random.between(1, pages);
         let slots = match self.random.between(0, 10) {
-            0..6 => vec![slot(0, 0, pages, DEFAULT_GPA)],
-            6 => vec![slot(0, 0, middle, GPAS[2]), slot(1, middle, pages, DEFAULT_GPA)],
-            7 => vec![slot(0, 0, middle, DEFAULT_GPA)],
-            8 => vec![slot(0, middle, pages, GPAS[1])],
+            0..7 => vec![slot(0, 0, pages, DEFAULT_GPA)],
+            7 => vec![slot(0, 0, middle, GPAS[2]), slot(1, middle, pages, DEFAULT_GPA)],
+            8 => vec![slot(0, 0, middle, DEFAULT_GPA)],
+            _ if self.random.percent(70) => vec![slot(0, middle, pages, GPAS[1])],
             _ => Vec::new(),
         };
         VmSpec { name: if number == 0 { "vm".into() } else { "other".into() }, asid: None, slots }
@@ -241,7 +243,7 @@ impl Maker {
             What::Populate => &[Reached::Claimed, Reached::Written, Reached::Published],
             _ => return None,
         };
-        self.random.percent(5).then(|| Hold::At(self.random.one_of(stages)))
+        self.random.percent(9).then(|| Hold::At(self.random.one_of(stages)))
     }
 
     fn visibility(&mut self) -> Visibility {
@@ -296,7 +298,10 @@ impl Maker {
             return Place::Pages(self.range());
         }
         let slots = &self.vms[vm].slots;
-        let bases: Vec<Gpa> = slots.iter().map(|slot| slot.gpa).chain([GPAS[0], GPAS[2]]).collect();
+        let mut bases: Vec<Gpa> = slots.iter().map(|slot| slot.gpa).collect();
+        if bases.is_empty() || self.random.percent(15) {
+            bases.extend([GPAS[0], GPAS[2]]);
+        }
         let base = self.random.one_of(&bases);
         let into = self.random.between(0, self.pages() + 1);
         let gpa = base.checked_add(into * PAGE_SIZE).unwrap_or(base);
