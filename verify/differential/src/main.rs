@@ -27,7 +27,8 @@ Examples:
   cargo xtask differential                        1000 programs, machine and memfd
   cargo xtask differential --seconds 600 --seed 1000000
   cargo xtask differential --seed 4711 --programs 1
-  cargo xtask lab -- target/release/polder-differential --hosts machine,guest_memfd
+  cargo xtask lab -- target/release/polder-differential \
+      --hosts machine,guest_memfd --save target/lab/work
   polder play target/differential/machine-memfd-4711.toml --host memfd
 
 Exit status: 0 all agree, 1 something differs, 2 a host can't be used here, 130 interrupted."

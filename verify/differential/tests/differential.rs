@@ -11,7 +11,7 @@ use polder_require::{Facility, require};
 const REAL: [HostKind; 2] = [HostKind::Machine, HostKind::Memfd];
 
 /// Programs of the run that is a part of the tests: some 3 s.
-const PROGRAMS: u64 = 30;
+const PROGRAMS: u64 = 20;
 
 fn skip(host: HostKind, why: &str) {
     let _: Option<()> = require(Facility::Kvm, Err(format!("host {host}: {why}")));
