@@ -359,7 +359,11 @@ impl Host for MachineHost {
     }
 
     fn smash(&self, id: VmId, gfn: Gfn, within: PageRange) -> Result<Smashed, Error> {
-        self.smash_at(self.vm(id).expect("a VM that was attached"), gfn, within)
+        let smashed = self.smash_at(self.vm(id).expect("a VM that was attached"), gfn, within);
+        if smashed == Ok(Smashed::Busy) {
+            std::thread::yield_now();
+        }
+        smashed
     }
 
     fn rmp_counts(&self) -> [u64; 3] {
