@@ -14,8 +14,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
-
 #[cfg(test)]
 #[path = "driver_tests.rs"]
 mod tests;
@@ -30,6 +28,7 @@ use polder_units::{Gfn, GfnRange, Level, PageCount, PageRange};
 use crate::host::Host;
 use crate::host::views::Views;
 use crate::statistics::Counters;
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::watch::{Moment, Reached, Watch};
 use crate::{Error, OnBusy, Vcpu};
 
@@ -433,7 +432,7 @@ impl Driver {
             match self.host.take(step) {
                 Ok(()) => return true,
                 Err(error) if tried < UNDO_TRIES && (cuts_off || error.may_pass()) => {
-                    std::thread::sleep(UNDO_PAUSE);
+                    crate::sync::sleep(UNDO_PAUSE);
                 }
                 Err(_) => return false,
             }

@@ -236,7 +236,7 @@ impl Set {
     /// Whether nothing is in flight soon: who touches is let go before his answer is given back.
     fn becomes_idle(&self) -> bool {
         (0..1000).any(|_| {
-            std::thread::sleep(Duration::from_millis(1));
+            crate::sync::sleep(Duration::from_millis(1));
             self.driver.engine().is_idle()
         })
     }

@@ -4,7 +4,6 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use parking_lot::RwLock;
 use polder_engine::{
     Binding, Config, Contents, Engine, GuestAccess, Holder, MemoryFault, PageFacts, PinKind,
     Platform, Population, Refusal, Slot, Visibility, VmId, Wish,
@@ -23,6 +22,7 @@ use crate::host::memfd::MemfdHost;
 use crate::host::views::Views;
 use crate::host::{Host, HostKind, Vm};
 use crate::statistics::Statistics;
+use crate::sync::RwLock;
 use crate::vcpu::MachineVcpu;
 use crate::watch::Watch;
 use crate::{HostView, Pin};

@@ -21,7 +21,6 @@ mod touches;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
 use polder_engine::{GuestAccess, Holder, Platform, Refusal, Slot, Step, View, Visibility, VmId};
 use polder_linux::Errno;
 use polder_machine::{Config, LockOwner, Machine, ObjectId, ProcessId, View as Vma, VpnRange};
@@ -30,6 +29,7 @@ use polder_units::{Gfn, GfnRange, Level, PageCount, PageIndex, PageRange, Pfn, P
 use self::rmp::Rmp;
 use super::views::Views;
 use super::{Host, Smashed, Vm, failed};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::{Error, Vcpu};
 
 /// How often a page is looked at again because of references that are soon gone, as GUP-fast's.
@@ -183,7 +183,7 @@ impl MachineHost {
             match self.referenced(range)? {
                 Some(_) if retries > 0 => {
                     retries -= 1;
-                    std::thread::yield_now();
+                    crate::sync::yield_now();
                 }
                 Some(refusal) => return Err(refusal.into()),
                 None => return Ok(()),
@@ -251,7 +251,7 @@ impl MachineHost {
                 punched => return punched.map(drop).map_err(refused),
             }
             retries -= 1;
-            std::thread::sleep(FREE_PAUSE);
+            crate::sync::sleep(FREE_PAUSE);
             self.unmap_host(part)?;
         }
     }
@@ -341,9 +341,9 @@ impl Host for MachineHost {
         _: Level,
         range: PageRange,
     ) -> Result<(), Error> {
-        // If it is not mapped now, the guest faults again.
-        if self.map(id, access, range)? == stage2::Tried::Later {
-            std::thread::yield_now();
+        if !matches!(self.map(id, access, range)?, stage2::Tried::Mapped(_)) {
+            // The guest faults again; let go on whom it would only meet once more.
+            crate::sync::yield_now();
         }
         Ok(())
     }
@@ -361,7 +361,7 @@ impl Host for MachineHost {
     fn smash(&self, id: VmId, gfn: Gfn, within: PageRange) -> Result<Smashed, Error> {
         let smashed = self.smash_at(self.vm(id).expect("a VM that was attached"), gfn, within);
         if smashed == Ok(Smashed::Busy) {
-            std::thread::yield_now();
+            crate::sync::yield_now();
         }
         smashed
     }

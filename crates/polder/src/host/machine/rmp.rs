@@ -19,7 +19,6 @@ mod tests;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::Mutex;
 #[cfg(feature = "plant")]
 use polder_engine::NotLarge;
 use polder_engine::{LargeRmpEntry, VmId, can_install_large_rmp_entry};
@@ -30,6 +29,7 @@ use polder_units::{Geometry, Gfn, GfnRange, Level, PageCount, PageIndex, PageRan
 use super::{MachineHost, refused};
 use crate::Error;
 use crate::host::{Smashed, failed};
+use crate::sync::Mutex;
 
 /// How often an instruction is tried again that met another at work.
 const RMP_RETRIES: u32 = 32;
@@ -179,7 +179,7 @@ impl MachineHost {
                 Next::On(pages) => (next, tries) = (next + pages, 0),
                 Next::Again(_) if tries < RMP_RETRIES => {
                     tries += 1;
-                    std::thread::yield_now();
+                    crate::sync::yield_now();
                 }
                 Next::Again(fail) => return Err(Error::Rmp { page, fail }),
             }

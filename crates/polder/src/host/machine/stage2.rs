@@ -139,7 +139,7 @@ impl MachineHost {
             }
             match self.map(id, access, within)? {
                 Tried::Mapped(level) => return Ok(level),
-                Tried::Later => std::thread::yield_now(),
+                Tried::Later => crate::sync::yield_now(),
                 Tried::Moved => break,
             }
         }

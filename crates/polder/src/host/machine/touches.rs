@@ -3,9 +3,7 @@
 //! Nothing in the machine waits: a touch that has to wait queues itself for the fault threads, and
 //! is made again once something was answered.
 
-use std::cell::Cell;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use polder_engine::{Response, View};
@@ -39,7 +37,7 @@ impl MachineHost {
                 Err(HostExit::Fault(fault)) => {
                     self.wait_for_answer((View::Host, fault.page), before)
                 }
-                Err(HostExit::Wait { .. }) => std::thread::yield_now(),
+                Err(HostExit::Wait { .. }) => crate::sync::yield_now(),
                 Err(HostExit::Sigbus { vpn, why }) => {
                     let page = vpn.get() - HOST_VIEW;
                     let touched = (page * PAGE_SIZE).max(offset);
@@ -98,7 +96,9 @@ impl Views for MachineHost {
         let mut events = self.events.lock();
         if events.touches.is_empty() && !events.nudged {
             match at_most {
-                Some(time) => drop(self.queued.wait_for(&mut events, time)),
+                Some(time) => {
+                    self.queued.wait_for(&mut events, time);
+                }
                 None => self.queued.wait(&mut events),
             }
         }
@@ -189,13 +189,5 @@ fn in_page(offset: u64, count: usize) -> usize {
 
 /// The simulated CPU that the calling thread runs on.
 fn cpu() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    thread_local! {
-        static CPU: Cell<Option<u16>> = const { Cell::new(None) };
-    }
-    CPU.with(|cpu| {
-        let index = cpu.get().unwrap_or_else(|| NEXT.fetch_add(1, Ordering::Relaxed) % CPUS);
-        cpu.set(Some(index));
-        index
-    })
+    u16::try_from(crate::sync::thread_number() % usize::from(CPUS)).expect("a remainder of CPUS")
 }

@@ -86,7 +86,7 @@ impl MachineHost {
                 frozen => return frozen,
             }
             drop(machine);
-            std::thread::yield_now();
+            crate::sync::yield_now();
         }
     }
 
