@@ -1,6 +1,7 @@
 //! The program `polder`.
 
 mod bench;
+mod check;
 mod doctor;
 mod output;
 mod picture;
@@ -25,6 +26,7 @@ enum Command {
     Run(run::Arguments),
     Play(play::Arguments),
     Bench(bench::Arguments),
+    Check(check::Arguments),
     Doctor(doctor::Arguments),
 }
 
@@ -33,6 +35,7 @@ fn main() -> ExitCode {
         Command::Run(arguments) => run::main(&arguments),
         Command::Play(arguments) => play::main(&arguments),
         Command::Bench(arguments) => bench::main(&arguments),
+        Command::Check(arguments) => check::main(&arguments),
         Command::Doctor(arguments) => doctor::main(&arguments),
     }
 }

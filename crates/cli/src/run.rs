@@ -50,6 +50,9 @@ pub(crate) struct Arguments {
     /// Seconds after which the guest is stopped
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     timeout: u64,
+    /// Hold each stage of every operation up by as much as this, by chance: shakes out races
+    #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    delays: Option<u32>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -120,6 +123,7 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
             Guest::Spin => Program::Spin,
             Guest::Flood => Program::Flood,
         },
+        delays: arguments.delays.map(|micros| Duration::from_micros(micros.into())),
     };
     let mut supervisor = match Supervisor::new(arguments) {
         Ok(supervisor) => supervisor,

@@ -64,6 +64,18 @@ fn every_check_passes_for_every_number_of_vcpus_and_seed() {
 }
 
 #[test]
+fn every_check_passes_when_operations_are_held_up_at_their_stages() {
+    if !can_run() {
+        return;
+    }
+    for seed in [1, 2] {
+        let arguments = format!("run --json --host memfd --vcpus 4 --seed {seed} --delays 200");
+        let output = output(&arguments);
+        assert!(output.status.success(), "seed {seed}: {}", json(&output));
+    }
+}
+
+#[test]
 fn a_kvm_without_private_memory_runs_the_guest_on_a_guest_memfd_that_is_all_shared() {
     let first = output("run --host guest_memfd --guest triple-fault --json");
     let found = match (&json(&first)["error"], &json(&first)["private_memory"]) {

@@ -11,6 +11,7 @@ use core::fmt;
 
 use polder_units::{Geometry, Gfn, GfnRange, Level, PageCount, PageIndex, PageRange};
 
+use crate::plant::Bug;
 use crate::range_set::push_run;
 use crate::{Engine, Refusal};
 
@@ -122,7 +123,10 @@ impl Engine {
                 return Err(Refusal::PagesTaken { range: pages, slot });
             }
         }
-        let binding = Binding::new(gfn, pages, self.config.geometry);
+        let mut binding = Binding::new(gfn, pages, self.config.geometry);
+        if self.plants.has(Bug::NoCongruence) {
+            binding.congruent = Level::Size1G;
+        }
         self.bindings.0.insert((vm, slot), binding);
         Ok(binding)
     }

@@ -13,6 +13,7 @@ use alloc::vec::Vec;
 use polder_units::{PageCount, PageRange};
 
 use crate::operation::Program;
+use crate::plant::Bug;
 use crate::range_set::push_run;
 use crate::{
     Activity, Blocked, Contents, Engine, Operation, Population, Refusal, Stage, Step, View,
@@ -111,23 +112,20 @@ impl Engine {
             self.grant(by, ranges, &parts);
             return Ok(Start::AlreadySo);
         }
-        if to == Visibility::Private {
+        if to == Visibility::Private && !self.plants.has(Bug::PinsForgotten) {
             for &part in &parts {
                 self.check_pins(part)?;
             }
         }
-        let program = self.conversion_program(ranges, &parts, to, contents);
+        let program = self.conversion_program(&parts, to, contents);
         let activity = Activity::Conversion { to, contents, by };
+        if self.plants.has(Bug::CommitBeforeHardware) {
+            parts.iter().for_each(|&part| self.pages.set_visibility(part, to));
+        }
         Ok(Start::Claimed(self.begin(activity, ranges.clone(), parts, program)))
     }
 
-    fn conversion_program(
-        &self,
-        claims: &[PageRange],
-        parts: &[PageRange],
-        to: Visibility,
-        how: Contents,
-    ) -> Program {
+    fn conversion_program(&self, parts: &[PageRange], to: Visibility, how: Contents) -> Program {
         let each = || parts.iter().copied();
         let to_private = to == Visibility::Private;
         let rmp = self.config.platform.has_rmp();
@@ -135,18 +133,20 @@ impl Engine {
         // the RMP is asked when a TLB is filled, and not again (AMD APM volume 2, 15.36.10).
         let from_guest = each().filter(|_| rmp || !to_private).map(Step::UnmapGuest);
         let from_host = each().filter(|_| to_private).map(Step::UnmapHost);
+        let cut_off = from_host.chain(from_guest);
+        let check = each().filter(|_| to_private).map(Step::CheckReferences);
+        let program = if self.plants.has(Bug::CheckBeforeCuttingOff) {
+            Program::default().stage(check).stage(cut_off)
+        } else {
+            Program::default().stage(cut_off).stage(check)
+        };
         let protect = each().filter(|_| !rmp).map(|part| Step::Protect(part, to));
-        Program::default()
-            .stage(from_host.chain(from_guest))
-            .stage(each().filter(|_| to_private).map(Step::CheckReferences))
-            .stage(core::iter::empty())
-            .stage(protect.chain(self.rmp_steps(parts, claims, to)))
-            .stage(
-                each()
-                    .filter(|&part| !to_private && self.may_have_markers(part))
-                    .map(Step::UnmapHost)
-                    .chain(each().filter(|_| self.frees(how)).map(Step::Free)),
-            )
+        program.stage(core::iter::empty()).stage(protect.chain(self.rmp_steps(parts, to))).stage(
+            each()
+                .filter(|&part| !to_private && self.may_have_markers(part))
+                .map(Step::UnmapHost)
+                .chain(each().filter(|_| self.frees(how)).map(Step::Free)),
+        )
     }
 
     /// Whether a conversion frees the pages: asked for zeros; or to have no memory left on the

@@ -11,7 +11,7 @@ use crate::{Blocked, Engine};
 /// operations on its pages wait for that.
 #[must_use = "operations wait until it is given back"]
 #[derive(PartialEq, Eq, Debug)]
-pub struct Copying(Vec<InFlight>);
+pub struct Copying(pub(crate) Vec<InFlight>);
 
 impl Engine {
     /// Allows a copy between the host and pages that are shared. All of the runs or none: who

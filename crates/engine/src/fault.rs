@@ -8,11 +8,13 @@ use core::fmt;
 
 use polder_units::{Gfn, GfnRange, Level, PageIndex, PageRange};
 
+use crate::plant::Bug;
 use crate::{Blocked, Engine, Operation, Population, Undoing, Visibility, VmId};
 
 /// An answer or copy that was given and not taken back yet.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub(crate) struct InFlight {
+#[cfg_attr(not(feature = "explore"), expect(unreachable_pub, reason = "the search's alone"))]
+pub struct InFlight {
     id: u64,
     range: PageRange,
 }
@@ -20,6 +22,11 @@ pub(crate) struct InFlight {
 impl InFlight {
     pub(crate) fn range(&self) -> PageRange {
         self.range
+    }
+
+    #[cfg(feature = "explore")]
+    pub(crate) fn id(self) -> u64 {
+        self.id
     }
 }
 
@@ -35,9 +42,10 @@ pub enum Response {
 /// An answer to carry out on its pages. It is to be given back by [`Engine::answered`].
 #[must_use = "operations wait until it is given back"]
 #[derive(PartialEq, Eq, Debug)]
+#[cfg_attr(feature = "explore", derive(Clone, Copy))]
 pub struct Answer {
     view: View,
-    in_flight: InFlight,
+    pub(crate) in_flight: InFlight,
     response: Response,
 }
 
@@ -146,6 +154,10 @@ impl Engine {
         match self.check_claims(PageRange::one(page)) {
             Ok(()) => {}
             Err(Blocked::Abandoned(operation)) => return TouchAnswer::Undo(operation),
+            Err(_) if view == View::Host && self.plants.has(Bug::DeniedWhileClaimed) => {
+                let page = PageRange::one(page);
+                return TouchAnswer::Now(self.answer(view, page, Response::Poison));
+            }
             Err(_) => return TouchAnswer::Wait,
         }
         let facts = self.pages.get(page);
@@ -156,7 +168,7 @@ impl Engine {
         if self.failed.contains(page) {
             return TouchAnswer::Now(self.answer(view, PageRange::one(page), Response::Poison));
         }
-        if facts.population == Population::Owed {
+        if facts.population == Population::Owed && !self.plants.has(Bug::OwedShown) {
             return TouchAnswer::Wait;
         }
         let most = match view {
@@ -169,7 +181,7 @@ impl Engine {
     /// Answers an access of a guest that its stage-2 tables don't let through.
     pub fn guest_fault(&mut self, vm: VmId, access: GuestAccess) -> GuestAnswer {
         let gfns = GfnRange::one(access.gfn);
-        let Some((page, bound)) = self.bindings.page_of(vm, access.gfn, self.config.geometry)
+        let Some((page, mut bound)) = self.bindings.page_of(vm, access.gfn, self.config.geometry)
         else {
             return GuestAnswer::Exit(MemoryFault::Unbound(gfns));
         };
@@ -192,6 +204,9 @@ impl Engine {
         if facts.population == Population::Owed {
             return GuestAnswer::Wait;
         }
+        if self.plants.has(Bug::NoFit) {
+            bound = Level::Size1G;
+        }
         let (answer, level) = self.map_around(View::Guest, page, bound);
         GuestAnswer::Now { answer, level }
     }
@@ -211,7 +226,8 @@ impl Engine {
         let most = self.pages.level(page).min(most);
         let free = |&level: &Level| {
             let range = around(level);
-            level <= most && !self.is_claimed(range) && self.quarantine.first_in(range).is_none()
+            let claimed = self.is_claimed(range) && !self.plants.has(Bug::LargeOverClaimed);
+            level <= most && !claimed && self.quarantine.first_in(range).is_none()
         };
         let level = Level::ALL.into_iter().rfind(free).unwrap_or(Level::Size4K);
         let range = around(level);
@@ -220,6 +236,9 @@ impl Engine {
 
     /// Whether the host view holds a marker in place of a page of `range`, or is about to.
     pub(crate) fn may_have_markers(&self, range: PageRange) -> bool {
+        if self.plants.has(Bug::MarkersForgotten) {
+            return false;
+        }
         self.markers[View::Host as usize].first_in(range).is_some()
             || self.in_flight.iter().any(|one| one.range.overlaps(range))
     }

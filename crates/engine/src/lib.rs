@@ -38,6 +38,8 @@ mod convert;
 mod copy;
 mod discard;
 mod error;
+#[cfg(feature = "explore")]
+mod explore;
 mod fault;
 mod merge;
 mod operation;
@@ -67,6 +69,8 @@ pub use convert::{
 pub use copy::Copying;
 pub use discard::{Cleared, Clearing, Discard};
 pub use error::{Errno, Refusal};
+#[cfg(feature = "explore")]
+pub use fault::InFlight;
 pub use fault::{Answer, GuestAccess, GuestAnswer, MemoryFault, Response, TouchAnswer, View};
 pub use merge::{Merged, Merging};
 pub use operation::{Activity, Blocked, OpId, Operation, Stage, Undoing};
@@ -82,6 +86,7 @@ pub use step::Step;
 pub use wanted::Wish;
 
 use crate::binding::Bindings;
+#[cfg(not(feature = "explore"))]
 use crate::fault::InFlight;
 use crate::operation::Record;
 use crate::pin::Pins;
@@ -120,7 +125,7 @@ pub struct Engine {
     failed: RangeSet,
     /// Pages whose undo failed; neither side may touch them again.
     quarantine: RangeSet,
-    /// The bugs planted in it; none, but where a checker is checked.
+    /// The bug planted in it; none, but where a checker is checked.
     plants: plant::Plants,
     /// The last id given out, to operations, answers and pins alike.
     last_id: u64,

@@ -19,7 +19,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use polder_units::{PageIndex, PageRange};
 
-use crate::plant::Plants;
+use crate::plant::{Bug, Plants};
 use crate::step::Undo;
 use crate::{Contents, Engine, Refusal, Step, View, Visibility, VmId};
 
@@ -88,6 +88,11 @@ impl<S> Operation<S> {
     pub fn id(&self) -> OpId {
         self.id
     }
+
+    #[cfg(feature = "explore")]
+    pub(crate) fn resumed(id: OpId, abandoned: &Arc<AtomicBool>) -> Self {
+        Self::new(id, Lease(Arc::clone(abandoned)))
+    }
 }
 
 /// The handle's half of the flag by which a record knows that its handle is gone.
@@ -121,13 +126,13 @@ impl From<Refusal> for Blocked {
 /// An operation, from the inside.
 #[derive(Clone, Debug)]
 pub(crate) struct Record {
-    id: OpId,
+    pub(crate) id: OpId,
     pub(crate) activity: Activity,
     pub(crate) claims: Vec<PageRange>,
     /// The pages that it changes; a part of the claims.
     pub(crate) parts: Vec<PageRange>,
     progress: Progress,
-    abandoned: Arc<AtomicBool>,
+    pub(crate) abandoned: Arc<AtomicBool>,
 }
 
 /// The steps of an operation, stage by stage.
@@ -168,7 +173,7 @@ enum Progress {
 }
 
 impl Record {
-    fn is_abandoned(&self) -> bool {
+    pub(crate) fn is_abandoned(&self) -> bool {
         self.abandoned.load(Ordering::Acquire)
     }
 
@@ -178,14 +183,22 @@ impl Record {
     }
 
     /// The first page that it claims of `range`, as a range, and the claim that it is in.
-    fn claim_on(&self, range: PageRange) -> Option<PageRange> {
+    pub(crate) fn claim_on(&self, range: PageRange) -> Option<PageRange> {
         self.claims.iter().copied().find(|claim| claim.overlaps(range))
+    }
+
+    #[cfg(feature = "explore")]
+    pub(crate) fn fingerprint<H: core::hash::Hasher>(&self, state: &mut H) {
+        use core::hash::Hash;
+        (self.activity, &self.claims, &self.parts, &self.progress).hash(state);
+        self.is_abandoned().hash(state);
     }
 
     /// Turns it round: from here on its steps are those that undo what was done.
     fn turn_back(&mut self, plants: Plants) {
         let Progress::Forward { program, taken, issued } = &self.progress else { return };
-        let reached = taken + usize::from(*issued && plants.undo_failed());
+        let failing = *issued && !plants.has(Bug::SkippedFailed);
+        let reached = taken + usize::from(failing);
         let mut quarantined = Vec::new();
         let mut back: Vec<Step> = Vec::new();
         for step in program.steps[..reached].iter().rev() {
@@ -198,11 +211,16 @@ impl Record {
                 }
             }
         }
+        if plants.has(Bug::NotReverted) {
+            back.retain(|step| !matches!(step, Step::Assign(_) | Step::Unassign(_)));
+        }
+        if plants.has(Bug::ForwardUndo) {
+            back.reverse();
+        }
         if self.activity == Activity::Population && reached == 0 {
             // The bytes are written before the first step.
             back.extend(self.parts.iter().map(|&part| Step::Free(part)));
         }
-        plants.in_undo(&mut back);
         self.progress = Progress::Back { steps: back, taken: 0, quarantined };
     }
 }
@@ -240,7 +258,7 @@ impl Engine {
         let met =
             self.operations.iter_mut().find_map(|record| Some((record.claim_on(range)?, record)));
         let Some((held, record)) = met else { return Ok(()) };
-        if record.is_abandoned() {
+        if record.is_abandoned() && !self.plants.has(Bug::AbandonedForgotten) {
             record.turn_back(self.plants);
             return Err(Blocked::Abandoned(Operation::new(record.id, record.lease())));
         }
@@ -250,7 +268,11 @@ impl Engine {
     /// Whether no answer and no copy is in flight on what the operation claims.
     pub fn is_drained<S>(&self, operation: &Operation<S>) -> bool {
         let claims = &self.record(operation.id).claims;
-        !self.in_flight.iter().any(|one| claims.iter().any(|claim| claim.overlaps(one.range())))
+        self.plants.has(Bug::NoDrain)
+            || !self
+                .in_flight
+                .iter()
+                .any(|one| claims.iter().any(|claim| claim.overlaps(one.range())))
     }
 
     /// The step to take next at this stage, or `None` when the stage is over. Until the next call
@@ -306,13 +328,17 @@ impl Engine {
     }
 
     /// Notes whether the step of [`Engine::next_undo`] was done. If it was not, its pages are to be
-    /// quarantined, which is the next step.
+    /// quarantined, which is the next step. What is in quarantine is neither given nor taken by the
+    /// steps after that.
     pub fn undo_taken(&mut self, operation: &Operation<Undoing>, done: bool) {
         match &mut self.record_mut(operation.id).progress {
             Progress::Back { steps, taken, quarantined } => {
                 let step = steps[*taken];
                 *taken += 1;
-                if !done && !matches!(step, Step::Quarantine(_)) {
+                if let Step::Quarantine(range) = step {
+                    let rest = steps.split_off(*taken);
+                    steps.extend(rest.into_iter().flat_map(|step| step.without(range)));
+                } else if !done {
                     steps.insert(*taken, Step::Quarantine(step.range()));
                     quarantined.push(step.range());
                 }
@@ -352,7 +378,7 @@ impl Engine {
         self.operations.swap_remove(at.expect("a handle's operation is in flight"))
     }
 
-    fn record(&self, id: OpId) -> &Record {
+    pub(crate) fn record(&self, id: OpId) -> &Record {
         self.operations
             .iter()
             .find(|record| record.id == id)

@@ -48,6 +48,7 @@ impl fmt::Display for Holder {
 pub struct PinId(u64);
 
 #[derive(Clone, Debug)]
+#[cfg_attr(feature = "explore", derive(Hash))]
 struct Pin {
     range: PageRange,
     kind: PinKind,
@@ -57,6 +58,18 @@ struct Pin {
 /// All pins held.
 #[derive(Clone, Default, Debug)]
 pub(crate) struct Pins(BTreeMap<PinId, Pin>);
+
+#[cfg(feature = "explore")]
+impl Pins {
+    pub(crate) fn place_of(&self, id: PinId) -> usize {
+        self.0.keys().take_while(|&&other| other != id).count()
+    }
+
+    pub(crate) fn fingerprint<H: core::hash::Hasher>(&self, state: &mut H) {
+        self.0.values().for_each(|pin| core::hash::Hash::hash(pin, state));
+        core::hash::Hash::hash(&u64::MAX, state);
+    }
+}
 
 impl Engine {
     /// Pins pages, which must be shared: they stay shared until [`Engine::unpin`].

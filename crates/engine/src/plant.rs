@@ -1,27 +1,55 @@
 //! Bugs that can be planted into the engine and its host, for the checkers that have to find them
-//! before they are trusted. Without the feature `plant`, which no product turns on, there is no
-//! bug to plant and nothing here does anything.
-
-use alloc::vec::Vec;
-
-use crate::Step;
+//! before they are trusted: the search over interleavings (`verify/explore`), the scenarios and the
+//! behaviour table (`verify/behaviour`).
+//!
+//! Each is one `if` at the place where somebody could make the mistake. Without the feature
+//! `plant`, which no product turns on, [`Plants::has`] is `false`, always.
 
 /// A bug in a protocol.
-#[cfg(feature = "plant")]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[cfg_attr(not(feature = "plant"), expect(unreachable_pub, reason = "the checkers' alone"))]
 pub enum Bug {
-    /// No large RMP entry is smashed, by an operation or because of a fault.
-    ForgottenSmash,
-    /// [`can_install_large_rmp_entry`](crate::can_install_large_rmp_entry) does not ask for the
-    /// alignment of the guest frame.
-    MisalignedLarge,
-    /// Undoing leaves the RMP as it is.
-    NotReverted,
+    /// References are looked for while the pages can still be reached.
+    CheckBeforeCuttingOff,
+    /// A conversion is true from its claim on.
+    CommitBeforeHardware,
     /// Undoing goes first to last.
     ForwardUndo,
     /// Undoing leaves out the step that failed.
     SkippedFailed,
+    /// Undoing leaves the RMP as it is.
+    NotReverted,
+    /// No large RMP entry is smashed, by an operation or because of a fault.
+    ForgottenSmash,
+    /// [`can_install_large_rmp_entry`](crate::can_install_large_rmp_entry) does not ask for the
+    /// alignment of the guest frame.
+    #[cfg(feature = "plant")]
+    MisalignedLarge,
+    /// A binding's gfns and pages are not looked at for being congruent.
+    NoCongruence,
+    /// A large page is not looked at for lying inside its binding.
+    NoFit,
+    /// A large page is mapped whatever operation claims a part of it.
+    LargeOverClaimed,
+    /// An operation does not wait for answers and copies in flight.
+    NoDrain,
+    /// A second populator is told "exists" while the first one is at work.
+    ExistsWhileClaimed,
+    /// Who touches a page that is being made private is denied, not made to wait.
+    DeniedWhileClaimed,
+    /// Nobody sees that an operation was abandoned.
+    AbandonedForgotten,
+    /// A conversion to shared leaves the markers of earlier denied touches.
+    MarkersForgotten,
+    /// A conversion does not look for pins.
+    PinsForgotten,
+    /// A touch of a page whose contents are to come is answered.
+    OwedShown,
 }
+
+/// Which bug is planted.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct Plants(#[cfg(feature = "plant")] Option<Bug>);
 
 #[cfg(feature = "plant")]
 impl crate::Engine {
@@ -31,44 +59,15 @@ impl crate::Engine {
     }
 }
 
-/// What is planted.
-#[derive(Clone, Copy, Default, Debug)]
-pub(crate) struct Plants(#[cfg(feature = "plant")] Option<Bug>);
-
-#[cfg(feature = "plant")]
 impl Plants {
-    /// What it makes of the steps for the RMP.
-    pub(crate) fn in_steps(self, steps: &mut Vec<Step>) {
-        if self.0 == Some(Bug::ForgottenSmash) {
-            steps.retain(|step| !matches!(step, Step::Smash(_)));
-        }
+    #[cfg(feature = "plant")]
+    pub(crate) fn has(self, bug: Bug) -> bool {
+        self.0 == Some(bug)
     }
 
-    /// What it makes of a way back.
-    pub(crate) fn in_undo(self, back: &mut Vec<Step>) {
-        match self.0 {
-            Some(Bug::NotReverted) => {
-                back.retain(|step| !matches!(step, Step::Assign(_) | Step::Unassign(_)));
-            }
-            Some(Bug::ForwardUndo) => back.reverse(),
-            _ => {}
-        }
-    }
-
-    /// Whether the step that failed is undone.
-    pub(crate) fn undo_failed(self) -> bool {
-        self.0 != Some(Bug::SkippedFailed)
-    }
-}
-
-#[cfg(not(feature = "plant"))]
-#[expect(clippy::unused_self, reason = "with the feature it is used")]
-impl Plants {
-    pub(crate) const fn in_steps(self, _: &mut Vec<Step>) {}
-
-    pub(crate) const fn in_undo(self, _: &mut Vec<Step>) {}
-
-    pub(crate) const fn undo_failed(self) -> bool {
-        true
+    #[cfg(not(feature = "plant"))]
+    #[expect(clippy::unused_self, reason = "with the feature it is used")]
+    pub(crate) const fn has(self, _: Bug) -> bool {
+        false
     }
 }

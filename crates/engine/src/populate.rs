@@ -10,6 +10,7 @@ use alloc::vec::Vec;
 use polder_units::PageRange;
 
 use crate::operation::Program;
+use crate::plant::Bug;
 use crate::{
     Activity, Answer, Blocked, Engine, Operation, PageFacts, Population, RangeSet, Refusal,
     Response, Stage, Step, View, Visibility,
@@ -38,6 +39,9 @@ impl Engine {
     pub fn populate(&mut self, range: PageRange) -> Result<Operation<Writing>, Blocked> {
         self.check_bounds(range)?;
         self.check_quarantine(range)?;
+        if self.plants.has(Bug::ExistsWhileClaimed) && self.is_claimed(range) {
+            return Err(Refusal::Whole { page: range.start() }.into());
+        }
         self.check_claims(range)?;
         let whole = |facts: PageFacts| facts.population == Population::Whole;
         if let Some(page) = self.first_page(range, whole) {

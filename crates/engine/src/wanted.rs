@@ -27,7 +27,7 @@ pub struct Wish {
 }
 
 /// For each binding with an unmet wish, the pages where it differs from what is granted.
-#[derive(Clone, Default, Debug)]
+#[derive(Clone, Default, Hash, Debug)]
 pub(crate) struct Wishes(BTreeMap<(VmId, Slot), RangeSet>);
 
 impl Wishes {

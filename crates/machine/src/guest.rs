@@ -145,8 +145,8 @@ pub enum Ran {
 #[derive(Clone, Hash)]
 pub(crate) struct VcpuState {
     pub(crate) tlb: Tlb,
-    program: Arc<[Op]>,
-    next: usize,
+    pub(crate) program: Arc<[Op]>,
+    pub(crate) next: usize,
 }
 
 /// A vCPU, to run.

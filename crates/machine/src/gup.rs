@@ -83,6 +83,16 @@ impl GupFast {
         Self { process, vpn, write, kind, stage: Stage::ReadEntry }
     }
 
+    /// Does the first step, which changes nothing: reads the entry.
+    pub fn read(self, machine: &Machine) -> GupStep {
+        match self.entry(machine) {
+            entry @ HostPte::Mapped { pfn, .. } => {
+                GupStep::Again(Self { stage: Stage::Grab { entry, pfn }, ..self })
+            }
+            HostPte::None | HostPte::Poison => GupStep::Fallback,
+        }
+    }
+
     /// Does the next step: read the entry; take a reference; look again.
     ///
     /// # Errors
@@ -90,10 +100,7 @@ impl GupFast {
     pub fn step(self, machine: &mut Machine) -> Result<GupStep, Error> {
         let again = |stage| Ok(GupStep::Again(Self { stage, ..self }));
         match self.stage {
-            Stage::ReadEntry => match self.entry(machine) {
-                entry @ HostPte::Mapped { pfn, .. } => again(Stage::Grab { entry, pfn }),
-                HostPte::None | HostPte::Poison => Ok(GupStep::Fallback),
-            },
+            Stage::ReadEntry => Ok(self.read(machine)),
             Stage::Grab { entry, pfn } => {
                 // folio_try_get() fails on a count of 0; a frame in use again is another's folio.
                 if machine.counts(pfn).is_err() {

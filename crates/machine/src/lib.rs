@@ -123,6 +123,7 @@ mod plant;
 mod process;
 mod reshape;
 mod rmp;
+mod search;
 mod slab;
 mod table;
 mod tdp;

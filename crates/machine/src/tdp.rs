@@ -52,6 +52,19 @@ impl Resolved {
     pub fn is_current(&self, machine: &Machine) -> bool {
         machine.vms.get(self.vm).is_ok_and(|vm| !vm.invalidated(self.gfn, self.sequence))
     }
+
+    /// The same, and never current: for who notes elsewhere whether it is.
+    #[must_use]
+    pub const fn detached(self) -> Self {
+        Self { sequence: Sequence::FIRST, ..self }
+    }
+
+    /// The same, as if it had been resolved on this machine, now.
+    #[must_use]
+    pub fn renewed(self, machine: &Machine) -> Self {
+        let sequence = machine.vms.get(self.vm).map_or(Sequence::FIRST, |vm| vm.sequence);
+        Self { sequence, ..self }
+    }
 }
 
 /// What a TDP table says of a guest frame.

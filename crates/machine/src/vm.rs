@@ -49,7 +49,7 @@ pub(crate) struct Invalidating {
 
 #[derive(Clone, Hash)]
 pub(crate) struct Vm {
-    slots: Vec<Slot>,
+    pub(crate) slots: Vec<Slot>,
     pub(crate) table: Table<TdpEntry>,
     pub(crate) vcpus: Vec<VcpuState>,
     pub(crate) sequence: Sequence,

@@ -8,12 +8,12 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 
 use polder_engine::{Answer, Operation, Response, TouchAnswer, Undoing, View};
 use polder_units::{PageIndex, PageRange};
 
 use crate::driver::Driver;
+use crate::sync::JoinHandle;
 use crate::watch::Moment;
 
 /// The threads, ended when stopped.
@@ -26,7 +26,7 @@ pub(crate) struct FaultThreads {
 impl FaultThreads {
     pub(crate) fn start(driver: &Arc<Driver>) -> Result<Self, polder_linux::Error> {
         let stop = Arc::new(AtomicBool::new(false));
-        let thread = polder_linux::spawn("polder-faults", {
+        let thread = crate::sync::spawn("polder-faults", {
             let (driver, stop) = (Arc::clone(driver), Arc::clone(&stop));
             move || Server { driver: &driver, touches: Vec::new() }.run(&stop)
         })?;

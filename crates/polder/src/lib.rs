@@ -32,6 +32,7 @@ mod memory;
 mod pin;
 mod prefault;
 mod statistics;
+mod sync;
 mod vcpu;
 mod watch;
 
@@ -54,4 +55,4 @@ pub use pin::Pin;
 pub use prefault::{Prefaulted, Vcpu};
 pub use statistics::{RmpStatistics, Statistics};
 pub use vcpu::{GuestExit, MachineVcpu};
-pub use watch::{Moment, Reached, UnknownStage, Watch};
+pub use watch::{Delays, Moment, Reached, UnknownStage, Watch};

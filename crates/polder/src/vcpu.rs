@@ -160,7 +160,7 @@ impl MachineVcpu {
             // Another processor is at work on the entry: soon it is not.
             RmpCheck::InUse if kicked() => Err(GuestExit::Kicked),
             RmpCheck::InUse => {
-                std::thread::yield_now();
+                crate::sync::yield_now();
                 Ok(())
             }
             // Of the other kind than granted, or not assigned as it is bound now.

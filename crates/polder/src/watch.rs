@@ -4,6 +4,8 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use polder_engine::{Response, Step, View};
 use polder_units::PageRange;
@@ -133,4 +135,41 @@ impl fmt::Display for Moment {
 pub trait Watch: Send + Sync {
     /// Something happens, on the calling thread.
     fn at(&self, moment: Moment);
+}
+
+/// Holds threads up at every moment by as much as chance will have it: what happens between two
+/// steps once in a million comes often. For stress tests, and for who doubts.
+#[derive(Debug)]
+pub struct Delays {
+    random: AtomicU64,
+    most: Duration,
+}
+
+impl Delays {
+    /// Delays of `most` at most; half of the moments have none. The same `seed` makes the same
+    /// delays, of which threads come to each in an order that is up to them.
+    pub fn new(seed: u64, most: Duration) -> Self {
+        Self { random: AtomicU64::new(seed), most }
+    }
+
+    /// splitmix64.
+    fn next(&self) -> u64 {
+        const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+        let state = self.random.fetch_add(STEP, Ordering::Relaxed).wrapping_add(STEP);
+        let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+}
+
+impl Watch for Delays {
+    fn at(&self, moment: Moment) {
+        let random = self.next();
+        if moment == Moment::Waits || random & 1 == 0 {
+            return;
+        }
+        let most = u64::try_from(self.most.as_nanos()).unwrap_or(u64::MAX);
+        let nanos = (random >> 1) % most.saturating_add(1).max(1);
+        std::thread::sleep(Duration::from_nanos(nanos));
+    }
 }

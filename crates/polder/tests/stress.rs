@@ -1,6 +1,7 @@
 //! Pages converted to and fro under raw touches of the host view.
 //!
-//! Lasts `POLDER_STRESS_SECONDS`, 2 if that is not set.
+//! Lasts `POLDER_STRESS_SECONDS`, 2 if that is not set: half of it with operations held up by
+//! chance at each of their stages.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -8,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use polder::units::{PAGE_SIZE, PageCount, PageRange};
-use polder::{Contents, Error, Memory, OnBusy, Refusal, Visibility};
+use polder::{Contents, Delays, Error, Memory, OnBusy, Refusal, Visibility};
 use polder_require::{Facility, require};
 
 const PAGES: u64 = 256;
@@ -139,10 +140,18 @@ fn read_by_api(memory: &Memory, vm: polder::VmId, stop: &AtomicBool) {
 
 #[test]
 fn conversions_under_raw_touches_lose_no_byte_and_map_nothing_late() {
+    convert_under_raw_touches(None);
+    convert_under_raw_touches(Some(Delays::new(1, Duration::from_micros(300))));
+}
+
+fn convert_under_raw_touches(delays: Option<Delays>) {
     let memory = Memory::builder(PageCount::new(PAGES).expect("256")).build();
     let Some(memory) = require(Facility::Userfault, memory) else { return };
     let kvm = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm());
     let Some(vm) = require(Facility::Kvm, kvm) else { return };
+    if let Some(delays) = delays {
+        memory.watch(std::sync::Arc::new(delays));
+    }
     let all = PageRange::between(0, PAGES).expect("256 pages");
     let vm = memory.attach(std::sync::Arc::new(vm)).expect("a VM of KVM's");
     memory.bind(vm, polder::Slot(0), 0u32.into(), all).expect("a first slot");
@@ -179,7 +188,7 @@ fn conversions_under_raw_touches_lose_no_byte_and_map_nothing_late() {
             let _stop = Stop(stop);
             read_by_api(memory, vm, stop);
         });
-        for _ in 0..seconds * 10 {
+        for _ in 0..seconds * 5 {
             if stop.load(Ordering::Relaxed) {
                 break;
             }
@@ -190,7 +199,7 @@ fn conversions_under_raw_touches_lose_no_byte_and_map_nothing_late() {
     let [touches, denied, conversions] = [&seen.touches, &seen.denied, &seen.conversions]
         .map(|counter| counter.load(Ordering::Relaxed));
     eprintln!("{touches} touches, {denied} denied, {conversions} conversions");
-    assert!(touches > 1000 && denied > 100 && conversions > 100);
+    assert!(touches > 100 && denied > 10 && conversions > 10);
     memory.convert(all, Visibility::Shared, Contents::Preserve, OnBusy::Wait).expect("no pins");
     for page in 0..PAGES {
         let mut bytes = vec![0; 4096];

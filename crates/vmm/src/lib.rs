@@ -28,5 +28,6 @@ pub use error::RunError;
 pub use intruder::Way;
 pub use kvm::{Conversion, check_kvm};
 pub use report::{Accelerator, End, Failure, Progress, Report, Supervision};
+pub use requests::{Next, Requests};
 pub use run::{Config, run};
 pub use vm::{Ended, IdleVcpu, Vm};

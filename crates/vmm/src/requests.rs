@@ -14,24 +14,36 @@ const MOST_PROBED: u64 = 4096;
 
 /// What a vCPU does next.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Next {
+pub enum Next {
     /// Goes on, with this answer.
     Answer(i64),
     /// Stops: its program came to its end, with so many checks passed.
-    Done { checks_passed: u64 },
+    Done {
+        /// The checks that passed.
+        checks_passed: u64,
+    },
     /// Stops: a check failed, after so many had passed.
-    Failed { failure: Failure, checks_passed: u64 },
+    Failed {
+        /// What failed.
+        failure: Failure,
+        /// The checks that passed before.
+        checks_passed: u64,
+    },
 }
 
-/// Answers requests for one VM.
-pub(crate) struct Requests<'a> {
+/// Answers the requests of one VM's guest.
+pub struct Requests<'a> {
     memory: &'a Memory,
     vm: VmId,
     intruder: Intruder<'a>,
 }
 
 impl<'a> Requests<'a> {
-    pub(crate) fn new(memory: &'a Memory, vm: VmId) -> std::io::Result<Self> {
+    /// Of this VM of this memory.
+    ///
+    /// # Errors
+    /// Of opening `/dev/zero`, which the host reads from when it tries a page.
+    pub fn new(memory: &'a Memory, vm: VmId) -> std::io::Result<Self> {
         Ok(Self { memory, vm, intruder: Intruder::new(memory, vm)? })
     }
 
@@ -41,7 +53,7 @@ impl<'a> Requests<'a> {
     }
 
     /// Answers one request of vCPU `vcpu`.
-    pub(crate) fn answer(&self, vcpu: u32, request: Result<Request, RequestError>) -> Next {
+    pub fn answer(&self, vcpu: u32, request: Result<Request, RequestError>) -> Next {
         match request {
             Err(error) => {
                 if error.is_conversion() {

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use polder::units::{ByteSize, Gfn, GfnRange, Gpa, PAGE_BYTES, PageRange};
-use polder::{Contents, HostKind, Memory, OnBusy, Visibility, VmId};
+use polder::{Contents, Delays, HostKind, Memory, OnBusy, Visibility, VmId};
 
 use crate::RunError;
 use crate::guest::{Chunk, Image, Program, Transport};
@@ -27,6 +28,8 @@ pub struct Config {
     pub seed: u64,
     /// What the guest does.
     pub program: Program,
+    /// By how much each stage of an operation is held up, at most: [`polder::Delays`].
+    pub delays: Option<Duration>,
 }
 
 /// Runs a guest to its end, or until the supervisor has it stopped.
@@ -116,6 +119,9 @@ fn bound(
         Conversions::LoseContents => memory.build()?,
         Conversions::Refused => memory.shared().build()?,
     };
+    if let Some(most) = config.delays {
+        memory.watch(Arc::new(Delays::new(config.seed, most)));
+    }
     let id = memory.attach(vm)?;
     let ram = scenario::ram(config.memory.get()).into_iter().flatten();
     kvm::bind(&memory, id, ram)?;

@@ -35,13 +35,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_ioctls::VmFd;
-use parking_lot::Mutex;
 use polder_engine::{PageFacts, Population, RangeSet, Slot, Step, Visibility, VmId};
 use polder_linux::{Errno, GuestMemfd, KvmSlot, PrivateMemory, can_pre_fault, set_private};
 use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
 use super::views::{MemfdViews, Views, outside};
 use super::{Host, HostKind, Vm, map_ahead, total};
+use crate::sync::Mutex;
 use crate::{Error, Vcpu};
 
 pub(crate) struct GuestMemfdHost {
@@ -108,7 +108,7 @@ fn patiently(mut put_right: impl FnMut() -> Result<(), Error>) {
         if put_right().is_ok() {
             return;
         }
-        std::thread::sleep(PAUSE);
+        crate::sync::sleep(PAUSE);
     }
 }
 
@@ -268,7 +268,11 @@ impl Host for GuestMemfdHost {
             // The kernel takes frames from the guest when it is told what they become; references
             // from outside are to the shared side, which is freed; nothing is ever owed.
             Step::UnmapGuest(_) | Step::CheckReferences(_) | Step::Publish(_) => Ok(()),
-            Step::Assign(_) | Step::Unassign(_) | Step::Smash(_) | Step::Merge(_) => {
+            Step::Assign(_)
+            | Step::Unassign(_)
+            | Step::Smash(_)
+            | Step::Merge(_)
+            | Step::Thaw(_) => {
                 unreachable!("there is no memory of an SNP guest on this host")
             }
         }

@@ -20,13 +20,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use parking_lot::Mutex;
 use polder_engine::{Slot, Step, Visibility, VmId};
 use polder_linux::{KvmSlot, can_pre_fault};
 use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
 use super::views::{MemfdViews, Views};
 use super::{Host, HostKind, Vm, map_ahead};
+use crate::sync::Mutex;
 use crate::{Error, Vcpu};
 
 pub(crate) struct MemfdHost {
@@ -60,7 +60,11 @@ impl Host for MemfdHost {
             // that was written is ready.
             Step::UnmapGuest(_) | Step::CheckReferences(_) => Ok(()),
             Step::Protect(..) | Step::Publish(_) => Ok(()),
-            Step::Assign(_) | Step::Unassign(_) | Step::Smash(_) | Step::Merge(_) => {
+            Step::Assign(_)
+            | Step::Unassign(_)
+            | Step::Smash(_)
+            | Step::Merge(_)
+            | Step::Thaw(_) => {
                 unreachable!("there is no memory of an SNP guest on this host")
             }
         }

@@ -12,12 +12,12 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use polder_engine::{RangeSet, Response, View as ViewKind};
 use polder_linux::{Continued, Errno, GuestMemfd, Memfd, Nudge, Userfault, View};
 use polder_units::{PAGE_SIZE, PageCount, PageIndex, PageRange};
 
 use crate::Error;
+use crate::sync::Mutex;
 
 /// How the bytes of an object are reached, and who touches them.
 pub(crate) trait Views: Send + Sync {

@@ -1,0 +1,370 @@
+//! `polder check`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use polder_explore::models::{self, INVARIANTS, Model, ModelWorld};
+use polder_explore::planted::{self, PlantedBug};
+use polder_explore::polder::{self, Setup, World};
+use polder_explore::{How, Report, System, Told, check};
+use serde_json::{Value, json};
+
+use crate::output;
+use crate::trouble::Trouble;
+
+/// Search the interleavings of Polder's protocols for one that breaks an invariant.
+///
+/// The engine that Polder runs is driven over the simulated machine by guests, threads and callers
+/// whose every step is a scheduling point; after each the invariants of ARCHITECTURE.md are looked
+/// at. What is found is told as the shortest list of steps that leads there.
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  polder check                            every configuration, a minute at most
+  polder check --config list              what there is: configurations, models, bugs
+  polder check --config conversion        one of them, with what it did not meet
+  polder check --planted all              is every planted bug found?
+  polder check --planted no-drain         the shortest way to one of them
+  polder check --planted all --save DIR   as scenarios for `polder play`
+  polder check --model hugetlb-rfc        which invariants does another order keep?
+
+Exit status: 0 nothing is broken (or every planted bug was found; or a model was searched), 1
+otherwise, 2 it could not be done.")]
+pub(crate) struct Arguments {
+    /// The configuration to search, or `list`
+    #[arg(long, value_name = "NAME")]
+    config: Option<String>,
+    /// Another protocol than Polder's to search instead
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["config", "planted"])]
+    model: Option<String>,
+    /// A bug to plant and to find, or `all`
+    #[arg(long, value_name = "NAME", conflicts_with = "config")]
+    planted: Option<String>,
+    /// Write the shortest way to each planted bug here, as a scenario for `polder play`, if it can
+    /// be one
+    #[arg(long, value_name = "DIR", requires = "planted")]
+    save: Option<PathBuf>,
+    /// How long to search in all; what ends by itself may end sooner
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    seconds: u64,
+    /// The seed of random ways, where not all can be searched
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    seed: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Why nothing was searched, or saved.
+#[derive(Debug, thiserror::Error)]
+enum Failed {
+    #[error("there is no {what} `{name}`")]
+    Unknown { what: &'static str, name: String },
+    #[error("{} can't be written", file.display())]
+    Unwritten { file: PathBuf, source: std::io::Error },
+}
+
+pub(crate) fn main(arguments: &Arguments) -> ExitCode {
+    let done = match (&arguments.planted, &arguments.model, arguments.config.as_deref()) {
+        (Some(name), _, _) => check_planted(name, arguments),
+        (None, Some(name), _) => check_model(name, arguments),
+        (None, None, Some("list")) => Ok((list(arguments.json), true)),
+        (None, None, name) => check_configs(name, arguments),
+    };
+    match done {
+        Ok((text, good)) => output::print(&text, ExitCode::from(u8::from(!good))),
+        Err(failed) => {
+            let list = "`polder check --config list` says what there is";
+            let way_out = matches!(failed, Failed::Unknown { .. }).then_some(list);
+            Trouble::new(&failed, way_out).print(arguments.json)
+        }
+    }
+}
+
+fn list(as_json: bool) -> String {
+    let configs = polder::all();
+    if as_json {
+        let named = |name: &str, about: &str| json!({ "name": name, "about": about });
+        let configs: Vec<Value> = configs.iter().map(|it| named(it.name, it.about)).collect();
+        let models: Vec<Value> = models::ALL.iter().map(|it| named(it.name, it.about)).collect();
+        let bugs: Vec<Value> = planted::ALL.iter().map(|it| named(it.name, it.about)).collect();
+        let all = json!({ "configs": configs, "models": models, "planted": bugs });
+        return format!("{all}\n");
+    }
+    let mut text = String::from("configurations\n");
+    let line = |name: &str, about: &str| format!("  {name:24} {about}\n");
+    configs.iter().for_each(|it| text.push_str(&line(it.name, it.about)));
+    text.push_str("models\n");
+    models::ALL.iter().for_each(|it| text.push_str(&line(it.name, it.about)));
+    text.push_str("bugs to plant\n");
+    planted::ALL.iter().for_each(|it| text.push_str(&line(it.name, it.about)));
+    text
+}
+
+/// Searches for as long as `limit`, telling how far it is.
+fn timed<S: System>(start: &S, how: How, limit: Duration, bar: &ProgressBar) -> (Report, f64) {
+    let began = clock();
+    let mut at_a_time = began;
+    let report = check(start, how, &mut |states, _| {
+        let now = clock();
+        if now - at_a_time > Duration::from_millis(200) {
+            at_a_time = now;
+            let passed = (now - began).as_secs_f64();
+            bar.set_position(((now - began).as_millis()).try_into().unwrap_or(u64::MAX));
+            bar.set_message(format!("{states} states, {}/s", rate(states, passed)));
+        }
+        now - began < limit
+    });
+    (report, (clock() - began).as_secs_f64())
+}
+
+#[expect(clippy::disallowed_methods, reason = "a command says how long it took")]
+fn clock() -> Instant {
+    Instant::now()
+}
+
+fn bar(json: bool, limit: Duration, name: &str) -> ProgressBar {
+    let length = limit.as_millis().try_into().unwrap_or(u64::MAX);
+    let bar = if json { ProgressBar::hidden() } else { ProgressBar::new(length) };
+    let style = ProgressStyle::with_template("{prefix:16} {bar:30} {elapsed} {msg}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_prefix(name.to_owned());
+    bar
+}
+
+/// So many a second, in thousands.
+fn rate(count: usize, seconds: f64) -> String {
+    let a_second = u32::try_from(count).map_or(f64::MAX, f64::from) / seconds.max(0.001);
+    format!("{:.0}k", a_second / 1000.0)
+}
+
+/// A configuration and what came of it.
+struct Searched {
+    setup: Setup,
+    report: Report,
+    seconds: f64,
+}
+
+fn check_configs(name: Option<&str>, arguments: &Arguments) -> Result<(String, bool), Failed> {
+    let setups = match name {
+        None => polder::all(),
+        Some(name) => vec![polder::named(name).ok_or_else(|| unknown("configuration", name))?],
+    };
+    let one = setups.len() == 1;
+    let mut left = Duration::from_secs(arguments.seconds);
+    let mut text = String::new();
+    let mut all: Vec<Searched> = Vec::new();
+    let count = setups.len();
+    for (done, setup) in setups.into_iter().enumerate() {
+        // Random ways take all there is; a fifth of it is kept for those that come last.
+        let limit = if done + 1 == count { left } else { left * 4 / 5 };
+        let bar = bar(arguments.json, limit, setup.name);
+        let how = if setup.exhaustive { How::All } else { How::Some { seed: arguments.seed } };
+        let (report, seconds) = timed(&World::new(&setup), how, limit, &bar);
+        bar.finish_and_clear();
+        left = left.saturating_sub(Duration::from_secs_f64(seconds));
+        let searched = Searched { setup, report, seconds };
+        text.push_str(&line(&searched));
+        if one {
+            let missing = searched.report.missing.iter().map(|it| format!("  not met: {it}\n"));
+            text.extend(missing);
+        }
+        all.push(searched);
+    }
+    let found = all.iter().filter(|it| it.report.finding.is_some()).count();
+    text.push_str(&match found {
+        0 => "no invariant was broken\n".to_owned(),
+        found => format!("an invariant was broken in {found} of {count}\n"),
+    });
+    if arguments.json {
+        text = format!("{}\n", configs_json(&all));
+    }
+    Ok((text, found == 0))
+}
+
+fn line(searched: &Searched) -> String {
+    let Searched { setup, report, seconds } = searched;
+    let extent = match (report.complete, setup.exhaustive, &report.finding) {
+        (true, _, _) => "every interleaving",
+        (false, _, Some(_)) => "up to what was found",
+        (false, true, None) => "not all: time was up",
+        (false, false, None) => "random ways",
+    };
+    let mut text = format!(
+        "{:12} {extent}: {} states, {} steps, {seconds:.1} s, {} states/s; overlaps {} of {}\n",
+        setup.name,
+        report.states,
+        report.steps,
+        rate(report.states, *seconds),
+        report.covered,
+        report.possible,
+    );
+    if let Some(told) = &report.finding {
+        text.push_str(&trace(told));
+    }
+    text
+}
+
+/// A finding, for a person.
+fn trace(told: &Told) -> String {
+    let kind = if told.shortest { "the shortest way there" } else { "a way there" };
+    let mut text = format!("  {}\n  {kind}, {} steps:\n", told.violation, told.trace.len());
+    for (number, line) in told.trace.iter().enumerate() {
+        text.push_str(&format!("  {:3}. {line}\n", number + 1));
+    }
+    text
+}
+
+fn finding_json(told: &Told) -> Value {
+    json!({
+        "invariant": told.violation.invariant,
+        "what": told.violation.what,
+        "steps": told.trace.len(),
+        "shortest": told.shortest,
+        "trace": told.trace,
+    })
+}
+
+fn configs_json(all: &[Searched]) -> Value {
+    let sum = |of: fn(&Report) -> usize| all.iter().map(|it| of(&it.report)).sum::<usize>();
+    let configs: Vec<Value> = all
+        .iter()
+        .map(|Searched { setup, report, seconds }| {
+            json!({
+                "name": setup.name,
+                "states": report.states,
+                "steps": report.steps,
+                "depth": report.depth,
+                "seconds": seconds,
+                "complete": report.complete,
+                "violation": report.finding.as_ref().map(finding_json),
+                "overlaps": {
+                    "covered": report.covered,
+                    "possible": report.possible,
+                    "missing": report.missing,
+                },
+            })
+        })
+        .collect();
+    json!({
+        "states": sum(|report| report.states),
+        "steps": all.iter().map(|it| it.report.steps).sum::<u64>(),
+        "seconds": all.iter().map(|it| it.seconds).sum::<f64>(),
+        "violations": sum(|report| usize::from(report.finding.is_some())),
+        "overlaps": {
+            "covered": sum(|report| report.covered),
+            "possible": sum(|report| report.possible),
+        },
+        "configs": configs,
+    })
+}
+
+fn unknown(what: &'static str, name: &str) -> Failed {
+    Failed::Unknown { what, name: name.to_owned() }
+}
+
+fn check_planted(name: &str, arguments: &Arguments) -> Result<(String, bool), Failed> {
+    let one = planted::ALL.iter().find(|bug| bug.name == name);
+    let bugs: Vec<&PlantedBug> = match (name, one) {
+        ("all", _) => planted::ALL.iter().collect(),
+        (_, Some(bug)) => vec![bug],
+        (_, None) => return Err(unknown("bug to plant", name)),
+    };
+    let limit = Duration::from_secs(arguments.seconds);
+    let (mut text, mut rows, mut found) = (String::new(), Vec::new(), 0);
+    for bug in &bugs {
+        let bar = bar(arguments.json, limit, bug.name);
+        let (report, seconds) = match bug.host() {
+            planted::Host::Polder(setup) => timed(&World::new(&setup), How::Shortest, limit, &bar),
+            planted::Host::Model(model, invariant) => {
+                timed(&ModelWorld::new(&model, invariant), How::Shortest, limit, &bar)
+            }
+        };
+        bar.finish_and_clear();
+        let came = match &report.finding {
+            Some(told) => format!("{} steps: {}", told.trace.len(), told.violation),
+            None => "NOT FOUND".to_owned(),
+        };
+        text.push_str(&format!("{:24} {:6} states, {came}\n", bug.name, report.states));
+        if let (Some(told), 1) = (&report.finding, bugs.len()) {
+            text.push_str(&trace(told));
+        }
+        found += usize::from(report.finding.is_some());
+        let saved = match &arguments.save {
+            Some(folder) => Some(save(bug, folder)?),
+            None => None,
+        };
+        if let Some(saved) = &saved {
+            let line = match saved {
+                Ok(file) => format!("saved as {}", file.display()),
+                Err(why) => format!("not saved: {why}"),
+            };
+            text.push_str(&format!("{:24} {line}\n", ""));
+        }
+        rows.push(json!({
+            "name": bug.name,
+            "about": bug.about,
+            "states": report.states,
+            "seconds": seconds,
+            "found": report.finding.as_ref().map(finding_json),
+            "saved": saved.and_then(Result::ok),
+        }));
+    }
+    text.push_str(&format!("{found} of {} planted bugs were found\n", bugs.len()));
+    if arguments.json {
+        let all = json!({ "planted": bugs.len(), "found": found, "bugs": rows });
+        text = format!("{all}\n");
+    }
+    Ok((text, found == bugs.len()))
+}
+
+/// Writes the shortest way to a bug that can be a scenario. If there is none, says why.
+fn save(bug: &PlantedBug, folder: &Path) -> Result<Result<PathBuf, String>, Failed> {
+    let scenario = match bug.scenario() {
+        Ok(scenario) => scenario,
+        Err(why) => return Ok(Err(why)),
+    };
+    let file = folder.join(format!("{}.toml", bug.name));
+    let written = fs::create_dir_all(folder).and_then(|()| fs::write(&file, scenario));
+    match written {
+        Ok(()) => Ok(Ok(file)),
+        Err(source) => Err(Failed::Unwritten { file, source }),
+    }
+}
+
+fn check_model(name: &str, arguments: &Arguments) -> Result<(String, bool), Failed> {
+    let model: Model = models::named(name).ok_or_else(|| unknown("model", name))?;
+    let limit = Duration::from_secs(arguments.seconds);
+    let mut text = format!("{}: {}\n", model.name, model.about);
+    let mut rows = Vec::new();
+    for invariant in INVARIANTS {
+        let bar = bar(arguments.json, limit, invariant);
+        let start = ModelWorld::new(&model, invariant);
+        let (report, seconds) = timed(&start, How::Shortest, limit, &bar);
+        bar.finish_and_clear();
+        let kept = report.finding.is_none() && report.complete;
+        text.push_str(&match (&report.finding, kept) {
+            (Some(told), _) => format!("{invariant:7} broken\n{}", trace(told)),
+            (None, true) => {
+                format!("{invariant:7} kept: {} states, all there are\n", report.states)
+            }
+            (None, false) => format!("{invariant:7} not broken among {} states\n", report.states),
+        });
+        rows.push(json!({
+            "invariant": invariant,
+            "kept": kept,
+            "states": report.states,
+            "seconds": seconds,
+            "violation": report.finding.as_ref().map(finding_json),
+        }));
+    }
+    if arguments.json {
+        let all = json!({ "model": model.name, "about": model.about, "invariants": rows });
+        text = format!("{all}\n");
+    }
+    Ok((text, true))
+}

@@ -1,0 +1,118 @@
+//! Locks, waiting and threads: the real ones, or shuttle's under `--cfg shuttle`, so that a test
+//! decides who goes on at each of them (`tests/shuttle.rs`).
+
+#[cfg(not(shuttle))]
+pub(crate) use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
+#[cfg(not(shuttle))]
+pub(crate) use polder_linux::spawn;
+#[cfg(not(shuttle))]
+pub(crate) use std::thread::{JoinHandle, sleep, yield_now};
+
+#[cfg(shuttle)]
+pub(crate) use shuttle::thread::{JoinHandle, sleep, yield_now};
+#[cfg(shuttle)]
+pub(crate) use shuttled::{Condvar, Mutex, MutexGuard, RwLock, spawn, thread_number};
+
+/// A number of the calling thread's own, from 0.
+#[cfg(not(shuttle))]
+pub(crate) fn thread_number() -> usize {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    std::thread_local! {
+        static NUMBER: usize = NEXT.fetch_add(1, Ordering::Relaxed);
+    }
+    NUMBER.with(|&number| number)
+}
+
+/// `parking_lot`'s faces of shuttle's locks.
+#[cfg(shuttle)]
+mod shuttled {
+    use std::ops::{Deref, DerefMut};
+    use std::sync::PoisonError;
+    use std::time::Duration;
+
+    use shuttle::sync;
+    use shuttle::thread::{self, JoinHandle};
+
+    #[derive(Default, Debug)]
+    pub(crate) struct Mutex<T>(sync::Mutex<T>);
+
+    /// Empty while its thread waits at a [`Condvar`], and never else.
+    pub(crate) struct MutexGuard<'a, T>(Option<sync::MutexGuard<'a, T>>);
+
+    impl<T> Mutex<T> {
+        pub(crate) fn new(value: T) -> Self {
+            Self(sync::Mutex::new(value))
+        }
+
+        pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
+            MutexGuard(Some(self.0.lock().unwrap_or_else(PoisonError::into_inner)))
+        }
+    }
+
+    impl<T> Deref for MutexGuard<'_, T> {
+        type Target = T;
+
+        fn deref(&self) -> &T {
+            self.0.as_ref().expect("its thread does not wait")
+        }
+    }
+
+    impl<T> DerefMut for MutexGuard<'_, T> {
+        fn deref_mut(&mut self) -> &mut T {
+            self.0.as_mut().expect("its thread does not wait")
+        }
+    }
+
+    #[derive(Default, Debug)]
+    pub(crate) struct Condvar(sync::Condvar);
+
+    impl Condvar {
+        pub(crate) fn new() -> Self {
+            Self::default()
+        }
+
+        pub(crate) fn wait<T>(&self, guard: &mut MutexGuard<'_, T>) {
+            let locked = guard.0.take().expect("its thread does not wait");
+            guard.0 = Some(self.0.wait(locked).unwrap_or_else(PoisonError::into_inner));
+        }
+
+        /// Waits without a limit: whoever is not told of what he waits for waits for ever, which
+        /// shuttle reports. In the product a limit makes up for a thread that died.
+        pub(crate) fn wait_for<T>(&self, guard: &mut MutexGuard<'_, T>, _: Duration) {
+            self.wait(guard);
+        }
+
+        pub(crate) fn notify_one(&self) {
+            self.0.notify_one();
+        }
+
+        pub(crate) fn notify_all(&self) {
+            self.0.notify_all();
+        }
+    }
+
+    #[derive(Default, Debug)]
+    pub(crate) struct RwLock<T>(sync::RwLock<T>);
+
+    impl<T> RwLock<T> {
+        pub(crate) fn read(&self) -> sync::RwLockReadGuard<'_, T> {
+            self.0.read().unwrap_or_else(PoisonError::into_inner)
+        }
+
+        pub(crate) fn write(&self) -> sync::RwLockWriteGuard<'_, T> {
+            self.0.write().unwrap_or_else(PoisonError::into_inner)
+        }
+    }
+
+    pub(crate) fn spawn(
+        name: &str,
+        body: impl FnOnce() + Send + 'static,
+    ) -> Result<JoinHandle<()>, polder_linux::Error> {
+        Ok(thread::Builder::new().name(name.to_owned()).spawn(body).expect("shuttle has room"))
+    }
+
+    pub(crate) fn thread_number() -> usize {
+        thread::current().id().into()
+    }
+}

@@ -1,0 +1,237 @@
+//! Bugs to plant, each with the configuration in which it is found.
+//!
+//! A search that finds nothing says little until it is known what it would have found.
+
+use polder_explored_engine::Bug as EngineBug;
+use polder_machine::Plant;
+
+use crate::models::{MAPCOUNT_WITHOUT_LOCK, Model};
+use crate::polder::{self, Bug, Setup, Slip, World};
+use crate::{SHORTEST_AMONG, search};
+
+/// A bug, as `polder check --planted` knows it.
+#[derive(Clone, Copy, Debug)]
+pub struct PlantedBug {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// The mistake, in a line.
+    pub about: &'static str,
+    place: Place,
+}
+
+/// Where a bug is planted.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    /// In a configuration of the product.
+    Polder(Bug, &'static str),
+    /// In another protocol, where it breaks this invariant.
+    Model(Model, &'static str),
+}
+
+/// What is to be searched for a bug.
+#[derive(Clone, Debug)]
+pub enum Host {
+    /// The product.
+    Polder(Setup),
+    /// Another protocol, by this invariant.
+    Model(Model, &'static str),
+}
+
+impl PlantedBug {
+    /// Where it is to be found.
+    ///
+    /// # Panics
+    /// If it names no configuration.
+    pub fn host(&self) -> Host {
+        match self.place {
+            Place::Polder(bug, config) => {
+                Host::Polder(polder::named(config).expect("a configuration").with(bug))
+            }
+            Place::Model(model, invariant) => Host::Model(model, invariant),
+        }
+    }
+
+    /// The shortest way to the bug that a scenario can say, as a scenario: it passes on the product,
+    /// and would not with the bug (`docs/check.md`).
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn scenario(&self) -> Result<String, String> {
+        let Host::Polder(setup) = self.host() else {
+            return Err("it is in another protocol than Polder's".into());
+        };
+        if (setup.first_gfn, setup.slot_pages) != (setup.first_page, setup.pages) {
+            return Err("its slot does not show all pages from the first on".into());
+        }
+        // In a scenario no step is made to fail and no thread dies, and a huge page has 512 pages.
+        let held = Setup { held: true, huge: false, failures: 0, deaths: 0, ..setup };
+        let found = search::shortest(&World::new(&held), SHORTEST_AMONG, &mut |_, _| true);
+        let finding = found.finding.ok_or("no way that a scenario can say leads to it")?;
+        polder::story(&held, &finding, self.about)
+    }
+}
+
+const fn engine(
+    name: &'static str,
+    about: &'static str,
+    bug: EngineBug,
+    config: &'static str,
+) -> PlantedBug {
+    PlantedBug { name, about, place: Place::Polder(Bug::Engine(bug), config) }
+}
+
+const fn driver(
+    name: &'static str,
+    about: &'static str,
+    slip: Slip,
+    config: &'static str,
+) -> PlantedBug {
+    PlantedBug { name, about, place: Place::Polder(Bug::Driver(slip), config) }
+}
+
+const fn machine(
+    name: &'static str,
+    about: &'static str,
+    plant: Plant,
+    config: &'static str,
+) -> PlantedBug {
+    PlantedBug { name, about, place: Place::Polder(Bug::Machine(plant), config) }
+}
+
+/// Every bug.
+pub const ALL: &[PlantedBug] = &[
+    engine(
+        "check-before-cut-off",
+        "references are looked for while the pages can still be reached",
+        EngineBug::CheckBeforeCuttingOff,
+        "conversion",
+    ),
+    driver(
+        "no-retry",
+        "a reference that GUP-fast is about to drop fails a conversion",
+        Slip::NoRetry,
+        "conversion",
+    ),
+    engine(
+        "commit-before-hardware",
+        "the page map changes when a conversion is claimed",
+        EngineBug::CommitBeforeHardware,
+        "failures",
+    ),
+    engine(
+        "undo-forward",
+        "what was done is undone first to last",
+        EngineBug::ForwardUndo,
+        "failures",
+    ),
+    engine(
+        "undo-skips-failing",
+        "the step that failed, and may be done in part, is not undone",
+        EngineBug::SkippedFailed,
+        "failures",
+    ),
+    engine(
+        "no-congruence",
+        "a large page is mapped where gfns and pages are not congruent",
+        EngineBug::NoCongruence,
+        "apart",
+    ),
+    engine(
+        "no-fit",
+        "a large page is mapped of which the slot has a part only",
+        EngineBug::NoFit,
+        "levels",
+    ),
+    engine(
+        "large-over-claimed",
+        "a large page is mapped while an operation holds a part of it",
+        EngineBug::LargeOverClaimed,
+        "levels",
+    ),
+    engine(
+        "no-drain",
+        "an operation does not wait for the answers in flight",
+        EngineBug::NoDrain,
+        "conversion",
+    ),
+    engine(
+        "exists-while-claimed",
+        "a second populator is told that pages exist whose bytes are being written",
+        EngineBug::ExistsWhileClaimed,
+        "population",
+    ),
+    engine(
+        "denied-while-claimed",
+        "who touches a page of a conversion that may yet fail is denied, the holder of a pin too",
+        EngineBug::DeniedWhileClaimed,
+        "pins",
+    ),
+    engine(
+        "abandoned-forgotten",
+        "nobody sees that the thread of an operation has died",
+        EngineBug::AbandonedForgotten,
+        "abandoned",
+    ),
+    engine(
+        "markers-forgotten",
+        "a conversion to shared leaves the markers of touches that were denied",
+        EngineBug::MarkersForgotten,
+        "conversion",
+    ),
+    engine(
+        "pins-forgotten",
+        "a conversion does not look for pins",
+        EngineBug::PinsForgotten,
+        "pins",
+    ),
+    engine(
+        "owed-shown",
+        "a touch of a page whose contents are to come is answered",
+        EngineBug::OwedShown,
+        "population",
+    ),
+    driver(
+        "publish-before-bytes",
+        "a page is shown before its bytes are written",
+        Slip::PublishBeforeBytes,
+        "population",
+    ),
+    driver(
+        "answer-after-given-back",
+        "a fault is answered after the drain has seen its answer given back",
+        Slip::AnswerAfterGivenBack,
+        "conversion",
+    ),
+    driver(
+        "copy-unclaimed",
+        "the page map is looked at, and bytes are copied later",
+        Slip::CopyUnclaimed,
+        "pins",
+    ),
+    driver(
+        "slot-not-zapped",
+        "a slot that is deleted stays in stage 2",
+        Slip::SlotNotZapped,
+        "slots",
+    ),
+    machine("no-flush", "a TLB is not flushed", Plant::SkipFlush, "conversion"),
+    machine(
+        "gup-looks-once",
+        "GUP-fast does not look at the page table again",
+        Plant::StaleGup,
+        "conversion",
+    ),
+    machine(
+        "sequence-not-rechecked",
+        "a guest's page is mapped though it was invalidated since it was found",
+        Plant::StaleSequence,
+        "slots",
+    ),
+    machine("lost-mapcount", "mapping a page does not count", Plant::LostMapcount, "conversion"),
+    machine("lost-pin", "pinning a page does not count", Plant::LostPin, "conversion"),
+    PlantedBug {
+        name: MAPCOUNT_WITHOUT_LOCK.name,
+        about: MAPCOUNT_WITHOUT_LOCK.about,
+        place: Place::Model(MAPCOUNT_WITHOUT_LOCK, "INV-1"),
+    },
+];

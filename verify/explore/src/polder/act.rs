@@ -1,0 +1,229 @@
+//! The machine of a state, and what is done to it.
+//!
+//! Few machines stand below many states: of three million states of the configuration
+//! "conversion" there are some two thousand. So each is kept once ([`Machines`]), with what was
+//! worked out about it, and with what became of it by each [`Act`] that was tried. A state has a
+//! pointer to its machine, and an act that was tried before is looked up.
+//!
+//! Two machines count as one if they hash alike; that they behave alike then is a promise of
+//! [`Machine`]'s. What that hash leaves out is `mmu_invalidate_seq`: a state notes by itself whether
+//! what a fault has resolved is current, and [`After::invalidates`] says when it no longer is.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use polder_machine::{
+    Error, Exit, GupFast, GupStep, HostExit, Hva, Machine, PinId, PinKind, Resolved, Side, Thread,
+    VcpuId, Vpn, VpnRange,
+};
+use polder_units::{Gfn, Level, PAGE_SIZE, PageRange};
+
+use super::kept::{KeptMachine, MOST_CPUS, Parts};
+
+/// What is done to the machine in one hold of its lock.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Act {
+    /// A thread reads a word by the host view.
+    HostRead(Thread, Vpn),
+    /// A thread writes a token there.
+    HostWrite(Thread, Vpn, u8),
+    /// A guest reads a word.
+    GuestRead(VcpuId, Gfn),
+    /// A guest writes a token.
+    GuestWrite(VcpuId, Gfn, u8),
+    /// Those of the pages that have no memory get some.
+    Allocate(PageRange),
+    /// The trusted view writes bytes of a token, so many, at an offset of each page.
+    Fill { pages: PageRange, offset: u8, len: u8, token: u8 },
+    /// The pages are mapped in the host view.
+    MapHost(PageRange),
+    /// Markers are put there.
+    Poison(PageRange),
+    /// The pages are taken out of the host view, and not flushed.
+    UnmapHost(PageRange),
+    /// They are flushed there.
+    FlushHost(PageRange),
+    /// They are taken out of stage 2, and flushed.
+    ZapGuest(PageRange),
+    /// Their memory is freed.
+    Punch(PageRange),
+    /// What was resolved is mapped in stage 2; whether it is current.
+    MapGuest(Resolved, Level, bool),
+    /// GUP-fast goes on.
+    Gup(GupFast),
+    /// The kernel pins a page of the host view, the slow way.
+    Pin(Vpn),
+    /// It releases a pin.
+    Unpin(PinId),
+    /// The slot at a guest frame is made.
+    Bind(Gfn, PageRange),
+    /// The slot there is deleted; whether it is taken out of stage 2.
+    Unbind(Gfn, bool),
+}
+
+/// What it came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Done {
+    Well,
+    /// The word that was read.
+    Read(u64),
+    /// The level that was mapped.
+    Mapped(Level),
+    Pinned(PinId),
+    Gup(GupStep),
+    Refused(Error),
+    HostExit(HostExit),
+    GuestExit(Exit),
+}
+
+impl Done {
+    pub(super) fn is_well(self) -> bool {
+        self == Self::Well
+    }
+
+    /// For what can only go well.
+    pub(super) fn well(self) {
+        assert!(self.is_well(), "it can't fail: {self:?}");
+    }
+
+    fn of<T, E>(done: Result<T, E>, well: impl Fn(T) -> Self, ill: impl Fn(E) -> Self) -> Self {
+        done.map_or_else(ill, well)
+    }
+}
+
+impl Act {
+    /// Does it.
+    fn perform(self, machine: &mut Machine, parts: &Parts) -> Done {
+        let (object, process, vm) = (parts.object, parts.process, parts.vm);
+        let plain = |done: Result<(), Error>| Done::of(done, |()| Done::Well, Done::Refused);
+        let hva = |vpn: Vpn| Hva::new(vpn.get() * PAGE_SIZE);
+        match self {
+            Self::HostRead(thread, vpn) => {
+                let mut word = [0; 8];
+                let read = machine.host_read(thread, hva(vpn), &mut word);
+                Done::of(read, |()| Done::Read(u64::from_le_bytes(word)), Done::HostExit)
+            }
+            Self::HostWrite(thread, vpn, token) => {
+                let written = machine.host_write(thread, hva(vpn), &[token; 8]);
+                Done::of(written, |()| Done::Well, Done::HostExit)
+            }
+            Self::GuestRead(vcpu, gfn) => {
+                let mut vcpu = machine.vcpu(vcpu).expect("it was added");
+                Done::of(vcpu.read_u64(gfn.gpa(), Side::Shared), Done::Read, Done::GuestExit)
+            }
+            Self::GuestWrite(vcpu, gfn, token) => {
+                let mut vcpu = machine.vcpu(vcpu).expect("it was added");
+                let word = u64::from_le_bytes([token; 8]);
+                let written = vcpu.write_u64(gfn.gpa(), Side::Shared, word);
+                Done::of(written, |()| Done::Well, Done::GuestExit)
+            }
+            Self::Allocate(pages) => {
+                plain(pages.frames().try_for_each(|page| match machine.backing(object, page)? {
+                    Some(_) => Ok(()),
+                    None => machine.allocate(object, page, Level::Size4K).map(|_| ()),
+                }))
+            }
+            Self::Fill { pages, offset, len, token } => {
+                let bytes = &[token; 8][..usize::from(len)];
+                plain(pages.frames().try_for_each(|page| {
+                    let at = page.get() * PAGE_SIZE + u64::from(offset);
+                    machine.object_write(object, at, bytes)
+                }))
+            }
+            Self::MapHost(pages) => {
+                plain(machine.host_map_range(process, parts.vpns(pages)).map(|_| ()))
+            }
+            Self::Poison(pages) => plain(machine.host_poison(process, parts.vpns(pages))),
+            Self::UnmapHost(pages) => plain(
+                machine
+                    .host_unmap(process, parts.vpns(pages))
+                    .and_then(|_| machine.zap_object(object, pages))
+                    .map(|_| ()),
+            ),
+            Self::FlushHost(pages) => plain(machine.flush_object(object, pages)),
+            Self::ZapGuest(pages) => {
+                let gfns: Vec<_> = machine.gfns_of(object, pages).collect();
+                let mut zap = |(vm, gfns)| machine.tdp_zap(vm, gfns).map(|_| ());
+                plain(gfns.into_iter().try_for_each(&mut zap))
+            }
+            Self::Punch(pages) => plain(machine.punch(object, pages, None).map(|_| ())),
+            Self::MapGuest(resolved, level, current) => {
+                let resolved = if current { resolved.renewed(machine) } else { resolved };
+                Done::of(machine.tdp_map(&resolved, level, true), Done::Mapped, Done::Refused)
+            }
+            Self::Gup(gup) => Done::of(gup.step(machine), Done::Gup, Done::Refused),
+            Self::Pin(vpn) => {
+                let page = VpnRange::one(vpn);
+                let pinned = machine.pin_user_pages(process, page, true, PinKind::LongTerm);
+                Done::of(pinned, Done::Pinned, Done::HostExit)
+            }
+            Self::Unpin(pin) => plain(machine.unpin(pin)),
+            Self::Bind(gfn, pages) => plain(machine.bind(vm, gfn, object, pages)),
+            Self::Unbind(gfn, zaps) => plain(machine.unbind(vm, gfn).and_then(|gfns| {
+                if zaps { machine.tdp_zap(vm, gfns).map(|_| ()) } else { Ok(()) }
+            })),
+        }
+    }
+}
+
+/// A machine after an act.
+#[derive(Clone)]
+pub(super) struct After {
+    pub(super) machine: Rc<KeptMachine>,
+    pub(super) done: Done,
+    /// Whether what was resolved before is stale now.
+    pub(super) invalidates: bool,
+}
+
+/// The most machines that are kept; what comes later is made anew each time.
+const MOST_MACHINES: usize = 1 << 15;
+
+/// By what machines are told apart.
+type Hashes = (u64, [u64; MOST_CPUS], [u64; MOST_CPUS]);
+
+/// Every machine of a search, each once, and what was tried on it.
+pub(super) struct Machines {
+    parts: Parts,
+    known: BTreeMap<Hashes, Rc<KeptMachine>>,
+    /// By a machine's number.
+    tried: Vec<Vec<(Act, After)>>,
+}
+
+impl Machines {
+    pub(super) fn new(parts: Parts) -> Self {
+        Self { parts, known: BTreeMap::new(), tried: Vec::new() }
+    }
+
+    /// The machine that is kept for one like this.
+    pub(super) fn keep(&mut self, machine: Machine) -> Rc<KeptMachine> {
+        let mut kept = KeptMachine::new(machine, &self.parts);
+        let hashes = (kept.hash, kept.thread_hashes, kept.vcpu_hashes);
+        if let Some(known) = self.known.get(&hashes) {
+            return Rc::clone(known);
+        }
+        if self.tried.len() == MOST_MACHINES {
+            return Rc::new(kept);
+        }
+        kept.number = Some(self.tried.len());
+        let kept = Rc::new(kept);
+        self.tried.push(Vec::new());
+        self.known.insert(hashes, Rc::clone(&kept));
+        kept
+    }
+
+    /// What becomes of a machine by an act.
+    pub(super) fn after(&mut self, machine: &KeptMachine, act: Act) -> After {
+        let tried = machine.number.and_then(|number| self.tried.get(number));
+        if let Some((_, after)) = tried.into_iter().flatten().find(|(other, _)| *other == act) {
+            return after.clone();
+        }
+        let mut next = machine.machine.clone();
+        let done = act.perform(&mut next, &self.parts);
+        let invalidates = next.has_invalidated_since(&machine.machine, self.parts.vm);
+        let after = After { machine: self.keep(next), done, invalidates };
+        if let Some(number) = machine.number {
+            self.tried[number].push((act, after.clone()));
+        }
+        after
+    }
+}

@@ -1,0 +1,215 @@
+//! The invariants, looked at after every step.
+//!
+//! What is right is worked out from the requests that were granted ([`super::Promised`]), never
+//! from the engine's own notes.
+
+use polder_explored_engine::{OpId, Refusal, Step};
+use polder_units::PageRange;
+
+use super::guest::token;
+use super::host::References;
+use super::kept::{Pages, Reach, set};
+use super::operation::pages_of;
+use super::{Stage, World};
+use crate::system::Violation;
+
+fn broken(invariant: &'static str, what: impl Into<String>) -> Result<(), Violation> {
+    Err(Violation::new(invariant, what))
+}
+
+/// The first of some pages, as text.
+fn first(pages: Pages) -> String {
+    format!("page {}", pages.trailing_zeros())
+}
+
+impl World {
+    /// Every invariant that can be told from a state.
+    pub(super) fn check_state(&self) -> Result<(), Violation> {
+        let (engine, reach, promised) = (&*self.engine, self.reach(), &self.promised);
+        let private = promised.private;
+        let out = promised.quarantine;
+        if engine.private != private {
+            let page = first(engine.private ^ private);
+            return broken("INV-4", format!("{page} changed sides, and no conversion has ended"));
+        }
+        if engine.owed != promised.owed {
+            let page = first(engine.owed ^ promised.owed);
+            return broken("INV-3", format!("{page} is owed, or not, and nobody said so"));
+        }
+        let host = reach.host & private;
+        if host != 0 {
+            return broken("INV-1", format!("{} is private, and the host reaches it", first(host)));
+        }
+        let pinned = reach.pinned & private;
+        if pinned != 0 {
+            return broken("INV-1", format!("{} is private, and pinned", first(pinned)));
+        }
+        let copied = self.copied_pages() & private;
+        if copied != 0 {
+            return broken("INV-1", format!("{} is private, and being copied", first(copied)));
+        }
+        let early = (reach.host | reach.guest) & promised.owed;
+        if early != 0 {
+            return broken("INV-3", format!("{} is mapped before it is whole", first(early)));
+        }
+        let denied = reach.poisoned & !private & !out & !engine.failed;
+        if denied != 0 {
+            return broken("INV-4", format!("{} is shared, and denied", first(denied)));
+        }
+        let held = (0..self.setup.pages)
+            .find(|&page| promised.pins[usize::from(page)] > 0 && private & 1 << page != 0);
+        if let Some(page) = held {
+            return broken("INV-7", format!("page {page} is private, and the library pins it"));
+        }
+        if engine.idle {
+            self.check_at_rest(private, out)?;
+        }
+        Ok(())
+    }
+
+    fn reach(&self) -> Reach {
+        self.machine.reach(&self.parts, &self.setup)
+    }
+
+    /// What has to be so while nothing is in flight.
+    fn check_at_rest(&self, private: Pages, out: Pages) -> Result<(), Violation> {
+        let reachable = (self.reach().host | self.reach().guest) & out;
+        if reachable != 0 {
+            let page = first(reachable);
+            return broken("INV-1", format!("{page} is in quarantine, and reachable"));
+        }
+        let apart = (self.promised.hardware ^ private) & !out;
+        if apart != 0 {
+            let page = first(apart);
+            return broken("INV-9", format!("hardware takes {page} for what it is not"));
+        }
+        match self.machine.audit() {
+            Ok(()) => Ok(()),
+            Err(wrong) => broken("INV-2", format!("nothing is in flight, and {wrong}")),
+        }
+    }
+
+    /// Pages whose bytes somebody is copying by the library.
+    fn copied_pages(&self) -> Pages {
+        let actors = 0..self.setup.actors.len();
+        let copies = |&actor: &usize| matches!(self.actors[actor].stage, Stage::Copy(Some(_)));
+        let pages = actors.filter(copies).filter_map(|actor| self.task(actor));
+        pages.fold(0, |all, task| all | set(pages_of(task)))
+    }
+
+    /// An access that was let through.
+    pub(super) fn check_access(&self, who: &str, page: u8, host: bool) -> Result<(), Violation> {
+        let bit = 1 << page;
+        if host && self.promised.private & bit != 0 {
+            return broken("INV-1", format!("page {page} is private, and {who} has reached it"));
+        }
+        if self.promised.owed & bit != 0 {
+            return broken("INV-3", format!("page {page} is not whole, and {who} has reached it"));
+        }
+        Ok(())
+    }
+
+    /// Bytes that were read.
+    pub(super) fn check_read(
+        &self,
+        who: &str,
+        page: u8,
+        word: u64,
+        host: bool,
+    ) -> Result<(), Violation> {
+        self.check_access(who, page, host)?;
+        let should = self.promised.values[usize::from(page)];
+        if word == u64::from_le_bytes([should; 8]) {
+            return Ok(());
+        }
+        let bytes = word.to_le_bytes();
+        let whole = bytes.iter().all(|&byte| byte == bytes[0]);
+        let invariant = match should {
+            _ if !whole => "INV-3",
+            0 => "INV-10",
+            _ => "INV-2",
+        };
+        broken(invariant, format!("{who} reads {} from page {page}, not {should}", token(word)))
+    }
+
+    /// A touch of the host view that was denied.
+    pub(super) fn check_denied(&self, page: u8) -> Result<(), Violation> {
+        let may = self.promised.private | self.promised.quarantine | self.engine.failed;
+        if may & 1 << page != 0 {
+            return Ok(());
+        }
+        broken("INV-4", format!("page {page} is shared, and the host was denied it"))
+    }
+
+    /// A request that was refused.
+    pub(super) fn check_refusal(&self, actor: usize, refusal: &Refusal) -> Result<(), Violation> {
+        let Some(task) = self.task(actor) else { return Ok(()) };
+        let (pages, promised) = (set(pages_of(task)), &self.promised);
+        let right = match refusal {
+            Refusal::Whole { .. } if pages & !promised.owed == 0 => {
+                return broken("INV-3", "told that pages are whole which are not");
+            }
+            Refusal::Whole { .. } => true,
+            Refusal::Pinned { .. } => {
+                (0..8).any(|page| promised.pins[page] > 0 && pages & 1 << page != 0)
+            }
+            Refusal::Private { .. } => pages & promised.private != 0,
+            Refusal::Owed { .. } => pages & promised.owed != 0,
+            Refusal::Quarantined { .. } => pages & promised.quarantine != 0,
+            _ => false,
+        };
+        if right { Ok(()) } else { broken("INV-8", format!("refused without reason: {refusal}")) }
+    }
+
+    /// A conversion that was refused because of a reference: it must be somebody's.
+    pub(super) fn check_referenced(&self, range: PageRange) -> Result<(), Violation> {
+        match self.references(range) {
+            References::Transient => {
+                broken("INV-4", "a conversion failed because of a reference that nobody keeps")
+            }
+            References::None | References::Held => Ok(()),
+        }
+    }
+
+    pub(super) fn check_discarded(&self, pages: Pages) -> Result<(), Violation> {
+        let pinned = |&page: &usize| self.promised.pins[page] > 0 && pages & 1 << page != 0;
+        match (0..8).find(pinned) {
+            Some(page) => broken("INV-7", format!("page {page} is discarded, and pinned")),
+            None => Ok(()),
+        }
+    }
+
+    /// Notes that hardware is, or may be, told something by an operation.
+    pub(super) fn note(&mut self, op: OpId, step: Step) {
+        if let Step::Protect(range, _) = step
+            && let Some(place) = self.journal.iter_mut().find(|place| place.is_none())
+        {
+            *place = Some((op, set(range)));
+        }
+    }
+
+    /// Forgets what an operation did, once it is over.
+    pub(super) fn forget(&mut self, op: OpId) {
+        let mut kept = [None; 6];
+        let rest = self.journal.iter().flatten().filter(|(other, _)| *other != op);
+        kept.iter_mut().zip(rest).for_each(|(place, it)| *place = Some(*it));
+        self.journal = kept;
+    }
+
+    /// Undoing goes last to first.
+    pub(super) fn check_undo(&mut self, op: OpId, step: Step) -> Result<(), Violation> {
+        let Step::Protect(range, _) = step else { return Ok(()) };
+        let last = self.journal.iter().rposition(|it| it.is_some_and(|(other, _)| other == op));
+        match last {
+            Some(at) if self.journal[at].is_some_and(|(_, pages)| pages == set(range)) => {
+                self.journal[at] = None;
+                let kept = self.journal;
+                self.journal = [None; 6];
+                let places = self.journal.iter_mut();
+                places.zip(kept.into_iter().flatten()).for_each(|(place, it)| *place = Some(it));
+                Ok(())
+            }
+            _ => broken("INV-4", format!("to {step} undoes what was not done last")),
+        }
+    }
+}

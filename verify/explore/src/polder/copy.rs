@@ -1,0 +1,106 @@
+//! Copies and pins by the library's callers.
+
+use polder_explored_engine::{Holder, InFlight, PinId, PinKind, Refusal};
+use polder_units::PAGE_SIZE;
+
+use super::act::Act;
+use super::guest::token;
+use super::kept::one;
+use super::{Came, Slip, Stage, Task, World};
+use crate::system::Violation;
+
+impl World {
+    pub(super) fn claim_copy(&mut self, actor: usize, page: u8) -> Result<(), Violation> {
+        if self.setup.slips(Slip::CopyUnclaimed) {
+            let private = self.engine.private & 1 << page != 0;
+            self.say(|| format!("looks at page {page}, and claims nothing"));
+            if private {
+                self.done(actor)
+            } else {
+                self.go(actor, Stage::Copy(None))
+            }
+            return Ok(());
+        }
+        let copy = self.engine(|engine| {
+            let copying = engine.copy(&[one(page)])?;
+            Ok(copying.park().next())
+        });
+        match copy {
+            Ok(in_flight) => {
+                self.say(|| format!("claims page {page} for a copy"));
+                self.go(actor, Stage::Copy(in_flight));
+                Ok(())
+            }
+            Err(blocked) => self.blocked(actor, blocked),
+        }
+    }
+
+    pub(super) fn copy(
+        &mut self,
+        actor: usize,
+        in_flight: Option<InFlight>,
+    ) -> Result<(), Violation> {
+        match self.task(actor) {
+            Some(Task::CopyIn(page, value)) => {
+                let pages = one(page);
+                self.allocate(pages);
+                self.act(Act::Fill { pages, offset: 0, len: 8, token: value }).well();
+                self.say(|| format!("copies {value} to page {page}"));
+                self.check_access("the API", page, true)?;
+                self.promised.values[usize::from(page)] = value;
+            }
+            Some(Task::CopyOut(page)) => {
+                let mut word = [0; 8];
+                let offset = u64::from(page) * PAGE_SIZE;
+                let object = self.parts.object;
+                let read = self.machine.machine.object_read(object, offset, &mut word);
+                read.expect("a page of the object");
+                let word = u64::from_le_bytes(word);
+                self.say(|| format!("copies from page {page}: {}", token(word)));
+                self.came(actor, Came::Read(word));
+                self.check_read("the API", page, word, true)?;
+            }
+            task => unreachable!("no copy: {task:?}"),
+        }
+        self.go(actor, Stage::Copied(in_flight));
+        Ok(())
+    }
+
+    pub(super) fn copied(
+        &mut self,
+        actor: usize,
+        in_flight: Option<InFlight>,
+    ) -> Result<(), Violation> {
+        if let Some(in_flight) = in_flight {
+            let copying = polder_explored_engine::Copying::resume(in_flight);
+            self.engine(|engine| engine.copied(copying));
+        }
+        self.say(|| "gives the copy back".into());
+        self.done(actor);
+        Ok(())
+    }
+
+    pub(super) fn pin(&mut self, actor: usize, page: u8) -> Result<(), Violation> {
+        let holder = Holder::new("a device");
+        let pinned = self.engine(|engine| engine.pin(one(page), PinKind::LongTerm, holder));
+        match pinned {
+            Ok(pin) => {
+                self.promised.pins[usize::from(page)] += 1;
+                self.say(|| format!("pins page {page}"));
+                self.go(actor, Stage::Held(pin));
+                Ok(())
+            }
+            Err(blocked) => self.blocked(actor, blocked),
+        }
+    }
+
+    pub(super) fn unpin(&mut self, actor: usize, pin: PinId) -> Result<(), Violation> {
+        let Some(Task::Pin(page)) = self.task(actor) else { return Ok(()) };
+        let unpinned: Result<(), Refusal> = self.engine(|engine| engine.unpin(pin));
+        unpinned.expect("it holds the pin");
+        self.promised.pins[usize::from(page)] -= 1;
+        self.say(|| format!("unpins page {page}"));
+        self.done(actor);
+        Ok(())
+    }
+}

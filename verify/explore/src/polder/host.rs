@@ -1,0 +1,170 @@
+//! Touches of the host view, and the kernel's pins of it.
+
+use polder_machine::{GupFast, GupStep, HostExit, PinKind, Sigbus};
+use polder_units::PageRange;
+
+use super::act::{Act, Done};
+use super::guest::token;
+use super::{Came, Role, Stage, Task, World};
+use crate::system::Violation;
+
+impl World {
+    pub(super) fn touch(&mut self, actor: usize, task: Task, page: u8) -> Result<(), Violation> {
+        let role = self.role(actor);
+        let Role::Thread(index) = role else { unreachable!("no thread: {role:?}") };
+        if self.faults(role, page) {
+            self.touched |= 1 << page;
+            self.say(|| format!("touches page {page}, and is stopped"));
+            self.go(actor, Stage::Waits);
+            return Ok(());
+        }
+        let (thread, vpn) = (self.parts.thread(index), self.parts.vpn(page));
+        let outcome = self.act(match task {
+            Task::HostWrite(_, value) => Act::HostWrite(thread, vpn, value),
+            _ => Act::HostRead(thread, vpn),
+        });
+        match (outcome, task) {
+            (Done::Well, Task::HostWrite(_, value)) => {
+                self.say(|| format!("writes {value} to page {page}"));
+                self.check_access("the host", page, true)?;
+                self.promised.values[usize::from(page)] = value;
+            }
+            (Done::Read(word), _) => {
+                self.say(|| format!("reads page {page}: {}", token(word)));
+                self.came(actor, Came::Read(word));
+                self.check_read("the host", page, word, true)?;
+            }
+            (Done::HostExit(HostExit::Sigbus { why: Sigbus::Poisoned, .. }), _) => {
+                self.say(|| format!("touches page {page}, and has a SIGBUS"));
+                self.came(actor, Came::Is("denied"));
+                self.check_denied(page)?;
+            }
+            (outcome, _) => unreachable!("a touch of a mapped page: {outcome:?}"),
+        }
+        self.done(actor);
+        Ok(())
+    }
+
+    /// Gives memory to the pages of a range that have none.
+    pub(super) fn allocate(&mut self, range: PageRange) {
+        if self.has_hole(range) {
+            self.act(Act::Allocate(range)).well();
+        }
+    }
+
+    /// Whether a page of a range has no memory.
+    pub(super) fn has_hole(&self, range: PageRange) -> bool {
+        let backing = |page| self.machine.machine.backing(self.parts.object, page);
+        range.frames().any(|page| matches!(backing(page), Ok(None)))
+    }
+
+    pub(super) fn begin_gup(&mut self, actor: usize, page: u8) -> Result<(), Violation> {
+        let gup = GupFast::new(self.parts.process, self.parts.vpn(page), true, PinKind::LongTerm);
+        self.gup(actor, gup)
+    }
+
+    pub(super) fn gup(&mut self, actor: usize, gup: GupFast) -> Result<(), Violation> {
+        let Some(Task::Gup(page)) = self.task(actor) else { return Ok(()) };
+        if matches!(self.actors[actor].stage, Stage::Idle) && self.is_unmapped(page) {
+            self.say(|| "finds nothing".into());
+            self.came(actor, Came::Is("not-pinned"));
+            self.go(actor, Stage::GupSlow);
+            return Ok(());
+        }
+        let first = matches!(self.actors[actor].stage, Stage::Idle);
+        let stepped = if first {
+            Done::Gup(gup.read(&self.machine.machine))
+        } else {
+            self.act(Act::Gup(gup))
+        };
+        let Done::Gup(stepped) = stepped else { unreachable!("nobody else releases its pin") };
+        match stepped {
+            GupStep::Again(gup) => {
+                if !first {
+                    self.say(|| format!("GUP-fast takes a reference of page {page}"));
+                }
+                self.go(actor, Stage::Gup(gup));
+            }
+            GupStep::Pinned(pin) => {
+                self.say(|| format!("GUP-fast looks again: page {page} is pinned"));
+                self.go(actor, Stage::GupHeld(pin));
+            }
+            GupStep::Fallback => {
+                self.say(|| "GUP-fast gives up".into());
+                self.came(actor, Came::Is("not-pinned"));
+                self.go(actor, Stage::GupSlow);
+            }
+        }
+        Ok(())
+    }
+
+    fn is_unmapped(&self, page: u8) -> bool {
+        let pte = self.machine.machine.host_pte(self.parts.process, self.parts.vpn(page));
+        !matches!(pte, Ok(polder_machine::HostPte::Mapped { .. }))
+    }
+
+    pub(super) fn gup_slow(&mut self, actor: usize) -> Result<(), Violation> {
+        let Some(Task::Gup(page)) = self.task(actor) else { return Ok(()) };
+        if self.faults(self.role(actor), page) {
+            self.touched |= 1 << page;
+            self.say(|| format!("the slow path touches page {page}, and is stopped"));
+            self.go(actor, Stage::GupWaits);
+            return Ok(());
+        }
+        match self.act(Act::Pin(self.parts.vpn(page))) {
+            Done::Pinned(pin) => {
+                self.say(|| format!("the slow path pins page {page}"));
+                self.go(actor, Stage::GupHeld(pin));
+            }
+            Done::HostExit(HostExit::Sigbus { .. }) => {
+                self.say(|| format!("the slow path is refused page {page}"));
+                self.came(actor, Came::Is("denied"));
+                self.check_denied(page)?;
+                self.done(actor);
+            }
+            other => unreachable!("a pin of a mapped page: {other:?}"),
+        }
+        Ok(())
+    }
+
+    pub(super) fn gup_release(
+        &mut self,
+        actor: usize,
+        pin: polder_machine::PinId,
+    ) -> Result<(), Violation> {
+        self.act(Act::Unpin(pin)).well();
+        self.say(|| "releases the pin".into());
+        self.done(actor);
+        Ok(())
+    }
+
+    /// What the kernel's references to pages are.
+    pub(super) fn references(&self, range: PageRange) -> References {
+        let machine = &self.machine.machine;
+        let Ok(folios) = machine.folios(self.parts.object, range) else { return References::None };
+        let mut found = References::None;
+        for (_, backing) in folios {
+            let Ok(counts) = machine.counts(backing.pfn) else { continue };
+            if counts.foreign() == 0 {
+                continue;
+            }
+            let pages = self.setup.geometry.pages(backing.level);
+            let frames = polder_units::PfnRange::new(backing.pfn, pages).expect("a folio's frames");
+            if machine.holders_of(frames).all(|holder| holder.speculative) {
+                found = References::Transient;
+            } else {
+                return References::Held;
+            }
+        }
+        found
+    }
+}
+
+/// What references beyond page cache and page tables there are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum References {
+    None,
+    /// GUP-fast's, before its second look.
+    Transient,
+    Held,
+}

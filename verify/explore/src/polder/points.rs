@@ -1,0 +1,212 @@
+//! In the middle of what an actor is, for the count of overlaps.
+
+use polder_explored_engine::{Contents, Step, Visibility};
+
+use super::operation::no_rmp;
+use super::{Role, Stage, State, Task, World};
+use crate::system::Point;
+
+pub(super) const WORKS: &[&str] = &[
+    "guest access",
+    "host touch",
+    "fault thread",
+    "conversion to private",
+    "conversion to shared",
+    "population",
+    "discard",
+    "copy",
+    "pin",
+    "gup",
+    "slot deletion",
+];
+
+const FAULTS: u8 = 2;
+
+const fn work_of(task: Task) -> u8 {
+    match task {
+        Task::GuestRead(_) | Task::GuestWrite(..) => 0,
+        Task::HostRead(_) | Task::HostWrite(..) => 1,
+        Task::Convert { to: Visibility::Private, .. } => 3,
+        Task::Convert { to: Visibility::Shared, .. } => 4,
+        Task::Populate { .. } => 5,
+        Task::Discard { .. } => 6,
+        Task::CopyOut(_) | Task::CopyIn(..) => 7,
+        Task::Pin(_) => 8,
+        Task::Gup(_) => 9,
+        Task::Rebind => 10,
+    }
+}
+
+pub(super) const STAGES: &[&str] = &[
+    "",
+    "ask",
+    "allocate",
+    "resolve",
+    "map",
+    "give back",
+    "wait",
+    "carry out",
+    "drain",
+    "write",
+    "unmap host",
+    "unmap guest",
+    "check references",
+    "protect",
+    "free",
+    "publish",
+    "quarantine",
+    "taken",
+    "undo",
+    "show",
+    "copy",
+    "hold",
+    "fast",
+    "slow",
+    "unbind",
+    "unbound",
+    "bind",
+];
+
+/// The number of a stage, which is one of [`STAGES`].
+fn stage(name: &str) -> u8 {
+    let at = STAGES.iter().position(|&other| other == name).expect("one of the list");
+    u8::try_from(at).unwrap_or(u8::MAX)
+}
+
+fn stage_of(step: Step) -> u8 {
+    match step {
+        Step::UnmapHost(_) => 10,
+        Step::UnmapGuest(_) => 11,
+        Step::CheckReferences(_) => 12,
+        Step::Protect(..) => 13,
+        Step::Free(_) => 14,
+        Step::Publish(_) => 15,
+        Step::Quarantine(_) => 16,
+        Step::Assign(_) | Step::Unassign(_) | Step::Smash(_) | Step::Merge(_) | Step::Thaw(_) => {
+            no_rmp(step)
+        }
+    }
+}
+
+impl World {
+    pub(super) fn point_of(&self, actor: usize) -> Point {
+        let State { at, stage } = self.actors[actor];
+        let who = &self.setup.actors[actor];
+        let work = match who.tasks.get(usize::from(at)) {
+            Some(&task) => work_of(task),
+            None => FAULTS,
+        };
+        let stage = match stage {
+            Stage::Idle | Stage::Dead => 0,
+            Stage::GuestAsk => 1,
+            Stage::GuestAllocate(..) => 2,
+            Stage::GuestResolve(..) => 3,
+            Stage::GuestMap(..) => 4,
+            Stage::GuestGive(..) | Stage::GiveBack(..) => 5,
+            Stage::Waits | Stage::GupWaits => 6,
+            Stage::CarryOut(..) | Stage::CarryOutLate(_) => 7,
+            Stage::Drain(_) => 8,
+            Stage::Write(..) | Stage::WriteLate(_) => 9,
+            Stage::Take(_, _, step, _) => stage_of(step),
+            Stage::Taken(..) => 17,
+            Stage::TakeBack(..) | Stage::TakenBack(..) => 18,
+            Stage::Show(_) => 19,
+            Stage::Copy(_) => 20,
+            Stage::Copied(_) | Stage::Held(_) | Stage::GupHeld(_) => 21,
+            Stage::Gup(_) => 22,
+            Stage::GupSlow => 23,
+            Stage::Unbinding => 24,
+            Stage::Unbound => 25,
+            Stage::Binding => 26,
+        };
+        Point { work, stage }
+    }
+
+    /// Every point at which an actor can be met: what its tasks and its setup make possible.
+    pub(super) fn all_points(&self, actor: usize) -> Vec<Point> {
+        let setup = &self.setup;
+        let (fails, dies) = (setup.failures > 0, setup.deaths > 0);
+        let pins = setup.actors.iter().any(|other| other.role == Role::Pinner);
+        let mut points = Vec::new();
+        let mut add = |work: u8, stages: &[&str]| {
+            points.extend(stages.iter().map(|name| Point { work, stage: stage(name) }));
+        };
+        if self.role(actor) == Role::Faults {
+            add(FAULTS, &["carry out", "give back"]);
+            if dies {
+                add(FAULTS, &["undo"]);
+            }
+        }
+        for &task in &setup.actors[actor].tasks {
+            let work = work_of(task);
+            // Who dies leaves his operation to whoever meets it, also before he begins his own.
+            let mut undone = dies;
+            match task {
+                Task::GuestRead(_) | Task::GuestWrite(..) => {
+                    add(work, &["ask", "allocate", "resolve", "map", "give back"]);
+                }
+                Task::HostRead(_) | Task::HostWrite(..) => {
+                    add(work, &["wait"]);
+                    undone = false;
+                }
+                Task::Convert { to, contents, .. } => {
+                    undone |= fails || pins && to == Visibility::Private;
+                    add(
+                        work,
+                        match to {
+                            Visibility::Private => &["unmap host", "check references"],
+                            Visibility::Shared => &["unmap guest", "unmap host"],
+                        },
+                    );
+                    add(work, &["drain", "protect", "taken"]);
+                    if contents == Contents::Zero {
+                        add(work, &["free"]);
+                    }
+                }
+                Task::Populate { .. } => {
+                    undone |= fails;
+                    add(work, &["drain", "write", "publish", "taken", "show"]);
+                }
+                Task::Discard { .. } => {
+                    undone |= fails;
+                    add(work, &["drain", "unmap host", "unmap guest", "free", "taken"]);
+                }
+                Task::CopyOut(_) | Task::CopyIn(..) => add(work, &["copy", "hold"]),
+                Task::Pin(_) => add(work, &["hold"]),
+                Task::Gup(_) => {
+                    add(work, &["fast", "slow", "wait", "hold"]);
+                    undone = false;
+                }
+                Task::Rebind => {
+                    add(work, &["unbind", "unbound", "bind"]);
+                    undone = false;
+                }
+            }
+            if undone {
+                add(work, &["undo"]);
+            }
+        }
+        points.sort_unstable();
+        points.dedup();
+        points
+    }
+
+    /// What an actor's work is called.
+    pub(super) fn work(&self, actor: usize) -> &'static str {
+        WORKS[usize::from(self.point_of(actor).work)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_steps_number_is_that_of_its_name() {
+        for name in ["unmap host", "quarantine", "bind"] {
+            assert_eq!(STAGES[usize::from(stage(name))], name);
+        }
+        assert_eq!(stage("unmap host"), 10);
+        assert_eq!((stage("undo"), stage("bind")), (18, 26));
+    }
+}

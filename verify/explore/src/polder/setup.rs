@@ -1,0 +1,163 @@
+//! What is searched: memory, a host, and who does what with it.
+
+use polder_explored_engine::{Bug as EngineBug, Contents, Visibility};
+use polder_machine::Plant;
+use polder_units::Geometry;
+
+/// A configuration of the product: its engine over a small machine.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// Its name.
+    pub name: &'static str,
+    /// What it is for, in a line.
+    pub about: &'static str,
+    /// Whether all of its states can be looked at in some minutes.
+    pub exhaustive: bool,
+    /// The object's pages, at most 8.
+    pub pages: u8,
+    /// Pages a level.
+    pub geometry: Geometry,
+    /// Whether the object begins as one 2M folio, and not with a folio for each page.
+    pub huge: bool,
+    /// What every page is at first.
+    pub initial: Visibility,
+    /// Whether contents are to come.
+    pub owed: bool,
+    /// The slot's first guest frame, first page, and pages.
+    pub first_gfn: u8,
+    /// See above.
+    pub first_page: u8,
+    /// See above.
+    pub slot_pages: u8,
+    /// Who does what.
+    pub actors: Vec<Actor>,
+    /// How many steps of hosts may fail.
+    pub failures: u8,
+    /// How many threads may die at work.
+    pub deaths: u8,
+    /// Whether others go on only where a scenario can hold whoever is amid something.
+    pub held: bool,
+    /// What was planted.
+    pub bug: Option<Bug>,
+}
+
+/// Somebody at work.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Actor {
+    /// His name in traces.
+    pub name: &'static str,
+    /// What he is.
+    pub role: Role,
+    /// What he does, one thing after the other.
+    pub tasks: Vec<Task>,
+}
+
+/// What an actor is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// A vCPU, by number.
+    Vcpu(u16),
+    /// A thread that touches the host view, on the CPU of this number.
+    Thread(u16),
+    /// Polder's fault thread.
+    Faults,
+    /// A thread that calls the library.
+    Caller,
+    /// A device's driver in the kernel, which pins pages of the host view.
+    Pinner,
+}
+
+/// A piece of work. Pages and guest frames are by number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Task {
+    /// A guest reads the frame that shows a page.
+    GuestRead(u8),
+    /// A guest writes a token there.
+    GuestWrite(u8, u8),
+    /// A thread reads a page by the host view.
+    HostRead(u8),
+    /// A thread writes a token there.
+    HostWrite(u8, u8),
+    /// `Memory::convert` of pages.
+    Convert {
+        /// The first page.
+        start: u8,
+        /// The one after the last.
+        end: u8,
+        /// What they become.
+        to: Visibility,
+        /// What becomes of their bytes.
+        contents: Contents,
+    },
+    /// `Memory::populate` of pages with a token.
+    Populate {
+        /// The first page.
+        start: u8,
+        /// The one after the last.
+        end: u8,
+        /// The token.
+        value: u8,
+    },
+    /// `Memory::discard` of pages.
+    Discard {
+        /// The first page.
+        start: u8,
+        /// The one after the last.
+        end: u8,
+    },
+    /// `Memory::read` of a page.
+    CopyOut(u8),
+    /// `Memory::write` of a token to a page.
+    CopyIn(u8, u8),
+    /// `Memory::pin` of a page, for a while.
+    Pin(u8),
+    /// The kernel pins a page of the host view, GUP-fast first, for a while.
+    Gup(u8),
+    /// `Memory::unbind` of the slot, and `Memory::bind` again.
+    Rebind,
+}
+
+/// A mistake in the order in which the driver does things.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Slip {
+    /// References are looked for once; one that GUP-fast is about to drop counts.
+    NoRetry,
+    /// A page is published, and shown, before its bytes are written.
+    PublishBeforeBytes,
+    /// An answer is given back first and carried out then.
+    AnswerAfterGivenBack,
+    /// Bytes are copied without a claim.
+    CopyUnclaimed,
+    /// A slot that is deleted stays in stage 2.
+    SlotNotZapped,
+}
+
+/// A planted bug.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Bug {
+    /// In the engine.
+    Engine(EngineBug),
+    /// In the driver's order.
+    Driver(Slip),
+    /// In the kernel or the hardware.
+    Machine(Plant),
+}
+
+impl Setup {
+    /// The same with a bug planted.
+    #[must_use]
+    pub fn with(&self, bug: Bug) -> Self {
+        Self { bug: Some(bug), ..self.clone() }
+    }
+
+    pub(super) fn slips(&self, slip: Slip) -> bool {
+        self.bug == Some(Bug::Driver(slip))
+    }
+
+    /// Whether a request that is to wait may be answered otherwise, because of what is planted.
+    pub(super) fn asks_while_busy(&self) -> bool {
+        let asks =
+            [EngineBug::ExistsWhileClaimed, EngineBug::DeniedWhileClaimed, EngineBug::OwedShown];
+        asks.into_iter().any(|bug| self.bug == Some(Bug::Engine(bug)))
+    }
+}

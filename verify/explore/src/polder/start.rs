@@ -1,0 +1,79 @@
+//! The beginning of a configuration: its engine, its machine, and who is like whom.
+
+use polder_explored_engine::{Config, Engine, PageFacts, Platform, Population};
+use polder_machine::{Machine, View as Vma, VpnRange};
+use polder_units::{Level, PageCount, PageIndex};
+
+use super::kept::{MOST_CPUS, Parts, range};
+use super::setup::{Actor, Bug, Role, Setup};
+use super::{MOST, SLOT, VM};
+
+/// How many actors from each one on are of a kind and have the same tasks.
+pub(super) fn alike(setup: &Setup) -> [u8; MOST] {
+    let mut alike = [1; MOST];
+    let kind = |actor: &Actor| std::mem::discriminant(&actor.role);
+    for (at, one) in setup.actors.iter().enumerate() {
+        let like = |other: &&Actor| kind(other) == kind(one) && other.tasks == one.tasks;
+        let count = setup.actors[at..].iter().take_while(like).count();
+        alike[at] = u8::try_from(count).unwrap_or(1);
+    }
+    alike
+}
+
+pub(super) fn engine(setup: &Setup) -> Engine {
+    let population = if setup.owed { Population::Owed } else { Population::Whole };
+    let mut engine = Engine::new(Config {
+        pages: PageCount::from(u32::from(setup.pages)),
+        geometry: setup.geometry,
+        platform: Platform::Plain,
+        in_place: true,
+        host_view_level: Level::Size4K,
+        initial: PageFacts { visibility: setup.initial, population },
+    });
+    if let Some(Bug::Engine(bug)) = setup.bug {
+        engine.plant(bug);
+    }
+    let pages = range(setup.first_page, setup.first_page + setup.slot_pages);
+    let bound = engine.bind(VM, SLOT, setup.gfn(setup.first_page), pages);
+    bound.expect("a slot of the object");
+    engine
+}
+
+pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine::Error> {
+    let pages = PageCount::from(u32::from(setup.pages));
+    let frames = pages.checked_add(pages).unwrap_or(pages);
+    let mut config = polder_machine::Config::symbolic(frames, setup.geometry);
+    // As large as the pages that can be in it, so that nothing stale is evicted.
+    config.tlb_entries = u32::from(setup.pages + setup.first_gfn).next_power_of_two();
+    let mut machine = Machine::new(config)?;
+    let object = machine.create_object(pages)?;
+    let process = machine.create_process()?;
+    let (mut threads, mut vcpus) = (1, 0);
+    let vm = machine.create_vm()?;
+    for actor in &setup.actors {
+        match actor.role {
+            Role::Vcpu(_) => {
+                machine.add_vcpu(vm)?;
+                vcpus += 1;
+            }
+            Role::Thread(index) if index >= threads => {
+                machine.add_thread(process)?;
+                threads += 1;
+            }
+            _ => {}
+        }
+    }
+    assert!(usize::from(threads.max(vcpus)) <= MOST_CPUS, "a CPU without a hash");
+    let host_view = setup.geometry.pages(Level::Size1G).get();
+    let at = VpnRange::between(host_view, host_view + pages.get()).expect("a small range");
+    machine.mmap(process, at, object, PageIndex::from(0), Vma::HOST)?;
+    let slot = range(setup.first_page, setup.first_page + setup.slot_pages);
+    machine.bind(vm, setup.gfn(setup.first_page), object, slot)?;
+    if setup.huge {
+        machine.allocate(object, PageIndex::from(0), Level::Size2M)?;
+    }
+    if let Some(Bug::Machine(plant)) = setup.bug {
+        machine.plant(plant, true);
+    }
+    Ok((machine, Parts { object, process, vm, threads, vcpus, host_view }))
+}

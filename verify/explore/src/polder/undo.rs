@@ -1,0 +1,109 @@
+//! The way back of an operation: `Driver::undo`.
+
+use polder_explored_engine::{Draining, OpId, Operation, Step, Undoing};
+
+use super::kept::set;
+use super::operation::{part_name, parts_of};
+use super::{Stage, World, verdict};
+use crate::system::Violation;
+
+impl World {
+    /// One's own operation has failed.
+    pub(super) fn turn_back(&mut self, actor: usize, op: OpId) -> Result<(), Violation> {
+        let operation = self.engine(|engine| {
+            // At which stage it was does not matter to the engine.
+            let operation: Operation<Draining> = engine.resume(op);
+            engine.undo(operation)
+        });
+        self.begin_undo(actor, operation, true)
+    }
+
+    pub(super) fn begin_undo(
+        &mut self,
+        actor: usize,
+        operation: Operation<Undoing>,
+        own: bool,
+    ) -> Result<(), Violation> {
+        let (op, step) = self.engine(|engine| {
+            let step = engine.next_undo(&operation);
+            (engine.park(operation), step)
+        });
+        self.undo_next(actor, op, step, own)
+    }
+
+    fn undo_next(
+        &mut self,
+        actor: usize,
+        op: OpId,
+        step: Option<Step>,
+        own: bool,
+    ) -> Result<(), Violation> {
+        if let Some(step) = step {
+            self.go(actor, Stage::TakeBack(op, step, 0, own));
+            return Ok(());
+        }
+        self.forget(op);
+        let quarantined = self.engine(|engine| {
+            let operation: Operation<Undoing> = engine.resume(op);
+            engine.finish_undo(operation)
+        });
+        self.promised.quarantine |= quarantined.iter().fold(0, |all, &range| all | set(range));
+        self.say(|| "all of it is undone".into());
+        if own {
+            self.done(actor)
+        } else {
+            self.go(actor, Stage::Idle)
+        }
+        Ok(())
+    }
+
+    pub(super) fn take_back(
+        &mut self,
+        actor: usize,
+        op: OpId,
+        step: Step,
+        part: u8,
+        own: bool,
+        way: u8,
+    ) -> Result<(), Violation> {
+        if part == 0 {
+            self.check_undo(op, step)?;
+        }
+        let fails = way == 1;
+        self.failures -= u8::from(fails);
+        let done = !fails && self.perform(step, part);
+        self.say(|| format!("undoing: {step} ({}): {}", part_name(step, part), verdict(done)));
+        let more = done && part + 1 < parts_of(step);
+        // To cut pages off has no way back of its own: the driver tries again.
+        let again = fails && matches!(step, Step::Quarantine(_));
+        self.go(
+            actor,
+            if again {
+                Stage::TakeBack(op, step, 0, own)
+            } else if more {
+                Stage::TakeBack(op, step, part + 1, own)
+            } else {
+                Stage::TakenBack(op, done, own)
+            },
+        );
+        Ok(())
+    }
+
+    pub(super) fn taken_back(
+        &mut self,
+        actor: usize,
+        op: OpId,
+        done: bool,
+        own: bool,
+    ) -> Result<(), Violation> {
+        let step = self.engine(|engine| {
+            let operation: Operation<Undoing> = engine.resume(op);
+            engine.undo_taken(&operation, done);
+            let step = engine.next_undo(&operation);
+            engine.park(operation);
+            step
+        });
+        self.say(|| "reports on it".into());
+        self.undo_next(actor, op, step, own)
+    }
+}
