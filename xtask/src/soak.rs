@@ -76,6 +76,23 @@ const PARTS: &[Part] = &[
         environment: &[],
     },
     Part {
+        name: "differential",
+        about: "random programs on the machine and on real memory, which have to agree",
+        build: &["build", "--release", "-p", "polder-differential"],
+        run: &[
+            "run",
+            "--release",
+            "-p",
+            "polder-differential",
+            "--",
+            "--seed",
+            "SEED",
+            "--seconds",
+            "SECONDS",
+        ],
+        environment: &[],
+    },
+    Part {
         name: "run",
         about: "a guest on real memory, with operations held up at their stages",
         build: &["build", "--release", "-p", "polder-cli"],

@@ -165,7 +165,9 @@ fn the_tests_that_the_document_names_exist() {
         "../engine/src/rmp.rs",
         "../engine/src/tests.rs",
         "../polder/src/driver_tests.rs",
-        "../polder/src/host/machine/rmp.rs",
+        "../polder/src/host/machine/rmp/tests.rs",
+        "../polder/src/host/machine/rmp/merge.rs",
+        "../polder/tests/prefault.rs",
     ];
     let files = own.iter().map(String::as_str).chain(others);
     let modules: Vec<_> =
