@@ -163,7 +163,7 @@ fn the_tests_that_the_document_names_exist() {
     let own = modules.map(|module| format!("tests/rmp/{module}.rs"));
     let others = [
         "../engine/src/rmp.rs",
-        "../engine/src/tests.rs",
+        "../engine/src/tests/rmp.rs",
         "../polder/src/driver_tests.rs",
         "../polder/src/host/machine/rmp.rs",
     ];
