@@ -27,8 +27,8 @@ use polder_engine::{
 };
 use polder_units::{Gfn, GfnRange, Level, PageCount, PageRange};
 
-use crate::host::Host;
 use crate::host::views::Views;
+use crate::host::{Host, Smashed};
 use crate::statistics::Counters;
 use crate::watch::{Moment, Reached, Watch};
 use crate::{Error, OnBusy, Vcpu};
@@ -359,16 +359,20 @@ impl Driver {
 
     /// Answers an access or PVALIDATE that the RMP refused for its size, as
     /// `sev_handle_rmp_fault()` (arch/x86/kvm/svm/sev.c) does. What is to be done is looked up: the
-    /// fault says SIZEM for PVALIDATE and RMPADJUST only (AMD APM volume 2, 15.36.10).
+    /// fault says SIZEM for PVALIDATE and RMPADJUST only (AMD APM volume 2, 15.36.10). What was
+    /// done is told by `smashed`.
     pub(crate) fn size_fault(
         &self,
         vm: VmId,
         gfn: Gfn,
         stop: impl Fn() -> bool,
+        smashed: &mut Option<Smashed>,
     ) -> Result<Option<MemoryFault>, Error> {
         let ask = |engine: &mut Engine| engine.size_fault(vm, gfn);
         self.answer_guest(ask, stop, |_, _| {
-            self.counters.smashed(self.host.smash(vm, gfn)?);
+            let done = self.host.smash(vm, gfn)?;
+            self.counters.smashed(done);
+            *smashed = Some(done);
             Ok(())
         })
     }

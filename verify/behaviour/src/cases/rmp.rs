@@ -2,8 +2,10 @@
 
 use polder::units::{GfnRange, PageCount, PageIndex, PageRange};
 use polder::{Contents, Error, Memory, MemoryFault, OnBusy, Platform, Refusal, Slot, Visibility};
+use polder_require::patience;
 use polder_vmm::scenario::HostAccess;
 
+use super::population::A_WHILE;
 use crate::Section::Rmp;
 use crate::host::Inside;
 use crate::world::{
@@ -31,6 +33,7 @@ pub(super) const CASES: &[Case] = &[
         collapse,
     ),
     Case::new(Rmp, "vCPUs that meet the same large entry all go on", met_by_many),
+    Case::new(Rmp, "an entry in use is waited for, however long that takes", in_use),
     Case::new(Rmp, "a conversion to private that fails leaves the RMP as it was", fails_to_private),
     Case::new(Rmp, "a conversion to shared that fails leaves the RMP as it was", fails_to_shared),
     Case::new(Rmp, "2M that become private part by part are merged where they agree", merged),
@@ -311,6 +314,32 @@ fn met_by_many(w: &World<'_>) -> Ran {
         assert_eq!(memory.statistics().rmp.smashed, 1);
         bound.passes([check(gfns(all(memory)), 2)]);
     }
+    PASSED
+}
+
+fn in_use(w: &World<'_>) -> Ran {
+    let bound = huge(w, 1)?;
+    let memory = &bound.memory;
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    w.inside().split(memory, index(0));
+    // By who would smash the large entry, for another page of it; then by who uses the page itself.
+    for (at, smashed) in [(5, 0), (0, 1)] {
+        std::thread::scope(|scope| {
+            let mut guest = None;
+            w.inside().while_in_use(memory, index(at), &mut || {
+                let running = scope.spawn(|| bound.passes([check(gfns(page(0)), 1)]));
+                std::thread::sleep(patience(A_WHILE));
+                assert!(!running.is_finished(), "page {at:#x} is in use");
+                assert_eq!(memory.statistics().rmp.smashed, smashed);
+                guest = Some(running);
+            });
+            guest
+                .expect("it was called")
+                .join()
+                .expect("it passes as soon as nobody is in the way");
+        });
+    }
+    bound.passes([check(gfns(all(memory)), 1)]);
     PASSED
 }
 
