@@ -128,8 +128,19 @@ pub struct Engine {
 
 impl Engine {
     /// An engine for an object in which nothing has happened yet.
+    ///
+    /// # Panics
+    /// For an object without pages, and for pages that are private and owed where the guest alone
+    /// can fill such ([`Platform::host_fills_private`]): who touches them would wait for ever.
     pub fn new(config: Config) -> Self {
         assert!(!config.pages.is_zero(), "an object has at least one page");
+        let PageFacts { visibility, population } = config.initial;
+        assert!(
+            config.platform.host_fills_private()
+                || visibility == Visibility::Shared
+                || population == Population::Whole,
+            "what the guest alone can fill is never owed"
+        );
         Self {
             pages: PageMap::new(config.pages, config.geometry, config.initial),
             bindings: Bindings::default(),

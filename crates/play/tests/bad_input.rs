@@ -71,6 +71,22 @@ fn what_is_missing_or_of_the_wrong_kind_is_told() {
 }
 
 #[test]
+fn private_pages_that_would_be_owed_to_who_alone_can_fill_them_are_told() {
+    let text = |starts: &str| {
+        format!(
+            "about = \"a\"\n[memory]\npages = 4\nplatform = \"snp\"\nowed = true\n{starts}\
+                 [[step]]\nactor = \"vmm\"\ndo = \"settle\"\n"
+        )
+    };
+    assert_eq!(
+        refused(&text("")),
+        "5:8: private pages of snp can't be owed, for the guest alone can fill them: \
+         add `starts = \"shared\"`"
+    );
+    assert!(parse(&text("starts = \"shared\"\n")).is_ok());
+}
+
+#[test]
 fn an_impossible_step_is_told() {
     let step = |rest: &str| format!("{HEAD}[[step]]\n{rest}\n");
     assert_eq!(

@@ -151,3 +151,26 @@ fn a_merge_is_of_2m_pages_that_are_private_as_a_whole() {
     let both = |page| [Step::UnmapGuest(page), Step::Merge(page)];
     assert_eq!(taken, [both(pages(8, 12)), both(pages(12, 16))].concat());
 }
+
+#[test]
+fn what_is_owed_or_failed_is_the_guests_once_it_is_private() {
+    let initial = PageFacts { visibility: Visibility::Shared, population: Population::Owed };
+    let mut engine = Engine::new(Config { initial, ..*snp().config() });
+    engine.fail(pages(2, 4)).unwrap();
+    let to_private = request(pages(0, 4), Visibility::Private, Contents::Unspecified);
+    convert(&mut engine, &to_private, Some(1)).unwrap_err();
+    assert_eq!(engine.pages().get(page(0)).population, Population::Owed, "nothing has changed");
+    assert!(engine.failed().contains(page(2)));
+    convert(&mut engine, &to_private, None).unwrap();
+    assert!(engine.failed().is_empty());
+    assert_eq!(engine.pages().get(page(3)).population, Population::Whole);
+    assert_eq!(engine.pages().get(page(4)).population, Population::Owed);
+    let refused = engine.populate(pages(3, 5));
+    assert!(matches!(refused, Err(Blocked::Refused(Refusal::GuestFills { .. }))), "{refused:?}");
+}
+
+#[test]
+#[should_panic(expected = "never owed")]
+fn an_engine_does_not_begin_with_what_nobody_can_bring() {
+    engine(Platform::Snp, Population::Owed);
+}

@@ -228,6 +228,7 @@ fn whole(w: &World<'_>) -> Ran {
     // What was refused is owed as before.
     assert_eq!(populate(&memory, pages(0, 2), 2), Ok(()));
     let never = w.memory(4)?;
+    share_all(&never);
     assert_eq!(populate(&never, page(1), 2), Err(whole(1)), "nothing was ever owed");
     PASSED
 }

@@ -108,7 +108,7 @@ const VALIDATES: &str = "a page that shows at another guest frame has to be vali
 const READS: &str = "once a page is mapped, a read as the other kind finds ciphertext or garbage, \
     and only a write exits: that is a row of the RMP";
 
-const SNP: &[Reason] = &reasons::<25, 36>([
+const SNP: &[Reason] = &reasons::<21, 32>([
     (cases::DISAGREE, ONE_VM),
     ("an overlap in guest frames is refused, in another VM it is not", ONE_VM),
     ("an overlap in pages is refused, in another VM it is not", ONE_VM),
@@ -122,10 +122,6 @@ const SNP: &[Reason] = &reasons::<25, 36>([
     ("a guest's access to an owed page waits, and sees it whole", GUEST_FILLS),
     ("private pages are populated for the guest alone", GUEST_FILLS),
     ("a conversion of owed pages leaves them owed", GUEST_FILLS),
-    (cases::OWED_STOPS, GUEST_FILLS),
-    (cases::FAILED_STOPS, GUEST_FILLS),
-    (cases::STILL_OWED, GUEST_FILLS),
-    (cases::UNTOLD, GUEST_FILLS),
     (cases::MISMATCH, READS),
     (cases::PLAIN_VM, ANOTHER),
     (cases::PRESERVED, ANOTHER),
