@@ -139,14 +139,23 @@ impl MachineHost {
         self.rmp.as_ref().and_then(|rmp| *rmp.owner.lock())
     }
 
-    /// Refuses a VM other than the first that the memory is bound to.
-    pub(super) fn own(&self, id: VmId, vm: polder_machine::VmId) -> Result<(), Error> {
-        let Some(rmp) = &self.rmp else { return Ok(()) };
+    /// Calls `bind`, unless another VM is the first that the memory was bound to. Whose `bind`
+    /// succeeds first has it from then on.
+    pub(super) fn own(
+        &self,
+        id: VmId,
+        vm: polder_machine::VmId,
+        bind: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Some(rmp) = &self.rmp else { return bind() };
         let mut owner = rmp.owner.lock();
         match *owner {
             Some(owner) if owner.id != id => Err(Error::OneVm { owner: owner.id, vm: id }),
-            _ => {
-                *owner = Some(Owner { id, vm, asid: asid(id)? });
+            Some(_) => bind(),
+            None => {
+                let new = Owner { id, vm, asid: asid(id)? };
+                bind()?;
+                *owner = Some(new);
                 Ok(())
             }
         }
@@ -445,6 +454,21 @@ mod tests {
         assert_eq!([2, 3, 4, 5].map(|page| entry(&host, page).entry.assigned), {
             [true, false, false, true]
         });
+    }
+
+    #[test]
+    fn a_vm_whose_bind_failed_does_not_have_the_memory() {
+        let host = MachineHost::new(PageCount::from(PAGES), Platform::Snp).unwrap();
+        let all = PageRange::new(0u32.into(), PageCount::from(PAGES)).unwrap();
+        let beyond = PageRange::between(1, u64::from(PAGES) + 1).unwrap();
+        let other = VmId(1);
+        for vm in [VM, other] {
+            host.attach(vm, Vm::Machine).unwrap();
+        }
+        host.bind(VM, Slot(0), Gfn::from(0), beyond).unwrap_err();
+        host.bind(other, Slot(0), Gfn::from(0), all).unwrap();
+        let refused = host.bind(VM, Slot(0), Gfn::from(0), all);
+        assert_eq!(refused, Err(Error::OneVm { owner: other, vm: VM }));
     }
 
     #[test]
