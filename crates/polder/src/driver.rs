@@ -22,7 +22,7 @@ mod tests;
 
 use polder_engine::{
     Answer, Blocked, Config, Contents, ConversionRequest, Converted, Copying, Engine, GuestAccess,
-    GuestAnswer, MemoryFault, Operation, Refusal, Response, Stage, Start, Step, Undoing,
+    GuestAnswer, MemoryFault, Operation, Refusal, Response, Slot, Stage, Start, Step, Undoing,
     Visibility, VmId,
 };
 use polder_units::{Gfn, GfnRange, Level, PageCount, PageRange};
@@ -226,6 +226,17 @@ impl Driver {
         let converted = self.engine().finish_conversion(settled);
         self.released();
         Ok(Some(converted))
+    }
+
+    /// Takes a slot away. If the host can't, all is as it was, wishes included. No other slot may
+    /// change meanwhile.
+    pub(crate) fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
+        let unbound = self.ask(|engine| engine.unbind(vm, slot))?;
+        let done = self.host.unbind(vm, slot);
+        if done.is_err() {
+            self.engine().rebind(unbound);
+        }
+        done
     }
 
     /// Drops the contents of pages.

@@ -236,14 +236,10 @@ impl Memory {
     ///
     /// # Errors
     /// [`Refusal::NoSuchSlot`]; [`Error::Host`] where KVM can't delete the slot, which is then
-    /// still bound.
+    /// still bound, and wishes what it did.
     pub fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
         let _one_at_a_time = self.slots.write();
-        let was = self.driver.ask(|engine| engine.unbind(vm, slot))?;
-        self.driver.host.unbind(vm, slot).inspect_err(|_| {
-            let bound = self.driver.engine().bind(vm, slot, was.gfns().start(), was.pages());
-            assert!(bound.is_ok(), "it was bound a moment ago: {bound:?}");
-        })
+        self.driver.unbind(vm, slot)
     }
 
     /// Every binding.
@@ -313,12 +309,13 @@ impl Memory {
     }
 
     /// Notes what a VM wishes its pages to be (`MEMORY_ATTRIBUTE_PRIVATE`): nothing changes by it.
-    /// A conversion grants it.
+    /// A conversion grants it. Waits for operations on these pages: of a wish and a conversion, the
+    /// later one counts.
     ///
     /// # Errors
     /// [`Refusal::Unbound`] unless every frame is bound.
     pub fn want(&self, vm: VmId, gfns: GfnRange, to: Visibility) -> Result<(), Error> {
-        self.driver.ask(|engine| engine.want(vm, gfns, to))
+        self.driver.claim(OnBusy::Wait, |engine| engine.want(vm, gfns, to))
     }
 
     /// What a VM wishes its pages to be, and what they are, in runs.

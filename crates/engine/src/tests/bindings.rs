@@ -52,7 +52,8 @@ fn one_bindings_wish_overrides_no_others_and_both_are_reported() {
     assert_eq!(unmet(&engine), [(other, Slot(3), wish(pages(0, 1), Private, Shared))]);
     engine.unbind(other, Slot(3)).unwrap();
     assert_eq!(unmet(&engine), []);
-    assert!(matches!(engine.want(other, gfns(16, 17), Shared), Err(Refusal::Unbound { .. })));
+    let unbound = engine.want(other, gfns(16, 17), Shared);
+    assert!(matches!(unbound, Err(Blocked::Refused(Refusal::Unbound { .. }))), "{unbound:?}");
 }
 
 #[test]
@@ -119,4 +120,56 @@ fn a_guest_fault_maps_as_much_as_is_uniform_and_free() {
     assert!(matches!(fault(&mut engine, 6, Visibility::Private), GuestAnswer::Wait));
     drop(discard);
     assert!(matches!(fault(&mut engine, 6, Visibility::Private), GuestAnswer::Undo(_)));
+}
+
+#[test]
+fn a_binding_that_is_put_back_wishes_what_it_did() {
+    use Visibility::{Private, Shared};
+    let (mut engine, vm, other) = (plain(), VmId(0), VmId(1));
+    for vm in [vm, other] {
+        engine.bind(vm, Slot(0), 16u32.into(), pages(0, 32)).unwrap();
+    }
+    engine.want(vm, GfnRange::between(20, 24).unwrap(), Shared).unwrap();
+    let unmet = |engine: &Engine| engine.unmet().collect::<Vec<_>>();
+    let before = unmet(&engine);
+    let unbound = engine.unbind(vm, Slot(0)).unwrap();
+    assert_eq!(unmet(&engine), []);
+    engine.rebind(unbound);
+    assert_eq!(unmet(&engine), before);
+
+    // Another VM was granted something meanwhile: one wish is met by that, one no longer.
+    let unbound = engine.unbind(vm, Slot(0)).unwrap();
+    let ranges = vec![pages(2, 6)];
+    let by = Some(other);
+    convert(
+        &mut engine,
+        &ConversionRequest { ranges, to: Shared, contents: Contents::Zero, by },
+        None,
+    )
+    .unwrap();
+    engine.rebind(unbound);
+    let wish = |pages, granted: Visibility| {
+        (vm, Slot(0), Wish { pages, granted, wanted: granted.other() })
+    };
+    assert_eq!(unmet(&engine), [wish(pages(2, 4), Shared), wish(pages(6, 8), Private)]);
+}
+
+#[test]
+fn a_wish_waits_for_operations_on_its_pages() {
+    let (mut engine, vm) = (plain(), VmId(0));
+    engine.bind(vm, Slot(0), 0u32.into(), pages(0, 32)).unwrap();
+    let gfns = |start, end| GfnRange::between(start, end).unwrap();
+    let by_it = ConversionRequest {
+        by: Some(vm),
+        ..request(pages(0, 4), Visibility::Shared, Contents::Preserve)
+    };
+    let Start::Claimed(draining) = claim(&mut engine, &by_it).unwrap() else { panic!() };
+    for frames in [gfns(3, 8), gfns(0, 1)] {
+        let busy = engine.want(vm, frames, Visibility::Private);
+        assert!(matches!(busy, Err(Blocked::Busy(Refusal::Busy { .. }))), "{busy:?}");
+    }
+    engine.want(vm, gfns(4, 8), Visibility::Shared).unwrap();
+    drop(draining);
+    let abandoned = engine.want(vm, gfns(3, 8), Visibility::Private);
+    assert!(matches!(abandoned, Err(Blocked::Abandoned(_))), "{abandoned:?}");
 }
