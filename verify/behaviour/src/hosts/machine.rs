@@ -1,7 +1,6 @@
 //! Host `machine`: the simulated one, with its kernel and hardware within reach.
 
 use std::collections::BTreeSet;
-use std::sync::RwLock;
 
 use polder::machine::{
     GupFast, GupStep, HostExit, HostPte, Hva, LockOwner, PinId, PinKind, Plant, RmpEntry, RmpSize,
@@ -10,7 +9,7 @@ use polder::machine::{
 use polder::units::{Gpa, Level, PAGE_SIZE, PageIndex, PageRange};
 use polder::{Bug, GuestExit, HostKind, Memory, MemoryFault, Platform, Visibility, VmId};
 use polder_vmm::scenario::Op;
-use polder_vmm::{Accesses, Ended, IdleVcpu, Supervision, Vm};
+use polder_vmm::{Accepting, Accesses, Ended, IdleVcpu, Supervision, Vm};
 
 use super::LOOKS;
 use crate::host::{Guest, Host, Inside, Trouble};
@@ -235,7 +234,7 @@ impl Guest for MachineGuest {
         value: Option<u64>,
     ) -> Result<u64, MemoryFault> {
         let vcpu = memory.machine_vcpu(vm).expect("memory of this host");
-        let accepting = RwLock::default();
+        let accepting = Accepting::default();
         let guest = Accesses::new(vcpu, (memory, vm), &accepting);
         let refused = |exit| match exit {
             GuestExit::MemoryFault(fault) => fault,
