@@ -162,7 +162,7 @@ pub(crate) fn main(root: &Path) -> ExitCode {
         }
     };
     if arguments.part.as_deref() == Some("list") {
-        PARTS.iter().for_each(|part| println!("{:<10} {}", part.name, part.about));
+        PARTS.iter().for_each(|part| println!("{:<12} {}", part.name, part.about));
         return ExitCode::SUCCESS;
     }
     match soak(root, &arguments) {
@@ -290,7 +290,7 @@ fn tell(soaked: &[Soaked], arguments: &Arguments) {
             None => "passed".to_owned(),
             Some((seed, log)) => format!("FAILED with seed {seed}: see {}", log.display()),
         };
-        println!("{:<10} {runs:>10} in {:>6.1} s  {end}", part.name, time.as_secs_f64());
+        println!("{:<12} {runs:>10} in {:>6.1} s  {end}", part.name, time.as_secs_f64());
     }
 }
 

@@ -316,8 +316,9 @@ impl Host for MachineHost {
     fn bind(&self, id: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
         let mut vms = self.vms.lock();
         let attached = vms.get_mut(&id).expect("a VM that was attached");
-        self.own(id, attached.vm)?;
-        self.lock().bind(attached.vm, gfn, self.object, pages).map_err(refused)?;
+        let vm = attached.vm;
+        let bind = || self.lock().bind(vm, gfn, self.object, pages).map_err(refused);
+        self.own(id, vm, bind)?;
         let gfns = GfnRange::new(gfn, pages.count()).expect("the engine has checked");
         attached.slots.insert(slot, gfns);
         Ok(())

@@ -229,3 +229,18 @@ fn a_folio_that_is_locked_for_a_moment_is_freed_all_the_same() {
     });
     assert_eq!(host.lock().backing(host.object, 512u32.into()), Ok(None));
 }
+
+#[test]
+fn a_vm_whose_bind_failed_does_not_have_the_memory() {
+    let host = MachineHost::new(PageCount::from(PAGES), Platform::Snp).unwrap();
+    let all = PageRange::new(0u32.into(), PageCount::from(PAGES)).unwrap();
+    let beyond = PageRange::between(1, u64::from(PAGES) + 1).unwrap();
+    let other = VmId(1);
+    for vm in [VM, other] {
+        host.attach(vm, Vm::Machine).unwrap();
+    }
+    host.bind(VM, Slot(0), Gfn::from(0), beyond).unwrap_err();
+    host.bind(other, Slot(0), Gfn::from(0), all).unwrap();
+    let refused = host.bind(VM, Slot(0), Gfn::from(0), all);
+    assert_eq!(refused, Err(Error::OneVm { owner: other, vm: VM }));
+}
