@@ -30,6 +30,9 @@ pub use record::{Recorded, record};
 /// How long a step may give no sign of life.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// The most that is heard of those who were amid a step when the scenario was over.
+const ENDING: u32 = 100_000;
+
 /// How often somebody has to be found waiting.
 const ROUNDS: u32 = 3;
 
@@ -506,9 +509,12 @@ impl Player<'_> {
         }
         // All threads hold an end of the channel.
         drop(world);
+        // A touch whose answer fails is answered again and again: what is heard is no sign of an end.
+        let mut heard_since = 0;
         loop {
             match heard.recv_timeout(PATIENCE) {
-                Ok(_) => {}
+                Ok(_) if heard_since < ENDING => heard_since += 1,
+                Ok(_) => return Err("the scenario is over, and a step of it never ends".into()),
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
                     if threads.iter().all(JoinHandle::is_finished) {

@@ -150,6 +150,17 @@ fn who_waits_for_ever_ends_with_the_scenario() {
     assert_eq!(why, "line 6: waits; \"ok\" was expected");
 }
 
+#[test]
+fn who_waits_for_a_folio_that_is_locked_ends_with_the_scenario() {
+    let text = "about = \"a\"\n[memory]\npages = 4\nstarts = \"shared\"\n\
+                [[step]]\nactor = \"kernel\"\ndo = \"allocate\"\npage = 0\nlevel = \"4K\"\n\
+                [[step]]\nactor = \"kernel\"\ndo = \"lock\"\npage = 0\n\
+                [[step]]\nactor = \"device\"\ndo = \"write\"\npage = 0\nbytes = \"a\"\n";
+    let played = play(&parse(text).unwrap(), HostKind::Machine, Options::default());
+    let Verdict::Failed(why) = played.verdict else { panic!("{:?}", played.verdict) };
+    assert_eq!(why, "line 14: waits; \"ok\" was expected");
+}
+
 /// Lines that scenarios are made of, right and wrong.
 fn line() -> impl Strategy<Value = String> {
     let key = prop::sample::select(vec![
