@@ -212,7 +212,7 @@ impl Record {
             }
         }
         if plants.has(Bug::NotReverted) {
-            back.retain(|step| !matches!(step, Step::Assign(_) | Step::Unassign(_)));
+            back.retain(|step| !matches!(step, Step::Reassign(_) | Step::Unassign(_)));
         }
         if plants.has(Bug::ForwardUndo) {
             back.reverse();

@@ -29,6 +29,10 @@ pub enum Step {
     /// Take the pages, which lie in one 2M page, back from their guest in the RMP, at the level
     /// that their entries have.
     Unassign(PageRange),
+    /// Give back to their guest in the RMP what the last [`Unassign`](Self::Unassign) of these pages
+    /// took, and nothing else: a page that was not assigned is left for the answer that maps it
+    /// first, which cuts off who has it mapped.
+    Reassign(PageRange),
     /// Make 4K entries of a large RMP entry of this 2M page, if there is one.
     Smash(PageRange),
     /// Make one large RMP entry of the 4K entries of this 2M page, if one binding shows it and they
@@ -54,6 +58,7 @@ impl Step {
             | Self::Protect(range, _)
             | Self::Assign(range)
             | Self::Unassign(range)
+            | Self::Reassign(range)
             | Self::Smash(range)
             | Self::Merge(range)
             | Self::Thaw(range)
@@ -67,8 +72,8 @@ impl Step {
     /// as they are.
     pub(crate) fn without(self, quarantined: PageRange) -> Vec<Self> {
         let with: fn(PageRange) -> Self = match self {
-            Self::Assign(_) => Self::Assign,
             Self::Unassign(_) => Self::Unassign,
+            Self::Reassign(_) => Self::Reassign,
             _ => return vec![self],
         };
         self.range().without(quarantined).into_iter().flatten().map(with).collect()
@@ -81,11 +86,12 @@ impl Step {
             Self::UnmapHost(_) | Self::UnmapGuest(_) => Undo::Nothing,
             Self::CheckReferences(_) | Self::Quarantine(_) => Undo::Nothing,
             Self::Protect(range, to) => Undo::Step(Self::Protect(range, to.other())),
+            // What is shared was not assigned before.
             Self::Assign(range) => Undo::Step(Self::Unassign(range)),
-            Self::Unassign(range) => Undo::Step(Self::Assign(range)),
+            Self::Unassign(range) => Undo::Step(Self::Reassign(range)),
             // A large entry says the same as the 4K ones did, and they the same as it.
             Self::Merge(range) => Undo::Step(Self::Thaw(range)),
-            Self::Smash(_) | Self::Thaw(_) => Undo::Nothing,
+            Self::Reassign(_) | Self::Smash(_) | Self::Thaw(_) => Undo::Nothing,
             // Nobody may see what a failed population left behind.
             Self::Publish(range) => Undo::Step(Self::Free(range)),
             Self::Free(_) => Undo::Impossible,
@@ -111,6 +117,7 @@ impl fmt::Display for Step {
             Self::Protect(_, to) => write!(f, "make pages {range} {to}"),
             Self::Assign(_) => write!(f, "assign pages {range} in the rmp"),
             Self::Unassign(_) => write!(f, "unassign pages {range} in the rmp"),
+            Self::Reassign(_) => write!(f, "assign pages {range} in the rmp as they were"),
             Self::Smash(_) => write!(f, "smash the large rmp entry of pages {range}"),
             Self::Merge(_) => write!(f, "merge the rmp entries of pages {range}"),
             Self::Thaw(_) => write!(f, "take the rmp entries of pages {range} from the firmware"),

@@ -337,6 +337,76 @@ fn goes_wrong_on_snp(trouble: Trouble, to: Visibility, n: usize) -> bool {
     wrong
 }
 
+/// Memory of an SNP guest that has page 1, and was refused page 0, which somebody else refers to.
+fn snp_refused_a_page(trouble: Trouble) -> Set {
+    use polder_machine::{Hva, PinKind, Thread, View, VpnRange};
+    let set = Set::of((HostKind::Machine, Platform::Snp), trouble, Duration::from_millis(1));
+    let (set, vm, first) = (set.expect("the machine needs nothing"), VmId(0), Gfn::from(0));
+    set.driver.host.attach(vm, Vm::Machine).unwrap();
+    set.driver.engine().bind(vm, Slot(0), first, pages(0, PAGES)).unwrap();
+    set.driver.host.bind(vm, Slot(0), first, pages(0, PAGES)).unwrap();
+    {
+        let host = set.driver.host.machine().unwrap();
+        let (object, _) = host.parts();
+        let mut machine = host.lock();
+        let process = machine.create_process().unwrap();
+        let vpns = VpnRange::between(0x1000, 0x1001).unwrap();
+        machine.mmap(process, vpns, object, 0u32.into(), View::PLAIN).unwrap();
+        let thread = Thread { process, index: 0 };
+        machine.host_write(thread, Hva::new(0x1000 << 12), &[1]).unwrap();
+        machine.pin_user_pages(process, vpns, true, PinKind::LongTerm).unwrap();
+    }
+    let fault = |gfn: u32| {
+        let access = GuestAccess { gfn: gfn.into(), visibility: Visibility::Private };
+        set.driver.guest_fault(vm, access, || true)
+    };
+    let refused = fault(0);
+    assert!(matches!(refused, Err(Error::Refused(Refusal::Referenced { .. }))), "{refused:?}");
+    assert_eq!(fault(1), Ok(None));
+    set
+}
+
+/// Which of the first two pages are assigned.
+fn assigned_of_two(set: &Set) -> [bool; 2] {
+    let (object, _) = set.driver.host.machine().unwrap().parts();
+    let machine = set.driver.host.machine().unwrap().lock();
+    [0u32, 1].map(|page| {
+        let backing = machine.backing(object, page.into()).unwrap();
+        backing.is_some_and(|backing| machine.rmp_entry(backing.pfn).unwrap().assigned)
+    })
+}
+
+#[test]
+fn a_way_back_assigns_no_page_that_was_not_assigned() {
+    for trouble in [Trouble::Fail, Trouble::Panic] {
+        for discards in [false, true] {
+            let failed = (0..).take_while(|&n| fails_over_a_refused_page(trouble, discards, n));
+            // Unmap, smash, unassign; a discard unmaps from two, and its last step has no way back.
+            assert_eq!(failed.count(), if discards { 4 } else { 3 }, "{discards}");
+        }
+    }
+}
+
+/// Whether the nth step failed and had a way back.
+fn fails_over_a_refused_page(trouble: Trouble, discards: bool, n: usize) -> bool {
+    let set = snp_refused_a_page(trouble);
+    let both = pages(0, 2);
+    assert_eq!(assigned_of_two(&set), [false, true]);
+    *set.plan.lock() = (n, 1);
+    let result = catch_unwind(AssertUnwindSafe(|| match discards {
+        true => set.driver.discard(both, OnBusy::Wait),
+        false => set.convert(both, Visibility::Shared, Contents::Unspecified),
+    }));
+    *set.plan.lock() = (usize::MAX, 0);
+    // Who comes next undoes what was abandoned.
+    set.driver.populate(both, &[]).unwrap_err();
+    if matches!(result, Ok(Ok(()))) || !set.driver.engine().quarantine().is_empty() {
+        return false;
+    }
+    assert_eq!(assigned_of_two(&set), [false, true], "step {n}, discards: {discards}");
+    true
+}
+
 #[test]
 fn a_slot_that_can_not_be_taken_away_wishes_what_it_did() {
     let (set, vm) = (snp(Trouble::Fail), VmId(0));

@@ -1,12 +1,17 @@
-//! Random operations on an SNP guest's memory, with folios that split and collapse under them and
-//! entries that others have in use: whatever came of each, RMP and page map agree (INV-9), nothing
-//! is in quarantine, and the machine adds up (INV-5).
+//! Random operations on an SNP guest's memory, with folios that split and collapse under them,
+//! entries that others have in use, and pages that another process pins: whatever came of each, RMP
+//! and page map agree (INV-9), nothing is in quarantine, and the machine adds up (INV-5). What
+//! failed has given nobody a page, and taken none (INV-4).
 
 #![expect(clippy::unwrap_used, reason = "a test")]
 
-use polder::machine::{Error as Refused, LockOwner, RmpSize};
+use polder::machine::{
+    Error as Refused, LockOwner, PinId, PinKind, ProcessId, RmpSize, View, VpnRange,
+};
 use polder::units::{Gfn, Level, PageCount, PageIndex, PageRange, PfnRange};
-use polder::{Contents, Error, HostKind, Memory, OnBusy, Platform, Slot, Visibility, VmId};
+use polder::{
+    Contents, Error, HostKind, Memory, OnBusy, Platform, Refusal, Slot, Visibility, VmId,
+};
 
 const HUGE: u64 = 512;
 const PAGES: u64 = 3 * HUGE;
@@ -48,8 +53,55 @@ fn memory() -> (Memory, VmId) {
     (memory, vm)
 }
 
-/// Does something; what may fail is an entry in use, and nothing else.
-fn act(memory: &Memory, vm: VmId, random: &mut Random) {
+/// Another process, which has the memory mapped, and pins a page of it now and then.
+struct Other {
+    process: ProcessId,
+    pin: Option<PinId>,
+}
+
+/// Where the other process maps it.
+const OTHER_VIEW: u64 = 0x1000;
+
+impl Other {
+    fn new(memory: &Memory) -> Self {
+        let process = memory.simulated(|machine, object, _| {
+            let process = machine.create_process().unwrap();
+            let vpns = VpnRange::between(OTHER_VIEW, OTHER_VIEW + PAGES).unwrap();
+            machine.mmap(process, vpns, object, PageIndex::from(0), View::PLAIN).unwrap();
+            process
+        });
+        Self { process: process.unwrap(), pin: None }
+    }
+
+    /// Lets go of what it pins, and pins another page, if that has memory.
+    fn pins(&mut self, memory: &Memory, page: Option<PageIndex>) {
+        let pinned = memory.simulated(|machine, object, _| {
+            self.pin.take().into_iter().for_each(|pin| machine.unpin(pin).unwrap());
+            let page = page.filter(|&page| machine.backing(object, page).unwrap().is_some())?;
+            let at = OTHER_VIEW + page.get();
+            let vpns = VpnRange::between(at, at + 1).unwrap();
+            machine.pin_user_pages(self.process, vpns, true, PinKind::LongTerm).ok()
+        });
+        self.pin = pinned.unwrap();
+    }
+}
+
+/// Where the guest has each page, by the RMP.
+fn assigned(memory: &Memory) -> Vec<Option<Gfn>> {
+    let assigned = memory.simulated(|machine, object, _| {
+        let entry = |page| {
+            let backing = machine.backing(object, page).unwrap()?;
+            machine.rmp_entry(backing.pfn).filter(|entry| entry.assigned)
+        };
+        let all = PageRange::between(0, PAGES).unwrap();
+        all.frames().map(|page| entry(page).map(|entry| entry.gfn)).collect()
+    });
+    assigned.unwrap()
+}
+
+/// Does something. Whether it went well: what may fail is an entry in use, and a page to which
+/// somebody else refers.
+fn act(memory: &Memory, vm: VmId, random: &mut Random) -> bool {
     let range = random.range();
     let page = PageIndex::new(random.below(PAGES)).unwrap();
     let done = match random.below(8) {
@@ -61,16 +113,19 @@ fn act(memory: &Memory, vm: VmId, random: &mut Random) {
         5 | 6 => {
             let granted = memory.facts(PageRange::one(page)).unwrap()[0].1.visibility;
             let gpa = Gfn::new(page.get()).unwrap().gpa();
+            let answered = memory.guest_fault(vm, gpa, granted);
             // An entry in use, by whatever size, has the guest try again.
-            assert_eq!(memory.guest_fault(vm, gpa, granted), Ok(None));
-            Ok(PageCount::ZERO)
+            assert!(!matches!(answered, Ok(Some(_)) | Err(Error::Rmp { .. })), "{answered:?}");
+            answered.map(|_| PageCount::ZERO)
         }
         _ => {
             reshape(memory, page, random.below(3));
             Ok(PageCount::ZERO)
         }
     };
-    assert!(done.is_ok() || matches!(done, Err(Error::Rmp { .. })), "{done:?}");
+    let referenced = matches!(done, Err(Error::Refused(Refusal::Referenced { .. })));
+    assert!(done.is_ok() || referenced || matches!(done, Err(Error::Rmp { .. })), "{done:?}");
+    done.is_ok()
 }
 
 /// Gives memory to a 2M page, or splits its folio, or collapses it, if it can be.
@@ -82,6 +137,7 @@ fn reshape(memory: &Memory, page: PageIndex, how: u64) {
         }
         let gfns: Vec<_> = machine.gfns_of(object, around).collect();
         gfns.into_iter().try_for_each(|(vm, gfns)| machine.tdp_zap(vm, gfns).map(drop))?;
+        machine.zap_object(object, around)?;
         if how == 1 {
             return machine.merge_folios(object, around.start(), Level::Size2M, OTHER);
         }
@@ -116,9 +172,10 @@ fn check(memory: &Memory, act: u64) {
 #[test]
 fn the_rmp_agrees_with_what_is_granted_whatever_happens() {
     let (mut failed, mut rmp) = (0, Vec::new());
-    for seed in 1..=4u64 {
+    for seed in 1..=12u64 {
         let (memory, vm) = memory();
         let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ seed);
+        let mut other = Other::new(&memory);
         for number in 0..600 {
             let page = PageIndex::new(random.below(PAGES)).unwrap();
             let (in_use, large_hold) = (random.below(2) == 0, random.below(4) == 0);
@@ -132,9 +189,15 @@ fn the_rmp_agrees_with_what_is_granted_whatever_happens() {
                 machine.rmp_hold(pfn, size, OTHER).ok()?;
                 Some(pfn)
             });
-            let before = memory.statistics().refused;
-            act(&memory, vm, &mut random);
-            failed += memory.statistics().refused - before;
+            let pinned = (random.below(8) == 0).then(|| random.below(PAGES));
+            if pinned.is_some() || random.below(2) == 0 {
+                other.pins(&memory, pinned.and_then(PageIndex::new));
+            }
+            let (refused, before) = (memory.statistics().refused, assigned(&memory));
+            if !act(&memory, vm, &mut random) {
+                assert_eq!(assigned(&memory), before, "act {number} of seed {seed} failed");
+            }
+            failed += memory.statistics().refused - refused;
             if let Some(pfn) = held.unwrap() {
                 memory.simulated(|machine, _, _| machine.rmp_release(pfn, OTHER)).unwrap().unwrap();
             }

@@ -49,7 +49,7 @@ fn the_rmp_is_undone_last_first_and_the_step_that_failed_with_it() {
         &request(pages(0, 4), Visibility::Shared, Contents::Unspecified),
         Some(2),
     );
-    assert_eq!(undone.unwrap_err(), [Step::Assign(pages(0, 2))], "4K entries are left 4K");
+    assert_eq!(undone.unwrap_err(), [Step::Reassign(pages(0, 2))], "4K entries are left 4K");
 }
 
 #[test]
@@ -176,8 +176,8 @@ fn a_page_in_quarantine_is_not_given_back_to_its_guest() {
     // Unmap, twice smash and unassign, free: that has no way back.
     let undone = convert(&mut engine, &zeros, Some(5)).unwrap_err();
     assert_eq!(undone, [Step::Quarantine(pages(2, 7))]);
-    let rest = Step::Assign(pages(0, 8)).without(pages(3, 5));
-    assert_eq!(rest, [Step::Assign(pages(0, 3)), Step::Assign(pages(5, 8))]);
+    let rest = Step::Reassign(pages(0, 8)).without(pages(3, 5));
+    assert_eq!(rest, [Step::Reassign(pages(0, 3)), Step::Reassign(pages(5, 8))]);
     assert_eq!(Step::Unassign(pages(0, 4)).without(pages(4, 5)), [Step::Unassign(pages(0, 4))]);
 }
 

@@ -270,6 +270,7 @@ impl Host for GuestMemfdHost {
             Step::UnmapGuest(_) | Step::CheckReferences(_) | Step::Publish(_) => Ok(()),
             Step::Assign(_)
             | Step::Unassign(_)
+            | Step::Reassign(_)
             | Step::Smash(_)
             | Step::Merge(_)
             | Step::Thaw(_) => {

@@ -277,7 +277,11 @@ impl Host for MachineHost {
             Step::UnmapHost(range) => self.unmap_host(range),
             Step::UnmapGuest(range) => self.unmap_guest(range),
             Step::CheckReferences(range) => self.check_references(range),
-            Step::Free(range) => self.free(range),
+            Step::Free(range) => {
+                self.free(range)?;
+                self.forget_taken(range);
+                Ok(())
+            }
             Step::Quarantine(range) => {
                 self.unmap_guest(range)?;
                 self.unmap_host(range)?;
@@ -285,6 +289,7 @@ impl Host for MachineHost {
             }
             Step::Assign(range) => self.assign(range),
             Step::Unassign(range) => self.unassign(range),
+            Step::Reassign(range) => self.reassign(range),
             Step::Smash(range) => self.smash_all(range),
             Step::Merge(range) => self.merge(range),
             Step::Thaw(range) => self.thaw(range),

@@ -62,6 +62,7 @@ impl Host for MemfdHost {
             Step::Protect(..) | Step::Publish(_) => Ok(()),
             Step::Assign(_)
             | Step::Unassign(_)
+            | Step::Reassign(_)
             | Step::Smash(_)
             | Step::Merge(_)
             | Step::Thaw(_) => {

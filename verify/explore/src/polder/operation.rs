@@ -76,9 +76,8 @@ pub(super) fn parts_of(step: Step) -> u8 {
         Step::UnmapGuest(_) | Step::CheckReferences(_) => 1,
         Step::Protect(..) | Step::Publish(_) => 1,
         Step::Free(_) | Step::Quarantine(_) => 3,
-        Step::Assign(_) | Step::Unassign(_) | Step::Smash(_) | Step::Merge(_) | Step::Thaw(_) => {
-            no_rmp(step)
-        }
+        Step::Assign(_) | Step::Unassign(_) | Step::Reassign(_) => no_rmp(step),
+        Step::Smash(_) | Step::Merge(_) | Step::Thaw(_) => no_rmp(step),
     }
 }
 
@@ -389,6 +388,7 @@ impl World {
             (
                 Step::Assign(_)
                 | Step::Unassign(_)
+                | Step::Reassign(_)
                 | Step::Smash(_)
                 | Step::Merge(_)
                 | Step::Thaw(_),

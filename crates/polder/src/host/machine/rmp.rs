@@ -12,8 +12,13 @@
 //! number of times. So is `FAIL_OVERLAP` where no entry of another size is to be seen: then it says
 //! that somebody is at work on one, and is told as in use. An overlap by a wrong size never goes
 //! away, and is told as such at once.
+//!
+//! Not all private pages with memory are assigned: a page whose first mapping was refused is not,
+//! and neither is one that no VM sees. So what is unassigned is noted down, and an operation that
+//! is undone gives that back, and no more (`rmp/taken.rs`).
 
 mod merge;
+mod taken;
 #[cfg(test)]
 mod tests;
 
@@ -26,6 +31,7 @@ use polder_linux::Errno;
 use polder_machine::{Asid, Backing, Machine, Resolved, RmpEntry, RmpFail, RmpSize, RmpUpdate};
 use polder_units::{Geometry, Gfn, GfnRange, Level, PageCount, PageIndex, PageRange, Pfn};
 
+use self::taken::Taken;
 use super::{MachineHost, refused};
 use crate::Error;
 use crate::host::{Smashed, failed};
@@ -39,6 +45,7 @@ const RMP_RETRIES: u32 = 32;
 pub(super) struct Rmp {
     /// The VM that the memory's private pages are assigned to: the first that it was bound to.
     owner: Mutex<Option<Owner>>,
+    taken: Mutex<Taken>,
     large: AtomicU64,
     merged: AtomicU64,
     left_small: AtomicU64,
@@ -197,6 +204,7 @@ impl MachineHost {
     }
 
     pub(super) fn assign(&self, range: PageRange) -> Result<(), Error> {
+        self.forget_taken(range);
         self.each(range, |page| self.assign_at(page, range))
     }
 
@@ -308,7 +316,9 @@ impl MachineHost {
         can.is_ok().then_some((frame, gfn))
     }
 
+    /// Takes pages back from their guest, and notes which were its.
     pub(super) fn unassign(&self, range: PageRange) -> Result<(), Error> {
+        self.forget_taken(range);
         self.each(range, |page| {
             let machine = &mut *self.lock();
             let Some(found) = Found::at(machine, self, page)? else { return Ok(Next::On(1)) };
@@ -317,12 +327,18 @@ impl MachineHost {
             }
             if !found.is_large() {
                 let small = RmpUpdate::shared(RmpSize::Size4K);
-                return Next::after(machine.rmpupdate(found.pfn, small), 1, page);
+                let taken = machine.rmpupdate(found.pfn, small);
+                self.note_taken(taken, PageRange::one(page), &found);
+                return Next::after(taken, 1, page);
             }
             let large = RmpUpdate::shared(RmpSize::Size2M);
-            let whole = found.offset() == 0 && range.end() - page.get() >= found.pages();
-            match whole {
-                true => Next::after(machine.rmpupdate(found.head(), large), found.pages(), page),
+            let around = PageRange::enclosing(page, Level::Size2M, found.geometry);
+            match found.offset() == 0 && range.contains_range(around) {
+                true => {
+                    let taken = machine.rmpupdate(found.head(), large);
+                    self.note_taken(taken, around, &found);
+                    Next::after(taken, found.pages(), page)
+                }
                 // A step before was to smash it.
                 false => Err(Error::Rmp { page, fail: RmpFail::Overlap }),
             }

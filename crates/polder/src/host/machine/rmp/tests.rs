@@ -99,6 +99,50 @@ fn taking_away_by_a_wrong_size_fails_and_does_not_hang() {
 }
 
 #[test]
+fn what_was_taken_is_given_back_at_its_level_and_guest_frames_and_nothing_else_is() {
+    let host = host();
+    let at = |page| {
+        let Found { entry, .. } = entry(&host, page);
+        entry.assigned.then_some((entry.gfn.get(), entry.size))
+    };
+    let (small, large) = (RmpSize::Size4K, RmpSize::Size2M);
+    for part in [whole(), PageRange::between(0, 1024).unwrap()] {
+        host.unassign(part).unwrap();
+        assert_eq!(at(7), None);
+        host.reassign(whole()).unwrap();
+        assert_eq!([at(7), at(600)], [Some((7, large)), None]);
+    }
+    // No VM sees it any more: it goes back to where it was seen.
+    host.unbind(VM, Slot(0)).unwrap();
+    host.unassign(whole()).unwrap();
+    host.reassign(whole()).unwrap();
+    assert_eq!(at(7), Some((7, large)));
+    // A part of it is in quarantine.
+    host.unassign(whole()).unwrap();
+    host.reassign(PageRange::between(5, 512).unwrap()).unwrap();
+    assert_eq!([at(4), at(5), at(511)], [None, Some((5, small)), Some((511, small))]);
+}
+
+#[test]
+fn what_was_taken_before_a_conversion_or_a_free_is_not_given_back() {
+    let part = PageRange::between(3, 5).unwrap();
+    let host = host();
+    let assigned = |page| entry(&host, page).entry.assigned;
+    host.smash_all(whole()).unwrap();
+    // A step that was handed out and never taken has taken nothing.
+    host.unassign(whole()).unwrap();
+    host.take(Step::Free(part)).unwrap();
+    host.reassign(part).unwrap();
+    assert!(!assigned(3));
+    host.reassign(whole()).unwrap();
+    assert_eq!([assigned(2), assigned(3), assigned(4), assigned(5)], [true, false, false, true]);
+    host.unassign(whole()).unwrap();
+    host.unassign(PageRange::between(0, 8).unwrap()).unwrap();
+    host.reassign(whole()).unwrap();
+    assert_eq!([assigned(2), assigned(7), assigned(8)], [false, false, true]);
+}
+
+#[test]
 fn a_page_that_shows_at_another_guest_frame_is_assigned_anew() {
     let host = host();
     host.unbind(VM, Slot(0)).expect("it is bound");
