@@ -13,7 +13,7 @@ use polder_units::{Geometry, Gfn, GfnRange, Level, PageCount, PageIndex, PageRan
 
 use crate::plant::Bug;
 use crate::range_set::push_run;
-use crate::{Engine, Refusal, Wish};
+use crate::{Engine, Refusal};
 
 /// Names a VM among those that share the object.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -74,16 +74,6 @@ impl Binding {
     }
 }
 
-/// A binding that was taken away, with what it wished: to be put back where the host can't follow
-/// ([`Engine::rebind`]).
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Unbound {
-    vm: VmId,
-    slot: Slot,
-    binding: Binding,
-    wishes: Vec<Wish>,
-}
-
 /// All bindings of an object.
 #[derive(Clone, Default, Debug)]
 pub(crate) struct Bindings(BTreeMap<(VmId, Slot), Binding>);
@@ -141,29 +131,23 @@ impl Engine {
         Ok(binding)
     }
 
-    /// Removes a binding; no page is freed.
+    /// A binding, by its slot.
     ///
     /// # Errors
     /// [`Refusal::NoSuchSlot`].
-    pub fn unbind(&mut self, vm: VmId, slot: Slot) -> Result<Unbound, Refusal> {
-        let binding = self.bindings.0.remove(&(vm, slot)).ok_or(Refusal::NoSuchSlot { slot })?;
-        let wishes = self.wishes_of(vm, slot, binding.pages);
-        self.wishes.forget(vm, slot);
-        Ok(Unbound { vm, slot, binding, wishes })
+    pub fn binding(&self, vm: VmId, slot: Slot) -> Result<Binding, Refusal> {
+        self.bindings.0.get(&(vm, slot)).copied().ok_or(Refusal::NoSuchSlot { slot })
     }
 
-    /// Puts a binding back as it was, and its wishes: where something else was granted meanwhile,
-    /// they are unmet.
+    /// Removes a binding, and what it wished; no page is freed.
     ///
-    /// # Panics
-    /// If its slot, or some of its pages or guest frames, have been bound meanwhile.
-    pub fn rebind(&mut self, unbound: Unbound) {
-        let Unbound { vm, slot, binding, wishes } = unbound;
-        let bound = self.bind(vm, slot, binding.gfn, binding.pages);
-        assert_eq!(bound, Ok(binding), "nothing has taken its place");
-        for Wish { pages, wanted, .. } in wishes {
-            self.wish(vm, slot, pages, wanted);
-        }
+    /// # Errors
+    /// [`Refusal::NoSuchSlot`].
+    pub fn unbind(&mut self, vm: VmId, slot: Slot) -> Result<(), Refusal> {
+        self.binding(vm, slot)?;
+        self.bindings.0.remove(&(vm, slot));
+        self.wishes.forget(vm, slot);
+        Ok(())
     }
 
     /// The pages behind guest frames of a VM, in runs.

@@ -61,7 +61,7 @@ use alloc::vec::Vec;
 
 use polder_units::{Geometry, Level, PageCount, PageIndex, PageRange};
 
-pub use binding::{Binding, Slot, Unbound, VmId};
+pub use binding::{Binding, Slot, VmId};
 pub use convert::{
     Conversion, ConversionRequest, Converted, Draining, Protected, Reshaped, Settled, Start,
     Unmapped, Unpinned,

@@ -227,15 +227,18 @@ impl Driver {
         Ok(Some(converted))
     }
 
-    /// Takes a slot away. If the host can't, all is as it was, wishes included. No other slot may
-    /// change meanwhile.
+    /// Takes a slot away, from the host first: that may take long, and fail, and until it is done
+    /// the slot is there, its faults are answered, and what is granted meets its wishes. No other
+    /// slot may change meanwhile.
+    ///
+    /// In between, a fault is answered for a slot that the host has no more. It finds that it has
+    /// moved, and the guest faults again; KVM, which maps by itself, is not asked to.
     pub(crate) fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
-        let unbound = self.ask(|engine| engine.unbind(vm, slot))?;
-        let done = self.host.unbind(vm, slot);
-        if done.is_err() {
-            self.engine().rebind(unbound);
-        }
-        done
+        self.ask(|engine| engine.binding(vm, slot))?;
+        self.host.unbind(vm, slot)?;
+        let unbound = self.engine().unbind(vm, slot);
+        assert!(unbound.is_ok(), "no slot changes meanwhile: {unbound:?}");
+        Ok(())
     }
 
     /// Drops the contents of pages.

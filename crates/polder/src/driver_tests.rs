@@ -35,8 +35,16 @@ struct Troubled {
     plan: Arc<Mutex<(usize, usize)>>,
     /// How many answers go wrong.
     answers: Arc<AtomicUsize>,
-    /// Whether no slot can be taken away.
-    slot_stays: Arc<AtomicBool>,
+    unbinding: Arc<Unbinding>,
+}
+
+/// What happens while a slot is taken away.
+#[derive(Default)]
+struct Unbinding {
+    /// Whether it can't be.
+    slot_stays: AtomicBool,
+    /// Called once, when the slot has gone from the host, or just before that fails.
+    meanwhile: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 impl Troubled {
@@ -77,10 +85,14 @@ impl Host for Troubled {
     }
 
     fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
-        if self.slot_stays.load(Ordering::SeqCst) {
-            self.go_wrong()?;
+        let stays = self.unbinding.slot_stays.load(Ordering::SeqCst);
+        if !stays {
+            self.host.unbind(vm, slot)?;
         }
-        self.host.unbind(vm, slot)
+        if let Some(meanwhile) = self.unbinding.meanwhile.lock().take() {
+            meanwhile();
+        }
+        if stays { self.go_wrong() } else { Ok(()) }
     }
 
     fn map_guest(
@@ -186,7 +198,7 @@ struct Set {
     threads: FaultThreads,
     plan: Arc<Mutex<(usize, usize)>>,
     answers: Arc<AtomicUsize>,
-    slot_stays: Arc<AtomicBool>,
+    unbinding: Arc<Unbinding>,
     guest_view: Option<Arc<polder_linux::View>>,
 }
 
@@ -225,20 +237,20 @@ impl Set {
             host_view_level: Level::Size4K,
             initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
         };
-        let slot_stays = Arc::new(AtomicBool::new(false));
+        let unbinding = Arc::new(Unbinding::default());
         let host = Troubled {
             host,
             trouble,
             plan: Arc::clone(&plan),
             answers: Arc::clone(&answers),
-            slot_stays: Arc::clone(&slot_stays),
+            unbinding: Arc::clone(&unbinding),
         };
         let mut driver = Driver::new(config, Box::new(host));
         // Nobody is saved by asking again unprompted: a wake-up that is lost hangs the test.
         driver.ask_again = ask_again;
         let driver = Arc::new(driver);
         let threads = FaultThreads::start(&driver).unwrap();
-        Some(Self { driver, threads, plan, answers, slot_stays, guest_view })
+        Some(Self { driver, threads, plan, answers, unbinding, guest_view })
     }
 
     fn convert(&self, range: PageRange, to: Visibility, contents: Contents) -> Result<(), Error> {
@@ -415,12 +427,67 @@ fn a_slot_that_can_not_be_taken_away_wishes_what_it_did() {
     let unmet = || set.driver.engine().unmet().collect::<Vec<_>>();
     let before = unmet();
     assert_eq!(before.len(), 3, "every other page is private");
-    set.slot_stays.store(true, Ordering::SeqCst);
+    set.unbinding.slot_stays.store(true, Ordering::SeqCst);
     set.driver.unbind(vm, Slot(0)).unwrap_err();
     assert_eq!(unmet(), before);
-    set.slot_stays.store(false, Ordering::SeqCst);
+    set.unbinding.slot_stays.store(false, Ordering::SeqCst);
     set.driver.unbind(vm, Slot(0)).unwrap();
     assert_eq!(unmet(), []);
+}
+
+#[test]
+fn while_a_slot_can_not_be_taken_away_its_guest_goes_on_and_its_wishes_are_met() {
+    let (set, vm) = (snp(Trouble::Fail), VmId(0));
+    set.unbinding.slot_stays.store(true, Ordering::SeqCst);
+    let driver = Arc::clone(&set.driver);
+    let answered = Arc::new(AtomicBool::new(false));
+    let done = Arc::clone(&answered);
+    *set.unbinding.meanwhile.lock() = Some(Box::new(move || {
+        let access = GuestAccess { gfn: 1u32.into(), visibility: Visibility::Private };
+        assert_eq!(driver.guest_fault(vm, access, || true), Ok(None));
+        // The VMM decides for all of its guests.
+        let (find, to) = (|_: &Engine| Ok(vec![pages(1, 2)]), Visibility::Shared);
+        driver.convert(find, (to, Contents::Unspecified), None, OnBusy::Wait).unwrap();
+        done.store(true, Ordering::SeqCst);
+    }));
+    set.driver.unbind(vm, Slot(0)).unwrap_err();
+    assert!(answered.load(Ordering::SeqCst));
+    assert_eq!(set.driver.engine().unmet().collect::<Vec<_>>(), []);
+}
+
+#[test]
+fn an_access_to_a_slot_that_has_just_gone_is_unbound_and_nothing_else() {
+    let config = Config {
+        pages: PageCount::new(PAGES).unwrap(),
+        geometry: Geometry::X86_64,
+        platform: Platform::Plain,
+        in_place: true,
+        host_view_level: Level::Size4K,
+        initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
+    };
+    let unbinding = Arc::new(Unbinding::default());
+    let host = Troubled {
+        host: Box::new(MachineHost::new(config.pages, config.platform).unwrap()),
+        trouble: Trouble::Fail,
+        plan: Arc::new(Mutex::new((usize::MAX, 0))),
+        answers: Arc::default(),
+        unbinding: Arc::clone(&unbinding),
+    };
+    let memory = Arc::new(crate::Memory::over(Driver::new(config, Box::new(host))).unwrap());
+    let vm = memory.attach(Vm::Machine).unwrap();
+    memory.bind(vm, Slot(0), Gfn::from(0), pages(0, PAGES)).unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
+    let at_once = Arc::clone(&memory);
+    *unbinding.meanwhile.lock() = Some(Box::new(move || {
+        let faults = std::thread::spawn(move || {
+            at_once.guest_fault(vm, Gfn::from(1).gpa(), Visibility::Private)
+        });
+        std::thread::sleep(Duration::from_millis(20));
+        tell.send(faults).unwrap();
+    }));
+    memory.unbind(vm, Slot(0)).unwrap();
+    let unbound = polder_engine::MemoryFault::Unbound(GfnRange::one(1u32.into()));
+    assert_eq!(told.recv().unwrap().join().unwrap(), Ok(Some(unbound)));
 }
 
 /// Pages 0, 2, .. 14 are shared and hold their number plus one.

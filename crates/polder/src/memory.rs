@@ -115,9 +115,7 @@ impl Builder {
             host_view_level: Level::Size4K,
             initial: self.initial,
         };
-        let driver = Arc::new(Driver::new(config, host));
-        let faults = FaultThreads::start(&driver)?;
-        Ok(Memory { driver, faults, vms: AtomicU32::new(0), slots: RwLock::default() })
+        Memory::over(Driver::new(config, host))
     }
 }
 
@@ -134,6 +132,12 @@ pub struct Memory {
 }
 
 impl Memory {
+    pub(crate) fn over(driver: Driver) -> Result<Self, Error> {
+        let driver = Arc::new(driver);
+        let faults = FaultThreads::start(&driver)?;
+        Ok(Self { driver, faults, vms: AtomicU32::new(0), slots: RwLock::default() })
+    }
+
     /// Memory of `pages` pages of 4 KiB.
     pub fn builder(pages: PageCount) -> Builder {
         Builder {
@@ -451,7 +455,9 @@ impl Memory {
     }
 
     /// Says what a guest's access that KVM gave up on means (`KVM_EXIT_MMIO` without a device,
-    /// `KVM_EXIT_MEMORY_FAULT`): a fault for the VMM to handle, or `None` to run on.
+    /// `KVM_EXIT_MEMORY_FAULT`): a fault for the VMM to handle, or `None` to run on. Before it says
+    /// so it waits for a slot that is being bound or unbound: KVM gives up on an access to one that
+    /// has just gone.
     ///
     /// # Errors
     /// [`Error::Machine`] where the simulated machine could not map the page.
@@ -462,7 +468,14 @@ impl Memory {
         visibility: Visibility,
     ) -> Result<Option<MemoryFault>, Error> {
         let access = GuestAccess { gfn: gpa.gfn(), visibility };
-        self.driver.guest_fault(vm, access, || true)
+        let fault = self.driver.guest_fault(vm, access, || true)?;
+        if fault.is_some() {
+            return Ok(fault);
+        }
+        let gfns = GfnRange::one(access.gfn);
+        let _unchanged = self.slots.read();
+        let bound = self.driver.engine().pages_of(vm, gfns);
+        Ok(bound.is_err().then_some(MemoryFault::Unbound(gfns)))
     }
 
     /// Counts a conversion that a guest asked for in terms that are none, and that was refused

@@ -123,35 +123,21 @@ fn a_guest_fault_maps_as_much_as_is_uniform_and_free() {
 }
 
 #[test]
-fn a_binding_that_is_put_back_wishes_what_it_did() {
-    use Visibility::{Private, Shared};
+fn a_binding_that_is_taken_away_takes_its_wishes_with_it_and_no_others() {
     let (mut engine, vm, other) = (plain(), VmId(0), VmId(1));
     for vm in [vm, other] {
         engine.bind(vm, Slot(0), 16u32.into(), pages(0, 32)).unwrap();
+        engine.want(vm, GfnRange::between(20, 24).unwrap(), Visibility::Shared).unwrap();
     }
-    engine.want(vm, GfnRange::between(20, 24).unwrap(), Shared).unwrap();
-    let unmet = |engine: &Engine| engine.unmet().collect::<Vec<_>>();
-    let before = unmet(&engine);
-    let unbound = engine.unbind(vm, Slot(0)).unwrap();
-    assert_eq!(unmet(&engine), []);
-    engine.rebind(unbound);
-    assert_eq!(unmet(&engine), before);
-
-    // Another VM was granted something meanwhile: one wish is met by that, one no longer.
-    let unbound = engine.unbind(vm, Slot(0)).unwrap();
-    let ranges = vec![pages(2, 6)];
-    let by = Some(other);
-    convert(
-        &mut engine,
-        &ConversionRequest { ranges, to: Shared, contents: Contents::Zero, by },
-        None,
-    )
-    .unwrap();
-    engine.rebind(unbound);
-    let wish = |pages, granted: Visibility| {
-        (vm, Slot(0), Wish { pages, granted, wanted: granted.other() })
-    };
-    assert_eq!(unmet(&engine), [wish(pages(2, 4), Shared), wish(pages(6, 8), Private)]);
+    let binding = engine.binding(vm, Slot(0)).unwrap();
+    assert_eq!(engine.unbind(vm, Slot(0)), Ok(()));
+    let gone = Refusal::NoSuchSlot { slot: Slot(0) };
+    assert_eq!(engine.binding(vm, Slot(0)), Err(gone.clone()));
+    assert_eq!(engine.unbind(vm, Slot(0)), Err(gone));
+    let of: Vec<VmId> = engine.unmet().map(|(vm, ..)| vm).collect();
+    assert_eq!(of, [other]);
+    assert_eq!(engine.bind(vm, Slot(0), 16u32.into(), pages(0, 32)), Ok(binding));
+    assert_eq!(engine.unmet().count(), 1, "a new binding wishes for what is granted");
 }
 
 #[test]

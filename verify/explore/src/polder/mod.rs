@@ -105,7 +105,7 @@ enum Stage {
     GupWaits,
     GupHeld(polder_machine::PinId),
 
-    /// The slot has gone from the engine, and not from the host.
+    /// The slot has gone from the host, and not from the engine.
     Unbinding,
     Unbound,
     /// The slot is back in the engine, and not in the host.
@@ -274,13 +274,7 @@ impl World {
                 self.say(|| format!("GUP-fast of page {page} reads the page table"));
                 self.begin_gup(actor, page)
             }
-            Task::Rebind => {
-                self.engine(|engine| engine.unbind(VM, SLOT)).expect("it is bound");
-                self.promised.bound = false;
-                self.say(|| "takes the slot out of the engine".into());
-                self.go(actor, Stage::Unbinding);
-                Ok(())
-            }
+            Task::Rebind => self.unbind_host(actor),
         }
     }
 
@@ -319,7 +313,13 @@ impl World {
             Stage::Gup(gup) => self.gup(actor, gup),
             Stage::GupSlow | Stage::GupWaits => self.gup_slow(actor),
             Stage::GupHeld(pin) => self.gup_release(actor, pin),
-            Stage::Unbinding => self.unbind_host(actor),
+            Stage::Unbinding => {
+                self.engine(|engine| engine.unbind(VM, SLOT)).expect("it is bound");
+                self.promised.bound = false;
+                self.say(|| "takes the slot out of the engine".into());
+                self.go(actor, Stage::Unbound);
+                Ok(())
+            }
             Stage::Unbound => {
                 let gfn = self.setup.gfn(self.setup.first_page);
                 let pages = self.slot_pages();
@@ -349,7 +349,7 @@ impl World {
         let zaps = !self.setup.slips(Slip::SlotNotZapped);
         self.act(Act::Unbind(gfn, zaps)).well();
         self.say(|| "takes the slot out of the host, and of stage 2".into());
-        self.go(actor, Stage::Unbound);
+        self.go(actor, Stage::Unbinding);
         Ok(())
     }
 
