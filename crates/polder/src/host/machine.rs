@@ -23,7 +23,9 @@ use std::time::Duration;
 
 use polder_engine::{GuestAccess, Holder, Platform, Refusal, Slot, Step, View, Visibility, VmId};
 use polder_linux::Errno;
-use polder_machine::{Config, LockOwner, Machine, ObjectId, ProcessId, View as Vma, VpnRange};
+use polder_machine::{
+    Backing, Config, LockOwner, Machine, ObjectId, ProcessId, View as Vma, VpnRange,
+};
 use polder_units::{Gfn, GfnRange, Level, PageCount, PageIndex, PageRange, Pfn, PfnRange};
 
 use self::rmp::Rmp;
@@ -84,6 +86,34 @@ fn refused(error: polder_machine::Error) -> Error {
             failed("an address space's reservation", Errno::NOMEM)
         }
         other => Error::Machine(other),
+    }
+}
+
+/// Who refers to a folio, and which page of `range` that keeps: the page that is pinned, if it is
+/// one of them.
+fn holder(
+    machine: &Machine,
+    (first, backing): (PageIndex, Backing),
+    range: PageRange,
+) -> (PageIndex, Holder) {
+    let count = machine.geometry().pages(backing.level);
+    let frames = PfnRange::new(backing.pfn, count).expect("a folio's frames");
+    let page_of = |pfn: Pfn| {
+        let into = pfn.checked_sub(backing.pfn).expect("one of those frames");
+        first.checked_add(into).expect("a page of the object")
+    };
+    let pinned = machine.holders_of(frames).map(|holder| (page_of(holder.pfn), holder));
+    let in_range = first.max(range.start());
+    match pinned.min_by_key(|&(page, _)| (!range.contains(page), page)) {
+        Some((page, holder)) if range.contains(page) => {
+            (page, Holder::new(format!("{} of {}", holder.pin, holder.process)))
+        }
+        Some((page, holder)) => {
+            let (pin, process) = (holder.pin, holder.process);
+            let other = format!("{pin} of {process}, which is of page {page} of the same folio");
+            (in_range, Holder::new(other))
+        }
+        None => (in_range, Holder::new("somebody unknown")),
     }
 }
 
@@ -191,16 +221,19 @@ impl MachineHost {
         }
     }
 
+    /// Looks for references folio by folio: a folio's count is of all of its pages, also of those
+    /// that are not in the range.
     fn referenced(&self, range: PageRange) -> Result<Option<Refusal>, Error> {
         let mut machine = self.lock();
         let folios = machine.folios(self.object, range).map_err(refused)?;
-        let folios: Vec<(PageIndex, Pfn)> =
-            folios.map(|(page, backing)| (page, backing.pfn)).collect();
-        for (page, pfn) in folios {
+        let folios: Vec<(PageIndex, Backing)> = folios.collect();
+        for (first, backing) in folios {
+            let pfn = backing.pfn;
             match machine.lock_folio(pfn, DRIVER) {
                 Ok(()) => {}
                 // Whoever holds the lock may be about to refer to it.
                 Err(polder_machine::Error::Locked { .. }) => {
+                    let page = first.max(range.start());
                     let holder = Holder::new("somebody with the folio locked");
                     return Ok(Some(Refusal::Referenced { page, references: 0, holder }));
                 }
@@ -210,12 +243,7 @@ impl MachineHost {
             machine.unlock_folio(pfn, DRIVER).map_err(refused)?;
             let references = counts.map_err(refused)?.foreign();
             if references > 0 {
-                let holder = machine.holders_of(PfnRange::one(pfn)).next();
-                let holder = match holder {
-                    Some(holder) => format!("{} of {}", holder.pin, holder.process),
-                    None => "somebody unknown".to_owned(),
-                };
-                let holder = Holder::new(holder);
+                let (page, holder) = holder(&machine, (first, backing), range);
                 return Ok(Some(Refusal::Referenced { page, references, holder }));
             }
         }

@@ -216,6 +216,36 @@ fn who_has_a_private_page_from_before_its_first_use_is_cut_off_and_who_pins_it_i
 }
 
 #[test]
+fn who_pins_a_page_of_a_large_folio_is_named_with_it() {
+    let host = host();
+    let pin = {
+        let mut machine = host.lock();
+        let process = machine.create_process().unwrap();
+        let vpns = VpnRange::between(0x1000, 0x1000 + 512).unwrap();
+        machine.mmap(process, vpns, host.object, 512u32.into(), View::PLAIN).unwrap();
+        let pinned = VpnRange::between(0x1000 + 300, 0x1000 + 302).unwrap();
+        machine.pin_user_pages(process, pinned, true, PinKind::LongTerm).unwrap()
+    };
+    host.unmap_processes(PageRange::between(512, 1024).unwrap()).unwrap();
+    for (start, end, named) in
+        [(0, 1024, 812), (512, 1024, 812), (812, 813, 812), (813, 900, 813), (519, 520, 519)]
+    {
+        let range = PageRange::between(start, end).unwrap();
+        let refused = host.check_references(range).unwrap_err();
+        let Error::Refused(Refusal::Referenced { page, holder, .. }) = &refused else {
+            panic!("{refused:?}")
+        };
+        assert_eq!(page.get(), named, "{range}: {refused}");
+        let (holder, pin) = (holder.to_string(), pin.to_string());
+        assert!(holder.starts_with(&pin), "{range}: {holder}");
+        // The counts are the folio's: who pins one page keeps the others, too.
+        assert_eq!(holder.contains("page 0x32c of the same folio"), named == 519, "{holder}");
+    }
+    host.lock().unpin(pin).unwrap();
+    assert_eq!(host.check_references(whole()), Ok(()));
+}
+
+#[test]
 fn while_somebody_has_the_folio_locked_the_guest_tries_again() {
     let host = host();
     let (pfn, other) = (entry(&host, 512).pfn, LockOwner(7));
