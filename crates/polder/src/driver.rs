@@ -177,6 +177,16 @@ impl Driver {
     pub(crate) fn claim<T>(
         &self,
         on_busy: OnBusy,
+        ask: impl FnMut(&mut Engine) -> Result<T, Blocked>,
+    ) -> Result<T, Error> {
+        self.claim_unless(|| false, on_busy, ask)
+    }
+
+    /// The same, unless told to stop where it would have to wait: [`Error::Interrupted`].
+    fn claim_unless<T>(
+        &self,
+        stop: impl Fn() -> bool,
+        on_busy: OnBusy,
         mut ask: impl FnMut(&mut Engine) -> Result<T, Blocked>,
     ) -> Result<T, Error> {
         let mut engine = self.engine();
@@ -186,6 +196,7 @@ impl Driver {
                 Err(Blocked::Refused(refusal)) => return Err(refusal.into()),
                 Err(Blocked::Busy(refusal)) => match on_busy {
                     OnBusy::Refuse => return Err(refusal.into()),
+                    OnBusy::Wait if stop() => return Err(Error::Interrupted),
                     OnBusy::Wait => self.wait(&mut engine),
                 },
                 Err(Blocked::Abandoned(operation)) => {
@@ -348,7 +359,8 @@ impl Driver {
 
     /// Has the first of `gfns` and those like it ready for a guest's touches, `most` at most.
     /// Returns the number of the first frame that is not; with an error, the frames that were
-    /// tried. No slot may change meanwhile.
+    /// tried. No slot may change meanwhile. Waits while an operation holds the first page, until the
+    /// vCPU is kicked.
     pub(crate) fn prefault(
         &self,
         (vm, vcpu): (VmId, Vcpu<'_>),
@@ -356,8 +368,9 @@ impl Driver {
         most: PageCount,
     ) -> Result<u64, (Error, Option<GfnRange>)> {
         let claim = |engine: &mut Engine| engine.prefault(vm, gfns, most);
-        let (answer, run, visibility) =
-            self.claim(OnBusy::Wait, claim).map_err(|error| (error, None))?;
+        let kicked = || matches!(vcpu, Vcpu::Machine(vcpu) if vcpu.is_kicked());
+        let claimed = self.claim_unless(kicked, OnBusy::Wait, claim);
+        let (answer, run, visibility) = claimed.map_err(|error| (error, None))?;
         let range = answer.range();
         let mut given = Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
         let shown = self.host.show(vm, vcpu, (run, visibility), range);

@@ -3,12 +3,14 @@
 #![expect(clippy::unwrap_used, reason = "a test")]
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 
 use polder::machine::RmpSize;
 use polder::units::{Gfn, GfnRange, Level, PageCount, PageRange};
 use polder::{
-    Contents, Error, HostKind, MachineVcpu, Memory, OnBusy, Platform, Prefaulted, Slot, Visibility,
-    Vm, VmId,
+    Contents, Error, HostKind, MachineVcpu, Memory, Moment, OnBusy, Platform, Prefaulted, Reached,
+    Slot, Visibility, Vm, VmId, Watch,
 };
 
 const PAGES: u32 = 16;
@@ -40,6 +42,45 @@ fn a_vcpu_that_was_kicked_is_interrupted_before_a_page_is_done() {
     vcpu.kicker().store(false, Ordering::Release);
     let done = gfns(0, 4);
     assert_eq!(memory.prefault(vm, &vcpu, done), Ok(Prefaulted { done, left: None }));
+}
+
+/// Holds an operation where it is claimed, until told to go on.
+struct Hold(mpsc::Sender<()>, Mutex<mpsc::Receiver<()>>);
+
+impl Watch for Hold {
+    fn at(&self, moment: Moment) {
+        if matches!(moment, Moment::Reached(Reached::Claimed)) {
+            self.0.send(()).unwrap();
+            self.1.lock().unwrap().recv().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_vcpu_that_is_kicked_waits_no_longer_for_an_operation() {
+    let (memory, vm, vcpu) = memory();
+    let ((tell, claimed), (go_on, told)) = (mpsc::channel(), mpsc::channel());
+    memory.watch(Arc::new(Hold(tell, Mutex::new(told))));
+    let kicker = vcpu.kicker();
+    std::thread::scope(|scope| {
+        let (memory, vcpu) = (&memory, &vcpu);
+        let third = PageRange::between(2, 3).unwrap();
+        scope.spawn(move || memory.discard(third, OnBusy::Wait).unwrap());
+        claimed.recv().unwrap();
+        let (tell, came) = mpsc::channel();
+        scope.spawn(move || {
+            // A page that was done is told, and what stands before the next, afterwards.
+            tell.send(memory.prefault(vm, vcpu, gfns(1, 4))).unwrap();
+            tell.send(memory.prefault(vm, vcpu, gfns(2, 4))).unwrap();
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        kicker.store(true, Ordering::Release);
+        let done = Prefaulted { done: gfns(1, 2), left: Some(gfns(2, 4)) };
+        let limit = Duration::from_secs(10);
+        let came = [came.recv_timeout(limit), came.recv_timeout(limit)];
+        go_on.send(()).unwrap();
+        assert_eq!(came, [Ok(Ok(done)), Ok(Err(Error::Interrupted))]);
+    });
 }
 
 #[test]
