@@ -133,13 +133,9 @@ impl fmt::Display for MemoryFault {
 /// How a guest's fault is answered.
 #[derive(Debug)]
 pub enum GuestAnswer {
-    /// Map the page around it.
-    Now {
-        /// The pages of the object, one page of `level`.
-        answer: Answer,
-        /// The level to map them at.
-        level: Level,
-    },
+    /// Carry this out. Of a fault of stage 2: map the page around it, or as large a part of it as
+    /// folio and RMP allow.
+    Now(Answer),
     /// Exit to the VMM.
     Exit(MemoryFault),
     /// Not yet: ask again when an operation has ended.
@@ -175,7 +171,7 @@ impl Engine {
             View::Host => self.config.host_view_level,
             View::Guest => Level::Size4K,
         };
-        TouchAnswer::Now(self.map_around(view, page, most).0)
+        TouchAnswer::Now(self.map_around(view, page, most))
     }
 
     /// Answers an access of a guest that its stage-2 tables don't let through.
@@ -207,8 +203,7 @@ impl Engine {
         if self.plants.has(Bug::NoFit) {
             bound = Level::Size1G;
         }
-        let (answer, level) = self.map_around(View::Guest, page, bound);
-        GuestAnswer::Now { answer, level }
+        GuestAnswer::Now(self.map_around(View::Guest, page, bound))
     }
 
     /// Takes an answer back. `done` is what was done in fact: nothing, and then the fault comes
@@ -221,7 +216,7 @@ impl Engine {
     }
 
     /// Maps as much around `page` as is uniform with it and free, at `most` at most (INV-5).
-    fn map_around(&mut self, view: View, page: PageIndex, most: Level) -> (Answer, Level) {
+    fn map_around(&mut self, view: View, page: PageIndex, most: Level) -> Answer {
         let around = |level| PageRange::enclosing(page, level, self.config.geometry);
         let most = self.pages.level(page).min(most);
         let free = |&level: &Level| {
@@ -231,7 +226,7 @@ impl Engine {
         };
         let level = Level::ALL.into_iter().rfind(free).unwrap_or(Level::Size4K);
         let range = around(level);
-        (self.answer(view, range, Response::Map), level)
+        self.answer(view, range, Response::Map)
     }
 
     /// Whether the host view holds a marker in place of a page of `range`, or is about to.

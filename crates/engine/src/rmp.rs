@@ -118,7 +118,7 @@ impl Engine {
         let mut steps = Vec::new();
         let mut smashed = None;
         for part in chunks {
-            let large = around(part.start(), geometry);
+            let large = self.around_within(part.start());
             match to {
                 Visibility::Private => steps.push(Step::Assign(part)),
                 Visibility::Shared => {
@@ -136,6 +136,12 @@ impl Engine {
         steps
     }
 
+    /// The 2M page around a page of the object, of which the last may be a part.
+    fn around_within(&self, page: PageIndex) -> PageRange {
+        let all = PageRange::between(0, self.config.pages.get()).expect("an object has pages");
+        around(page, self.config.geometry).intersection(all).expect("the page lies in both")
+    }
+
     /// Answers a guest's access or PVALIDATE that the RMP refuses for its size (`#NPF` with the RMP
     /// bit): the large page around it is to be smashed, and taken out of stage 2. Nothing is
     /// claimed of it by an operation meanwhile, which might be about to do the same.
@@ -144,15 +150,13 @@ impl Engine {
         let Some((page, _)) = self.bindings.page_of(vm, gfn, geometry) else {
             return GuestAnswer::Exit(MemoryFault::Unbound(polder_units::GfnRange::one(gfn)));
         };
-        let all = PageRange::between(0, self.config.pages.get()).expect("an object has pages");
-        let range = around(page, geometry).intersection(all).expect("the page lies in both");
+        let range = self.around_within(page);
         match self.check_claims(range) {
             Ok(()) => {}
             Err(crate::Blocked::Abandoned(operation)) => return GuestAnswer::Undo(operation),
             Err(_) => return GuestAnswer::Wait,
         }
-        let answer = self.answer(View::Guest, range, Response::Map);
-        GuestAnswer::Now { answer, level: Level::Size2M }
+        GuestAnswer::Now(self.answer(View::Guest, range, Response::Map))
     }
 }
 

@@ -166,6 +166,7 @@ impl From<Error> for Outcome {
             Error::Quarantined { .. } => (Is::Quarantined, None, None),
             Error::Machine(error) => (Self::from(*error).is, None, None),
             Error::Rmp { page, fail } => (Self::from(*fail).is, Some(page.get()), None),
+            Error::Firmware { page, .. } => (Is::Failed, Some(page.get()), None),
             Error::NotOffered { .. } | Error::Missing { .. } | Error::OneVm { .. } => {
                 (Is::NotOffered, None, None)
             }

@@ -23,7 +23,7 @@ use polder_engine::{
     GuestAnswer, MemoryFault, Operation, Refusal, Response, Slot, Stage, Start, Step, Undoing,
     Visibility, VmId,
 };
-use polder_units::{Gfn, GfnRange, Level, PageCount, PageRange};
+use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
 use crate::host::views::Views;
 use crate::host::{Host, Smashed};
@@ -323,7 +323,7 @@ impl Driver {
     ) -> Result<Option<MemoryFault>, Error> {
         self.counters.guest_fault();
         let ask = |engine: &mut Engine| engine.guest_fault(vm, access);
-        self.answer_guest(ask, stop, |level, range| self.host.map_guest(vm, access, level, range))
+        self.answer_guest(ask, stop, |range| self.host.map_guest(vm, access, range))
     }
 
     /// Asks until there is an answer, and carries it out under its claim.
@@ -331,18 +331,18 @@ impl Driver {
         &self,
         ask: impl Fn(&mut Engine) -> GuestAnswer,
         stop: impl Fn() -> bool,
-        carry_out: impl FnOnce(Level, PageRange) -> Result<(), Error>,
+        carry_out: impl FnOnce(PageRange) -> Result<(), Error>,
     ) -> Result<Option<MemoryFault>, Error> {
         let mut engine = self.engine();
         loop {
             match ask(&mut engine) {
                 GuestAnswer::Exit(fault) => return Ok(Some(fault)),
-                GuestAnswer::Now { answer, level } => {
+                GuestAnswer::Now(answer) => {
                     drop(engine);
                     let range = answer.range();
                     let mut given =
                         Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
-                    let done = carry_out(level, range);
+                    let done = carry_out(range);
                     given.done(done.is_ok());
                     return done.map(|()| None);
                 }
@@ -397,7 +397,7 @@ impl Driver {
         smashed: &mut Option<Smashed>,
     ) -> Result<Option<MemoryFault>, Error> {
         let ask = |engine: &mut Engine| engine.size_fault(vm, gfn);
-        self.answer_guest(ask, stop, |_, within| {
+        self.answer_guest(ask, stop, |within| {
             let done = self.host.smash(vm, gfn, within)?;
             self.counters.smashed(done);
             *smashed = Some(done);

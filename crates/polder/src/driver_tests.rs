@@ -95,14 +95,8 @@ impl Host for Troubled {
         if stays { self.go_wrong() } else { Ok(()) }
     }
 
-    fn map_guest(
-        &self,
-        vm: VmId,
-        access: GuestAccess,
-        level: Level,
-        range: PageRange,
-    ) -> Result<(), Error> {
-        self.host.map_guest(vm, access, level, range)
+    fn map_guest(&self, vm: VmId, access: GuestAccess, range: PageRange) -> Result<(), Error> {
+        self.host.map_guest(vm, access, range)
     }
 
     fn smash(&self, vm: VmId, gfn: Gfn, within: PageRange) -> Result<crate::host::Smashed, Error> {

@@ -34,6 +34,15 @@ pub enum Error {
         #[source]
         fail: polder_machine::RmpFail,
     },
+    /// The simulated machine's firmware refused to give an RMP entry back.
+    #[error("the firmware keeps the rmp entry of page {page}")]
+    Firmware {
+        /// The page.
+        page: polder_units::PageIndex,
+        /// What the firmware said.
+        #[source]
+        fail: polder_machine::FirmwareFail,
+    },
     /// A VM of another kind than the host can serve.
     #[error("a VM of this kind can't be attached to memory on host {host}")]
     WrongVm {
@@ -134,7 +143,7 @@ impl Error {
                 polder_machine::Error::Locked { .. } | polder_machine::Error::Mapped { .. },
             ) => Errno::EAGAIN,
             // Entries of the wrong size stay so.
-            Self::Machine(_) | Self::Rmp { .. } => Errno::EIO,
+            Self::Machine(_) | Self::Rmp { .. } | Self::Firmware { .. } => Errno::EIO,
             Self::Host(error) => match error.errno {
                 polder_linux::Errno::NOMEM => Errno::ENOMEM,
                 polder_linux::Errno::INVAL => Errno::EINVAL,

@@ -93,17 +93,17 @@ fn a_guest_fault_maps_as_much_as_is_uniform_and_free() {
     let fault = |engine: &mut Engine, gfn: u32, visibility| {
         engine.guest_fault(vm, GuestAccess { gfn: gfn.into(), visibility })
     };
-    let level = |answer| match answer {
-        GuestAnswer::Now { answer, level } => (answer, level),
+    let now = |answer| match answer {
+        GuestAnswer::Now(answer) => answer,
         other => panic!("{other:?}"),
     };
-    let (whole, size) = level(fault(&mut engine, 5, Visibility::Private));
-    assert_eq!((whole.range(), size), (pages(0, 16), Level::Size1G));
+    let whole = now(fault(&mut engine, 5, Visibility::Private));
+    assert_eq!(whole.range(), pages(0, 16));
     engine.answered(whole, Some(Response::Map));
 
     share(&mut engine, pages(1, 2));
-    let (part, size) = level(fault(&mut engine, 5, Visibility::Private));
-    assert_eq!((part.range(), size), (pages(4, 8), Level::Size2M));
+    let part = now(fault(&mut engine, 5, Visibility::Private));
+    assert_eq!(part.range(), pages(4, 8));
     engine.answered(part, Some(Response::Map));
     assert!(matches!(
         fault(&mut engine, 1, Visibility::Private),
@@ -114,8 +114,8 @@ fn a_guest_fault_maps_as_much_as_is_uniform_and_free() {
         GuestAnswer::Exit(MemoryFault::Unbound(_))
     ));
     let discard = engine.discard(pages(6, 7)).unwrap();
-    let (page, size) = level(fault(&mut engine, 5, Visibility::Private));
-    assert_eq!((page.range(), size), (pages(5, 6), Level::Size4K), "what is claimed is not mapped");
+    let page = now(fault(&mut engine, 5, Visibility::Private));
+    assert_eq!(page.range(), pages(5, 6), "what is claimed is not mapped");
     engine.answered(page, Some(Response::Map));
     assert!(matches!(fault(&mut engine, 6, Visibility::Private), GuestAnswer::Wait));
     drop(discard);

@@ -117,15 +117,34 @@ fn a_discard_takes_private_pages_back_before_they_are_freed() {
 }
 
 #[test]
+fn no_step_is_about_pages_past_the_end_of_the_object() {
+    let count = PageCount::from(10);
+    let mut engine = Engine::new(Config { pages: count, ..*snp().config() });
+    engine.bind(VmId(0), Slot(0), 0u32.into(), pages(0, 10)).unwrap();
+    let mut steps =
+        |range, to| convert(&mut engine, &request(range, to, Contents::Unspecified), None).unwrap();
+    assert_eq!(
+        steps(pages(8, 9), Visibility::Shared)[1..],
+        [Step::Smash(pages(8, 10)), Step::Unassign(pages(8, 9))]
+    );
+    steps(pages(8, 9), Visibility::Private);
+    // What the object has of its last 2M page is no large entry: it would be of other frames, too.
+    let whole = steps(pages(8, 10), Visibility::Shared);
+    assert!(whole.iter().all(|step| step.range().end() <= 10), "{whole:?}");
+    let GuestAnswer::Now(answer) = engine.size_fault(VmId(0), 9u32.into()) else { panic!() };
+    assert_eq!(answer.range(), pages(8, 10));
+}
+
+#[test]
 fn a_fault_for_its_size_is_about_the_2m_page_and_waits_for_operations_there() {
     let (mut engine, vm) = (snp(), VmId(0));
     engine.bind(vm, Slot(0), 0u32.into(), pages(0, 64)).unwrap();
-    let GuestAnswer::Now { answer, level } = engine.size_fault(vm, 5u32.into()) else { panic!() };
-    assert_eq!((answer.range(), level), (pages(4, 8), Level::Size2M));
+    let GuestAnswer::Now(answer) = engine.size_fault(vm, 5u32.into()) else { panic!() };
+    assert_eq!(answer.range(), pages(4, 8));
     engine.answered(answer, None);
     let draining = engine.discard(pages(7, 8)).unwrap();
     assert!(matches!(engine.size_fault(vm, 5u32.into()), GuestAnswer::Wait));
-    assert!(matches!(engine.size_fault(vm, 9u32.into()), GuestAnswer::Now { .. }));
+    assert!(matches!(engine.size_fault(vm, 9u32.into()), GuestAnswer::Now(_)));
     assert!(matches!(engine.size_fault(vm, 64u32.into()), GuestAnswer::Exit(_)));
     drop(draining);
     assert!(matches!(engine.size_fault(vm, 5u32.into()), GuestAnswer::Undo(_)));

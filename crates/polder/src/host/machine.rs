@@ -368,13 +368,7 @@ impl Host for MachineHost {
         Ok(())
     }
 
-    fn map_guest(
-        &self,
-        id: VmId,
-        access: GuestAccess,
-        _: Level,
-        range: PageRange,
-    ) -> Result<(), Error> {
+    fn map_guest(&self, id: VmId, access: GuestAccess, range: PageRange) -> Result<(), Error> {
         if !matches!(self.map(id, access, range)?, stage2::Tried::Mapped(_)) {
             // The guest faults again; let go on whom it would only meet once more.
             crate::sync::yield_now();

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 use polder_engine::{GuestAccess, Slot, Step, Visibility, VmId};
 use polder_linux::Errno;
-use polder_units::{Gfn, GfnRange, Level, PageCount, PageRange};
+use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
 use self::views::Views;
 use crate::{Error, Vcpu};
@@ -101,9 +101,9 @@ pub(crate) trait Host: Send + Sync {
     /// Takes a slot away, and the guest's mappings with it. If that fails the slot is still there.
     fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error>;
 
-    /// Maps the page of `level` around the frame accessed for the guest, whose pages of the object
-    /// are `range` and of the kind accessed. KVM maps by itself.
-    fn map_guest(&self, _: VmId, _: GuestAccess, _: Level, _range: PageRange) -> Result<(), Error> {
+    /// Maps the largest page around the frame accessed for the guest that the host can, all of it in
+    /// `range`, whose pages are of the kind accessed. KVM maps by itself.
+    fn map_guest(&self, _: VmId, _: GuestAccess, _range: PageRange) -> Result<(), Error> {
         Ok(())
     }
 

@@ -95,7 +95,13 @@ impl World {
                     false => Err(Violation::new("INV-8", format!("told that {fault}, wrongly"))),
                 }
             }
-            GuestAnswer::Now { answer, level } => {
+            GuestAnswer::Now(answer) => {
+                let (count, geometry) = (answer.range().count(), self.setup.geometry);
+                let of_level = |level: &Level| geometry.pages(*level) == count;
+                let Some(level) = Level::ALL.into_iter().find(of_level) else {
+                    let what = format!("pages {} are no page of any level", answer.range());
+                    return Err(Violation::new("INV-5", what));
+                };
                 self.say(|| format!("is to have pages {} at {level}", answer.range()));
                 self.go(actor, Stage::GuestAllocate(answer, level));
                 self.check_level(&answer, level, gfn)
@@ -120,9 +126,6 @@ impl World {
             let what = format!("gfn {gfn} is to be mapped at {level} by pages {range}, {what}");
             Err(Violation::new("INV-5", what))
         };
-        if range.count().get() != count {
-            return wrong("which are not as many");
-        }
         let apart = setup.first_gfn.abs_diff(setup.first_page);
         if !u64::from(apart).is_multiple_of(count) {
             return wrong("which are not congruent with it");

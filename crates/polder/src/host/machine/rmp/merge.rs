@@ -101,7 +101,7 @@ impl MachineHost {
         let Some(found) = found else { return Ok(()) };
         let pfn = if found.is_large() { found.head() } else { found.pfn };
         let reclaimed = machine.page_reclaim(pfn, found.entry.size);
-        reclaimed.map_err(|_| Error::Rmp { page, fail: RmpFail::Permission })
+        reclaimed.map_err(|fail| Error::Firmware { page, fail })
     }
 }
 
@@ -117,7 +117,7 @@ fn first_failure(all: impl Iterator<Item = Result<(), Error>>) -> Result<(), Err
 #[cfg(test)]
 mod tests {
     use polder_engine::{Platform, Slot, VmId};
-    use polder_machine::LockOwner;
+    use polder_machine::{FirmwareFail, LockOwner};
     use polder_units::PageCount;
 
     use super::*;
@@ -227,7 +227,8 @@ mod tests {
     #[test]
     fn a_thaw_goes_on_after_a_failure_and_tells_the_first() {
         let mut seen = 0;
-        let failed = |page: u32| Error::Rmp { page: page.into(), fail: RmpFail::Permission };
+        let fail = FirmwareFail::PageState;
+        let failed = |page: u32| Error::Firmware { page: page.into(), fail };
         let all = (0..5u32).map(|page| {
             seen += 1;
             if page % 2 == 1 { Err(failed(page)) } else { Ok(()) }
