@@ -7,7 +7,7 @@
 use polder_units::{GfnRange, PageCount, PageRange};
 
 use crate::fault::{Answer, Response};
-use crate::{Blocked, Engine, PageFacts, Platform, Population, Refusal, View, Visibility, VmId};
+use crate::{Blocked, Engine, PageFacts, Population, Refusal, View, Visibility, VmId};
 
 impl Engine {
     /// Allows the first of `gfns` to be mapped, and those after it as far as they are like it: in
@@ -36,7 +36,7 @@ impl Engine {
         let owed = self.first_page(range, |facts| facts.population == Population::Owed);
         let visibility = self.pages.get(page).visibility;
         let other = |facts: PageFacts| facts.visibility != visibility;
-        let has_rmp = self.config.platform == Platform::Snp;
+        let has_rmp = self.config.platform.has_rmp();
         let stops = [
             has_rmp.then(|| self.first_page(range, other)).flatten(),
             self.quarantine.first_in(range),

@@ -28,6 +28,8 @@ pub struct LargeRmpEntry {
     pub frame: Pfn,
     /// The guest frame of that.
     pub gfn: Gfn,
+    /// Whether one binding shows all of it.
+    pub bound: bool,
     /// The pages that the operation is about.
     pub within: PageRange,
     /// Whether no entry of its frames is assigned.
@@ -49,6 +51,10 @@ pub enum NotLarge {
     /// No access passes a large entry of an unaligned guest frame.
     #[error("its first guest frame is not aligned")]
     Gfn,
+    /// Stage 2 maps no larger than a binding; and what another one shows of it is at other guest
+    /// frames.
+    #[error("no binding shows all of it")]
+    Binding,
     /// The rest of it is not the operation's to change.
     #[error("the operation is about a part of it only")]
     Range,
@@ -73,6 +79,7 @@ pub fn can_install_large_rmp_entry(
         (entry.page.is_multiple_of(pages), NotLarge::Page),
         (entry.frame.is_multiple_of(pages), NotLarge::Frame),
         (entry.gfn.is_multiple_of(pages), NotLarge::Gfn),
+        (entry.bound, NotLarge::Binding),
         (entry.within.contains_range(around(entry.page, geometry)), NotLarge::Range),
         (entry.unassigned, NotLarge::Assigned),
     ];
@@ -189,6 +196,7 @@ mod tests {
             page: 8u32.into(),
             frame: 20u32.into(),
             gfn: 12u32.into(),
+            bound: true,
             within: PageRange::between(8, 12).unwrap(),
             unassigned: true,
         }
@@ -224,6 +232,11 @@ mod tests {
     #[test]
     fn the_guest_frame_is_aligned() {
         assert_eq!(can(|entry| entry.gfn = 13u32.into()), Err(NotLarge::Gfn));
+    }
+
+    #[test]
+    fn one_binding_shows_all_of_it() {
+        assert_eq!(can(|entry| entry.bound = false), Err(NotLarge::Binding));
     }
 
     #[test]

@@ -350,7 +350,9 @@ impl Driver {
         let shown = self.host.show(vm, vcpu, (run, visibility), range);
         given.done(shown.is_ok());
         drop(given);
-        let end = shown.map_err(|error| (error, Some(run)))?;
+        // The machine fails of the first frame only.
+        let tried = self.host.machine().is_none().then_some(run);
+        let end = shown.map_err(|error| (error, tried))?;
         match GfnRange::between(run.start().get(), end) {
             Some(shown) => self.host.shown(vm, vcpu, shown).map_err(|error| (error, Some(run))),
             None => Ok(end),

@@ -150,10 +150,16 @@ impl MachineHost {
         Ok(())
     }
 
-    /// Takes the pages out of the host view and out of other processes' mappings.
+    /// Takes the pages out of the host view, with its markers, and out of other processes'
+    /// mappings.
     fn unmap_host(&self, range: PageRange) -> Result<(), Error> {
+        self.lock().host_unmap(self.process, Self::vpns(range)).map_err(refused)?;
+        self.unmap_processes(range)
+    }
+
+    /// Takes the pages out of every process's mappings; markers stay.
+    fn unmap_processes(&self, range: PageRange) -> Result<(), Error> {
         let mut machine = self.lock();
-        machine.host_unmap(self.process, Self::vpns(range)).map_err(refused)?;
         machine.zap_object(self.object, range).map_err(refused)?;
         machine.flush_object(self.object, range).map_err(refused)
     }
@@ -314,21 +320,24 @@ impl Host for MachineHost {
         &self,
         id: VmId,
         access: GuestAccess,
-        level: Level,
+        _: Level,
         range: PageRange,
     ) -> Result<(), Error> {
         // If it is not mapped now, the guest faults again.
-        self.map(id, access, level, range).map(|_| ())
+        if self.map(id, access, range)? == stage2::Tried::Later {
+            std::thread::yield_now();
+        }
+        Ok(())
     }
 
     fn show(
         &self,
         id: VmId,
-        _: Vcpu<'_>,
-        (gfns, visibility): (GfnRange, Visibility),
+        vcpu: Vcpu<'_>,
+        gfns: (GfnRange, Visibility),
         range: PageRange,
     ) -> Result<u64, Error> {
-        self.show_all(id, (gfns, visibility), range)
+        self.show_all((id, vcpu), gfns, range)
     }
 
     fn smash(&self, id: VmId, gfn: Gfn) -> Result<Smashed, Error> {

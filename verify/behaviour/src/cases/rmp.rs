@@ -1,6 +1,6 @@
 //! SEV-SNP's reverse map table, as it follows what is granted.
 
-use polder::units::{GfnRange, PageCount, PageIndex, PageRange};
+use polder::units::{GfnRange, Level, PageCount, PageIndex, PageRange};
 use polder::{Contents, Error, Memory, MemoryFault, OnBusy, Platform, Refusal, Slot, Visibility};
 use polder_vmm::scenario::HostAccess;
 
@@ -23,6 +23,12 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Rmp, "a 1G folio is 512 large entries", gigabyte),
     Case::new(Rmp, "2M of 4K folios are 4K entries", small_folios),
     Case::new(Rmp, "where guest frames are not congruent, entries are 4K, and work", incongruent),
+    Case::new(
+        Rmp,
+        "2M of which no binding shows all are 4K entries, and none is smashed",
+        bindings,
+    ),
+    Case::new(Rmp, "a huge folio that was prefaulted is one entry, mapped at 2M", prefaulted),
     Case::new(Rmp, "a part of a large entry becomes shared, and its neighbours stay", part),
     Case::new(Rmp, "a folio that was split leaves a large entry, smashed when met", split),
     Case::new(
@@ -239,6 +245,55 @@ fn incongruent(w: &World<'_>) -> Ran {
     audit(w, memory);
     let seen = GfnRange::between(BASE + 1, BASE + 1 + HUGE).expect("a range");
     bound.passes([fill(seen, 1), check(seen, 1)]);
+    audit(w, memory);
+    PASSED
+}
+
+fn bindings(w: &World<'_>) -> Ran {
+    // The second half of it at other guest frames, at those that follow, or nowhere.
+    for second in [Some(BASE + 3 * HUGE), Some(BASE + 256), None] {
+        let bound = huge(w, 1)?;
+        let (memory, vm) = (&bound.memory, bound.vm);
+        memory.unbind(vm, Slot(0)).expect("it is bound");
+        memory.bind(vm, Slot(0), gfn(BASE), pages(0, 256)).expect("it is free");
+        let halves = [Some(BASE), second].into_iter().flatten();
+        let seen = halves.map(|at| GfnRange::between(at, at + 256).expect("256 frames"));
+        let seen: Vec<_> = seen.collect();
+        if let Some(second) = second {
+            memory.bind(vm, Slot(1), gfn(second), pages(256, 512)).expect("it is free");
+        }
+        // First by a guest's touch, then by a conversion.
+        bound.passes([fill(gfns(page(0)), 1)]);
+        assert!(!w.inside().rmp(memory, index(0)).1, "a large entry");
+        to(memory, all(memory), SHARED).expect("no pins");
+        to(memory, all(memory), PRIVATE).expect("no pins");
+        let unseen = second.map_or(256, |_| 0);
+        let runs = [(HUGE - unseen, SMALL), (unseen, NOBODYS)];
+        let entries = entries(w.inside(), memory, all(memory));
+        assert!(entries.iter().eq(runs.iter().filter(|run| run.0 > 0)), "{entries:?}");
+        bound.passes(seen.iter().map(|&half| fill(half, 2)));
+        bound.passes(seen.iter().map(|&half| check(half, 2)));
+        let rmp = memory.statistics().rmp;
+        assert_eq!((rmp.large, rmp.smashed), (0, 0));
+        audit(w, memory);
+    }
+    PASSED
+}
+
+fn prefaulted(w: &World<'_>) -> Ran {
+    let bound = huge(w, 2)?;
+    let memory = &bound.memory;
+    let vcpu = bound.guest.vcpu((memory, bound.vm));
+    let done = memory.prefault(bound.vm, &vcpu, gfns(all(memory))).expect("they are bound");
+    assert_eq!((done.done, done.left), (gfns(all(memory)), None));
+    assert_eq!(entries(w.inside(), memory, all(memory)), [(1024, LARGE)]);
+    let level = |at| w.inside().mapped_at(memory, index(at));
+    assert_eq!([0, 7, 511, 512, 1023].map(level), [Some(Level::Size2M); 5]);
+    let faults = memory.statistics().guest_faults;
+    bound.passes([fill(gfns(all(memory)), 1), check(gfns(all(memory)), 1)]);
+    let now = memory.statistics();
+    assert_eq!((now.rmp.large, now.rmp.smashed, now.guest_faults), (2, 0, faults));
+    assert_eq!([0, 7, 511, 512, 1023].map(level), [Some(Level::Size2M); 5]);
     audit(w, memory);
     PASSED
 }

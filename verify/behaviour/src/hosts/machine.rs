@@ -328,6 +328,14 @@ impl Inside for Machine {
         entry.map_or((false, false), |entry| (entry.assigned, is_large(entry)))
     }
 
+    fn mapped_at(&self, memory: &Memory, page: PageIndex) -> Option<Level> {
+        let level = memory.simulated(|machine, object, _| {
+            let (vm, gfns) = machine.gfns_of(object, PageRange::one(page)).next()?;
+            machine.spte(vm, gfns.start()).expect("its VM").map(|spte| spte.level)
+        });
+        level.expect("memory of this host")
+    }
+
     fn huge_folio(&self, memory: &Memory, page: PageIndex) {
         let made =
             memory.simulated(|machine, object, _| machine.allocate(object, page, Level::Size2M));

@@ -8,8 +8,10 @@
 //! no memory          not assigned: memory is unassigned before it is freed
 //! ```
 //! Each instruction is a step of its own. What an instruction needs to know is looked up before it,
-//! and again if it fails: another CPU may have been faster. `FAIL_INUSE` and `FAIL_OVERLAP` are
-//! tried again a bounded number of times, for an overlap by a wrong size never goes away.
+//! and again if it fails: another CPU may have been faster. `FAIL_INUSE` is tried again, a bounded
+//! number of times. So is `FAIL_OVERLAP` where no entry of another size is to be seen: then it says
+//! that somebody is at work on one, and is told as in use. An overlap by a wrong size never goes
+//! away, and is told as such at once.
 
 #[cfg(test)]
 mod tests;
@@ -21,7 +23,7 @@ use parking_lot::Mutex;
 use polder_engine::NotLarge;
 use polder_engine::{LargeRmpEntry, VmId, can_install_large_rmp_entry};
 use polder_linux::Errno;
-use polder_machine::{Asid, Backing, Machine, RmpEntry, RmpFail, RmpSize, RmpUpdate};
+use polder_machine::{Asid, Backing, Machine, Resolved, RmpEntry, RmpFail, RmpSize, RmpUpdate};
 use polder_units::{Geometry, Gfn, GfnRange, Level, PageCount, PageIndex, PageRange, Pfn};
 
 use super::{MachineHost, refused};
@@ -71,10 +73,13 @@ enum Next {
 }
 
 impl Next {
+    /// After an instruction that no entry of another size stood in the way of.
     fn after(result: Result<(), RmpFail>, pages: u64, page: PageIndex) -> Result<Self, Error> {
         match result {
             Ok(()) => Ok(Self::On(pages)),
-            Err(fail @ (RmpFail::InUse | RmpFail::Overlap)) => Ok(Self::Again(fail)),
+            // The entries do not overlap, as who calls this has seen: somebody at work on one of
+            // the other size does.
+            Err(RmpFail::InUse | RmpFail::Overlap) => Ok(Self::Again(RmpFail::InUse)),
             Err(fail) => Err(Error::Rmp { page, fail }),
         }
     }
@@ -138,6 +143,11 @@ impl MachineHost {
         self.rmp.as_ref().expect("asked for of an SNP guest's memory only")
     }
 
+    /// Whether the memory is an SNP guest's.
+    pub(super) const fn is_snp(&self) -> bool {
+        self.rmp.is_some()
+    }
+
     fn owner(&self) -> Option<Owner> {
         self.rmp.as_ref().and_then(|rmp| *rmp.owner.lock())
     }
@@ -180,6 +190,51 @@ impl MachineHost {
         self.each(range, |page| self.assign_at(page, range))
     }
 
+    /// What assigning a page that is about to be mapped would assign, all of it in `within`; `None`
+    /// if it is assigned already, or is seen by no VM.
+    pub(super) fn not_assigned(
+        &self,
+        page: PageIndex,
+        within: PageRange,
+    ) -> Result<Option<PageRange>, Error> {
+        let machine = &*self.lock();
+        let found = Found::at(machine, self, page)?.filter(|found| !found.entry.assigned);
+        let gfns = self.gfns_of(machine, PageRange::one(page));
+        let (Some(found), Some(gfns)) = (found, gfns) else { return Ok(None) };
+        let large = self.large(machine, &found, (page, gfns.start()), within).is_some();
+        let level = if large { Level::Size2M } else { Level::Size4K };
+        Ok(Some(PageRange::enclosing(page, level, found.geometry)))
+    }
+
+    /// Whether what was resolved can be mapped privately at a level: all entries of that page are
+    /// as large as they can be, and are for where it is seen.
+    pub(super) fn rmp_allows(&self, machine: &Machine, resolved: &Resolved, level: Level) -> bool {
+        let geometry = machine.geometry();
+        let (all, large) = (geometry.pages(level).get(), geometry.pages(Level::Size2M).get());
+        let (gfn, pfn) = (resolved.gfn().get(), resolved.pfn().get());
+        if level == Level::Size4K || !self.is_snp() {
+            return true;
+        }
+        let Some(gfn) = gfn.checked_sub(pfn % all) else { return false };
+        let head = pfn - pfn % all;
+        (0..all / large).map(|at| at * large).all(|offset| {
+            let entry = Pfn::new(head + offset).and_then(|pfn| machine.rmp_entry(pfn));
+            entry.is_some_and(|entry| {
+                entry.assigned
+                    && entry.size == RmpSize::Size2M
+                    && entry.gfn.get() == gfn + offset
+                    && entry.asid == self.owner().map(|owner| owner.asid)
+            })
+        })
+    }
+
+    /// Where the owner sees pages, if one binding shows all of them.
+    fn gfns_of(&self, machine: &Machine, range: PageRange) -> Option<GfnRange> {
+        let owner = self.owner()?;
+        let mut shown = machine.gfns_of(self.object, range).filter(|(vm, _)| *vm == owner.vm);
+        shown.next().map(|(_, gfns)| gfns).filter(|gfns| gfns.count() == range.count())
+    }
+
     /// Assigns a page that is about to be mapped, with others of its folio if they are `within`
     /// what is answered for.
     pub(super) fn assign_for(&self, page: PageIndex, within: PageRange) -> Result<(), Error> {
@@ -190,10 +245,8 @@ impl MachineHost {
         let Some(owner) = self.owner() else { return Ok(Next::On(1)) };
         let machine = &mut *self.lock();
         let Some(found) = Found::at(machine, self, page)? else { return Ok(Next::On(1)) };
-        let shown = machine.gfns_of(self.object, PageRange::one(page));
-        let Some((_, gfns)) = shown.into_iter().find(|(vm, _)| *vm == owner.vm) else {
-            return Ok(Next::On(1));
-        };
+        let shown = self.gfns_of(machine, PageRange::one(page));
+        let Some(gfns) = shown else { return Ok(Next::On(1)) };
         let (gfn, entry) = (gfns.start(), found.entry);
         if entry.asid == Some(owner.asid) && entry.gfn == gfn {
             // An RMPUPDATE would take what the guest has validated.
@@ -201,8 +254,7 @@ impl MachineHost {
         }
         if found.is_large() {
             // It is for where the page was seen before.
-            let smashed = machine.psmash(found.head()).and(Err(RmpFail::Overlap));
-            return Next::after(smashed, 0, page);
+            return Next::after(machine.psmash(found.head()), 0, page);
         }
         if let Some((head, at)) = self.large(machine, &found, (page, gfn), within) {
             let large = RmpUpdate::private(owner.asid, at, RmpSize::Size2M);
@@ -226,15 +278,16 @@ impl MachineHost {
         let offset = page.get() - around.start().get();
         let frame = Pfn::new(found.pfn.get().checked_sub(offset)?)?;
         let gfn = Gfn::new(gfn.get().checked_sub(offset)?)?;
-        let frames = (frame.get()..frame.get() + found.pages()).map_while(Pfn::new);
         let is_assigned = |pfn| machine.rmp_entry(pfn).is_none_or(|entry| entry.assigned);
+        let mut frames = frames(frame, around.count());
         let entry = LargeRmpEntry {
             folio: found.folio,
             page: around.start(),
             frame,
             gfn,
+            bound: self.gfns_of(machine, around).is_some(),
             within,
-            unassigned: found.folio > Level::Size4K && !frames.into_iter().any(is_assigned),
+            unassigned: found.folio > Level::Size4K && !frames.any(is_assigned),
         };
         let can = can_install_large_rmp_entry(&entry, found.geometry);
         #[cfg(feature = "plant")]
@@ -252,14 +305,17 @@ impl MachineHost {
             if !found.entry.assigned {
                 return Ok(Next::On(1));
             }
-            // A large entry of which a part is to stay has been smashed by a step before.
+            if !found.is_large() {
+                let small = RmpUpdate::shared(RmpSize::Size4K);
+                return Next::after(machine.rmpupdate(found.pfn, small), 1, page);
+            }
+            let large = RmpUpdate::shared(RmpSize::Size2M);
             let whole = found.offset() == 0 && range.end() - page.get() >= found.pages();
-            let (pfn, size) = match found.is_large() && whole {
-                true => (found.head(), RmpSize::Size2M),
-                false => (found.pfn, RmpSize::Size4K),
-            };
-            let updated = machine.rmpupdate(pfn, RmpUpdate::shared(size));
-            Next::after(updated, if size == RmpSize::Size2M { found.left() } else { 1 }, page)
+            match whole {
+                true => Next::after(machine.rmpupdate(found.head(), large), found.pages(), page),
+                // A step before was to smash it.
+                false => Err(Error::Rmp { page, fail: RmpFail::Overlap }),
+            }
         })
     }
 
@@ -271,11 +327,7 @@ impl MachineHost {
             if !found.is_large() {
                 return Ok(Next::On(1));
             }
-            match machine.psmash(found.head()) {
-                // Look again: what is 4K now was smashed by somebody else.
-                Err(RmpFail::BadAddress) => Ok(Next::Again(RmpFail::BadAddress)),
-                result => Next::after(result, found.left(), page),
-            }
+            Next::after(machine.psmash(found.head()), found.left(), page)
         })
     }
 

@@ -1,7 +1,7 @@
 //! The host's part of what `docs/snp.md` says.
 
-use polder_engine::{GuestAccess, Platform, Slot, Visibility};
-use polder_machine::LockOwner;
+use polder_engine::{GuestAccess, Platform, Refusal, Slot, Visibility};
+use polder_machine::{HostPte, LockOwner, PinKind, Thread, View, VpnRange};
 
 use super::*;
 use crate::host::{Host, Vm};
@@ -104,4 +104,100 @@ fn a_page_that_shows_at_another_guest_frame_is_assigned_anew() {
     let now = entry(&host, 7);
     assert_eq!((now.entry.gfn.get(), now.entry.size), (0x808, RmpSize::Size4K));
     assert_eq!(entry(&host, 8).entry.gfn.get(), 8, "nobody has asked for it there");
+}
+
+/// What the host's mapping of a private page comes to.
+fn mapped(host: &MachineHost, gfn: u32) -> Result<(), Error> {
+    let access = GuestAccess { gfn: gfn.into(), visibility: Visibility::Private };
+    let range = PageRange::enclosing(gfn.into(), Level::Size2M, Geometry::X86_64);
+    host.map_guest(VM, access, Level::Size2M, range)
+}
+
+#[test]
+fn an_overlap_with_who_is_at_work_is_in_use_and_one_with_an_entry_is_told_at_once() {
+    let host = host();
+    let (first, second, other) = (entry(&host, 0).pfn, entry(&host, 512).pfn, LockOwner(7));
+    // Somebody has a part of what gets a large entry; and all of what gets a 4K one.
+    host.lock().rmp_hold(Pfn::new(second.get() + 9).unwrap(), RmpSize::Size4K, other).unwrap();
+    assert_eq!(mapped(&host, 600), Ok(()), "the guest is to try again");
+    assert_eq!(level(&host, 600), None);
+    let page = PageIndex::from(512);
+    let whole = PageRange::between(512, 1024).unwrap();
+    let in_use = Error::Rmp { page, fail: RmpFail::InUse };
+    assert_eq!(in_use.errno(), polder_engine::Errno::EAGAIN);
+    assert_eq!(host.assign(whole), Err(in_use));
+    host.lock().rmp_release(Pfn::new(second.get() + 9).unwrap(), other).unwrap();
+    host.lock().rmp_hold(second, RmpSize::Size2M, other).unwrap();
+    map(&host, 600, Level::Size4K);
+    assert_eq!(level(&host, 600), None);
+    host.lock().rmp_release(second, other).unwrap();
+    assert_eq!(mapped(&host, 600), Ok(()));
+    assert_eq!(level(&host, 600), Some(Level::Size2M));
+    let overlap = Error::Rmp { page: 3u32.into(), fail: RmpFail::Overlap };
+    assert_eq!(overlap.errno(), polder_engine::Errno::EIO, "no retry cures it");
+    assert_eq!(host.unassign(PageRange::between(3, 5).unwrap()), Err(overlap));
+    assert!(entry(&host, 0).is_large() && entry(&host, 0).pfn == first);
+}
+
+#[test]
+fn who_has_a_private_page_from_before_its_first_use_is_cut_off_and_who_pins_it_is_in_the_way() {
+    let host = host();
+    let (process, thread, vpns) = {
+        let mut machine = host.lock();
+        let process = machine.create_process().unwrap();
+        let vpns = VpnRange::between(0x1000, 0x1000 + 512).unwrap();
+        let page = PageIndex::from(512);
+        machine.mmap(process, vpns, host.object, page, View::PLAIN).unwrap();
+        (process, Thread { process, index: 0 }, vpns)
+    };
+    let hva = polder_machine::Hva::new((0x1000 + 5) << 12);
+    host.lock().host_write(thread, hva, &[1]).unwrap();
+    let pin = host.lock().pin_user_pages(process, vpns, true, PinKind::LongTerm).unwrap();
+    let refused = mapped(&host, 600).unwrap_err();
+    let named = matches!(refused, Error::Refused(Refusal::Referenced { references: 1.., .. }));
+    assert!(named, "{refused:?}");
+    assert!(!entry(&host, 600).entry.assigned && level(&host, 600).is_none());
+    host.lock().unpin(pin).unwrap();
+    host.lock().host_write(thread, hva, &[1]).unwrap();
+    assert_eq!(mapped(&host, 600), Ok(()));
+    let vpn = polder_machine::Vpn::new(0x1005).unwrap();
+    assert_eq!(host.lock().host_pte(process, vpn), Ok(HostPte::None), "it is unmapped");
+    assert_eq!(level(&host, 600), Some(Level::Size2M));
+    host.lock().audit().unwrap();
+}
+
+#[test]
+fn while_somebody_has_the_folio_locked_the_guest_tries_again() {
+    let host = host();
+    let (pfn, other) = (entry(&host, 512).pfn, LockOwner(7));
+    host.lock().lock_folio(pfn, other).unwrap();
+    assert_eq!(mapped(&host, 600), Ok(()));
+    assert_eq!(level(&host, 600), None);
+    host.lock().unlock_folio(pfn, other).unwrap();
+    assert_eq!(mapped(&host, 600), Ok(()));
+    assert_eq!(level(&host, 600), Some(Level::Size2M));
+}
+
+#[test]
+fn a_1g_page_is_mapped_as_one_while_all_of_its_entries_are_large() {
+    let pages = PageCount::from(1u32 << 18);
+    let host = MachineHost::new(pages, Platform::Snp).unwrap();
+    let all = PageRange::new(0u32.into(), pages).unwrap();
+    host.attach(VM, Vm::Machine).unwrap();
+    host.bind(VM, Slot(0), Gfn::from(0), all).unwrap();
+    let object = host.object;
+    host.lock().allocate(object, 0u32.into(), Level::Size1G).unwrap();
+    map(&host, 7, Level::Size1G);
+    assert_eq!(level(&host, 7), Some(Level::Size2M), "no other part of it is assigned");
+    host.assign(all).unwrap();
+    map(&host, 7, Level::Size1G);
+    assert_eq!(level(&host, 7), Some(Level::Size1G));
+    host.unmap_guest(all).unwrap();
+    let second = PageRange::between(512, 1024).unwrap();
+    host.smash_all(second).unwrap();
+    map(&host, 7, Level::Size1G);
+    assert_eq!(level(&host, 7), Some(Level::Size2M), "the entry of another part is smaller");
+    map(&host, 600, Level::Size1G);
+    assert_eq!(level(&host, 600), Some(Level::Size4K));
+    host.lock().audit().unwrap();
 }
