@@ -116,18 +116,12 @@ impl Engine {
                 self.check_pins(part)?;
             }
         }
-        let program = self.conversion_program(ranges, &parts, to, contents);
+        let program = self.conversion_program(&parts, to, contents);
         let activity = Activity::Conversion { to, contents, by };
         Ok(Start::Claimed(self.begin(activity, ranges.clone(), parts, program)))
     }
 
-    fn conversion_program(
-        &self,
-        claims: &[PageRange],
-        parts: &[PageRange],
-        to: Visibility,
-        how: Contents,
-    ) -> Program {
+    fn conversion_program(&self, parts: &[PageRange], to: Visibility, how: Contents) -> Program {
         let each = || parts.iter().copied();
         let to_private = to == Visibility::Private;
         let rmp = self.config.platform.has_rmp();
@@ -140,7 +134,7 @@ impl Engine {
             .stage(from_host.chain(from_guest))
             .stage(each().filter(|_| to_private).map(Step::CheckReferences))
             .stage(core::iter::empty())
-            .stage(protect.chain(self.rmp_steps(parts, claims, to)))
+            .stage(protect.chain(self.rmp_steps(parts, to)))
             .stage(
                 each()
                     .filter(|&part| !to_private && self.may_have_markers(part))

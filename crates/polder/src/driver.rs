@@ -369,8 +369,8 @@ impl Driver {
         stop: impl Fn() -> bool,
     ) -> Result<Option<MemoryFault>, Error> {
         let ask = |engine: &mut Engine| engine.size_fault(vm, gfn);
-        self.answer_guest(ask, stop, |_, _| {
-            self.counters.smashed(self.host.smash(vm, gfn)?);
+        self.answer_guest(ask, stop, |_, within| {
+            self.counters.smashed(self.host.smash(vm, gfn, within)?);
             Ok(())
         })
     }

@@ -83,8 +83,8 @@ impl Host for Troubled {
         self.host.map_guest(vm, access, level, range)
     }
 
-    fn smash(&self, vm: VmId, gfn: Gfn) -> Result<crate::host::Smashed, Error> {
-        self.host.smash(vm, gfn)
+    fn smash(&self, vm: VmId, gfn: Gfn, within: PageRange) -> Result<crate::host::Smashed, Error> {
+        self.host.smash(vm, gfn, within)
     }
 
     fn machine(&self) -> Option<&MachineHost> {

@@ -160,6 +160,9 @@ pub trait Inside {
     /// Calls `run` while another processor has the RMP entry of a page in use.
     fn while_in_use(&self, memory: &Memory, page: PageIndex, run: &mut dyn FnMut());
 
+    /// Calls `run` while somebody has the folio of a page locked.
+    fn while_locked(&self, memory: &Memory, page: PageIndex, run: &mut dyn FnMut());
+
     /// Whether all references, mappings and pins add up.
     ///
     /// # Errors

@@ -19,6 +19,7 @@ mod stage2;
 mod touches;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use polder_engine::{GuestAccess, Holder, Platform, Refusal, Slot, Step, View, Visibility, VmId};
@@ -33,6 +34,9 @@ use crate::{Error, Vcpu};
 
 /// How often a page is looked at again because of references that are soon gone, as GUP-fast's.
 const REFERENCE_RETRIES: u32 = 32;
+
+/// How long is waited before it is tried again to free a folio.
+const FREE_PAUSE: Duration = Duration::from_millis(1);
 
 /// CPUs that the host's threads run on; each has a TLB.
 const CPUS: u16 = 16;
@@ -222,21 +226,34 @@ impl MachineHost {
     fn free(&self, range: PageRange) -> Result<(), Error> {
         self.unmap_guest(range)?;
         self.unmap_host(range)?;
-        let mut machine = self.lock();
-        let geometry = machine.geometry();
-        let folios = machine.folios(self.object, range).map_err(refused)?;
-        let folios: Vec<_> = folios
-            .map(|(page, backing)| PageRange::enclosing(page, backing.level, geometry))
-            .collect();
-        // A part of a folio can't be freed: it is made zeros.
-        for part in folios.into_iter().filter_map(|folio| folio.intersection(range)) {
-            match machine.punch(self.object, part, None) {
-                Err(polder_machine::Error::Part { .. }) => machine.zero(self.object, part),
-                punched => punched.map(|_| ()),
+        let folios: Vec<_> = {
+            let machine = self.lock();
+            let geometry = machine.geometry();
+            let folios = machine.folios(self.object, range).map_err(refused)?;
+            folios
+                .map(|(page, backing)| PageRange::enclosing(page, backing.level, geometry))
+                .collect()
+        };
+        let mut parts = folios.into_iter().filter_map(|folio| folio.intersection(range));
+        parts.try_for_each(|part| self.punch(part))
+    }
+
+    /// Frees a folio, or makes a part of one zeros, which can't be freed. Who has it locked, or
+    /// has mapped it again, may be done with it soon.
+    fn punch(&self, part: PageRange) -> Result<(), Error> {
+        use polder_machine::Error::{Locked, Mapped, Part};
+        let mut retries = REFERENCE_RETRIES;
+        loop {
+            let punched = self.lock().punch(self.object, part, None);
+            match punched {
+                Err(Locked { .. } | Mapped { .. }) if retries > 0 => {}
+                Err(Part { .. }) => return self.lock().zero(self.object, part).map_err(refused),
+                punched => return punched.map(drop).map_err(refused),
             }
-            .map_err(refused)?;
+            retries -= 1;
+            std::thread::sleep(FREE_PAUSE);
+            self.unmap_host(part)?;
         }
-        Ok(())
     }
 
     fn map_host(&self, range: PageRange) -> Result<(), Error> {
@@ -270,6 +287,7 @@ impl Host for MachineHost {
             Step::Unassign(range) => self.unassign(range),
             Step::Smash(range) => self.smash_all(range),
             Step::Merge(range) => self.merge(range),
+            Step::Thaw(range) => self.thaw(range),
             // No hardware but the RMP tells private from shared.
             Step::Protect(..) | Step::Publish(_) => Ok(()),
         }
@@ -340,8 +358,8 @@ impl Host for MachineHost {
         self.show_all((id, vcpu), gfns, range)
     }
 
-    fn smash(&self, id: VmId, gfn: Gfn) -> Result<Smashed, Error> {
-        self.smash_at(self.vm(id).expect("a VM that was attached"), gfn)
+    fn smash(&self, id: VmId, gfn: Gfn, within: PageRange) -> Result<Smashed, Error> {
+        self.smash_at(self.vm(id).expect("a VM that was attached"), gfn, within)
     }
 
     fn rmp_counts(&self) -> [u64; 3] {

@@ -125,9 +125,9 @@ pub(crate) trait Host: Send + Sync {
         Ok(gfns.end())
     }
 
-    /// Smashes the large RMP entry behind `gfn`, and takes its 2M page out of stage 2. KVM does so
-    /// by itself.
-    fn smash(&self, _: VmId, _: Gfn) -> Result<Smashed, Error> {
+    /// Smashes the large RMP entry behind `gfn`, and takes its 2M page out of stage 2, if it shows a
+    /// page of `within`. KVM does so by itself.
+    fn smash(&self, _: VmId, _: Gfn, _within: PageRange) -> Result<Smashed, Error> {
         Ok(Smashed::Spurious)
     }
 

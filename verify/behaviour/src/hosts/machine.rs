@@ -385,6 +385,18 @@ impl Inside for Machine {
         released.expect("memory of this host").expect("it is held");
     }
 
+    fn while_locked(&self, memory: &Memory, page: PageIndex, run: &mut dyn FnMut()) {
+        let locked = memory.simulated(|machine, object, _| {
+            let backing = machine.backing(object, page).expect("the object");
+            let pfn = backing.expect("a page with memory").pfn;
+            machine.lock_folio(pfn, OTHER).map(|()| pfn)
+        });
+        let pfn = locked.expect("memory of this host").expect("nobody else has it locked");
+        run();
+        let unlocked = memory.simulated(|machine, _, _| machine.unlock_folio(pfn, OTHER));
+        unlocked.expect("memory of this host").expect("it is locked");
+    }
+
     fn audit(&self, memory: &Memory) -> Result<(), String> {
         let audit = memory.simulated(|machine, _, _| machine.audit());
         audit.expect("memory of this host").map_err(|wrong| wrong.to_string())

@@ -13,6 +13,7 @@
 //! that somebody is at work on one, and is told as in use. An overlap by a wrong size never goes
 //! away, and is told as such at once.
 
+mod merge;
 #[cfg(test)]
 mod tests;
 
@@ -333,14 +334,23 @@ impl MachineHost {
 
     /// Solves a fault for its size: as [`smash_all`](Self::smash_all), for one guest frame, then
     /// takes the 2M page out of stage 2, so that it is mapped anew at the size that the RMP has.
-    pub(super) fn smash_at(&self, vm: polder_machine::VmId, gfn: Gfn) -> Result<Smashed, Error> {
-        let Ok(bound) = self.lock().bound(vm, gfn) else { return Ok(Smashed::Spurious) };
+    /// Only if the frame still shows a page of `within`, which nobody else is at work on.
+    pub(super) fn smash_at(
+        &self,
+        vm: polder_machine::VmId,
+        gfn: Gfn,
+        within: PageRange,
+    ) -> Result<Smashed, Error> {
+        let bound = self.lock().bound(vm, gfn).ok();
+        let Some(page) = bound.map(|bound| bound.page).filter(|&page| within.contains(page)) else {
+            return Ok(Smashed::Spurious);
+        };
         #[cfg(feature = "plant")]
         if self.bug() == Some(polder_engine::Bug::ForgottenSmash) {
             return Ok(Smashed::Spurious);
         }
-        let found = Found::at(&self.lock(), self, bound.page)?;
-        let smashed = self.smash_found(bound.page, found)?;
+        let found = Found::at(&self.lock(), self, page)?;
+        let smashed = self.smash_found(page, found)?;
         let mut machine = self.lock();
         let around = GfnRange::enclosing(gfn, Level::Size2M, machine.geometry());
         machine.tdp_zap(vm, around).map_err(refused)?;
@@ -359,47 +369,6 @@ impl MachineHost {
                 _ => Ok(Smashed::Raced),
             },
         }
-    }
-
-    /// Merges the 4K entries of a 2M page, which nobody has mapped, by the firmware: each is made
-    /// immutable, all are made one, and the one is taken back. Where they do not agree, they stay.
-    pub(super) fn merge(&self, range: PageRange) -> Result<(), Error> {
-        let first = range.start();
-        let Some(found) = Found::at(&self.lock(), self, first)? else { return Ok(()) };
-        if found.is_large() || found.folio == Level::Size4K || found.offset() != 0 {
-            return Ok(());
-        }
-        let head = found.head();
-        let merged = self.freeze(head, range.count()).is_ok() && {
-            let mut machine = self.lock();
-            machine.page_unsmash(head).is_ok()
-                && machine.page_reclaim(head, RmpSize::Size2M).is_ok()
-        };
-        let count = if merged { &self.rmp().merged } else { &self.rmp().left_small };
-        count.fetch_add(1, Ordering::Relaxed);
-        if merged { Ok(()) } else { self.thaw(head, range.count(), first) }
-    }
-
-    /// Makes 4K entries immutable, all else as it was.
-    fn freeze(&self, head: Pfn, count: PageCount) -> Result<(), RmpFail> {
-        frames(head, count).try_for_each(|pfn| {
-            let mut machine = self.lock();
-            let RmpEntry { assigned, size, gfn, asid, .. } =
-                machine.rmp_entry(pfn).expect("the rmp covers all frames");
-            machine.rmpupdate(pfn, RmpUpdate { assigned, size, immutable: true, gfn, asid })
-        })
-    }
-
-    /// Takes 4K entries back from the firmware.
-    fn thaw(&self, head: Pfn, count: PageCount, first: PageIndex) -> Result<(), Error> {
-        for pfn in frames(head, count) {
-            let mut machine = self.lock();
-            let frozen = machine.rmp_entry(pfn).is_some_and(|entry| entry.immutable);
-            if frozen && machine.page_reclaim(pfn, RmpSize::Size4K).is_err() {
-                return Err(Error::Rmp { page: first, fail: RmpFail::Permission });
-            }
-        }
-        Ok(())
     }
 }
 

@@ -1,6 +1,6 @@
 //! The host's part of what `docs/snp.md` says.
 
-use polder_engine::{GuestAccess, Platform, Refusal, Slot, Visibility};
+use polder_engine::{GuestAccess, Platform, Refusal, Slot, Step, Visibility};
 use polder_machine::{HostPte, LockOwner, PinKind, Thread, View, VpnRange};
 
 use super::*;
@@ -24,6 +24,11 @@ fn host() -> MachineHost {
     host
 }
 
+/// The 2M page that most is about.
+fn whole() -> PageRange {
+    PageRange::between(0, 512).unwrap()
+}
+
 fn map(host: &MachineHost, gfn: u32, level: Level) {
     let access = GuestAccess { gfn: gfn.into(), visibility: Visibility::Private };
     let range = PageRange::enclosing(gfn.into(), level, Geometry::X86_64);
@@ -43,9 +48,9 @@ fn level(host: &MachineHost, gfn: u32) -> Option<Level> {
 fn a_fault_for_its_size_smashes_once_and_is_spurious_for_who_comes_later() {
     let host = host();
     assert_eq!(level(&host, 7), Some(Level::Size2M));
-    assert_eq!(host.smash(VM, 7u32.into()), Ok(Smashed::Done));
+    assert_eq!(host.smash(VM, 7u32.into(), whole()), Ok(Smashed::Done));
     assert_eq!(level(&host, 7), None, "it is to be mapped anew, with all of its 2M");
-    assert_eq!(host.smash(VM, 300u32.into()), Ok(Smashed::Spurious));
+    assert_eq!(host.smash(VM, 300u32.into(), whole()), Ok(Smashed::Spurious));
     map(&host, 7, Level::Size2M);
     assert_eq!(level(&host, 7), Some(Level::Size4K), "no larger than the entry (INV-5)");
 }
@@ -54,7 +59,7 @@ fn a_fault_for_its_size_smashes_once_and_is_spurious_for_who_comes_later() {
 fn who_is_overtaken_between_look_and_psmash_has_raced() {
     let host = host();
     let found = entry(&host, 7);
-    assert_eq!(host.smash(VM, 300u32.into()), Ok(Smashed::Done));
+    assert_eq!(host.smash(VM, 300u32.into(), whole()), Ok(Smashed::Done));
     assert_eq!(host.smash_found(7u32.into(), Some(found)), Ok(Smashed::Raced));
 }
 
@@ -63,7 +68,7 @@ fn an_entry_in_use_lets_the_guest_try_again_and_a_conversion_fail_after_tries() 
     let host = host();
     let (head, other) = (entry(&host, 0).pfn, LockOwner(7));
     host.lock().rmp_hold(head, RmpSize::Size2M, other).unwrap();
-    assert_eq!(host.smash(VM, 7u32.into()), Ok(Smashed::Busy));
+    assert_eq!(host.smash(VM, 7u32.into(), whole()), Ok(Smashed::Busy));
     let page = PageIndex::from(0);
     let in_use = Err(Error::Rmp { page, fail: RmpFail::InUse });
     let whole = PageRange::enclosing(page, Level::Size2M, Geometry::X86_64);
@@ -200,4 +205,27 @@ fn a_1g_page_is_mapped_as_one_while_all_of_its_entries_are_large() {
     map(&host, 600, Level::Size1G);
     assert_eq!(level(&host, 600), Some(Level::Size4K));
     host.lock().audit().unwrap();
+}
+
+#[test]
+fn a_frame_that_shows_another_page_by_now_is_not_smashed() {
+    let host = host();
+    let elsewhere = PageRange::between(512, 1024).unwrap();
+    assert_eq!(host.smash(VM, 7u32.into(), elsewhere), Ok(Smashed::Spurious));
+    assert!(entry(&host, 7).is_large() && level(&host, 7) == Some(Level::Size2M));
+}
+
+#[test]
+fn a_folio_that_is_locked_for_a_moment_is_freed_all_the_same() {
+    let host = host();
+    let (pfn, other) = (entry(&host, 512).pfn, LockOwner(7));
+    host.lock().lock_folio(pfn, other).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(std::time::Duration::from_millis(3));
+            host.lock().unlock_folio(pfn, other).unwrap();
+        });
+        assert_eq!(host.take(Step::Free(PageRange::between(512, 1024).unwrap())), Ok(()));
+    });
+    assert_eq!(host.lock().backing(host.object, 512u32.into()), Ok(None));
 }
