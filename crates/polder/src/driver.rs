@@ -36,9 +36,9 @@ use crate::{Error, OnBusy, Vcpu};
 /// [`Driver::ask_again`], as a rule.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
 
-/// How often it is tried to cut pages off for good, and how long is waited in between.
-const CUT_OFF_TRIES: u32 = 100;
-const CUT_OFF_PAUSE: Duration = Duration::from_millis(1);
+/// How often a step of a way back is tried, and how long is waited in between.
+const UNDO_TRIES: u32 = 100;
+const UNDO_PAUSE: Duration = Duration::from_millis(1);
 
 pub(crate) struct Driver {
     engine: Mutex<Engine>,
@@ -424,16 +424,21 @@ impl Driver {
         quarantined
     }
 
-    /// Takes a step of a way back; whether it was done. Cutting pages off has no way back of its
-    /// own, and so is tried again: memory that has run out may come back.
+    /// Takes a step of a way back; whether it was done. It is tried again while what is in its way
+    /// may pass: else the pages are lost. Cutting them off, which has no way back of its own, is
+    /// tried again whatever is in its way.
     fn undo_step(&self, step: Step) -> bool {
-        let tries = if matches!(step, Step::Quarantine(_)) { CUT_OFF_TRIES } else { 1 };
-        (0..tries).any(|tried| {
-            if tried > 0 {
-                std::thread::sleep(CUT_OFF_PAUSE);
+        let cuts_off = matches!(step, Step::Quarantine(_));
+        for tried in 1..=UNDO_TRIES {
+            match self.host.take(step) {
+                Ok(()) => return true,
+                Err(error) if tried < UNDO_TRIES && (cuts_off || error.may_pass()) => {
+                    std::thread::sleep(UNDO_PAUSE);
+                }
+                Err(_) => return false,
             }
-            self.host.take(step).is_ok()
-        })
+        }
+        false
     }
 
     /// Moves bytes between the host and shared pages. All runs are found, checked and claimed in
