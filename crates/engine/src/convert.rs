@@ -117,7 +117,7 @@ impl Engine {
                 self.check_pins(part)?;
             }
         }
-        let program = self.conversion_program(ranges, &parts, to, contents);
+        let program = self.conversion_program(&parts, to, contents);
         let activity = Activity::Conversion { to, contents, by };
         if self.plants.has(Bug::CommitBeforeHardware) {
             parts.iter().for_each(|&part| self.pages.set_visibility(part, to));
@@ -125,13 +125,7 @@ impl Engine {
         Ok(Start::Claimed(self.begin(activity, ranges.clone(), parts, program)))
     }
 
-    fn conversion_program(
-        &self,
-        claims: &[PageRange],
-        parts: &[PageRange],
-        to: Visibility,
-        how: Contents,
-    ) -> Program {
+    fn conversion_program(&self, parts: &[PageRange], to: Visibility, how: Contents) -> Program {
         let each = || parts.iter().copied();
         let to_private = to == Visibility::Private;
         let rmp = self.config.platform.has_rmp();
@@ -147,15 +141,12 @@ impl Engine {
             Program::default().stage(cut_off).stage(check)
         };
         let protect = each().filter(|_| !rmp).map(|part| Step::Protect(part, to));
-        program
-            .stage(core::iter::empty())
-            .stage(protect.chain(self.rmp_steps(parts, claims, to)))
-            .stage(
-                each()
-                    .filter(|&part| !to_private && self.may_have_markers(part))
-                    .map(Step::UnmapHost)
-                    .chain(each().filter(|_| self.frees(how)).map(Step::Free)),
-            )
+        program.stage(core::iter::empty()).stage(protect.chain(self.rmp_steps(parts, to))).stage(
+            each()
+                .filter(|&part| !to_private && self.may_have_markers(part))
+                .map(Step::UnmapHost)
+                .chain(each().filter(|_| self.frees(how)).map(Step::Free)),
+        )
     }
 
     /// Whether a conversion frees the pages: asked for zeros; or to have no memory left on the

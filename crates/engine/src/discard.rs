@@ -39,7 +39,7 @@ impl Engine {
         let private: Vec<PageRange> = private.map(|(run, _)| run).collect();
         let unmap = [Step::UnmapHost(range), Step::UnmapGuest(range)];
         // Memory that is freed while assigned can be given to nobody.
-        let steps = unmap.into_iter().chain(self.rmp_steps(&private, &[], Shared));
+        let steps = unmap.into_iter().chain(self.rmp_steps(&private, Shared));
         let program = Program::default().stage(steps.chain([Step::Free(range)]));
         Ok(self.begin(Activity::Discard, vec![range], vec![range], program))
     }

@@ -1,7 +1,8 @@
 //! Merge: the 4K RMP entries of 2M pages that are private as a whole become large ones again.
 //!
-//! A conversion merges what it may; but a page that it has just assigned is not validated, and so
-//! does not agree with neighbours that are. Once the guest has validated all, this merges them.
+//! No conversion does it: a page that it has just assigned is not validated, and so does not agree
+//! with neighbours that are. Once the guest has validated all, this merges them. The host looks
+//! whether they agree, and takes a 2M page out of stage 2 only then.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -11,7 +12,7 @@ use polder_units::{Level, PageRange};
 use crate::operation::Program;
 use crate::{Activity, Blocked, Engine, Operation, Stage, Step, Visibility};
 
-/// A merge in flight: waiting for answers in flight; then unmapping and merging.
+/// A merge in flight: waiting for answers in flight; then merging.
 #[derive(Debug)]
 pub enum Merging {}
 /// All is done; [`Engine::finish_merge`] ends it.
@@ -34,10 +35,7 @@ impl Engine {
         self.check_bounds(range)?;
         self.check_quarantine(range)?;
         self.check_claims(range)?;
-        let steps = self.large_private(range).flat_map(|page| {
-            // Stage 2 has it at 4K, which would be a fault for its size.
-            [Step::UnmapGuest(page), Step::Merge(page)]
-        });
+        let steps = self.large_private(range).map(Step::Merge);
         let program = Program::default().stage(steps.collect::<Vec<_>>().into_iter());
         Ok(self.begin(Activity::Merge, vec![range], vec![range], program))
     }

@@ -328,13 +328,17 @@ impl Engine {
     }
 
     /// Notes whether the step of [`Engine::next_undo`] was done. If it was not, its pages are to be
-    /// quarantined, which is the next step.
+    /// quarantined, which is the next step. What is in quarantine is neither given nor taken by the
+    /// steps after that.
     pub fn undo_taken(&mut self, operation: &Operation<Undoing>, done: bool) {
         match &mut self.record_mut(operation.id).progress {
             Progress::Back { steps, taken, quarantined } => {
                 let step = steps[*taken];
                 *taken += 1;
-                if !done && !matches!(step, Step::Quarantine(_)) {
+                if let Step::Quarantine(range) = step {
+                    let rest = steps.split_off(*taken);
+                    steps.extend(rest.into_iter().flat_map(|step| step.without(range)));
+                } else if !done {
                     steps.insert(*taken, Step::Quarantine(step.range()));
                     quarantined.push(step.range());
                 }

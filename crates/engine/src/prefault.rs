@@ -4,10 +4,10 @@
 //! on them wait until it is given back, and it stops before what a guest's touch would wait for or
 //! be denied. So nothing is mapped late, and nothing before it is whole (INV-3).
 
-use polder_units::{GfnRange, PageCount, PageRange};
+use polder_units::{GfnRange, Level, PageCount, PageIndex, PageRange};
 
 use crate::fault::{Answer, Response};
-use crate::{Blocked, Engine, PageFacts, Platform, Population, Refusal, View, Visibility, VmId};
+use crate::{Binding, Blocked, Engine, PageFacts, Population, Refusal, View, Visibility, VmId};
 
 impl Engine {
     /// Allows the first of `gfns` to be mapped, and those after it as far as they are like it: in
@@ -25,26 +25,17 @@ impl Engine {
         most: PageCount,
     ) -> Result<(Answer, GfnRange, Visibility), Blocked> {
         let gfn = gfns.start();
-        let found = self.bindings.of(vm).find_map(|(_, it)| Some((it.page(gfn)?, it.gfns())));
-        let (page, bound) = found.ok_or(Refusal::NoSlot { gfn })?;
+        let found = self.bindings.of(vm).find_map(|(_, it)| Some((it.page(gfn)?, *it)));
+        let (page, binding) = found.ok_or(Refusal::NoSlot { gfn })?;
+        let bound = binding.gfns();
         let (start, first) = (gfn.get(), page.get());
         let end = gfns.end().min(bound.end()).min(start.saturating_add(most.get()));
         let range = PageRange::between(first, first + end.saturating_sub(start));
         let range = range.unwrap_or(PageRange::one(page));
 
         self.check_claims(PageRange::one(page))?;
-        let owed = self.first_page(range, |facts| facts.population == Population::Owed);
         let visibility = self.pages.get(page).visibility;
-        let other = |facts: PageFacts| facts.visibility != visibility;
-        let has_rmp = self.config.platform == Platform::Snp;
-        let stops = [
-            has_rmp.then(|| self.first_page(range, other)).flatten(),
-            self.quarantine.first_in(range),
-            self.failed.first_in(range),
-            owed,
-            self.first_claimed(range),
-        ];
-        let stop = stops.into_iter().flatten().min();
+        let stop = self.prefault_stops(range, visibility);
         let pages = stop.map_or(Some(range), |stop| PageRange::between(first, stop.get()));
         let Some(pages) = pages else {
             return Err(Blocked::Refused(if self.quarantine.contains(page) {
@@ -56,6 +47,43 @@ impl Engine {
             }));
         };
         let gfns = GfnRange::new(gfn, pages.count()).expect("a part of the binding's frames");
+        let pages = self.whole_large_pages(pages, &binding, visibility);
         Ok((self.answer(View::Guest, pages, Response::Map), gfns, visibility))
+    }
+
+    /// The first page of a range that can't be mapped ahead with others that are of this kind.
+    fn prefault_stops(&self, range: PageRange, visibility: Visibility) -> Option<PageIndex> {
+        let other = |facts: PageFacts| facts.visibility != visibility;
+        let has_rmp = self.config.platform.has_rmp();
+        let stops = [
+            has_rmp.then(|| self.first_page(range, other)).flatten(),
+            self.quarantine.first_in(range),
+            self.failed.first_in(range),
+            self.first_page(range, |facts| facts.population == Population::Owed),
+            self.first_claimed(range),
+        ];
+        stops.into_iter().flatten().min()
+    }
+
+    /// Pages, with the rest of the 2M pages that the first and the last lie in, where there is an
+    /// RMP and all could be mapped: a part of a large entry's page would be smashed when touched.
+    fn whole_large_pages(
+        &self,
+        pages: PageRange,
+        binding: &Binding,
+        visibility: Visibility,
+    ) -> PageRange {
+        let geometry = self.config.geometry;
+        let whole = |page: PageIndex| {
+            let around = PageRange::enclosing(page, Level::Size2M, geometry);
+            let can = self.config.platform.has_rmp()
+                && binding.level(page, geometry) >= Level::Size2M
+                && self.prefault_stops(around, visibility).is_none();
+            can.then_some(around)
+        };
+        let last = pages.frames().next_back().unwrap_or(pages.start());
+        let start = whole(pages.start()).map_or(pages.start(), PageRange::start);
+        let end = whole(last).map_or(pages.end(), PageRange::end);
+        PageRange::between(start.get(), end).unwrap_or(pages)
     }
 }

@@ -1,9 +1,13 @@
 //! The hardware stage of SEV-SNP: which RMP entries an operation changes, and in which order.
 //!
 //! ```text
-//! to private   Assign, a 2M page at a time; Merge what has become one 2M page of the guest's
+//! to private   Assign, a 2M page at a time
 //! to shared    Smash what is shared in part; Unassign, a 2M page at a time
+//! merge        Merge, a 2M page at a time
 //! ```
+//! Entries that a conversion makes are not merged with their neighbours: a page that was just
+//! assigned is not validated, and so nearly never agrees with those that are.
+//!
 //! A step is about one 2M page at most: so much is put in quarantine if it can't be undone. Which
 //! level the entries have is looked up when the step is taken, not when the list is made: a guest's
 //! fault on a neighbour may smash an entry at any time.
@@ -29,6 +33,8 @@ pub struct LargeRmpEntry {
     pub frame: Pfn,
     /// The guest frame of that.
     pub gfn: Gfn,
+    /// Whether one binding shows all of it.
+    pub bound: bool,
     /// The pages that the operation is about.
     pub within: PageRange,
     /// Whether no entry of its frames is assigned.
@@ -50,6 +56,10 @@ pub enum NotLarge {
     /// No access passes a large entry of an unaligned guest frame.
     #[error("its first guest frame is not aligned")]
     Gfn,
+    /// Stage 2 maps no larger than a binding; and what another one shows of it is at other guest
+    /// frames.
+    #[error("no binding shows all of it")]
+    Binding,
     /// The rest of it is not the operation's to change.
     #[error("the operation is about a part of it only")]
     Range,
@@ -74,6 +84,7 @@ pub fn can_install_large_rmp_entry(
         (entry.page.is_multiple_of(pages), NotLarge::Page),
         (entry.frame.is_multiple_of(pages), NotLarge::Frame),
         (entry.gfn.is_multiple_of(pages), NotLarge::Gfn),
+        (entry.bound, NotLarge::Binding),
         (entry.within.contains_range(around(entry.page, geometry)), NotLarge::Range),
         (entry.unassigned, NotLarge::Assigned),
     ];
@@ -97,41 +108,23 @@ fn by_large_page(range: PageRange, geometry: Geometry) -> impl Iterator<Item = P
 }
 
 impl Engine {
-    /// The steps that make the RMP agree with `parts` becoming `to`, for an operation that claims
-    /// `claims`. None where there is no RMP.
-    pub(crate) fn rmp_steps(
-        &self,
-        parts: &[PageRange],
-        claims: &[PageRange],
-        to: Visibility,
-    ) -> Vec<Step> {
+    /// The steps that make the RMP agree with `parts` becoming `to`. None where there is no RMP.
+    pub(crate) fn rmp_steps(&self, parts: &[PageRange], to: Visibility) -> Vec<Step> {
         if !self.config.platform.has_rmp() {
             return Vec::new();
         }
         let geometry = self.config.geometry;
-        let large = move |part: PageRange| around(part.start(), geometry);
         let chunks = parts.iter().flat_map(|&part| by_large_page(part, geometry));
-        let mut chunks = chunks.peekable();
         let mut steps = Vec::new();
-        match to {
-            Visibility::Private => {
-                while let Some(part) = chunks.next() {
-                    steps.push(Step::Assign(part));
-                    let last = chunks.peek().is_none_or(|&next| large(next) != large(part));
-                    if last
-                        && part != large(part)
-                        && self.becomes_private(large(part), parts, claims)
-                    {
-                        // Stage 2 has it at 4K, which would be a fault for its size.
-                        steps.push(Step::UnmapGuest(large(part)));
-                        steps.push(Step::Merge(large(part)));
-                    }
-                }
-            }
-            Visibility::Shared => {
-                for part in chunks {
-                    if part != large(part) {
-                        steps.push(Step::Smash(large(part)));
+        let mut smashed = None;
+        for part in chunks {
+            let large = around(part.start(), geometry);
+            match to {
+                Visibility::Private => steps.push(Step::Assign(part)),
+                Visibility::Shared => {
+                    if part != large && smashed != Some(large) {
+                        steps.push(Step::Smash(large));
+                        smashed = Some(large);
                     }
                     steps.push(Step::Unassign(part));
                 }
@@ -141,19 +134,6 @@ impl Engine {
             steps.retain(|step| !matches!(step, Step::Smash(_)));
         }
         steps
-    }
-
-    /// Whether all of a 2M page is private once `parts` are, and is claimed, so that its entries
-    /// can be merged.
-    fn becomes_private(&self, page: PageRange, parts: &[PageRange], claims: &[PageRange]) -> bool {
-        let within = |runs: &[PageRange], run| runs.iter().any(|one| one.contains_range(run));
-        let object = self.config.pages.get();
-        page.end() <= object
-            && within(claims, page)
-            && self
-                .pages
-                .runs(page)
-                .all(|(run, facts)| facts.visibility == Visibility::Private || within(parts, run))
     }
 
     /// Answers a guest's access or PVALIDATE that the RMP refuses for its size (`#NPF` with the RMP
@@ -192,6 +172,7 @@ mod tests {
             page: 8u32.into(),
             frame: 20u32.into(),
             gfn: 12u32.into(),
+            bound: true,
             within: PageRange::between(8, 12).unwrap(),
             unassigned: true,
         }
@@ -227,6 +208,11 @@ mod tests {
     #[test]
     fn the_guest_frame_is_aligned() {
         assert_eq!(can(|entry| entry.gfn = 13u32.into()), Err(NotLarge::Gfn));
+    }
+
+    #[test]
+    fn one_binding_shows_all_of_it() {
+        assert_eq!(can(|entry| entry.bound = false), Err(NotLarge::Binding));
     }
 
     #[test]

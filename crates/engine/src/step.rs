@@ -1,5 +1,7 @@
 //! What the engine asks of a host, one thing at a time.
 
+use alloc::vec;
+use alloc::vec::Vec;
 use core::fmt;
 
 use polder_units::PageRange;
@@ -29,8 +31,11 @@ pub enum Step {
     Unassign(PageRange),
     /// Make 4K entries of a large RMP entry of this 2M page, if there is one.
     Smash(PageRange),
-    /// Make one large RMP entry of the 4K entries of this 2M page, if they agree; else they stay.
+    /// Make one large RMP entry of the 4K entries of this 2M page, if one binding shows it and they
+    /// agree, and take it out of stage 2 for that; else nothing is touched.
     Merge(PageRange),
+    /// Take the RMP entries of this 2M page back from the firmware that it has; their levels stay.
+    Thaw(PageRange),
     /// Make the contents zeros and free the memory, under every view; lifts all markers.
     Free(PageRange),
     /// Prepare freshly written pages for their first use.
@@ -51,10 +56,22 @@ impl Step {
             | Self::Unassign(range)
             | Self::Smash(range)
             | Self::Merge(range)
+            | Self::Thaw(range)
             | Self::Free(range)
             | Self::Publish(range)
             | Self::Quarantine(range) => range,
         }
+    }
+
+    /// What is left of it where some of its pages are in quarantine: the RMP entries of those stay
+    /// as they are.
+    pub(crate) fn without(self, quarantined: PageRange) -> Vec<Self> {
+        let with: fn(PageRange) -> Self = match self {
+            Self::Assign(_) => Self::Assign,
+            Self::Unassign(_) => Self::Unassign,
+            _ => return vec![self],
+        };
+        self.range().without(quarantined).into_iter().flatten().map(with).collect()
     }
 
     /// How to undo it.
@@ -66,9 +83,9 @@ impl Step {
             Self::Protect(range, to) => Undo::Step(Self::Protect(range, to.other())),
             Self::Assign(range) => Undo::Step(Self::Unassign(range)),
             Self::Unassign(range) => Undo::Step(Self::Assign(range)),
-            Self::Merge(range) => Undo::Step(Self::Smash(range)),
-            // 4K entries say the same as the large one did.
-            Self::Smash(_) => Undo::Nothing,
+            // A large entry says the same as the 4K ones did, and they the same as it.
+            Self::Merge(range) => Undo::Step(Self::Thaw(range)),
+            Self::Smash(_) | Self::Thaw(_) => Undo::Nothing,
             // Nobody may see what a failed population left behind.
             Self::Publish(range) => Undo::Step(Self::Free(range)),
             Self::Free(_) => Undo::Impossible,
@@ -96,6 +113,7 @@ impl fmt::Display for Step {
             Self::Unassign(_) => write!(f, "unassign pages {range} in the rmp"),
             Self::Smash(_) => write!(f, "smash the large rmp entry of pages {range}"),
             Self::Merge(_) => write!(f, "merge the rmp entries of pages {range}"),
+            Self::Thaw(_) => write!(f, "take the rmp entries of pages {range} from the firmware"),
             Self::Free(_) => write!(f, "free pages {range}"),
             Self::Publish(_) => write!(f, "publish pages {range}"),
             Self::Quarantine(_) => write!(f, "quarantine pages {range}"),

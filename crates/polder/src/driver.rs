@@ -35,9 +35,9 @@ use crate::{Error, OnBusy, Vcpu};
 /// [`Driver::ask_again`], as a rule.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
 
-/// How often it is tried to cut pages off for good, and how long is waited in between.
-const CUT_OFF_TRIES: u32 = 100;
-const CUT_OFF_PAUSE: Duration = Duration::from_millis(1);
+/// How often a step of a way back is tried, and how long is waited in between.
+const UNDO_TRIES: u32 = 100;
+const UNDO_PAUSE: Duration = Duration::from_millis(1);
 
 pub(crate) struct Driver {
     engine: Mutex<Engine>,
@@ -349,7 +349,9 @@ impl Driver {
         let shown = self.host.show(vm, vcpu, (run, visibility), range);
         given.done(shown.is_ok());
         drop(given);
-        let end = shown.map_err(|error| (error, Some(run)))?;
+        // The machine fails of the first frame only.
+        let tried = self.host.machine().is_none().then_some(run);
+        let end = shown.map_err(|error| (error, tried))?;
         match GfnRange::between(run.start().get(), end) {
             Some(shown) => self.host.shown(vm, vcpu, shown).map_err(|error| (error, Some(run))),
             None => Ok(end),
@@ -366,8 +368,8 @@ impl Driver {
         stop: impl Fn() -> bool,
     ) -> Result<Option<MemoryFault>, Error> {
         let ask = |engine: &mut Engine| engine.size_fault(vm, gfn);
-        self.answer_guest(ask, stop, |_, _| {
-            self.counters.smashed(self.host.smash(vm, gfn)?);
+        self.answer_guest(ask, stop, |_, within| {
+            self.counters.smashed(self.host.smash(vm, gfn, within)?);
             Ok(())
         })
     }
@@ -421,16 +423,21 @@ impl Driver {
         quarantined
     }
 
-    /// Takes a step of a way back; whether it was done. Cutting pages off has no way back of its
-    /// own, and so is tried again: memory that has run out may come back.
+    /// Takes a step of a way back; whether it was done. It is tried again while what is in its way
+    /// may pass: else the pages are lost. Cutting them off, which has no way back of its own, is
+    /// tried again whatever is in its way.
     fn undo_step(&self, step: Step) -> bool {
-        let tries = if matches!(step, Step::Quarantine(_)) { CUT_OFF_TRIES } else { 1 };
-        (0..tries).any(|tried| {
-            if tried > 0 {
-                crate::sync::sleep(CUT_OFF_PAUSE);
+        let cuts_off = matches!(step, Step::Quarantine(_));
+        for tried in 1..=UNDO_TRIES {
+            match self.host.take(step) {
+                Ok(()) => return true,
+                Err(error) if tried < UNDO_TRIES && (cuts_off || error.may_pass()) => {
+                    crate::sync::sleep(UNDO_PAUSE);
+                }
+                Err(_) => return false,
             }
-            self.host.take(step).is_ok()
-        })
+        }
+        false
     }
 
     /// Moves bytes between the host and shared pages. All runs are found, checked and claimed in

@@ -19,8 +19,10 @@ use crate::host::memfd::MemfdHost;
 /// What a step that is chosen to does instead of succeeding.
 #[derive(Clone, Copy, PartialEq)]
 enum Trouble {
-    /// It is done, and reports failure.
+    /// It is done, and reports a failure that may pass.
     Fail,
+    /// It is done, and reports a failure that will not.
+    Refuse,
     /// It is done, and panics: the operation is abandoned.
     Panic,
 }
@@ -37,8 +39,11 @@ struct Troubled {
 
 impl Troubled {
     fn go_wrong(&self) -> Result<(), Error> {
-        assert!(self.trouble == Trouble::Fail, "it panics, as was planned");
-        let errno = polder_linux::Errno::NOMEM;
+        let errno = match self.trouble {
+            Trouble::Fail => polder_linux::Errno::NOMEM,
+            Trouble::Refuse => polder_linux::Errno::INVAL,
+            Trouble::Panic => panic!("as was planned"),
+        };
         Err(polder_linux::Error { call: "planned", range: None, errno }.into())
     }
 }
@@ -83,8 +88,8 @@ impl Host for Troubled {
         self.host.map_guest(vm, access, level, range)
     }
 
-    fn smash(&self, vm: VmId, gfn: Gfn) -> Result<crate::host::Smashed, Error> {
-        self.host.smash(vm, gfn)
+    fn smash(&self, vm: VmId, gfn: Gfn, within: PageRange) -> Result<crate::host::Smashed, Error> {
+        self.host.smash(vm, gfn, within)
     }
 
     fn machine(&self) -> Option<&MachineHost> {
@@ -413,6 +418,27 @@ fn out_of_use(kind: HostKind) {
     assert!(matches!(again, Err(Error::Refused(Refusal::Quarantined { .. }))), "{again:?}");
     set.convert(pages(3, 4), Visibility::Shared, Contents::Preserve).unwrap();
     assert_eq!(set.touch()[3], Some(0), "its neighbour is as good as ever");
+}
+
+#[test]
+fn a_step_of_a_way_back_is_tried_again_while_what_is_in_its_way_may_pass() {
+    for trouble in [Trouble::Fail, Trouble::Refuse] {
+        for kind in HOSTS {
+            let Some(set) = Set::new(kind, trouble) else { return };
+            let before = striped(&set);
+            // Unmap, check references, protect, free: protecting fails, and its way back.
+            *set.plan.lock() = (2, 51);
+            let result = set.convert(pages(2, 3), Visibility::Private, Contents::Zero);
+            let left = std::mem::replace(&mut *set.plan.lock(), (usize::MAX, 0)).1;
+            if trouble == Trouble::Fail {
+                assert!(matches!(result, Err(Error::Host(_))), "{kind}: {result:?}");
+                assert_eq!(set.touch(), before);
+            } else {
+                assert!(matches!(result, Err(Error::Quarantined { .. })), "{kind}: {result:?}");
+            }
+            assert_eq!(left, 0, "it is tried until it is done, and so is cutting off");
+        }
+    }
 }
 
 #[test]

@@ -111,6 +111,14 @@ impl Error {
         }
     }
 
+    /// Whether what is in the way may pass by itself, so that another try is worth the while: what
+    /// others hold, memory that has run out, a signal.
+    pub(crate) fn may_pass(&self) -> bool {
+        matches!(self.errno(), Errno::EAGAIN | Errno::ENOMEM | Errno::EINTR)
+            || matches!(self, Self::Host(error) if
+                [polder_linux::Errno::BUSY, polder_linux::Errno::INTR].contains(&error.errno))
+    }
+
     /// The error code for a guest or a kernel-shaped interface.
     pub fn errno(&self) -> Errno {
         match self {
@@ -122,6 +130,10 @@ impl Error {
             Self::Interrupted => Errno::EINTR,
             Self::Missing { .. } | Self::NotOffered { .. } => Errno::EOPNOTSUPP,
             Self::Rmp { fail: polder_machine::RmpFail::InUse, .. } => Errno::EAGAIN,
+            Self::Machine(
+                polder_machine::Error::Locked { .. } | polder_machine::Error::Mapped { .. },
+            ) => Errno::EAGAIN,
+            // Entries of the wrong size stay so.
             Self::Machine(_) | Self::Rmp { .. } => Errno::EIO,
             Self::Host(error) => match error.errno {
                 polder_linux::Errno::NOMEM => Errno::ENOMEM,

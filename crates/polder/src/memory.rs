@@ -320,7 +320,9 @@ impl Memory {
         self.driver.engine().unmet().collect()
     }
 
-    /// Drops the contents of pages: they read as zeros, and take up no memory. Visibility stays.
+    /// Drops the contents of pages: they read as zeros, and take up no memory. Visibility stays. An
+    /// SNP guest has to validate its private pages anew, and finds garbage in them (zeros,
+    /// deciphered): it clears what it validates. None finds what was there.
     ///
     /// # Errors
     /// As [`Memory::convert`].
@@ -329,8 +331,8 @@ impl Memory {
     }
 
     /// Merges the 4K RMP entries of each 2M page in `range` that is private as a whole, where they
-    /// agree: an SNP guest's memory is mapped at 2M again. [`Statistics::rmp`] says how many were
-    /// merged, and how many left as they are. Nothing is done for another platform.
+    /// agree: an SNP guest's memory is mapped at 2M again. Conversions do not do it.
+    /// [`Statistics::rmp`] says how many were merged, and how many left as they are, and mapped. Nothing is done for another platform.
     ///
     /// # Errors
     /// As [`Memory::convert`].

@@ -6,8 +6,9 @@ use polder_units::{GfnRange, PageCount};
 
 use crate::{Error, MachineVcpu, Memory};
 
-/// How many pages are held against operations, and slots against change, at once: 2 MiB.
-const AT_ONCE: u32 = 512;
+/// How many pages are held against operations, and slots against change, at once: 2 MiB, from one
+/// multiple of it to the next, so that each can be mapped as one page.
+const AT_ONCE: u64 = 512;
 
 /// A vCPU to map memory for, as its host knows it.
 #[derive(Clone, Copy, Debug)]
@@ -55,11 +56,14 @@ impl Memory {
     /// # Errors
     /// What stands before the first frame: [`Refusal::NoSlot`] (`ENOENT`), [`Refusal::Owed`],
     /// [`Refusal::SourceFailed`], [`Refusal::Quarantined`]; [`Error::Interrupted`] (`EINTR`) by a
-    /// signal or a kick; [`Error::WrongVcpu`]; [`Error::NotOffered`]; [`Error::Host`].
+    /// signal or a kick; [`Error::WrongVcpu`]; [`Error::NotOffered`]; [`Error::Host`], by `EAGAIN`
+    /// where others were at work on the page for long; of an SNP guest's private page that it was
+    /// not given yet, [`Refusal::Referenced`].
     ///
     /// [`Refusal::NoSlot`]: crate::Refusal::NoSlot
     /// [`Refusal::Owed`]: crate::Refusal::Owed
     /// [`Refusal::SourceFailed`]: crate::Refusal::SourceFailed
+    /// [`Refusal::Referenced`]: crate::Refusal::Referenced
     /// [`Refusal::Quarantined`]: crate::Refusal::Quarantined
     pub fn prefault<'a>(
         &self,
@@ -73,9 +77,11 @@ impl Memory {
             (Vcpu::Machine(vcpu), Some(_)) if vcpu.is_of(&self.driver, vm) => {}
             _ => return Err(Error::WrongVcpu),
         }
-        let mut most = PageCount::from(AT_ONCE);
+        let mut one_by_one = false;
         let mut left = Some(gfns);
         while let Some(now) = left {
+            let most = if one_by_one { 1 } else { AT_ONCE - now.start().get() % AT_ONCE };
+            let most = PageCount::new(most).expect("512 at most");
             let stopped = match vcpu {
                 Vcpu::Machine(vcpu) if vcpu.is_kicked() => Err((Error::Interrupted, None)),
                 _ => {
@@ -89,7 +95,7 @@ impl Memory {
                 Err((error, Some(run)))
                     if run.count() > PageCount::ONE && error != Error::Interrupted =>
                 {
-                    most = PageCount::ONE;
+                    one_by_one = true;
                 }
                 Err((error, _)) if now.start() == gfns.start() => return Err(error),
                 Err(_) => break,

@@ -31,7 +31,8 @@ pub struct Statistics {
 /// What happened to the RMP of an SNP guest's memory.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct RmpStatistics {
-    /// 2M pages that were assigned by one large entry.
+    /// Times that a 2M page was assigned by one large entry, also by an operation that failed later
+    /// and took it back, or on the way back itself.
     pub large: u64,
     /// Large entries that were smashed because a guest's access or PVALIDATE met them at 4K.
     pub smashed: u64,
@@ -41,7 +42,8 @@ pub struct RmpStatistics {
     pub raced: u64,
     /// 2M pages whose 4K entries were merged to a large one.
     pub merged: u64,
-    /// 2M pages of which a merge left the 4K entries, because they do not agree.
+    /// 2M pages of which a merge left the 4K entries: they are not of one folio or not seen by one
+    /// binding where a large entry can be, do not agree, or are in use by others.
     pub left_small: u64,
 }
 

@@ -1,9 +1,15 @@
 //! Prefault on the simulated machine: what the behaviour table can't bring about on every host.
 
+#![expect(clippy::unwrap_used, reason = "a test")]
+
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use polder::machine::RmpSize;
 use polder::units::{Gfn, GfnRange, Level, PageCount, PageRange};
-use polder::{Error, HostKind, MachineVcpu, Memory, Prefaulted, Slot, Vm, VmId};
+use polder::{
+    Contents, Error, HostKind, MachineVcpu, Memory, OnBusy, Platform, Prefaulted, Slot, Visibility,
+    Vm, VmId,
+};
 
 const PAGES: u32 = 16;
 
@@ -104,4 +110,92 @@ fn what_is_said_to_be_done_is_mapped_though_other_pages_are_zapped_meanwhile() {
         stop.store(true, Ordering::Relaxed);
         assert_eq!(missing, 0);
     });
+}
+
+/// Memory of an SNP guest or of another, of two 2M folios.
+fn huge(platform: Platform) -> (Memory, VmId, MachineVcpu) {
+    let pages = PageCount::from(1024);
+    let builder = Memory::builder(pages).host(HostKind::Machine).platform(platform);
+    let memory = builder.build().expect("a small memory");
+    let vm = memory.attach(Vm::Machine).expect("a machine's VM");
+    let all = PageRange::between(0, 1024).expect("some pages");
+    memory.bind(vm, Slot(0), Gfn::from(0), all).expect("a free slot");
+    let allocate = |machine: &mut polder::machine::Machine, object| {
+        [0u32, 512].map(|page| machine.allocate(object, page.into(), Level::Size2M).unwrap())
+    };
+    memory.simulated(|machine, object, _| allocate(machine, object)).unwrap();
+    let vcpu = memory.machine_vcpu(vm).expect("a VM of it");
+    (memory, vm, vcpu)
+}
+
+/// The level at which stage 2 has a frame.
+fn level(memory: &Memory, gfn: u32) -> Option<Level> {
+    let level = memory.simulated(|machine, object, _| {
+        let page = PageRange::one(gfn.into());
+        let (vm, _) = machine.gfns_of(object, page).next().unwrap();
+        machine.spte(vm, gfn.into()).unwrap().map(|spte| spte.level)
+    });
+    level.unwrap()
+}
+
+#[test]
+fn a_huge_folio_is_mapped_as_one_page_also_by_a_prefault_that_begins_before_it() {
+    for platform in [Platform::Plain, Platform::SwProtected, Platform::Snp] {
+        let (memory, vm, vcpu) = huge(platform);
+        let done = gfns(510, 1024);
+        assert_eq!(memory.prefault(vm, &vcpu, done), Ok(Prefaulted { done, left: None }));
+        let levels = [509, 510, 511, 512, 700].map(|gfn| level(&memory, gfn));
+        let (small, large) = (Some(Level::Size4K), Some(Level::Size2M));
+        // With an RMP the rest of the first comes with it: its entry is large.
+        let first = if platform.has_rmp() { [large; 3] } else { [None, small, small] };
+        assert_eq!(levels[..3], first, "{platform}");
+        assert_eq!(levels[3..], [large; 2], "{platform}");
+    }
+}
+
+/// Has the RMP entry of a page in use, as another processor.
+fn in_use(memory: &Memory, page: u32, held: bool) {
+    let other = polder::machine::LockOwner(7);
+    let done = memory.simulated(|machine, object, _| {
+        let pfn = machine.backing(object, page.into()).unwrap().unwrap().pfn;
+        match held {
+            true => machine.rmp_hold(pfn, RmpSize::Size4K, other),
+            false => machine.rmp_release(pfn, other),
+        }
+    });
+    done.unwrap().unwrap();
+}
+
+#[test]
+fn an_entry_that_others_have_in_use_for_long_ends_it_with_what_was_done() {
+    let (memory, vm, vcpu) = huge(Platform::Snp);
+    in_use(&memory, 600, true);
+    let came = memory.prefault(vm, &vcpu, gfns(0, 1024));
+    assert_eq!(came, Ok(Prefaulted { done: gfns(0, 512), left: Some(gfns(512, 1024)) }));
+    let again = memory.prefault(vm, &vcpu, gfns(512, 1024)).unwrap_err();
+    assert_eq!(again.errno() as i32, 11, "EAGAIN");
+    vcpu.kicker().store(true, Ordering::Release);
+    assert_eq!(memory.prefault(vm, &vcpu, gfns(512, 1024)), Err(Error::Interrupted));
+    vcpu.kicker().store(false, Ordering::Release);
+    in_use(&memory, 600, false);
+    let done = gfns(512, 1024);
+    assert_eq!(memory.prefault(vm, &vcpu, done), Ok(Prefaulted { done, left: None }));
+    assert_eq!(level(&memory, 600), Some(Level::Size2M), "nothing small was left behind");
+}
+
+#[test]
+fn a_prefault_of_a_part_of_a_large_entrys_page_leaves_nothing_to_smash() {
+    let (memory, vm, vcpu) = huge(Platform::Snp);
+    for done in [gfns(3, 5), gfns(510, 514), gfns(3, 5)] {
+        assert_eq!(memory.prefault(vm, &vcpu, done), Ok(Prefaulted { done, left: None }));
+        assert_eq!(level(&memory, 3), Some(Level::Size2M));
+    }
+    assert_eq!(level(&memory, 600), Some(Level::Size2M));
+    // One shared page, and what is left of its 2M is mapped page by page.
+    let page = PageRange::between(9, 10).unwrap();
+    memory.convert(page, Visibility::Shared, Contents::Zero, OnBusy::Wait).unwrap();
+    let done = gfns(3, 5);
+    assert_eq!(memory.prefault(vm, &vcpu, done), Ok(Prefaulted { done, left: None }));
+    let small = Some(Level::Size4K);
+    assert_eq!([2, 3, 4, 5].map(|gfn| level(&memory, gfn)), [None, small, small, None]);
 }

@@ -5,7 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "a test")]
 
 use polder::machine::{Error as Refused, LockOwner, RmpSize};
-use polder::units::{Gfn, Level, PageCount, PageIndex, PageRange};
+use polder::units::{Gfn, Level, PageCount, PageIndex, PageRange, PfnRange};
 use polder::{Contents, Error, HostKind, Memory, OnBusy, Platform, Slot, Visibility, VmId};
 
 const HUGE: u64 = 512;
@@ -61,10 +61,9 @@ fn act(memory: &Memory, vm: VmId, random: &mut Random) {
         5 | 6 => {
             let granted = memory.facts(PageRange::one(page)).unwrap()[0].1.visibility;
             let gpa = Gfn::new(page.get()).unwrap().gpa();
-            memory.guest_fault(vm, gpa, granted).map(|fault| {
-                assert_eq!(fault, None);
-                PageCount::ZERO
-            })
+            // An entry in use, by whatever size, has the guest try again.
+            assert_eq!(memory.guest_fault(vm, gpa, granted), Ok(None));
+            Ok(PageCount::ZERO)
         }
         _ => {
             reshape(memory, page, random.below(3));
@@ -122,11 +121,16 @@ fn the_rmp_agrees_with_what_is_granted_whatever_happens() {
         let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ seed);
         for number in 0..600 {
             let page = PageIndex::new(random.below(PAGES)).unwrap();
-            let in_use = random.below(2) == 0;
+            let (in_use, large_hold) = (random.below(2) == 0, random.below(4) == 0);
             let held = memory.simulated(|machine, object, _| {
                 let backing = machine.backing(object, page).unwrap().filter(|_| in_use)?;
-                machine.rmp_hold(backing.pfn, RmpSize::Size4K, OTHER).ok()?;
-                Some(backing.pfn)
+                let large = PfnRange::enclosing(backing.pfn, Level::Size2M, machine.geometry());
+                let (pfn, size) = match large_hold {
+                    true => (large.start(), RmpSize::Size2M),
+                    false => (backing.pfn, RmpSize::Size4K),
+                };
+                machine.rmp_hold(pfn, size, OTHER).ok()?;
+                Some(pfn)
             });
             let before = memory.statistics().refused;
             act(&memory, vm, &mut random);

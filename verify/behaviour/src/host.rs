@@ -1,6 +1,6 @@
 //! What a host gives to the cases.
 
-use polder::units::{Gpa, PageIndex, PageRange};
+use polder::units::{Gpa, Level, PageIndex, PageRange};
 use polder::{HostKind, Memory, MemoryFault, Platform, Visibility, VmId};
 use polder_vmm::scenario::Op;
 use polder_vmm::{Ended, IdleVcpu};
@@ -142,6 +142,9 @@ pub trait Inside {
     /// What the RMP has of a page with memory: whether it is assigned, and by a large entry.
     fn rmp(&self, memory: &Memory, page: PageIndex) -> (bool, bool);
 
+    /// The level at which stage 2 has a page of the object, if it has.
+    fn mapped_at(&self, memory: &Memory, page: PageIndex) -> Option<Level>;
+
     /// Gives memory to the 2M page at `page`, by one folio.
     fn huge_folio(&self, memory: &Memory, page: PageIndex);
 
@@ -156,6 +159,9 @@ pub trait Inside {
 
     /// Calls `run` while another processor has the RMP entry of a page in use.
     fn while_in_use(&self, memory: &Memory, page: PageIndex, run: &mut dyn FnMut());
+
+    /// Calls `run` while somebody has the folio of a page locked.
+    fn while_locked(&self, memory: &Memory, page: PageIndex, run: &mut dyn FnMut());
 
     /// Whether all references, mappings and pins add up.
     ///

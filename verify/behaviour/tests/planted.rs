@@ -43,7 +43,7 @@ fn scenarios_notice_what_is_planted_into_the_engine() {
         (Bug::ForgottenSmash, "part-to-shared", "FAIL_OVERLAP"),
         (Bug::MisalignedLarge, "misaligned-slot", "page 0: the RMP entry is 2M"),
         (Bug::NotReverted, "entry-in-use", "page 0: the RMP entry is 4K, and \"none\""),
-        (Bug::ForwardUndo, "entry-in-use-after-a-large-one", "in quarantine"),
+        (Bug::ForwardUndo, "folio-locked-while-made-zeros", "page 0: the RMP entry is 4K"),
         (Bug::SkippedFailed, "entry-in-use-after-a-large-one", "page 512: the RMP entry is 4K"),
     ] {
         let why = scenario_breaks(bug, name);
@@ -80,7 +80,7 @@ fn an_rmp_that_is_not_reverted_is_seen() {
 
 #[test]
 fn undoing_in_forward_order_is_seen() {
-    bug_breaks(Bug::ForwardUndo, "a conversion to private that fails leaves the RMP as it was");
+    bug_breaks(Bug::ForwardUndo, "what could not be made zeros is its guest's no more");
 }
 
 #[test]

@@ -268,7 +268,11 @@ impl Host for GuestMemfdHost {
             // The kernel takes frames from the guest when it is told what they become; references
             // from outside are to the shared side, which is freed; nothing is ever owed.
             Step::UnmapGuest(_) | Step::CheckReferences(_) | Step::Publish(_) => Ok(()),
-            Step::Assign(_) | Step::Unassign(_) | Step::Smash(_) | Step::Merge(_) => {
+            Step::Assign(_)
+            | Step::Unassign(_)
+            | Step::Smash(_)
+            | Step::Merge(_)
+            | Step::Thaw(_) => {
                 unreachable!("there is no memory of an SNP guest on this host")
             }
         }

@@ -15,22 +15,16 @@
 //! pins that the engine has not given, and names their holder.
 
 mod rmp;
+mod stage2;
+mod touches;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use polder_engine::{
-    GuestAccess, Holder, Platform, Refusal, Response, Slot, Step, View, Visibility, VmId,
-};
+use polder_engine::{GuestAccess, Holder, Platform, Refusal, Slot, Step, View, Visibility, VmId};
 use polder_linux::Errno;
-use polder_machine::{
-    Config, Hva, LockOwner, Machine, ObjectId, ProcessId, RmpFail, Sigbus, Thread, View as Vma,
-    VpnRange,
-};
-use polder_units::{
-    Gfn, GfnRange, Level, PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange, Pfn, PfnRange,
-};
+use polder_machine::{Config, LockOwner, Machine, ObjectId, ProcessId, View as Vma, VpnRange};
+use polder_units::{Gfn, GfnRange, Level, PageCount, PageIndex, PageRange, Pfn, PfnRange};
 
 use self::rmp::Rmp;
 use super::views::Views;
@@ -38,11 +32,11 @@ use super::{Host, Smashed, Vm, failed};
 use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::{Error, Vcpu};
 
-/// How long a touch that waits goes without being made again.
-const TOUCH_AGAIN: Duration = Duration::from_millis(20);
-
 /// How often a page is looked at again because of references that are soon gone, as GUP-fast's.
 const REFERENCE_RETRIES: u32 = 32;
+
+/// How long is waited before it is tried again to free a folio.
+const FREE_PAUSE: Duration = Duration::from_millis(1);
 
 /// CPUs that the host's threads run on; each has a TLB.
 const CPUS: u16 = 16;
@@ -160,10 +154,16 @@ impl MachineHost {
         Ok(())
     }
 
-    /// Takes the pages out of the host view and out of other processes' mappings.
+    /// Takes the pages out of the host view, with its markers, and out of other processes'
+    /// mappings.
     fn unmap_host(&self, range: PageRange) -> Result<(), Error> {
+        self.lock().host_unmap(self.process, Self::vpns(range)).map_err(refused)?;
+        self.unmap_processes(range)
+    }
+
+    /// Takes the pages out of every process's mappings; markers stay.
+    fn unmap_processes(&self, range: PageRange) -> Result<(), Error> {
         let mut machine = self.lock();
-        machine.host_unmap(self.process, Self::vpns(range)).map_err(refused)?;
         machine.zap_object(self.object, range).map_err(refused)?;
         machine.flush_object(self.object, range).map_err(refused)
     }
@@ -226,72 +226,34 @@ impl MachineHost {
     fn free(&self, range: PageRange) -> Result<(), Error> {
         self.unmap_guest(range)?;
         self.unmap_host(range)?;
-        let mut machine = self.lock();
-        let geometry = machine.geometry();
-        let folios = machine.folios(self.object, range).map_err(refused)?;
-        let folios: Vec<_> = folios
-            .map(|(page, backing)| PageRange::enclosing(page, backing.level, geometry))
-            .collect();
-        // A part of a folio can't be freed: it is made zeros.
-        for part in folios.into_iter().filter_map(|folio| folio.intersection(range)) {
-            match machine.punch(self.object, part, None) {
-                Err(polder_machine::Error::Part { .. }) => machine.zero(self.object, part),
-                punched => punched.map(|_| ()),
-            }
-            .map_err(refused)?;
-        }
-        Ok(())
+        let folios: Vec<_> = {
+            let machine = self.lock();
+            let geometry = machine.geometry();
+            let folios = machine.folios(self.object, range).map_err(refused)?;
+            folios
+                .map(|(page, backing)| PageRange::enclosing(page, backing.level, geometry))
+                .collect()
+        };
+        let mut parts = folios.into_iter().filter_map(|folio| folio.intersection(range));
+        parts.try_for_each(|part| self.punch(part))
     }
 
-    /// Makes a touch by the host view until it is made or denied.
-    fn touch(
-        &self,
-        offset: u64,
-        mut touch: impl FnMut(&mut Machine, Thread, Hva) -> Result<(), polder_machine::HostExit>,
-    ) -> Result<(), Error> {
-        use polder_machine::HostExit;
-        let thread = Thread { process: self.process, index: cpu() };
-        let hva = Hva::new(HOST_VIEW * PAGE_SIZE + offset);
+    /// Frees a folio, or makes a part of one zeros, which can't be freed. Who has it locked, or
+    /// has mapped it again, may be done with it soon.
+    fn punch(&self, part: PageRange) -> Result<(), Error> {
+        use polder_machine::Error::{Locked, Mapped, Part};
+        let mut retries = REFERENCE_RETRIES;
         loop {
-            let before = self.events.lock().answers;
-            let exit = touch(&mut self.lock(), thread, hva);
-            match exit {
-                Ok(()) => return Ok(()),
-                Err(HostExit::Fault(fault)) => {
-                    self.wait_for_answer((View::Host, fault.page), before)
-                }
-                Err(HostExit::Wait { .. }) => crate::sync::yield_now(),
-                Err(HostExit::Sigbus { vpn, why }) => {
-                    let page = vpn.get() - HOST_VIEW;
-                    let touched = (page * PAGE_SIZE).max(offset);
-                    return Err(match why {
-                        Sigbus::NoMemory => failed("a touch of the host view", Errno::NOMEM),
-                        Sigbus::Poisoned | Sigbus::Beyond => {
-                            polder_linux::Touched { offset: touched }.into()
-                        }
-                    });
-                }
-                Err(HostExit::Invalid(error)) => return Err(refused(error)),
-                Err(HostExit::Segv { .. } | HostExit::Refused(_)) => {
-                    return Err(polder_linux::Touched { offset }.into());
-                }
+            let punched = self.lock().punch(self.object, part, None);
+            match punched {
+                Err(Locked { .. } | Mapped { .. }) if retries > 0 => {}
+                Err(Part { .. }) => return self.lock().zero(self.object, part).map_err(refused),
+                punched => return punched.map(drop).map_err(refused),
             }
+            retries -= 1;
+            crate::sync::sleep(FREE_PAUSE);
+            self.unmap_host(part)?;
         }
-    }
-
-    /// Queues a touch and waits until something was answered since `before`.
-    fn wait_for_answer(&self, touch: (View, PageIndex), before: u64) {
-        let mut events = self.events.lock();
-        if events.answers == before {
-            events.touches.insert(touch);
-            self.queued.notify_one();
-            self.answered.wait_for(&mut events, TOUCH_AGAIN);
-        }
-    }
-
-    fn answered(&self) {
-        self.events.lock().answers += 1;
-        self.answered.notify_all();
     }
 
     fn map_host(&self, range: PageRange) -> Result<(), Error> {
@@ -307,70 +269,6 @@ impl MachineHost {
             Err(error) => Err(refused(error)),
         }
     }
-
-    /// Maps the page of `level` around `gfn` in stage 2, once.
-    fn map(
-        &self,
-        id: VmId,
-        access: GuestAccess,
-        level: Level,
-        range: PageRange,
-    ) -> Result<Tried, Error> {
-        let GuestAccess { gfn, visibility } = access;
-        let vm = self.vm(id).expect("a VM that was attached");
-        // Where the slot has gone or moved since the answer was given, the answer is not for what
-        // the frame shows now: the guest faults again. The claim holds the pages, not the slot.
-        let is_ours = |bound: Result<polder_machine::Bound, polder_machine::Error>| {
-            bound.ok().map(|bound| bound.page).filter(|&page| range.contains(page))
-        };
-        let mut machine = self.lock();
-        let Some(page) = is_ours(machine.bound(vm, gfn)) else { return Ok(Tried::Moved) };
-        // No more memory is taken than the touch needs: the folio decides how much is mapped.
-        self.allocate(&mut machine, PageRange::one(page))?;
-        drop(machine);
-        if self.rmp.is_some() && visibility == Visibility::Private {
-            match self.assign_for(page, range) {
-                // Somebody else is at work on the entry.
-                Err(Error::Rmp { fail: RmpFail::InUse, .. }) => return Ok(Tried::Later),
-                assigned => assigned?,
-            }
-        }
-        let Ok(resolved) = self.lock().tdp_resolve(vm, gfn) else { return Ok(Tried::Moved) };
-        if is_ours(Ok(resolved.bound())).is_none() {
-            return Ok(Tried::Moved);
-        }
-        let mut machine = self.lock();
-        let level = level.min(resolved.largest());
-        // Never above what the RMP has (INV-5). A shared page has no entry to say a size.
-        let entry = machine.rmp_entry(resolved.pfn()).filter(|entry| entry.assigned);
-        let level = entry.map_or(level, |entry| level.min(entry.size.level()));
-        match machine.tdp_map(&resolved, level, true) {
-            Ok(_) => Ok(Tried::Mapped),
-            Err(polder_machine::Error::Stale { .. }) => Ok(Tried::Later),
-            Err(error) => Err(refused(error)),
-        }
-    }
-}
-
-/// How an attempt to map a page in stage 2 went.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Tried {
-    Mapped,
-    /// The frame shows something else by now.
-    Moved,
-    /// Something was zapped since the page was found, or its RMP entry is in use.
-    Later,
-}
-
-/// How many of `count` bytes at `offset` lie in its page.
-fn in_page(offset: u64, count: usize) -> usize {
-    let rest = PAGE_SIZE - offset % PAGE_SIZE;
-    usize::try_from(rest).map_or(count, |rest| rest.min(count))
-}
-
-/// The simulated CPU that the calling thread runs on.
-fn cpu() -> u16 {
-    u16::try_from(crate::sync::thread_number() % usize::from(CPUS)).expect("a remainder of CPUS")
 }
 
 impl Host for MachineHost {
@@ -389,6 +287,7 @@ impl Host for MachineHost {
             Step::Unassign(range) => self.unassign(range),
             Step::Smash(range) => self.smash_all(range),
             Step::Merge(range) => self.merge(range),
+            Step::Thaw(range) => self.thaw(range),
             // No hardware but the RMP tells private from shared.
             Step::Protect(..) | Step::Publish(_) => Ok(()),
         }
@@ -439,11 +338,11 @@ impl Host for MachineHost {
         &self,
         id: VmId,
         access: GuestAccess,
-        level: Level,
+        _: Level,
         range: PageRange,
     ) -> Result<(), Error> {
-        if self.map(id, access, level, range)? != Tried::Mapped {
-            // The guest faults again; let go on whom it would only meet once more.
+        // If it is not mapped now, the guest faults again.
+        if self.map(id, access, range)? == stage2::Tried::Later {
             crate::sync::yield_now();
         }
         Ok(())
@@ -452,25 +351,15 @@ impl Host for MachineHost {
     fn show(
         &self,
         id: VmId,
-        _: Vcpu<'_>,
-        (gfns, visibility): (GfnRange, Visibility),
+        vcpu: Vcpu<'_>,
+        gfns: (GfnRange, Visibility),
         range: PageRange,
     ) -> Result<u64, Error> {
-        for (gfn, page) in gfns.frames().zip(range.frames()) {
-            let (access, page) = (GuestAccess { gfn, visibility }, PageRange::one(page));
-            loop {
-                match self.map(id, access, Level::Size4K, page)? {
-                    Tried::Mapped => break,
-                    Tried::Later => crate::sync::yield_now(),
-                    Tried::Moved => return Err(failed("a prefault of stage 2", Errno::AGAIN)),
-                }
-            }
-        }
-        Ok(gfns.end())
+        self.show_all((id, vcpu), gfns, range)
     }
 
-    fn smash(&self, id: VmId, gfn: Gfn) -> Result<Smashed, Error> {
-        self.smash_at(self.vm(id).expect("a VM that was attached"), gfn)
+    fn smash(&self, id: VmId, gfn: Gfn, within: PageRange) -> Result<Smashed, Error> {
+        self.smash_at(self.vm(id).expect("a VM that was attached"), gfn, within)
     }
 
     fn rmp_counts(&self) -> [u64; 3] {
@@ -499,114 +388,5 @@ impl Host for MachineHost {
 
     fn machine(&self) -> Option<&MachineHost> {
         Some(self)
-    }
-}
-
-impl Views for MachineHost {
-    fn answer(&self, view: View, response: Response, range: PageRange) -> Result<(), Error> {
-        let done = match (view, response) {
-            (View::Host, Response::Map) => self.map_host(range),
-            (View::Host, Response::Poison) => self.poison(range),
-            // A guest's faults don't come this way: see `map_guest`.
-            (View::Guest, _) => Ok(()),
-        };
-        self.answered();
-        done
-    }
-
-    fn wake(&self, _: View, _: PageRange) {
-        self.answered();
-    }
-
-    fn touches(
-        &self,
-        into: &mut Vec<(View, PageIndex)>,
-        at_most: Option<Duration>,
-    ) -> Result<(), Error> {
-        let mut events = self.events.lock();
-        if events.touches.is_empty() && !events.nudged {
-            match at_most {
-                Some(time) => {
-                    self.queued.wait_for(&mut events, time);
-                }
-                None => self.queued.wait(&mut events),
-            }
-        }
-        events.nudged = false;
-        into.extend(std::mem::take(&mut events.touches));
-        Ok(())
-    }
-
-    fn nudge(&self) {
-        self.events.lock().nudged = true;
-        self.queued.notify_all();
-    }
-
-    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
-        self.lock().object_read(self.object, offset, into).map_err(refused)
-    }
-
-    fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
-        let Some(last) = from.len().checked_sub(1) else { return Ok(()) };
-        let (first, last) = (offset / PAGE_SIZE, (offset + last as u64) / PAGE_SIZE);
-        let mut machine = self.lock();
-        let range = PageRange::between(first, last + 1).expect("bytes of the object");
-        self.allocate(&mut machine, range)?;
-        machine.object_write(self.object, offset, from).map_err(refused)
-    }
-
-    fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
-        // A CPU copies upwards and stops where it is stopped: a page is one access here.
-        let mut left = into;
-        let mut offset = offset;
-        while !left.is_empty() {
-            let (now, rest) = left.split_at_mut(in_page(offset, left.len()));
-            self.touch(offset, |machine, thread, hva| machine.host_read(thread, hva, now))?;
-            offset += now.len() as u64;
-            left = rest;
-        }
-        Ok(())
-    }
-
-    fn touch_write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
-        let (mut left, mut offset) = (from, offset);
-        while !left.is_empty() {
-            let (now, rest) = left.split_at(in_page(offset, left.len()));
-            self.touch(offset, |machine, thread, hva| machine.host_write(thread, hva, now))?;
-            offset += now.len() as u64;
-            left = rest;
-        }
-        Ok(())
-    }
-
-    fn touch_from(&self, file: BorrowedFd<'_>, offset: u64, count: usize) -> Result<usize, Error> {
-        // The kernel fills page by page, and reads nothing that it has no place for.
-        let mut done = 0;
-        while done < count {
-            let at = offset + done as u64;
-            let mut bytes = [0; PAGE_BYTES];
-            let page = &mut bytes[..in_page(at, count - done)];
-            match self.touch_read(at, &mut page[..1]) {
-                Ok(()) => {}
-                Err(_) if done > 0 => break,
-                Err(_) => return Err(failed("read", Errno::FAULT)),
-            }
-            let came = rustix::io::retry_on_intr(|| rustix::io::read(file, &mut *page))
-                .map_err(|errno| failed("read", errno))?;
-            self.touch_write(at, &page[..came])?;
-            done += came;
-            if came < page.len() {
-                break;
-            }
-        }
-        Ok(done)
-    }
-
-    fn host_view(&self) -> Option<*mut u8> {
-        None
-    }
-
-    fn guest_page(&self, _: usize) -> Option<PageIndex> {
-        None
     }
 }

@@ -60,7 +60,11 @@ impl Host for MemfdHost {
             // that was written is ready.
             Step::UnmapGuest(_) | Step::CheckReferences(_) => Ok(()),
             Step::Protect(..) | Step::Publish(_) => Ok(()),
-            Step::Assign(_) | Step::Unassign(_) | Step::Smash(_) | Step::Merge(_) => {
+            Step::Assign(_)
+            | Step::Unassign(_)
+            | Step::Smash(_)
+            | Step::Merge(_)
+            | Step::Thaw(_) => {
                 unreachable!("there is no memory of an SNP guest on this host")
             }
         }

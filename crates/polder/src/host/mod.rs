@@ -108,8 +108,10 @@ pub(crate) trait Host: Send + Sync {
     }
 
     /// Has whole pages ready for a guest's touches of `gfns`, at which they are bound: in the guest
-    /// view, in stage 2. Where a host tells kinds of access apart, all are of one. Returns the frame at which it stopped, by number. Called with an answer in
-    /// flight on the pages, and while no slot changes. If it fails it may have done a part.
+    /// view, in stage 2. Where a host tells kinds of access apart, all are of one. Returns the frame
+    /// at which it stopped, by number. Called with an answer in flight on `range`, which has the
+    /// pages behind them and, with an RMP, perhaps more around them; and while no slot changes. If
+    /// it fails it may have done a part.
     fn show(
         &self,
         vm: VmId,
@@ -125,9 +127,9 @@ pub(crate) trait Host: Send + Sync {
         Ok(gfns.end())
     }
 
-    /// Smashes the large RMP entry behind `gfn`, and takes its 2M page out of stage 2. KVM does so
-    /// by itself.
-    fn smash(&self, _: VmId, _: Gfn) -> Result<Smashed, Error> {
+    /// Smashes the large RMP entry behind `gfn`, and takes its 2M page out of stage 2, if it shows a
+    /// page of `within`. KVM does so by itself.
+    fn smash(&self, _: VmId, _: Gfn, _within: PageRange) -> Result<Smashed, Error> {
         Ok(Smashed::Spurious)
     }
 

@@ -1,14 +1,16 @@
 //! SEV-SNP's reverse map table, as it follows what is granted.
 
-use polder::units::{GfnRange, PageCount, PageIndex, PageRange};
-use polder::{Contents, Error, Memory, MemoryFault, OnBusy, Platform, Refusal, Slot, Visibility};
+use polder::units::{GfnRange, Level, PageCount, PageIndex, PageRange};
+use polder::{
+    Contents, Error, GuestExit, Memory, MemoryFault, OnBusy, Platform, Refusal, Slot, Visibility,
+};
 use polder_vmm::scenario::HostAccess;
 
 use crate::Section::Rmp;
 use crate::host::Inside;
 use crate::world::{
     BASE, Bound, PASSED, World, all, byte, bytes, check, convert, facts, fill, gfn, gfns, page,
-    pages, probe, put, zero,
+    pages, probe, put, seeded, zero,
 };
 use crate::{Case, Ran, Skipped};
 
@@ -23,6 +25,12 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Rmp, "a 1G folio is 512 large entries", gigabyte),
     Case::new(Rmp, "2M of 4K folios are 4K entries", small_folios),
     Case::new(Rmp, "where guest frames are not congruent, entries are 4K, and work", incongruent),
+    Case::new(
+        Rmp,
+        "2M of which no binding shows all are 4K entries, and none is smashed",
+        bindings,
+    ),
+    Case::new(Rmp, "a huge folio that was prefaulted is one entry, mapped at 2M", prefaulted),
     Case::new(Rmp, "a part of a large entry becomes shared, and its neighbours stay", part),
     Case::new(Rmp, "a folio that was split leaves a large entry, smashed when met", split),
     Case::new(
@@ -33,7 +41,12 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Rmp, "vCPUs that meet the same large entry all go on", met_by_many),
     Case::new(Rmp, "a conversion to private that fails leaves the RMP as it was", fails_to_private),
     Case::new(Rmp, "a conversion to shared that fails leaves the RMP as it was", fails_to_shared),
-    Case::new(Rmp, "2M that become private part by part are merged where they agree", merged),
+    Case::new(Rmp, "what could not be made zeros is its guest's no more", not_zeros),
+    Case::new(
+        Rmp,
+        "2M that became private part by part are merged when asked, if they agree",
+        merged,
+    ),
     Case::new(Rmp, "what is discarded is nobody's before it is free", discarded),
 ];
 
@@ -243,6 +256,55 @@ fn incongruent(w: &World<'_>) -> Ran {
     PASSED
 }
 
+fn bindings(w: &World<'_>) -> Ran {
+    // The second half of it at other guest frames, at those that follow, or nowhere.
+    for second in [Some(BASE + 3 * HUGE), Some(BASE + 256), None] {
+        let bound = huge(w, 1)?;
+        let (memory, vm) = (&bound.memory, bound.vm);
+        memory.unbind(vm, Slot(0)).expect("it is bound");
+        memory.bind(vm, Slot(0), gfn(BASE), pages(0, 256)).expect("it is free");
+        let halves = [Some(BASE), second].into_iter().flatten();
+        let seen = halves.map(|at| GfnRange::between(at, at + 256).expect("256 frames"));
+        let seen: Vec<_> = seen.collect();
+        if let Some(second) = second {
+            memory.bind(vm, Slot(1), gfn(second), pages(256, 512)).expect("it is free");
+        }
+        // First by a guest's touch, then by a conversion.
+        bound.passes([fill(gfns(page(0)), 1)]);
+        assert!(!w.inside().rmp(memory, index(0)).1, "a large entry");
+        to(memory, all(memory), SHARED).expect("no pins");
+        to(memory, all(memory), PRIVATE).expect("no pins");
+        let unseen = second.map_or(256, |_| 0);
+        let runs = [(HUGE - unseen, SMALL), (unseen, NOBODYS)];
+        let entries = entries(w.inside(), memory, all(memory));
+        assert!(entries.iter().eq(runs.iter().filter(|run| run.0 > 0)), "{entries:?}");
+        bound.passes(seen.iter().map(|&half| fill(half, 2)));
+        bound.passes(seen.iter().map(|&half| check(half, 2)));
+        let rmp = memory.statistics().rmp;
+        assert_eq!((rmp.large, rmp.smashed), (0, 0));
+        audit(w, memory);
+    }
+    PASSED
+}
+
+fn prefaulted(w: &World<'_>) -> Ran {
+    let bound = huge(w, 2)?;
+    let memory = &bound.memory;
+    let vcpu = bound.guest.vcpu((memory, bound.vm));
+    let done = memory.prefault(bound.vm, &vcpu, gfns(all(memory))).expect("they are bound");
+    assert_eq!((done.done, done.left), (gfns(all(memory)), None));
+    assert_eq!(entries(w.inside(), memory, all(memory)), [(1024, LARGE)]);
+    let level = |at| w.inside().mapped_at(memory, index(at));
+    assert_eq!([0, 7, 511, 512, 1023].map(level), [Some(Level::Size2M); 5]);
+    let faults = memory.statistics().guest_faults;
+    bound.passes([fill(gfns(all(memory)), 1), check(gfns(all(memory)), 1)]);
+    let now = memory.statistics();
+    assert_eq!((now.rmp.large, now.rmp.smashed, now.guest_faults), (2, 0, faults));
+    assert_eq!([0, 7, 511, 512, 1023].map(level), [Some(Level::Size2M); 5]);
+    audit(w, memory);
+    PASSED
+}
+
 fn part(w: &World<'_>) -> Ran {
     let bound = huge(w, 2)?;
     let memory = &bound.memory;
@@ -326,8 +388,8 @@ fn fails(w: &World<'_>, memory: &Memory, range: PageRange, visibility: Visibilit
 }
 
 fn fails_to_private(w: &World<'_>) -> Ran {
-    // A part of the 2M page is private by 4K entries, which become a large one on the way there;
-    // the pages after it have 4K folios, one of which is in use.
+    // A part of the 2M page is private by 4K entries; the pages after it have 4K folios, one of
+    // which is in use.
     let bound = w.bound(w.memory(2 * HUGE)?)?;
     let memory = &bound.memory;
     w.inside().huge_folio(memory, index(0));
@@ -344,7 +406,7 @@ fn fails_to_private(w: &World<'_>) -> Ran {
     }
     audit(w, memory);
     to(memory, all(memory), PRIVATE).expect("it is no longer in use");
-    assert_eq!(entries(w.inside(), memory, all(memory)), [(512, LARGE), (512, SMALL)]);
+    assert_eq!(entries(w.inside(), memory, all(memory)), [(1024, SMALL)]);
     bound.passes([fill(gfns(all(memory)), 1), check(gfns(all(memory)), 1)]);
     PASSED
 }
@@ -368,26 +430,61 @@ fn fails_to_shared(w: &World<'_>) -> Ran {
     PASSED
 }
 
+fn not_zeros(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.memory(8)?)?;
+    let memory = &bound.memory;
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    let mut failed = None;
+    w.inside().while_locked(memory, index(2), &mut || {
+        failed = Some(memory.convert(pages(2, 5), SHARED, Contents::Zero, OnBusy::Wait));
+    });
+    let named = matches!(&failed, Some(Err(Error::Quarantined { pages: out, .. })) if *out == [pages(2, 5)]);
+    assert!(named, "{failed:?}");
+    let rmp = || entries(w.inside(), memory, all(memory));
+    assert_eq!(rmp(), [(2, SMALL), (3, NOBODYS), (3, SMALL)]);
+    assert_eq!(bytes(memory, all(memory)), [None; 8], "nor the host's");
+    bound.passes([check(gfns(pages(0, 2)), 1), check(gfns(pages(5, 8)), 1)]);
+    let refused = to(memory, all(memory), SHARED);
+    assert_eq!(refused, Err(Refusal::Quarantined { page: index(2) }.into()));
+    audit(w, memory);
+    PASSED
+}
+
 fn merged(w: &World<'_>) -> Ran {
     let bound = huge(w, 1)?;
     let memory = &bound.memory;
     let rmp = || entries(w.inside(), memory, all(memory));
+    let merge = || memory.merge(all(memory), OnBusy::Wait).expect("nothing is in the way");
+    let merged = || {
+        let rmp = memory.statistics().rmp;
+        (rmp.merged, rmp.left_small)
+    };
+    let mapped_at = || w.inside().mapped_at(memory, index(4));
     to(memory, all(memory), SHARED).expect("no pins");
     to(memory, pages(0, 100), PRIVATE).expect("no pins");
-    assert_eq!(rmp(), [(100, SMALL), (412, NOBODYS)]);
     to(memory, all(memory), PRIVATE).expect("no pins");
-    assert_eq!(rmp(), [(512, LARGE)], "none of them is validated: they agree");
+    assert_eq!((rmp(), merged()), (vec![(512, SMALL)], (0, 0)), "a conversion merges nothing");
     bound.passes([fill(gfns(all(memory)), 1)]);
     to(memory, page(3), SHARED).expect("no pins");
-    to(memory, all(memory), PRIVATE).expect("no pins");
-    assert_eq!(rmp(), [(512, SMALL)], "its neighbours are validated, and page 3 is not");
-    let statistics = memory.statistics().rmp;
-    assert_eq!((statistics.merged, statistics.left_small), (1, 1));
-    bound.passes([zero(gfns(page(3))), check(gfns(pages(4, 512)), 1)]);
+    merge();
+    assert_eq!(merged(), (0, 0), "it is not private as a whole");
+    to(memory, page(3), PRIVATE).expect("no pins");
+    bound.passes([check(gfns(pages(4, 512)), 1)]);
+    merge();
+    assert_eq!((rmp(), merged()), (vec![(512, SMALL)], (0, 1)), "page 3 is not validated");
+    assert_eq!(mapped_at(), Some(Level::Size4K), "what can't be merged stays mapped");
     // Now they agree.
-    memory.merge(all(memory), OnBusy::Wait).expect("nothing is in the way");
-    assert_eq!(rmp(), [(512, LARGE)]);
     bound.passes([zero(gfns(page(3))), check(gfns(pages(4, 512)), 1)]);
+    merge();
+    assert_eq!((rmp(), merged()), (vec![(512, LARGE)], (1, 1)));
+    bound.passes([zero(gfns(page(3))), check(gfns(pages(4, 512)), 1)]);
+    assert_eq!(mapped_at(), Some(Level::Size2M));
+    merge();
+    assert_eq!(
+        (mapped_at(), merged()),
+        (Some(Level::Size2M), (1, 1)),
+        "what is large is left alone"
+    );
     assert_eq!(rmp(), [(512, LARGE)], "and nobody smashed it");
     audit(w, memory);
     PASSED
@@ -403,6 +500,19 @@ fn discarded(w: &World<'_>) -> Ran {
     memory.discard(all(memory), OnBusy::Wait).expect("no pins");
     assert_eq!(memory.existing(), Ok(vec![]));
     audit(w, memory);
+    // Who validates and does not clear finds garbage, not zeros; and nothing of what was there.
+    let vcpu = memory.machine_vcpu(bound.vm).expect("memory of this host");
+    let mut words = [0; 8];
+    let not_validated = Err(GuestExit::NotValidated(gfn(BASE)));
+    assert_eq!(vcpu.read(gfn(BASE).gpa(), PRIVATE, &mut words), not_validated);
+    assert_eq!(vcpu.pvalidate(gfn(BASE), Level::Size4K, true), Ok(Ok(true)));
+    assert_eq!(vcpu.read(gfn(BASE).gpa(), PRIVATE, &mut words), Ok(()));
+    assert!(words != [0; 8] && words[..] != seeded(gfn(BASE), 1)[..8], "{words:?}");
+    // Who has the page shared finds zeros.
+    memory.discard(page(0), OnBusy::Wait).expect("no pins");
+    to(memory, page(0), SHARED).expect("no pins");
+    assert_eq!(byte(memory, 0), Some(0));
+    to(memory, page(0), PRIVATE).expect("no pins");
     bound.passes([zero(gfns(all(memory))), fill(gfns(all(memory)), 2)]);
     audit(w, memory);
     PASSED

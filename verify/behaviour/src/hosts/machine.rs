@@ -328,6 +328,14 @@ impl Inside for Machine {
         entry.map_or((false, false), |entry| (entry.assigned, is_large(entry)))
     }
 
+    fn mapped_at(&self, memory: &Memory, page: PageIndex) -> Option<Level> {
+        let level = memory.simulated(|machine, object, _| {
+            let (vm, gfns) = machine.gfns_of(object, PageRange::one(page)).next()?;
+            machine.spte(vm, gfns.start()).expect("its VM").map(|spte| spte.level)
+        });
+        level.expect("memory of this host")
+    }
+
     fn huge_folio(&self, memory: &Memory, page: PageIndex) {
         let made =
             memory.simulated(|machine, object, _| machine.allocate(object, page, Level::Size2M));
@@ -375,6 +383,18 @@ impl Inside for Machine {
         let released =
             memory.simulated(|machine, object, _| machine.rmp_release(at(machine, object), OTHER));
         released.expect("memory of this host").expect("it is held");
+    }
+
+    fn while_locked(&self, memory: &Memory, page: PageIndex, run: &mut dyn FnMut()) {
+        let locked = memory.simulated(|machine, object, _| {
+            let backing = machine.backing(object, page).expect("the object");
+            let pfn = backing.expect("a page with memory").pfn;
+            machine.lock_folio(pfn, OTHER).map(|()| pfn)
+        });
+        let pfn = locked.expect("memory of this host").expect("nobody else has it locked");
+        run();
+        let unlocked = memory.simulated(|machine, _, _| machine.unlock_folio(pfn, OTHER));
+        unlocked.expect("memory of this host").expect("it is locked");
     }
 
     fn audit(&self, memory: &Memory) -> Result<(), String> {

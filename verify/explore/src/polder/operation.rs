@@ -76,7 +76,9 @@ pub(super) fn parts_of(step: Step) -> u8 {
         Step::UnmapGuest(_) | Step::CheckReferences(_) => 1,
         Step::Protect(..) | Step::Publish(_) => 1,
         Step::Free(_) | Step::Quarantine(_) => 3,
-        Step::Assign(_) | Step::Unassign(_) | Step::Smash(_) | Step::Merge(_) => no_rmp(step),
+        Step::Assign(_) | Step::Unassign(_) | Step::Smash(_) | Step::Merge(_) | Step::Thaw(_) => {
+            no_rmp(step)
+        }
     }
 }
 
@@ -384,9 +386,14 @@ impl World {
                 }
                 punched
             }
-            (Step::Assign(_) | Step::Unassign(_) | Step::Smash(_) | Step::Merge(_), _) => {
-                no_rmp(step)
-            }
+            (
+                Step::Assign(_)
+                | Step::Unassign(_)
+                | Step::Smash(_)
+                | Step::Merge(_)
+                | Step::Thaw(_),
+                _,
+            ) => no_rmp(step),
             (Step::Quarantine(range), _) => {
                 self.promised.quarantine |= set(range);
                 self.answer_host(Response::Poison, range)

@@ -82,7 +82,9 @@ fn stage_of(step: Step) -> u8 {
         Step::Free(_) => 14,
         Step::Publish(_) => 15,
         Step::Quarantine(_) => 16,
-        Step::Assign(_) | Step::Unassign(_) | Step::Smash(_) | Step::Merge(_) => no_rmp(step),
+        Step::Assign(_) | Step::Unassign(_) | Step::Smash(_) | Step::Merge(_) | Step::Thaw(_) => {
+            no_rmp(step)
+        }
     }
 }
 

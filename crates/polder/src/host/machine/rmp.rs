@@ -8,8 +8,14 @@
 //! no memory          not assigned: memory is unassigned before it is freed
 //! ```
 //! Each instruction is a step of its own. What an instruction needs to know is looked up before it,
-//! and again if it fails: another CPU may have been faster. `FAIL_INUSE` and `FAIL_OVERLAP` are
-//! tried again a bounded number of times, for an overlap by a wrong size never goes away.
+//! and again if it fails: another CPU may have been faster. `FAIL_INUSE` is tried again, a bounded
+//! number of times. So is `FAIL_OVERLAP` where no entry of another size is to be seen: then it says
+//! that somebody is at work on one, and is told as in use. An overlap by a wrong size never goes
+//! away, and is told as such at once.
+
+mod merge;
+#[cfg(test)]
+mod tests;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -17,7 +23,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use polder_engine::NotLarge;
 use polder_engine::{LargeRmpEntry, VmId, can_install_large_rmp_entry};
 use polder_linux::Errno;
-use polder_machine::{Asid, Backing, Machine, RmpEntry, RmpFail, RmpSize, RmpUpdate};
+use polder_machine::{Asid, Backing, Machine, Resolved, RmpEntry, RmpFail, RmpSize, RmpUpdate};
 use polder_units::{Geometry, Gfn, GfnRange, Level, PageCount, PageIndex, PageRange, Pfn};
 
 use super::{MachineHost, refused};
@@ -68,10 +74,13 @@ enum Next {
 }
 
 impl Next {
+    /// After an instruction that no entry of another size stood in the way of.
     fn after(result: Result<(), RmpFail>, pages: u64, page: PageIndex) -> Result<Self, Error> {
         match result {
             Ok(()) => Ok(Self::On(pages)),
-            Err(fail @ (RmpFail::InUse | RmpFail::Overlap)) => Ok(Self::Again(fail)),
+            // The entries do not overlap, as who calls this has seen: somebody at work on one of
+            // the other size does.
+            Err(RmpFail::InUse | RmpFail::Overlap) => Ok(Self::Again(RmpFail::InUse)),
             Err(fail) => Err(Error::Rmp { page, fail }),
         }
     }
@@ -135,6 +144,11 @@ impl MachineHost {
         self.rmp.as_ref().expect("asked for of an SNP guest's memory only")
     }
 
+    /// Whether the memory is an SNP guest's.
+    pub(super) const fn is_snp(&self) -> bool {
+        self.rmp.is_some()
+    }
+
     fn owner(&self) -> Option<Owner> {
         self.rmp.as_ref().and_then(|rmp| *rmp.owner.lock())
     }
@@ -177,6 +191,51 @@ impl MachineHost {
         self.each(range, |page| self.assign_at(page, range))
     }
 
+    /// What assigning a page that is about to be mapped would assign, all of it in `within`; `None`
+    /// if it is assigned already, or is seen by no VM.
+    pub(super) fn not_assigned(
+        &self,
+        page: PageIndex,
+        within: PageRange,
+    ) -> Result<Option<PageRange>, Error> {
+        let machine = &*self.lock();
+        let found = Found::at(machine, self, page)?.filter(|found| !found.entry.assigned);
+        let gfns = self.gfns_of(machine, PageRange::one(page));
+        let (Some(found), Some(gfns)) = (found, gfns) else { return Ok(None) };
+        let large = self.large(machine, &found, (page, gfns.start()), within).is_some();
+        let level = if large { Level::Size2M } else { Level::Size4K };
+        Ok(Some(PageRange::enclosing(page, level, found.geometry)))
+    }
+
+    /// Whether what was resolved can be mapped privately at a level: all entries of that page are
+    /// as large as they can be, and are for where it is seen.
+    pub(super) fn rmp_allows(&self, machine: &Machine, resolved: &Resolved, level: Level) -> bool {
+        let geometry = machine.geometry();
+        let (all, large) = (geometry.pages(level).get(), geometry.pages(Level::Size2M).get());
+        let (gfn, pfn) = (resolved.gfn().get(), resolved.pfn().get());
+        if level == Level::Size4K || !self.is_snp() {
+            return true;
+        }
+        let Some(gfn) = gfn.checked_sub(pfn % all) else { return false };
+        let head = pfn - pfn % all;
+        (0..all / large).map(|at| at * large).all(|offset| {
+            let entry = Pfn::new(head + offset).and_then(|pfn| machine.rmp_entry(pfn));
+            entry.is_some_and(|entry| {
+                entry.assigned
+                    && entry.size == RmpSize::Size2M
+                    && entry.gfn.get() == gfn + offset
+                    && entry.asid == self.owner().map(|owner| owner.asid)
+            })
+        })
+    }
+
+    /// Where the owner sees pages, if one binding shows all of them.
+    fn gfns_of(&self, machine: &Machine, range: PageRange) -> Option<GfnRange> {
+        let owner = self.owner()?;
+        let mut shown = machine.gfns_of(self.object, range).filter(|(vm, _)| *vm == owner.vm);
+        shown.next().map(|(_, gfns)| gfns).filter(|gfns| gfns.count() == range.count())
+    }
+
     /// Assigns a page that is about to be mapped, with others of its folio if they are `within`
     /// what is answered for.
     pub(super) fn assign_for(&self, page: PageIndex, within: PageRange) -> Result<(), Error> {
@@ -187,10 +246,8 @@ impl MachineHost {
         let Some(owner) = self.owner() else { return Ok(Next::On(1)) };
         let machine = &mut *self.lock();
         let Some(found) = Found::at(machine, self, page)? else { return Ok(Next::On(1)) };
-        let shown = machine.gfns_of(self.object, PageRange::one(page));
-        let Some((_, gfns)) = shown.into_iter().find(|(vm, _)| *vm == owner.vm) else {
-            return Ok(Next::On(1));
-        };
+        let shown = self.gfns_of(machine, PageRange::one(page));
+        let Some(gfns) = shown else { return Ok(Next::On(1)) };
         let (gfn, entry) = (gfns.start(), found.entry);
         if entry.asid == Some(owner.asid) && entry.gfn == gfn {
             // An RMPUPDATE would take what the guest has validated.
@@ -198,8 +255,7 @@ impl MachineHost {
         }
         if found.is_large() {
             // It is for where the page was seen before.
-            let smashed = machine.psmash(found.head()).and(Err(RmpFail::Overlap));
-            return Next::after(smashed, 0, page);
+            return Next::after(machine.psmash(found.head()), 0, page);
         }
         if let Some((head, at)) = self.large(machine, &found, (page, gfn), within) {
             let large = RmpUpdate::private(owner.asid, at, RmpSize::Size2M);
@@ -223,15 +279,16 @@ impl MachineHost {
         let offset = page.get() - around.start().get();
         let frame = Pfn::new(found.pfn.get().checked_sub(offset)?)?;
         let gfn = Gfn::new(gfn.get().checked_sub(offset)?)?;
-        let frames = (frame.get()..frame.get() + found.pages()).map_while(Pfn::new);
         let is_assigned = |pfn| machine.rmp_entry(pfn).is_none_or(|entry| entry.assigned);
+        let mut frames = frames(frame, around.count());
         let entry = LargeRmpEntry {
             folio: found.folio,
             page: around.start(),
             frame,
             gfn,
+            bound: self.gfns_of(machine, around).is_some(),
             within,
-            unassigned: found.folio > Level::Size4K && !frames.into_iter().any(is_assigned),
+            unassigned: found.folio > Level::Size4K && !frames.any(is_assigned),
         };
         let can = can_install_large_rmp_entry(&entry, found.geometry);
         #[cfg(feature = "plant")]
@@ -249,14 +306,17 @@ impl MachineHost {
             if !found.entry.assigned {
                 return Ok(Next::On(1));
             }
-            // A large entry of which a part is to stay has been smashed by a step before.
+            if !found.is_large() {
+                let small = RmpUpdate::shared(RmpSize::Size4K);
+                return Next::after(machine.rmpupdate(found.pfn, small), 1, page);
+            }
+            let large = RmpUpdate::shared(RmpSize::Size2M);
             let whole = found.offset() == 0 && range.end() - page.get() >= found.pages();
-            let (pfn, size) = match found.is_large() && whole {
-                true => (found.head(), RmpSize::Size2M),
-                false => (found.pfn, RmpSize::Size4K),
-            };
-            let updated = machine.rmpupdate(pfn, RmpUpdate::shared(size));
-            Next::after(updated, if size == RmpSize::Size2M { found.left() } else { 1 }, page)
+            match whole {
+                true => Next::after(machine.rmpupdate(found.head(), large), found.pages(), page),
+                // A step before was to smash it.
+                false => Err(Error::Rmp { page, fail: RmpFail::Overlap }),
+            }
         })
     }
 
@@ -268,24 +328,29 @@ impl MachineHost {
             if !found.is_large() {
                 return Ok(Next::On(1));
             }
-            match machine.psmash(found.head()) {
-                // Look again: what is 4K now was smashed by somebody else.
-                Err(RmpFail::BadAddress) => Ok(Next::Again(RmpFail::BadAddress)),
-                result => Next::after(result, found.left(), page),
-            }
+            Next::after(machine.psmash(found.head()), found.left(), page)
         })
     }
 
     /// Solves a fault for its size: as [`smash_all`](Self::smash_all), for one guest frame, then
     /// takes the 2M page out of stage 2, so that it is mapped anew at the size that the RMP has.
-    pub(super) fn smash_at(&self, vm: polder_machine::VmId, gfn: Gfn) -> Result<Smashed, Error> {
-        let Ok(bound) = self.lock().bound(vm, gfn) else { return Ok(Smashed::Spurious) };
+    /// Only if the frame still shows a page of `within`, which nobody else is at work on.
+    pub(super) fn smash_at(
+        &self,
+        vm: polder_machine::VmId,
+        gfn: Gfn,
+        within: PageRange,
+    ) -> Result<Smashed, Error> {
+        let bound = self.lock().bound(vm, gfn).ok();
+        let Some(page) = bound.map(|bound| bound.page).filter(|&page| within.contains(page)) else {
+            return Ok(Smashed::Spurious);
+        };
         #[cfg(feature = "plant")]
         if self.bug() == Some(polder_engine::Bug::ForgottenSmash) {
             return Ok(Smashed::Spurious);
         }
-        let found = Found::at(&self.lock(), self, bound.page)?;
-        let smashed = self.smash_found(bound.page, found)?;
+        let found = Found::at(&self.lock(), self, page)?;
+        let smashed = self.smash_found(page, found)?;
         let mut machine = self.lock();
         let around = GfnRange::enclosing(gfn, Level::Size2M, machine.geometry());
         machine.tdp_zap(vm, around).map_err(refused)?;
@@ -305,158 +370,8 @@ impl MachineHost {
             },
         }
     }
-
-    /// Merges the 4K entries of a 2M page, which nobody has mapped, by the firmware: each is made
-    /// immutable, all are made one, and the one is taken back. Where they do not agree, they stay.
-    pub(super) fn merge(&self, range: PageRange) -> Result<(), Error> {
-        let first = range.start();
-        let Some(found) = Found::at(&self.lock(), self, first)? else { return Ok(()) };
-        if found.is_large() || found.folio == Level::Size4K || found.offset() != 0 {
-            return Ok(());
-        }
-        let head = found.head();
-        let merged = self.freeze(head, range.count()).is_ok() && {
-            let mut machine = self.lock();
-            machine.page_unsmash(head).is_ok()
-                && machine.page_reclaim(head, RmpSize::Size2M).is_ok()
-        };
-        let count = if merged { &self.rmp().merged } else { &self.rmp().left_small };
-        count.fetch_add(1, Ordering::Relaxed);
-        if merged { Ok(()) } else { self.thaw(head, range.count(), first) }
-    }
-
-    /// Makes 4K entries immutable, all else as it was.
-    fn freeze(&self, head: Pfn, count: PageCount) -> Result<(), RmpFail> {
-        frames(head, count).try_for_each(|pfn| {
-            let mut machine = self.lock();
-            let RmpEntry { assigned, size, gfn, asid, .. } =
-                machine.rmp_entry(pfn).expect("the rmp covers all frames");
-            machine.rmpupdate(pfn, RmpUpdate { assigned, size, immutable: true, gfn, asid })
-        })
-    }
-
-    /// Takes 4K entries back from the firmware.
-    fn thaw(&self, head: Pfn, count: PageCount, first: PageIndex) -> Result<(), Error> {
-        for pfn in frames(head, count) {
-            let mut machine = self.lock();
-            let frozen = machine.rmp_entry(pfn).is_some_and(|entry| entry.immutable);
-            if frozen && machine.page_reclaim(pfn, RmpSize::Size4K).is_err() {
-                return Err(Error::Rmp { page: first, fail: RmpFail::Permission });
-            }
-        }
-        Ok(())
-    }
 }
 
 fn frames(head: Pfn, count: PageCount) -> impl Iterator<Item = Pfn> {
     (head.get()..head.get() + count.get()).map_while(Pfn::new)
-}
-
-#[cfg(test)]
-mod tests {
-    use polder_engine::{GuestAccess, Platform, Slot, Visibility};
-    use polder_machine::LockOwner;
-
-    use super::*;
-    use crate::host::{Host, Vm};
-
-    const PAGES: u32 = 1024;
-    const VM: VmId = VmId(0);
-
-    /// Two 2M folios, the first of which a guest has by a large entry, mapped at 2M.
-    fn host() -> MachineHost {
-        let host = MachineHost::new(PageCount::from(PAGES), Platform::Snp).unwrap();
-        let all = PageRange::new(0u32.into(), PageCount::from(PAGES)).unwrap();
-        host.attach(VM, Vm::Machine).unwrap();
-        host.bind(VM, Slot(0), Gfn::from(0), all).unwrap();
-        for page in [0u32, 512] {
-            let object = host.object;
-            host.lock().allocate(object, page.into(), Level::Size2M).unwrap();
-        }
-        map(&host, 7, Level::Size2M);
-        assert!(entry(&host, 7).is_large());
-        host
-    }
-
-    fn map(host: &MachineHost, gfn: u32, level: Level) {
-        let access = GuestAccess { gfn: gfn.into(), visibility: Visibility::Private };
-        let range = PageRange::enclosing(gfn.into(), level, Geometry::X86_64);
-        host.map_guest(VM, access, level, range).unwrap();
-    }
-
-    fn entry(host: &MachineHost, page: u32) -> Found {
-        Found::at(&host.lock(), host, page.into()).unwrap().unwrap()
-    }
-
-    fn level(host: &MachineHost, gfn: u32) -> Option<Level> {
-        let vm = host.vm(VM).unwrap();
-        host.lock().spte(vm, gfn.into()).unwrap().map(|spte| spte.level)
-    }
-
-    #[test]
-    fn a_fault_for_its_size_smashes_once_and_is_spurious_for_who_comes_later() {
-        let host = host();
-        assert_eq!(level(&host, 7), Some(Level::Size2M));
-        assert_eq!(host.smash(VM, 7u32.into()), Ok(Smashed::Done));
-        assert_eq!(level(&host, 7), None, "it is to be mapped anew, with all of its 2M");
-        assert_eq!(host.smash(VM, 300u32.into()), Ok(Smashed::Spurious));
-        map(&host, 7, Level::Size2M);
-        assert_eq!(level(&host, 7), Some(Level::Size4K), "no larger than the entry (INV-5)");
-    }
-
-    #[test]
-    fn who_is_overtaken_between_look_and_psmash_has_raced() {
-        let host = host();
-        let found = entry(&host, 7);
-        assert_eq!(host.smash(VM, 300u32.into()), Ok(Smashed::Done));
-        assert_eq!(host.smash_found(7u32.into(), Some(found)), Ok(Smashed::Raced));
-    }
-
-    #[test]
-    fn an_entry_in_use_lets_the_guest_try_again_and_a_conversion_fail_after_tries() {
-        let host = host();
-        let (head, other) = (entry(&host, 0).pfn, LockOwner(7));
-        host.lock().rmp_hold(head, RmpSize::Size2M, other).unwrap();
-        assert_eq!(host.smash(VM, 7u32.into()), Ok(Smashed::Busy));
-        let page = PageIndex::from(0);
-        let in_use = Err(Error::Rmp { page, fail: RmpFail::InUse });
-        let whole = PageRange::enclosing(page, Level::Size2M, Geometry::X86_64);
-        assert_eq!(host.unassign(whole), in_use);
-        host.lock().rmp_release(head, other).unwrap();
-        assert_eq!(host.unassign(whole), Ok(()));
-        // The same for a page that is to be assigned: it is left unmapped.
-        host.unmap_guest(whole).unwrap();
-        host.lock().rmp_hold(head, RmpSize::Size4K, other).unwrap();
-        map(&host, 0, Level::Size4K);
-        assert_eq!(level(&host, 0), None);
-        host.lock().rmp_release(head, other).unwrap();
-        map(&host, 0, Level::Size4K);
-        assert_eq!(level(&host, 0), Some(Level::Size4K));
-    }
-
-    #[test]
-    fn taking_away_by_a_wrong_size_fails_and_does_not_hang() {
-        let host = host();
-        let (page, part) = (PageIndex::from(3), PageRange::between(3, 5).unwrap());
-        let overlap = Err(Error::Rmp { page, fail: RmpFail::Overlap });
-        assert_eq!(host.unassign(part), overlap, "nobody has smashed it");
-        host.smash_all(PageRange::between(0, 512).unwrap()).unwrap();
-        assert_eq!(host.unassign(part), Ok(()));
-        assert_eq!([2, 3, 4, 5].map(|page| entry(&host, page).entry.assigned), {
-            [true, false, false, true]
-        });
-    }
-
-    #[test]
-    fn a_page_that_shows_at_another_guest_frame_is_assigned_anew() {
-        let host = host();
-        host.unbind(VM, Slot(0)).expect("it is bound");
-        let all = PageRange::new(0u32.into(), PageCount::from(PAGES)).unwrap();
-        host.bind(VM, Slot(0), Gfn::from(0x801), all).unwrap();
-        let access = GuestAccess { gfn: 0x808u32.into(), visibility: Visibility::Private };
-        host.map_guest(VM, access, Level::Size4K, PageRange::one(7u32.into())).unwrap();
-        let now = entry(&host, 7);
-        assert_eq!((now.entry.gfn.get(), now.entry.size), (0x808, RmpSize::Size4K));
-        assert_eq!(entry(&host, 8).entry.gfn.get(), 8, "nobody has asked for it there");
-    }
 }
