@@ -2,7 +2,7 @@
 //!
 //! A search that finds nothing says little until it is known what it would have found.
 
-use polder_explored_engine::Bug as EngineBug;
+use polder_explored_engine::{Bug as EngineBug, NotLarge};
 use polder_machine::Plant;
 
 use crate::models::{MAPCOUNT_WITHOUT_LOCK, Model};
@@ -60,6 +60,9 @@ impl PlantedBug {
         let Host::Polder(setup) = self.host() else {
             return Err("it is in another protocol than Polder's".into());
         };
+        if setup.platform == polder_explored_engine::Platform::Snp {
+            return Err("it is in the memory of an SNP guest".into());
+        }
         if (setup.first_gfn, setup.slot_pages) != (setup.first_page, setup.pages) {
             return Err("its slot does not show all pages from the first on".into());
         }
@@ -229,6 +232,125 @@ pub const ALL: &[PlantedBug] = &[
     ),
     machine("lost-mapcount", "mapping a page does not count", Plant::LostMapcount, "conversion"),
     machine("lost-pin", "pinning a page does not count", Plant::LostPin, "conversion"),
+    driver(
+        "psmash-forgotten",
+        "a fault for its size smashes nothing",
+        Slip::SmashForgotten,
+        "snp-folio",
+    ),
+    engine(
+        "psmash-forgotten-by-conversion",
+        "a part of a large RMP entry is taken away, and the rest not smashed before",
+        EngineBug::ForgottenSmash,
+        "snp",
+    ),
+    driver(
+        "psmash-error-fatal",
+        "PSMASH that is refused because another was faster ends the vCPU",
+        Slip::SmashErrorFatal,
+        "snp-folio",
+    ),
+    driver(
+        "psmash-error-spurious",
+        "whatever PSMASH refuses is taken for a fault that somebody else has solved",
+        Slip::SmashErrorSpurious,
+        "snp-contention",
+    ),
+    driver(
+        "psmash-not-zapped",
+        "after PSMASH stage 2 keeps the 2M page",
+        Slip::SmashNotZapped,
+        "snp",
+    ),
+    driver(
+        "mapped-above-rmp",
+        "stage 2 maps as large as folio and slot allow, whatever the RMP has",
+        Slip::MappedAboveRmp,
+        "snp-merge",
+    ),
+    driver(
+        "large-without-congruence",
+        "a large RMP entry is made for an unaligned guest frame",
+        Slip::Clause(NotLarge::Gfn),
+        "snp-apart",
+    ),
+    driver(
+        "large-without-range",
+        "a large RMP entry is made for a part of its pages",
+        Slip::Clause(NotLarge::Range),
+        "snp-taken",
+    ),
+    driver(
+        "large-without-binding",
+        "a large RMP entry is made of which the slot shows a part only",
+        Slip::Clause(NotLarge::Binding),
+        "snp-apart",
+    ),
+    driver(
+        "large-over-assigned",
+        "a large RMP entry is made of which a part is assigned already",
+        Slip::Clause(NotLarge::Assigned),
+        "snp-holes",
+    ),
+    driver(
+        "large-over-split",
+        "a large RMP entry is made over small folios",
+        Slip::Clause(NotLarge::Folio),
+        "snp-holes",
+    ),
+    driver(
+        "unassigned-small",
+        "a large RMP entry is taken away as 4K",
+        Slip::UnassignedSmall,
+        "snp-contention",
+    ),
+    engine(
+        "assigned-before-cut-off",
+        "the RMP gives pages to the guest before the host is cut off",
+        EngineBug::AssignedBeforeCutOff,
+        "snp",
+    ),
+    engine(
+        "assigned-before-check",
+        "the RMP gives pages to the guest before references are looked for",
+        EngineBug::AssignedBeforeCheck,
+        "snp-taken",
+    ),
+    driver(
+        "given-uncut",
+        "the answer that gives a page cuts nobody off before",
+        Slip::GivenUncut,
+        "snp-holes",
+    ),
+    engine(
+        "undo-leaves-rmp",
+        "undoing leaves the RMP as it is",
+        EngineBug::NotReverted,
+        "snp-contention",
+    ),
+    driver(
+        "merged-unzapped",
+        "RMP entries are merged while stage 2 maps them",
+        Slip::MergedUnzapped,
+        "snp-merge",
+    ),
+    engine(
+        "one-table-unclaimed",
+        "one table says what is wished and granted, and faults take its word for it at once",
+        EngineBug::OneTableUnclaimed,
+        "snp",
+    ),
+    engine("one-table", "one table", EngineBug::OneTable, "snp"),
+    machine("rmp-no-flush", "a TLB is not flushed before the RMP changes", Plant::SkipFlush, "snp"),
+    machine(
+        "smash-unvalidates",
+        "PSMASH takes what a neighbour has validated",
+        Plant::SmashUnvalidates,
+        "snp",
+    ),
+    machine("large-overlaps", "overlap", Plant::LargeOverAssigned, "snp"),
+    machine("kept-validated", "kept", Plant::KeptValidated, "snp"),
+    machine("no-size-check", "nosize", Plant::NoSizeCheck, "snp"),
     PlantedBug {
         name: MAPCOUNT_WITHOUT_LOCK.name,
         about: MAPCOUNT_WITHOUT_LOCK.about,

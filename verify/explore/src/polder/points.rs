@@ -2,7 +2,6 @@
 
 use polder_explored_engine::{Contents, Step, Visibility};
 
-use super::operation::no_rmp;
 use super::{Role, Stage, State, Task, World};
 use crate::system::Point;
 
@@ -18,6 +17,11 @@ pub(super) const WORKS: &[&str] = &[
     "pin",
     "gup",
     "slot deletion",
+    "private access",
+    "merge",
+    "split of a folio",
+    "collapse of folios",
+    "another CPU",
 ];
 
 const FAULTS: u8 = 2;
@@ -34,6 +38,11 @@ const fn work_of(task: Task) -> u8 {
         Task::Pin(_) => 8,
         Task::Gup(_) => 9,
         Task::Rebind => 10,
+        Task::Accept(_) | Task::PrivateRead(_) | Task::PrivateWrite(..) => 11,
+        Task::Merge { .. } => 12,
+        Task::Split(_) => 13,
+        Task::Collapse(_) => 14,
+        Task::Hold(..) => 15,
     }
 }
 
@@ -65,6 +74,24 @@ pub(super) const STAGES: &[&str] = &[
     "unbind",
     "unbound",
     "bind",
+    "is it given",
+    "cut off",
+    "check before giving",
+    "give",
+    "ask about a size",
+    "look at an entry",
+    "psmash",
+    "zap",
+    "give the 2M back",
+    "assign",
+    "unassign",
+    "smash",
+    "merge",
+    "thaw",
+    "folio locked",
+    "folio zapped",
+    "folio done",
+    "in use",
 ];
 
 /// The number of a stage, which is one of [`STAGES`].
@@ -82,15 +109,17 @@ fn stage_of(step: Step) -> u8 {
         Step::Free(_) => 14,
         Step::Publish(_) => 15,
         Step::Quarantine(_) => 16,
-        Step::Assign(_) | Step::Unassign(_) | Step::Smash(_) | Step::Merge(_) | Step::Thaw(_) => {
-            no_rmp(step)
-        }
+        Step::Assign(_) => 36,
+        Step::Unassign(_) => 37,
+        Step::Smash(_) => 38,
+        Step::Merge(_) => 39,
+        Step::Thaw(_) => 40,
     }
 }
 
 impl World {
     pub(super) fn point_of(&self, actor: usize) -> Point {
-        let State { at, stage } = self.actors[actor];
+        let State { at, stage, .. } = self.actors[actor];
         let who = &self.setup.actors[actor];
         let work = match who.tasks.get(usize::from(at)) {
             Some(&task) => work_of(task),
@@ -118,6 +147,19 @@ impl World {
             Stage::Unbinding => 24,
             Stage::Unbound => 25,
             Stage::Binding => 26,
+            Stage::GiveLook(..) => 27,
+            Stage::GiveCut(..) => 28,
+            Stage::GiveCheck(..) => 29,
+            Stage::Give(..) => 30,
+            Stage::SizeAsk => 31,
+            Stage::SizeLook(_) => 32,
+            Stage::SizeSmash(..) => 33,
+            Stage::SizeZap(_) => 34,
+            Stage::SizeGive(_) => 35,
+            Stage::FolioLocked(_) => 41,
+            Stage::FolioZapped(_) => 42,
+            Stage::FolioDone(..) => 43,
+            Stage::Holding(..) => 44,
         };
         Point { work, stage }
     }
@@ -158,7 +200,14 @@ impl World {
                             Visibility::Shared => &["unmap guest", "unmap host"],
                         },
                     );
-                    add(work, &["drain", "protect", "taken"]);
+                    add(work, &["drain", "taken"]);
+                    if !setup.is_snp() {
+                        add(work, &["protect"]);
+                    } else if to == Visibility::Private {
+                        add(work, &["unmap guest", "assign"]);
+                    } else {
+                        add(work, &["unassign"]);
+                    }
                     if contents == Contents::Zero {
                         add(work, &["free"]);
                     }
@@ -179,6 +228,27 @@ impl World {
                 }
                 Task::Rebind => {
                     add(work, &["unbind", "unbound", "bind"]);
+                    undone = false;
+                }
+                Task::Accept(_) | Task::PrivateRead(_) | Task::PrivateWrite(..) => {
+                    add(work, &["ask", "allocate", "is it given", "give", "resolve", "map"]);
+                    add(work, &["give back", "ask about a size", "look at an entry", "zap"]);
+                    add(work, &["psmash", "give the 2M back"]);
+                }
+                Task::Merge { .. } => {
+                    undone |= fails;
+                    add(work, &["drain", "merge", "taken"]);
+                }
+                Task::Split(_) => {
+                    add(work, &["folio locked", "folio zapped", "folio done"]);
+                    undone = false;
+                }
+                Task::Collapse(_) => {
+                    add(work, &["folio zapped", "folio done"]);
+                    undone = false;
+                }
+                Task::Hold(..) => {
+                    add(work, &["in use"]);
                     undone = false;
                 }
             }
@@ -208,5 +278,6 @@ mod tests {
         }
         assert_eq!(stage("unmap host"), 10);
         assert_eq!((stage("undo"), stage("bind")), (18, 26));
+        assert_eq!((stage("give"), stage("thaw"), stage("in use")), (30, 40, 44));
     }
 }

@@ -1,0 +1,266 @@
+//! An SNP guest's private accesses: what `polder/src/vcpu.rs` does when hardware refuses one, how a
+//! page is given to its guest (`host/machine/stage2.rs`), and how a fault for a size is solved.
+
+use polder_explored_engine::{Answer, GuestAnswer, Response, Visibility};
+use polder_machine::{Refused, RmpCheck, RmpFail};
+use polder_units::{GfnRange, Level, PageRange, Pfn};
+
+use super::act::{Act, Done};
+use super::host::References;
+use super::kept::set;
+use super::rmp::Called;
+use super::{Slip, Stage, VM, World};
+use crate::system::Violation;
+
+/// How often hardware may refuse one access before it counts as one that never passes: more than
+/// all the work of any configuration brings about. The product's limit is a thousand.
+pub(super) const MOST_REFUSALS: u8 = 6;
+
+impl World {
+    /// An access that was refused.
+    pub(super) fn guest_refused(
+        &mut self,
+        actor: usize,
+        refused: Refused,
+    ) -> Result<(), Violation> {
+        let (page, check) = (self.guest_page(actor), refused.check);
+        self.say(|| format!("is refused page {page}: {check}"));
+        if check == RmpCheck::InUse {
+            // It would only meet the same again.
+            return Ok(());
+        }
+        if check == RmpCheck::Validated {
+            self.done(actor);
+            let (accepted, engine) = (self.promised.accepted & 1 << page != 0, &self.engine);
+            // One that is being shared is the guest's no longer.
+            if accepted && (engine.held | self.promised.quarantine) & 1 << page == 0 {
+                let what = format!("the guest has to accept page {page}, which it has accepted");
+                return Err(Violation::new("INV-2", what));
+            }
+            return Ok(());
+        }
+        self.actors[actor].refusals += 1;
+        if self.actors[actor].refusals > MOST_REFUSALS {
+            let what = format!("page {page} is refused to its guest again and again: {check}");
+            return Err(Violation::new("INV-8", what));
+        }
+        let size = matches!(check, RmpCheck::PageSize | RmpCheck::InstructionSize);
+        self.go(actor, if size { Stage::SizeAsk } else { Stage::GuestAsk });
+        Ok(())
+    }
+
+    /// An access that was let through is to be of the kind that was granted; reading one's own as
+    /// shared, which shows ciphertext, is nobody's business.
+    pub(super) fn check_side(&self, page: u8, wants: Visibility) -> Result<(), Violation> {
+        let private = self.promised.private & 1 << page != 0;
+        if wants == Visibility::Private && !private {
+            let what = format!("the guest reaches page {page} as its own, which is shared");
+            return Err(Violation::new("INV-9", what));
+        }
+        Ok(())
+    }
+
+    /// Whether the page is given already.
+    pub(super) fn give_look(
+        &mut self,
+        actor: usize,
+        answer: Answer,
+        level: Level,
+    ) -> Result<(), Violation> {
+        let gfn = self.setup.gfn(self.guest_page(actor));
+        let Some(page) = self.ours(&answer, gfn) else {
+            self.go(actor, Stage::GuestGive(answer, true));
+            return Ok(());
+        };
+        let within = answer.range();
+        let found = self.found(page).filter(|found| !found.entry.assigned);
+        let gfns = self.shown(PageRange::one(page));
+        let (Some(found), Some(gfns)) = (found, gfns) else {
+            self.say(|| format!("finds page {page} assigned"));
+            self.go(actor, Stage::Give(answer, level, within));
+            return Ok(());
+        };
+        let large = self.large(&found, (page, gfns.start()), within).is_some();
+        let most = if large { Level::Size2M } else { Level::Size4K };
+        let new = PageRange::enclosing(page, most, self.setup.geometry);
+        self.say(|| format!("is to be given pages {new}"));
+        let uncut = self.setup.slips(Slip::GivenUncut);
+        self.go(
+            actor,
+            if uncut {
+                Stage::Give(answer, level, new)
+            } else {
+                Stage::GiveCut(answer, level, new, 0)
+            },
+        );
+        Ok(())
+    }
+
+    pub(super) fn give_cut(
+        &mut self,
+        actor: usize,
+        (answer, level): (Answer, Level),
+        new: PageRange,
+        part: u8,
+    ) -> Result<(), Violation> {
+        if part == 0 {
+            self.act(Act::UnmapProcesses(new)).well();
+            self.say(|| format!("takes pages {new} out of every page table"));
+            self.go(actor, Stage::GiveCut(answer, level, new, 1));
+        } else {
+            self.act(Act::FlushHost(new)).well();
+            self.say(|| "and flushes".into());
+            self.go(actor, Stage::GiveCheck(answer, level, new));
+        }
+        Ok(())
+    }
+
+    pub(super) fn give_check(
+        &mut self,
+        actor: usize,
+        (answer, level): (Answer, Level),
+        new: PageRange,
+    ) -> Result<(), Violation> {
+        let held = self.references(new) == References::Held;
+        self.say(|| format!("looks for references of pages {new}"));
+        // Whoever holds one has the guest's access fail: the VMM's to handle.
+        let next =
+            if held { Stage::GuestGive(answer, false) } else { Stage::Give(answer, level, new) };
+        self.go(actor, next);
+        Ok(())
+    }
+
+    /// Assigns the page, as far as it takes.
+    pub(super) fn give(
+        &mut self,
+        actor: usize,
+        (answer, level): (Answer, Level),
+        within: PageRange,
+    ) -> Result<(), Violation> {
+        let gfn = self.setup.gfn(self.guest_page(actor));
+        let Some(page) = self.ours(&answer, gfn) else {
+            self.go(actor, Stage::GuestGive(answer, true));
+            return Ok(());
+        };
+        let called = self.to_assign(page, within);
+        match self.instruct(called) {
+            Ok(_) => {
+                let more = matches!(called, Called::Smash(..));
+                self.say(|| match called {
+                    Called::Nothing(_) => format!("has page {page} already"),
+                    Called::Smash(head, _) => format!("smashes pfn {head}"),
+                    _ => format!("is given page {page}"),
+                });
+                if !more {
+                    self.go(actor, Stage::GuestResolve(answer, level));
+                }
+                Ok(())
+            }
+            Err(RmpFail::InUse | RmpFail::Overlap) => {
+                self.say(|| "finds another at work on the entry".into());
+                self.go(actor, Stage::GuestGive(answer, true));
+                Ok(())
+            }
+            Err(fail) => {
+                let what = format!("page {page} can't be given to its guest: {fail}");
+                Err(Violation::new("INV-9", what))
+            }
+        }
+    }
+
+    /// Whether a fault for its size has to wait for an operation.
+    pub(super) fn size_waits(&self, actor: usize) -> bool {
+        let around = self.around(u32::from(self.guest_page(actor)).into());
+        self.engine.busy & set(around) != 0
+    }
+
+    pub(super) fn size_ask(&mut self, actor: usize) -> Result<(), Violation> {
+        let gfn = self.setup.gfn(self.guest_page(actor));
+        match self.engine(|engine| engine.size_fault(VM, gfn)) {
+            GuestAnswer::Now { answer, .. } => {
+                self.say(|| format!("is to have the entry of pages {} smashed", answer.range()));
+                self.go(actor, Stage::SizeLook(answer));
+                Ok(())
+            }
+            GuestAnswer::Exit(fault) => {
+                self.done(actor);
+                Err(Violation::new("INV-8", format!("told that {fault}, wrongly")))
+            }
+            GuestAnswer::Wait => Ok(()),
+            GuestAnswer::Undo(operation) => {
+                self.say(|| "meets an operation that nobody drives, and undoes it".into());
+                self.begin_undo(actor, operation, false)
+            }
+        }
+    }
+
+    pub(super) fn size_look(&mut self, actor: usize, answer: Answer) -> Result<(), Violation> {
+        let gfn = self.setup.gfn(self.guest_page(actor));
+        let page = self.ours(&answer, gfn);
+        if page.is_none() || self.setup.slips(Slip::SmashForgotten) {
+            self.say(|| "finds nothing to smash".into());
+            self.go(actor, Stage::SizeGive(answer));
+            return Ok(());
+        }
+        let found = page.and_then(|page| self.found(page)).filter(super::rmp::Found::is_large);
+        self.say(|| match found {
+            Some(found) => format!("finds a large entry at pfn {}", found.head()),
+            None => "finds 4K entries: the fault was spurious".into(),
+        });
+        let next = found.map_or(Stage::SizeZap(answer), |it| Stage::SizeSmash(answer, it.head()));
+        self.go(actor, next);
+        Ok(())
+    }
+
+    pub(super) fn size_smash(
+        &mut self,
+        actor: usize,
+        answer: Answer,
+        head: Pfn,
+    ) -> Result<(), Violation> {
+        let smashed = self.act(Act::Psmash(head));
+        let again = matches!(smashed, Done::Rmp(RmpFail::InUse));
+        self.say(|| match smashed {
+            Done::Well => format!("psmash of pfn {head}"),
+            Done::Rmp(fail) => format!("psmash of pfn {head} is refused: {fail}"),
+            other => unreachable!("an instruction of the RMP: {other:?}"),
+        });
+        self.go(
+            actor,
+            if self.setup.slips(Slip::SmashNotZapped) && smashed.is_well()
+                || self.setup.slips(Slip::SmashErrorSpurious) && !smashed.is_well()
+            {
+                Stage::SizeGive(answer)
+            } else {
+                Stage::SizeZap(answer)
+            },
+        );
+        if smashed.is_well() || again {
+            return Ok(());
+        }
+        let now = self.machine.machine.rmp_entry(head);
+        let large =
+            now.is_some_and(|now| now.assigned && now.size == polder_machine::RmpSize::Size2M);
+        if large || self.setup.slips(Slip::SmashErrorFatal) {
+            let what = format!("the vCPU ends, for psmash of pfn {head} was refused");
+            return Err(Violation::new("INV-8", what));
+        }
+        Ok(())
+    }
+
+    pub(super) fn size_zap(&mut self, actor: usize, answer: Answer) -> Result<(), Violation> {
+        let gfn = self.setup.gfn(self.guest_page(actor));
+        let around = GfnRange::enclosing(gfn, Level::Size2M, self.setup.geometry);
+        self.act(Act::ZapGfns(around)).well();
+        self.say(|| format!("takes gfns {around} out of stage 2"));
+        self.go(actor, Stage::SizeGive(answer));
+        Ok(())
+    }
+
+    pub(super) fn size_give(&mut self, actor: usize, answer: Answer) -> Result<(), Violation> {
+        self.engine(|engine| engine.answered(answer, Some(Response::Map)));
+        self.say(|| "gives the answer back".into());
+        self.go(actor, Stage::Idle);
+        Ok(())
+    }
+}
