@@ -284,13 +284,13 @@ pub const ALL: &[PlantedBug] = &[
         "large-without-binding",
         "a large RMP entry is made of which the slot shows a part only",
         Slip::Clause(NotLarge::Binding),
-        "snp-apart",
+        "snp-part",
     ),
     driver(
         "large-over-assigned",
         "a large RMP entry is made of which a part is assigned already",
         Slip::Clause(NotLarge::Assigned),
-        "snp-holes",
+        "snp-discard",
     ),
     driver(
         "large-over-split",
@@ -302,7 +302,7 @@ pub const ALL: &[PlantedBug] = &[
         "unassigned-small",
         "a large RMP entry is taken away as 4K",
         Slip::UnassignedSmall,
-        "snp-contention",
+        "snp-taken",
     ),
     engine(
         "assigned-before-cut-off",

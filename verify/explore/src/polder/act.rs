@@ -32,8 +32,8 @@ pub(super) enum Act {
     GuestRead(VcpuId, Gfn, Side),
     /// A guest writes a token.
     GuestWrite(VcpuId, Gfn, Side, u8),
-    /// A guest accepts a page of 4K.
-    Pvalidate(VcpuId, Gfn),
+    /// A guest accepts a page.
+    Pvalidate(VcpuId, Gfn, RmpSize),
     /// Those of the pages that have no memory get some.
     Allocate(PageRange),
     /// The trusted view writes bytes of a token, so many, at an offset of each page.
@@ -151,9 +151,9 @@ impl Act {
                 let written = vcpu.write_u64(gfn.gpa(), side, word);
                 Done::of(written, |()| Done::Well, Done::GuestExit)
             }
-            Self::Pvalidate(vcpu, gfn) => {
+            Self::Pvalidate(vcpu, gfn, size) => {
                 let mut vcpu = machine.vcpu(vcpu).expect("it was added");
-                match vcpu.pvalidate(gfn, RmpSize::Size4K, true) {
+                match vcpu.pvalidate(gfn, size, true) {
                     Ok(result) => rmp(result.map(|_| ())),
                     Err(exit) => Done::GuestExit(exit),
                 }

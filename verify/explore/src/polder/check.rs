@@ -4,6 +4,7 @@
 //! from the engine's own notes.
 
 use polder_explored_engine::{OpId, Refusal, Step};
+use polder_machine::Discrepancy;
 use polder_units::PageRange;
 
 use super::guest::token;
@@ -91,10 +92,13 @@ impl World {
             let page = first(apart);
             return broken("INV-9", format!("hardware takes {page} for what it is not"));
         }
-        match self.machine.audit() {
-            Ok(()) => Ok(()),
-            Err(wrong) => broken("INV-2", format!("nothing is in flight, and {wrong}")),
-        }
+        let Err(wrong) = self.machine.audit() else { return Ok(()) };
+        let invariant = match wrong {
+            Discrepancy::RmpLevel { .. } | Discrepancy::RmpAlignment { .. } => "INV-5",
+            Discrepancy::RmpOwner { .. } | Discrepancy::FreeAssigned { .. } => "INV-9",
+            _ => "INV-2",
+        };
+        broken(invariant, format!("nothing is in flight, and {wrong}"))
     }
 
     /// Pages whose bytes somebody is copying by the library.

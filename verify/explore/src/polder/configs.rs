@@ -73,6 +73,9 @@ pub fn all() -> Vec<Setup> {
         snp::apart(),
         snp::holes(),
         snp::taken(),
+        snp::discard(),
+        snp::part(),
+        snp::large(),
         large(),
     ]
 }

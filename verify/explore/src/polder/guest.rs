@@ -1,7 +1,7 @@
 //! A guest's access: the CPU's, then `Driver::guest_fault` and `MachineHost::map_guest`.
 
 use polder_explored_engine::{Answer, GuestAccess, GuestAnswer, MemoryFault, Response, Visibility};
-use polder_machine::{Exit, Resolved, Side};
+use polder_machine::{Exit, Resolved, RmpFail, RmpSize, Side};
 use polder_units::{Gfn, Level, PageIndex, PageRange};
 
 use super::act::{Act, Done};
@@ -13,9 +13,12 @@ impl World {
     pub(super) fn guest_page(&self, actor: usize) -> u8 {
         match self.task(actor) {
             Some(Task::GuestRead(page) | Task::GuestWrite(page, _)) => page,
-            Some(Task::Accept(page) | Task::PrivateRead(page) | Task::PrivateWrite(page, _)) => {
-                page
-            }
+            Some(
+                Task::Accept(page)
+                | Task::AcceptLarge(page)
+                | Task::PrivateRead(page)
+                | Task::PrivateWrite(page, _),
+            ) => page,
             task => unreachable!("no access of a guest: {task:?}"),
         }
     }
@@ -43,7 +46,8 @@ impl World {
             Task::GuestWrite(_, value) | Task::PrivateWrite(_, value) => {
                 Act::GuestWrite(vcpu, gfn, side, value)
             }
-            Task::Accept(_) => Act::Pvalidate(vcpu, gfn),
+            Task::Accept(_) => Act::Pvalidate(vcpu, gfn, RmpSize::Size4K),
+            Task::AcceptLarge(_) => Act::Pvalidate(vcpu, gfn, RmpSize::Size2M),
             _ => Act::GuestRead(vcpu, gfn, side),
         });
         if let Done::GuestExit(Exit::Refused(refused)) = outcome {
@@ -61,6 +65,13 @@ impl World {
                 if own == (wants == Visibility::Private) || !self.setup.is_snp() {
                     self.check_read("the guest", page, word, wants == Visibility::Shared)?;
                 }
+            }
+            (Done::Well, Task::AcceptLarge(_)) => {
+                self.say(|| format!("accepts 2M at gfn {gfn}"));
+                self.promised.accepted |= kept::set(self.around(u32::from(page).into()));
+            }
+            (Done::Rmp(RmpFail::SizeMismatch), Task::AcceptLarge(_)) => {
+                self.say(|| format!("is told that gfn {gfn} is of 4K pages"));
             }
             (Done::Well, Task::Accept(_)) => {
                 self.say(|| format!("accepts gfn {gfn}"));
@@ -274,7 +285,9 @@ impl World {
 /// As what a guest means a page.
 pub(super) fn wants(task: Task) -> Visibility {
     match task {
-        Task::Accept(_) | Task::PrivateRead(_) | Task::PrivateWrite(..) => Visibility::Private,
+        Task::Accept(_) | Task::AcceptLarge(_) | Task::PrivateRead(_) | Task::PrivateWrite(..) => {
+            Visibility::Private
+        }
         _ => Visibility::Shared,
     }
 }

@@ -221,9 +221,10 @@ impl World {
         let Some(task) = self.task(actor) else { return Ok(()) };
         match task {
             Task::GuestRead(_) | Task::GuestWrite(..) => self.guest_access(actor, task),
-            Task::Accept(_) | Task::PrivateRead(_) | Task::PrivateWrite(..) => {
-                self.guest_access(actor, task)
-            }
+            Task::Accept(_)
+            | Task::AcceptLarge(_)
+            | Task::PrivateRead(_)
+            | Task::PrivateWrite(..) => self.guest_access(actor, task),
             Task::Split(page) | Task::Collapse(page) => self.lock_folio(actor, page),
             Task::Hold(page, large) => self.hold(actor, page, large),
             Task::HostRead(page) | Task::HostWrite(page, _) => self.touch(actor, task, page),

@@ -313,7 +313,7 @@ impl World {
             (Way::Well, !blocked),
             (Way::FailsUndone, fails && !flushing),
             (Way::FailsDone, fails && !unmapping && !blocked),
-            (Way::Dies, dies && !unmapping),
+            (Way::Dies, dies && !unmapping && !blocked),
         ];
         ways.into_iter().filter(|&(_, may)| may).map(|(way, _)| way)
     }
@@ -462,7 +462,10 @@ pub(super) fn pages_of(task: Task) -> polder_units::PageRange {
         }
         Task::GuestRead(page) | Task::GuestWrite(page, _) => one(page),
         Task::HostRead(page) | Task::HostWrite(page, _) => one(page),
-        Task::Accept(page) | Task::PrivateRead(page) | Task::PrivateWrite(page, _) => one(page),
+        Task::Accept(page)
+        | Task::AcceptLarge(page)
+        | Task::PrivateRead(page)
+        | Task::PrivateWrite(page, _) => one(page),
         Task::Split(page) | Task::Collapse(page) | Task::Hold(page, _) => one(page),
         Task::Rebind => unreachable!("a task about the slot"),
     }

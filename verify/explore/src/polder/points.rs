@@ -38,7 +38,9 @@ const fn work_of(task: Task) -> u8 {
         Task::Pin(_) => 8,
         Task::Gup(_) => 9,
         Task::Rebind => 10,
-        Task::Accept(_) | Task::PrivateRead(_) | Task::PrivateWrite(..) => 11,
+        Task::Accept(_) | Task::AcceptLarge(_) | Task::PrivateRead(_) | Task::PrivateWrite(..) => {
+            11
+        }
         Task::Merge { .. } => 12,
         Task::Split(_) => 13,
         Task::Collapse(_) => 14,
@@ -230,7 +232,10 @@ impl World {
                     add(work, &["unbind", "unbound", "bind"]);
                     undone = false;
                 }
-                Task::Accept(_) | Task::PrivateRead(_) | Task::PrivateWrite(..) => {
+                Task::Accept(_)
+                | Task::AcceptLarge(_)
+                | Task::PrivateRead(_)
+                | Task::PrivateWrite(..) => {
                     add(work, &["ask", "allocate", "is it given", "give", "resolve", "map"]);
                     add(work, &["give back", "ask about a size", "look at an entry", "zap"]);
                     add(work, &["psmash", "give the 2M back"]);

@@ -12,8 +12,9 @@ use super::rmp::Called;
 use super::{Slip, Stage, VM, World};
 use crate::system::Violation;
 
-/// How often hardware may refuse one access before it counts as one that never passes: more than
-/// all the work of any configuration brings about. The product's limit is a thousand.
+/// How often hardware may refuse one access, while no other CPU has the entry in use, before it
+/// counts as one that never passes: more often than all the work of any configuration brings about.
+/// The product's limit is a thousand.
 pub(super) const MOST_REFUSALS: u8 = 6;
 
 impl World {
@@ -156,7 +157,7 @@ impl World {
                 }
                 Ok(())
             }
-            Err(RmpFail::InUse | RmpFail::Overlap) => {
+            Err(RmpFail::InUse | RmpFail::Overlap) if self.meets_another(called) => {
                 self.say(|| "finds another at work on the entry".into());
                 self.go(actor, Stage::GuestGive(answer, true));
                 Ok(())
@@ -220,6 +221,8 @@ impl World {
     ) -> Result<(), Violation> {
         let smashed = self.act(Act::Psmash(head));
         let again = matches!(smashed, Done::Rmp(RmpFail::InUse));
+        // While another CPU is at work on it, the guest goes round.
+        self.actors[actor].refusals -= u8::from(again);
         self.say(|| match smashed {
             Done::Well => format!("psmash of pfn {head}"),
             Done::Rmp(fail) => format!("psmash of pfn {head} is refused: {fail}"),

@@ -192,7 +192,7 @@ impl World {
     }
 
     /// Whether another CPU has an entry in use that an instruction is about.
-    fn meets_another(&self, called: Called) -> bool {
+    pub(super) fn meets_another(&self, called: Called) -> bool {
         let (pfn, size) = match called {
             Called::Nothing(_) | Called::Never(_) => return false,
             Called::Smash(head, _) => (head, RmpSize::Size2M),

@@ -125,6 +125,8 @@ pub enum Task {
     Rebind,
     /// An SNP guest accepts a page: PVALIDATE of 4K.
     Accept(u8),
+    /// PVALIDATE of the 2M page around a page.
+    AcceptLarge(u8),
     /// It reads a page as its own.
     PrivateRead(u8),
     /// It writes a token there, which nobody else may ever see.

@@ -3,7 +3,7 @@
 use polder_explored_engine::{Draining, OpId, Operation, Step, Undoing};
 
 use super::kept::set;
-use super::operation::part_name;
+use super::operation::{pages_of, part_name};
 use super::rmp::Part;
 use super::{Stage, World, verdict};
 use crate::system::Violation;
@@ -44,13 +44,16 @@ impl World {
             return Ok(());
         }
         self.forget(op);
-        if let (Some(task), true) = (self.task(actor), own) {
-            self.unaccept(task, set(super::operation::pages_of(task)));
-        }
+        let held = self.engine.held;
         let quarantined = self.engine(|engine| {
             let operation: Operation<Undoing> = engine.resume(op);
             engine.finish_undo(operation)
         });
+        match self.task(actor) {
+            Some(task) if own => self.unaccept(task, set(pages_of(task))),
+            // What somebody who died was about to do with them is not known here.
+            _ => self.promised.accepted &= !(held & !self.engine.held),
+        }
         self.promised.quarantine |= quarantined.iter().fold(0, |all, &range| all | set(range));
         self.say(|| "all of it is undone".into());
         if own {

@@ -121,7 +121,7 @@ pub(super) fn holes() -> Setup {
         actors: vec![
             vcpu(0, &[Task::Accept(0), Task::PrivateWrite(0, 81)]),
             vcpu(1, &[Task::Accept(1)]),
-            thread(&[Task::HostWrite(2, 2), Task::HostRead(2)]),
+            thread(&[Task::HostWrite(2, 2)]),
             faults(),
             caller("converter", &[zeroed(2, 3, SHARED)]),
             caller("discarder", &[Task::Discard { start: 0, end: 1 }]),
@@ -146,5 +146,68 @@ pub(super) fn taken() -> Setup {
             caller("sharer", &[zeroed(0, 2, SHARED)]),
         ],
         ..small()
+    }
+}
+
+pub(super) fn discard() -> Setup {
+    Setup {
+        name: "snp-discard",
+        about: "a part of a large RMP entry that is discarded, and given anew when it is touched",
+        actors: vec![
+            vcpu(0, &[Task::Accept(1), Task::PrivateWrite(1, 81), Task::PrivateRead(0)]),
+            vcpu(1, &[Task::AcceptLarge(0)]),
+            caller("discarder", &[Task::Discard { start: 1, end: 2 }]),
+            caller("merger", &[Task::Merge { start: 0, end: 2 }]),
+            actor("kernel", Role::Kernel, &[Task::Split(0), Task::Collapse(0)]),
+        ],
+        ..accepted()
+    }
+}
+
+pub(super) fn part() -> Setup {
+    Setup {
+        name: "snp-part",
+        about: "a 2M page of which an SNP guest's slot shows a part",
+        platform: Platform::Snp,
+        pages: 4,
+        slot_pages: 3,
+        huge: true,
+        actors: vec![
+            vcpu(0, &[Task::Accept(2), Task::PrivateWrite(2, 81)]),
+            vcpu(1, &[Task::AcceptLarge(0), Task::PrivateWrite(1, 82)]),
+            caller("converter", &[converts(0, 4, PRIVATE), converts(1, 3, SHARED)]),
+            caller("merger", &[Task::Merge { start: 0, end: 4 }]),
+        ],
+        ..small()
+    }
+}
+
+pub(super) fn large() -> Setup {
+    Setup {
+        name: "snp-large",
+        about: "all that an SNP guest's memory can meet, on a 2M page of four: random ways through it",
+        exhaustive: false,
+        pages: 4,
+        geometry: Geometry::new(4, 2).expect("powers of two"),
+        slot_pages: 4,
+        failures: 1,
+        deaths: 1,
+        actors: vec![
+            vcpu(0, &[Task::PrivateWrite(1, 81), Task::Accept(0), Task::PrivateRead(3)]),
+            vcpu(1, &[Task::PrivateWrite(3, 82), Task::GuestWrite(0, 1), Task::AcceptLarge(0)]),
+            thread(&[Task::HostWrite(0, 2), Task::HostRead(1)]),
+            faults(),
+            caller("converter", &[zeroed(0, 2, SHARED), converts(0, 2, PRIVATE)]),
+            caller(
+                "caller",
+                &[Task::Merge { start: 0, end: 4 }, Task::Discard { start: 3, end: 4 }],
+            ),
+            actor(
+                "kernel",
+                Role::Kernel,
+                &[Task::Split(0), Task::Collapse(0), Task::Hold(1, false), Task::Hold(0, true)],
+            ),
+        ],
+        ..accepted()
     }
 }
