@@ -229,3 +229,30 @@ fn a_folio_that_is_locked_for_a_moment_is_freed_all_the_same() {
     });
     assert_eq!(host.lock().backing(host.object, 512u32.into()), Ok(None));
 }
+
+#[test]
+fn a_shared_page_whose_entry_is_in_use_for_a_moment_is_written_all_the_same() {
+    let host = host();
+    let (pfn, other) = (entry(&host, 512).pfn, LockOwner(7));
+    let offset = 512 * polder_units::PAGE_SIZE;
+    host.take(Step::UnmapHost(whole())).unwrap();
+    let page = PageRange::one(512u32.into());
+    host.views().answer(polder_engine::View::Host, polder_engine::Response::Map, page).unwrap();
+    let touch = |at: u64| host.views().touch_write(offset + at, b"touched");
+    let write = |at: u64| host.views().write(offset + at, b"written");
+    let ways: [&(dyn Fn(u64) -> Result<(), Error> + Sync); 2] = [&touch, &write];
+    for (way, at) in ways.into_iter().zip([0, 8]) {
+        host.lock().rmp_hold(pfn, RmpSize::Size4K, other).unwrap();
+        std::thread::scope(|scope| {
+            let writes = scope.spawn(move || way(at));
+            std::thread::sleep(std::time::Duration::from_millis(3));
+            host.lock().rmp_release(pfn, other).unwrap();
+            assert_eq!(writes.join().unwrap(), Ok(()));
+        });
+        // What stays in use for long is told as before.
+        host.lock().rmp_hold(pfn, RmpSize::Size4K, other).unwrap();
+        host.lock().flush_object(host.object, page).unwrap();
+        assert!(way(at).is_err());
+        host.lock().rmp_release(pfn, other).unwrap();
+    }
+}
