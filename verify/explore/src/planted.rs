@@ -320,7 +320,7 @@ pub const ALL: &[PlantedBug] = &[
         "given-uncut",
         "the answer that gives a page cuts nobody off before",
         Slip::GivenUncut,
-        "snp-holes",
+        "snp-other",
     ),
     engine(
         "undo-leaves-rmp",

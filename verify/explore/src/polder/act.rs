@@ -28,6 +28,8 @@ pub(super) enum Act {
     HostRead(Thread, Vpn),
     /// A thread writes a token there.
     HostWrite(Thread, Vpn, u8),
+    /// Another process writes a token there.
+    OtherWrite(Vpn, u8),
     /// A guest reads a word.
     GuestRead(VcpuId, Gfn, Side),
     /// A guest writes a token.
@@ -138,6 +140,12 @@ impl Act {
                 Done::of(read, |()| Done::Read(u64::from_le_bytes(word)), Done::HostExit)
             }
             Self::HostWrite(thread, vpn, token) => {
+                let written = machine.host_write(thread, hva(vpn), &[token; 8]);
+                Done::of(written, |()| Done::Well, Done::HostExit)
+            }
+            Self::OtherWrite(vpn, token) => {
+                let process = parts.other.expect("a setup with another process");
+                let thread = Thread { process, index: 0 };
                 let written = machine.host_write(thread, hva(vpn), &[token; 8]);
                 Done::of(written, |()| Done::Well, Done::HostExit)
             }

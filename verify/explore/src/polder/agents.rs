@@ -1,6 +1,6 @@
 //! Who else is at work on folios and on the RMP: the kernel's memory management, other CPUs.
 
-use polder_machine::RmpSize;
+use polder_machine::{HostExit, RmpSize};
 use polder_units::{Level, PageIndex, PageRange, Pfn};
 
 use super::act::{Act, Done};
@@ -99,6 +99,38 @@ impl World {
         self.act(Act::Unlock(pfn)).well();
         self.say(|| "unlocks it".into());
         self.done(actor);
+        Ok(())
+    }
+
+    /// Another process writes to a page. The kernel lets it have whatever the file has; hardware
+    /// does not let it write what is a guest's.
+    pub(super) fn other_write(
+        &mut self,
+        actor: usize,
+        page: u8,
+        value: u8,
+    ) -> Result<(), Violation> {
+        let given = self.reach().given & 1 << page != 0;
+        match self.act(Act::OtherWrite(self.parts.vpn(page), value)) {
+            Done::Well => {
+                self.say(|| format!("writes {value} to page {page}"));
+                self.done(actor);
+                if given {
+                    let what = format!("page {page} is the guest's, and another process writes it");
+                    return Err(Violation::new("INV-1", what));
+                }
+                self.wrote(page, value);
+                if self.promised.private & 1 << page != 0 {
+                    self.promised.unknown |= 1 << page;
+                }
+            }
+            Done::HostExit(HostExit::Wait { .. }) => {}
+            Done::HostExit(exit) => {
+                self.say(|| format!("is stopped at page {page}: {exit}"));
+                self.done(actor);
+            }
+            other => unreachable!("a write: {other:?}"),
+        }
         Ok(())
     }
 

@@ -75,6 +75,7 @@ pub fn all() -> Vec<Setup> {
         snp::taken(),
         snp::discard(),
         snp::part(),
+        snp::other(),
         snp::large(),
         large(),
     ]

@@ -106,6 +106,8 @@ pub(super) struct Parts {
     pub(super) object: ObjectId,
     pub(super) process: ProcessId,
     pub(super) vm: VmId,
+    /// Another process that has the object mapped, where the first one has it.
+    pub(super) other: Option<ProcessId>,
     pub(super) threads: u16,
     pub(super) vcpus: u16,
     /// Where the object is in the host view.
@@ -156,6 +158,9 @@ pub(super) struct Reach {
 /// TLBs that a fingerprint can tell apart.
 pub(super) const MOST_CPUS: usize = 3;
 
+/// Where that of another process has its place among the threads'.
+pub(super) const OTHER: usize = MOST_CPUS - 1;
+
 pub(super) struct KeptMachine {
     pub(super) machine: Machine,
     /// Its number among those that are kept.
@@ -177,6 +182,11 @@ impl KeptMachine {
             let mut state = Fold::new();
             machine.hash_tlb(parts.thread(index), &mut state);
             *hash = state.finish();
+        }
+        if let Some(process) = parts.other {
+            let mut state = Fold::new();
+            machine.hash_tlb(Thread { process, index: 0 }, &mut state);
+            thread_hashes[OTHER] = state.finish();
         }
         for (index, hash) in (0..parts.vcpus).zip(&mut vcpu_hashes) {
             let mut state = Fold::new();

@@ -226,6 +226,7 @@ impl World {
             | Task::PrivateRead(_)
             | Task::PrivateWrite(..) => self.guest_access(actor, task),
             Task::Split(page) | Task::Collapse(page) => self.lock_folio(actor, page),
+            Task::OtherWrite(page, value) => self.other_write(actor, page, value),
             Task::Hold(page, large) => self.hold(actor, page, large),
             Task::HostRead(page) | Task::HostWrite(page, _) => self.touch(actor, task, page),
             Task::Convert { .. }

@@ -467,6 +467,7 @@ pub(super) fn pages_of(task: Task) -> polder_units::PageRange {
         | Task::PrivateRead(page)
         | Task::PrivateWrite(page, _) => one(page),
         Task::Split(page) | Task::Collapse(page) | Task::Hold(page, _) => one(page),
+        Task::OtherWrite(page, _) => one(page),
         Task::Rebind => unreachable!("a task about the slot"),
     }
 }

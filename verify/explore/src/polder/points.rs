@@ -22,6 +22,7 @@ pub(super) const WORKS: &[&str] = &[
     "split of a folio",
     "collapse of folios",
     "another CPU",
+    "another process",
 ];
 
 const FAULTS: u8 = 2;
@@ -45,6 +46,7 @@ const fn work_of(task: Task) -> u8 {
         Task::Split(_) => 13,
         Task::Collapse(_) => 14,
         Task::Hold(..) => 15,
+        Task::OtherWrite(..) => 16,
     }
 }
 
@@ -252,6 +254,7 @@ impl World {
                     add(work, &["folio zapped", "folio done"]);
                     undone = false;
                 }
+                Task::OtherWrite(..) => undone = false,
                 Task::Hold(..) => {
                     add(work, &["in use"]);
                     undone = false;

@@ -73,6 +73,8 @@ pub enum Role {
     Kernel,
     /// A CPU that is at work on entries of the RMP.
     OtherCpu,
+    /// Another process that has the memory's file mapped: the kernel answers its faults. One.
+    Process,
 }
 
 /// A piece of work. Pages and guest frames are by number.
@@ -138,6 +140,8 @@ pub enum Task {
         /// The one after the last.
         end: u8,
     },
+    /// Another process writes a token to a page.
+    OtherWrite(u8, u8),
     /// The folio around a page is split.
     Split(u8),
     /// The folios of the 2M page around a page are merged.

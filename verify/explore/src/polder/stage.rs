@@ -6,6 +6,7 @@ use polder_explored_engine::{Answer, InFlight, OpId, PinId, Response, Step};
 use polder_machine::{GupFast, Resolved, RmpSize};
 use polder_units::{Level, PageRange, Pfn};
 
+use super::kept::OTHER;
 use super::{Role, State, World};
 use crate::fold::Fold;
 
@@ -161,6 +162,7 @@ impl World {
         match self.role(actor) {
             Role::Vcpu(cpu) => self.machine.vcpu_hashes[usize::from(cpu)].hash(state),
             Role::Thread(cpu) => self.machine.thread_hashes[usize::from(cpu)].hash(state),
+            Role::Process => self.machine.thread_hashes[OTHER].hash(state),
             Role::Faults | Role::Caller | Role::Pinner | Role::Kernel | Role::OtherCpu => {}
         }
         hash.finish()

@@ -68,10 +68,15 @@ pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine:
             _ => {}
         }
     }
-    assert!(usize::from(threads.max(vcpus)) <= MOST_CPUS, "a CPU without a hash");
+    assert!(usize::from(threads.max(vcpus)) < MOST_CPUS, "a CPU without a hash");
     let host_view = setup.geometry.pages(Level::Size1G).get();
     let at = VpnRange::between(host_view, host_view + pages.get()).expect("a small range");
     machine.mmap(process, at, object, PageIndex::from(0), Vma::HOST)?;
+    let has_other = setup.actors.iter().any(|actor| actor.role == Role::Process);
+    let other = has_other.then(|| machine.create_process()).transpose()?;
+    if let Some(other) = other {
+        machine.mmap(other, at, object, PageIndex::from(0), Vma::PLAIN)?;
+    }
     let slot = range(setup.first_page, setup.first_page + setup.slot_pages);
     machine.bind(vm, setup.gfn(setup.first_page), object, slot)?;
     if setup.huge {
@@ -83,7 +88,7 @@ pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine:
     if let Some(Bug::Machine(plant)) = setup.bug {
         machine.plant(plant, true);
     }
-    Ok((machine, Parts { object, process, vm, threads, vcpus, host_view }))
+    Ok((machine, Parts { object, process, other, vm, threads, vcpus, host_view }))
 }
 
 /// Gives the pages of the one large folio to an SNP guest, which accepts them.

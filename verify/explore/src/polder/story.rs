@@ -158,7 +158,9 @@ impl Story {
             let is = match actor.role {
                 Role::Vcpu(_) => "guest",
                 Role::Thread(_) | Role::Pinner => "device",
-                Role::Faults | Role::Caller | Role::Kernel | Role::OtherCpu => "vmm",
+                Role::Faults | Role::Caller | Role::Kernel | Role::OtherCpu | Role::Process => {
+                    "vmm"
+                }
             };
             let _ = write!(text, "\n[[actor]]\nname = \"{}\"\nis = \"{is}\"\n", actor.name);
         }

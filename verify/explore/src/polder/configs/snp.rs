@@ -182,6 +182,22 @@ pub(super) fn part() -> Setup {
     }
 }
 
+pub(super) fn other() -> Setup {
+    Setup {
+        name: "snp-other",
+        about: "another process that writes to what becomes an SNP guest's at its first touch",
+        platform: Platform::Snp,
+        initial: PRIVATE,
+        actors: vec![
+            vcpu(0, &[Task::Accept(0), Task::PrivateWrite(0, 81), Task::PrivateRead(0)]),
+            vcpu(1, &[Task::Accept(1)]),
+            actor("process", Role::Process, &[Task::OtherWrite(0, 3), Task::OtherWrite(0, 4)]),
+            caller("converter", &[converts(0, 1, SHARED), converts(0, 1, PRIVATE)]),
+        ],
+        ..small()
+    }
+}
+
 pub(super) fn large() -> Setup {
     Setup {
         name: "snp-large",
