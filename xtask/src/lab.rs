@@ -88,6 +88,7 @@ impl Lab {
     fn build(&self) -> Result<(), String> {
         let status = Command::new(env!("CARGO"))
             .args(["build", "--quiet", "--release", "-p", "polder-behaviour", "-p", "polder-cli"])
+            .args(["-p", "polder-differential"])
             .current_dir(&self.root)
             .status()
             .map_err(|error| format!("cargo build: {error}"))?;

@@ -13,7 +13,7 @@ use polder_units::{Geometry, Gfn, GfnRange, Level, PageCount, PageIndex, PageRan
 
 use crate::plant::Bug;
 use crate::range_set::push_run;
-use crate::{Engine, Refusal};
+use crate::{Engine, Refusal, Wish};
 
 /// Names a VM among those that share the object.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -72,6 +72,16 @@ impl Binding {
         };
         Level::ALL.into_iter().rfind(fits).unwrap_or(Level::Size4K)
     }
+}
+
+/// A binding that was taken away, with what it wished: to be put back where the host can't follow
+/// ([`Engine::rebind`]).
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Unbound {
+    vm: VmId,
+    slot: Slot,
+    binding: Binding,
+    wishes: Vec<Wish>,
 }
 
 /// All bindings of an object.
@@ -135,9 +145,25 @@ impl Engine {
     ///
     /// # Errors
     /// [`Refusal::NoSuchSlot`].
-    pub fn unbind(&mut self, vm: VmId, slot: Slot) -> Result<Binding, Refusal> {
+    pub fn unbind(&mut self, vm: VmId, slot: Slot) -> Result<Unbound, Refusal> {
+        let binding = self.bindings.0.remove(&(vm, slot)).ok_or(Refusal::NoSuchSlot { slot })?;
+        let wishes = self.wishes_of(vm, slot, binding.pages);
         self.wishes.forget(vm, slot);
-        self.bindings.0.remove(&(vm, slot)).ok_or(Refusal::NoSuchSlot { slot })
+        Ok(Unbound { vm, slot, binding, wishes })
+    }
+
+    /// Puts a binding back as it was, and its wishes: where something else was granted meanwhile,
+    /// they are unmet.
+    ///
+    /// # Panics
+    /// If its slot, or some of its pages or guest frames, have been bound meanwhile.
+    pub fn rebind(&mut self, unbound: Unbound) {
+        let Unbound { vm, slot, binding, wishes } = unbound;
+        let bound = self.bind(vm, slot, binding.gfn, binding.pages);
+        assert_eq!(bound, Ok(binding), "nothing has taken its place");
+        for Wish { pages, wanted, .. } in wishes {
+            self.wish(vm, slot, pages, wanted);
+        }
     }
 
     /// The pages behind guest frames of a VM, in runs.

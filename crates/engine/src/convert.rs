@@ -169,11 +169,14 @@ impl Engine {
         let Activity::Conversion { to, contents, by } = record.activity else {
             unreachable!("only a conversion is ever settled")
         };
+        // Nobody but the guest can bring what was owed there: it is the guest's to write, or else
+        // whoever touches the pages waits for ever.
+        let guest_fills = to == Visibility::Private && !self.config.platform.host_fills_private();
         let mut pages = PageCount::ZERO;
         for &part in &record.parts {
             self.pages.set_visibility(part, to);
-            if self.frees(contents) {
-                // They are zeros now: what was owed must not come any more.
+            if self.frees(contents) || guest_fills {
+                // They are zeros now, or the guest's: what was owed must not come any more.
                 self.pages.set_population(part, Population::Whole);
                 self.failed.remove(part);
                 self.forget_markers(View::Guest, &[part]);

@@ -61,7 +61,7 @@ use alloc::vec::Vec;
 
 use polder_units::{Geometry, Level, PageCount, PageIndex, PageRange};
 
-pub use binding::{Binding, Slot, VmId};
+pub use binding::{Binding, Slot, Unbound, VmId};
 pub use convert::{
     Conversion, ConversionRequest, Converted, Draining, Protected, Reshaped, Settled, Start,
     Unmapped, Unpinned,
@@ -133,8 +133,19 @@ pub struct Engine {
 
 impl Engine {
     /// An engine for an object in which nothing has happened yet.
+    ///
+    /// # Panics
+    /// For an object without pages, and for pages that are private and owed where the guest alone
+    /// can fill such ([`Platform::host_fills_private`]): who touches them would wait for ever.
     pub fn new(config: Config) -> Self {
         assert!(!config.pages.is_zero(), "an object has at least one page");
+        let PageFacts { visibility, population } = config.initial;
+        assert!(
+            config.platform.host_fills_private()
+                || visibility == Visibility::Shared
+                || population == Population::Whole,
+            "what the guest alone can fill is never owed"
+        );
         Self {
             pages: PageMap::new(config.pages, config.geometry, config.initial),
             bindings: Bindings::default(),

@@ -34,7 +34,8 @@ impl Engine {
     /// # Errors
     /// Refused beyond the object, for a page in quarantine, and for one that is whole
     /// (`EEXIST`), and for one that is private where the host can't write such
-    /// ([`Platform::host_fills_private`](crate::Platform::host_fills_private)); busy where an
+    /// ([`Platform::host_fills_private`](crate::Platform::host_fills_private)), which is named
+    /// first, for such a page is never owed; busy where an
     /// operation holds a page.
     pub fn populate(&mut self, range: PageRange) -> Result<Operation<Writing>, Blocked> {
         self.check_bounds(range)?;
@@ -43,19 +44,19 @@ impl Engine {
             return Err(Refusal::Whole { page: range.start() }.into());
         }
         self.check_claims(range)?;
-        let whole = |facts: PageFacts| facts.population == Population::Whole;
-        if let Some(page) = self.first_page(range, whole) {
-            return Err(Refusal::Whole { page }.into());
-        }
-        if let Some(page) = self.failed.first_in(range) {
-            return Err(Refusal::SourceFailed { page }.into());
-        }
         let platform = self.config.platform;
         let private = |facts: PageFacts| facts.visibility == Visibility::Private;
         if !platform.host_fills_private()
             && let Some(page) = self.first_page(range, private)
         {
             return Err(Refusal::GuestFills { page, platform }.into());
+        }
+        let whole = |facts: PageFacts| facts.population == Population::Whole;
+        if let Some(page) = self.first_page(range, whole) {
+            return Err(Refusal::Whole { page }.into());
+        }
+        if let Some(page) = self.failed.first_in(range) {
+            return Err(Refusal::SourceFailed { page }.into());
         }
         let program = Program::default().stage([Step::Publish(range)].into_iter());
         Ok(self.begin(Activity::Population, vec![range], vec![range], program))

@@ -13,7 +13,7 @@ use alloc::vec::Vec;
 
 use polder_units::{GfnRange, PageRange};
 
-use crate::{Engine, RangeSet, Refusal, Slot, Visibility, VmId};
+use crate::{Blocked, Engine, RangeSet, Refusal, Slot, Visibility, VmId};
 
 /// What a binding wishes a run of its pages to be, and what they are.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -58,15 +58,26 @@ impl Engine {
     /// Notes what a VM wishes pages to be. A new binding wishes for what is granted.
     ///
     /// # Errors
-    /// [`Refusal::Unbound`] unless every frame is bound.
-    pub fn want(&mut self, vm: VmId, gfns: GfnRange, to: Visibility) -> Result<(), Refusal> {
-        for run in self.pages_of(vm, gfns)? {
-            let granted: Vec<_> = self.pages.runs(run).collect();
-            for (run, facts) in granted {
-                self.note_wish(Some(vm), run, facts.visibility != to);
-            }
+    /// [`Refusal::Unbound`] unless every frame is bound. Busy where an operation holds one of the
+    /// pages: a conversion grants what was wished when it was asked for, and may not take a later
+    /// wish for met.
+    pub fn want(&mut self, vm: VmId, gfns: GfnRange, to: Visibility) -> Result<(), Blocked> {
+        let runs = self.pages_of(vm, gfns)?;
+        for &run in &runs {
+            self.check_claims(run)?;
+        }
+        for run in runs {
+            let shown: Vec<_> = self.shown(vm, run).collect();
+            shown.into_iter().for_each(|(slot, pages)| self.wish(vm, slot, pages, to));
         }
         Ok(())
+    }
+
+    /// Notes what a binding wishes some of its pages to be.
+    pub(crate) fn wish(&mut self, vm: VmId, slot: Slot, range: PageRange, to: Visibility) {
+        for (run, facts) in self.pages.runs(range) {
+            self.wishes.note(vm, slot, run, facts.visibility != to);
+        }
     }
 
     /// What a VM wishes its pages to be, and what they are, in runs.
@@ -76,23 +87,31 @@ impl Engine {
     pub fn wanted(&self, vm: VmId, gfns: GfnRange) -> Result<Vec<Wish>, Refusal> {
         let mut wishes = Vec::new();
         for run in self.pages_of(vm, gfns)? {
-            for (bound, facts) in self.pages.runs(run) {
-                let granted = facts.visibility;
-                for (slot, pages) in self.shown(vm, bound) {
-                    let mut rest = Some(pages);
-                    for differs in self.wishes.differs(vm, slot, pages) {
-                        let before = rest.and_then(|rest| {
-                            PageRange::between(rest.start().get(), differs.start().get())
-                        });
-                        wishes.extend(before.map(|pages| Wish { pages, granted, wanted: granted }));
-                        wishes.push(Wish { pages: differs, granted, wanted: granted.other() });
-                        rest = PageRange::between(differs.end(), pages.end());
-                    }
-                    wishes.extend(rest.map(|pages| Wish { pages, granted, wanted: granted }));
-                }
+            let mut shown: Vec<_> = self.shown(vm, run).collect();
+            shown.sort_by_key(|(_, pages)| pages.start());
+            for (slot, pages) in shown {
+                wishes.extend(self.wishes_of(vm, slot, pages));
             }
         }
         Ok(wishes)
+    }
+
+    /// What a binding wishes some of its pages to be, in runs.
+    pub(crate) fn wishes_of(&self, vm: VmId, slot: Slot, range: PageRange) -> Vec<Wish> {
+        let mut wishes = Vec::new();
+        for (pages, facts) in self.pages.runs(range) {
+            let granted = facts.visibility;
+            let mut rest = Some(pages);
+            for differs in self.wishes.differs(vm, slot, pages) {
+                let before = rest
+                    .and_then(|rest| PageRange::between(rest.start().get(), differs.start().get()));
+                wishes.extend(before.map(|pages| Wish { pages, granted, wanted: granted }));
+                wishes.push(Wish { pages: differs, granted, wanted: granted.other() });
+                rest = PageRange::between(differs.end(), pages.end());
+            }
+            wishes.extend(rest.map(|pages| Wish { pages, granted, wanted: granted }));
+        }
+        wishes
     }
 
     /// Every wish that is not what is granted, by the binding whose it is.

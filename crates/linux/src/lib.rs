@@ -49,7 +49,7 @@ pub use kvm::KvmSlot;
 pub use memfd::Memfd;
 pub use pre_fault::{can_pre_fault, pre_fault};
 pub use rustix::io::Errno;
-pub use userfault::{Continued, Touch, Userfault, UserfaultOffer, Way};
+pub use userfault::{Continued, Userfault, UserfaultOffer, Way};
 pub use vcpu::{Exit, FailedAt, Kicker, Vcpu};
 pub use view::{Touched, View};
 pub use wait::{Nudge, spawn, wait};

@@ -29,17 +29,6 @@ pub enum Way {
     SystemCall,
 }
 
-/// A touch of a watched page, waiting for an answer.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct Touch {
-    /// The page touched.
-    pub page: PageIndex,
-    /// Whether it was written to.
-    pub write: bool,
-    /// Whether the page exists, and is only not mapped here.
-    pub minor: bool,
-}
-
 /// How [`Userfault::resume`] went.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Continued {
@@ -105,12 +94,12 @@ impl Userfault {
         call.make(|| self.ask::<{ uapi::UFFDIO_UNREGISTER }, _>(&mut range))
     }
 
-    /// Adds the touches that wait to be told of, at most [`Userfault::BATCH`]; none if there are
-    /// none. Does not wait; poll the descriptor for that.
+    /// Adds the pages whose touches wait to be told of, at most [`Userfault::BATCH`]; none if there
+    /// are none. Does not wait; poll the descriptor for that.
     ///
     /// # Errors
     /// Of `read`.
-    pub fn touches(&self, into: &mut Vec<Touch>) -> Result<(), Error> {
+    pub fn touches(&self, into: &mut Vec<PageIndex>) -> Result<(), Error> {
         let mut buffer = [0u8; Self::BATCH * uapi::UFFD_MSG_SIZE];
         let call = Call::new("read of userfaultfd");
         let count = match call.attempt(|| rustix::io::read(&self.fd, &mut buffer[..])) {
@@ -123,8 +112,8 @@ impl Userfault {
         Ok(())
     }
 
-    /// The touch in a `struct uffd_msg`.
-    fn touch(&self, message: &[u8]) -> Option<Touch> {
+    /// The page touched, of a `struct uffd_msg`.
+    fn touch(&self, message: &[u8]) -> Option<PageIndex> {
         if u32::from(message[uapi::UFFD_MSG_EVENT]) != uapi::UFFD_EVENT_PAGEFAULT {
             return None;
         }
@@ -132,13 +121,8 @@ impl Userfault {
             let at = uapi::UFFD_MSG_ARG + 8 * index;
             Some(u64::from_ne_bytes(message.get(at..at + 8)?.try_into().ok()?))
         };
-        let (flags, address) = (word(0)?, word(1)?);
-        let offset = self.view.offset_of(usize::try_from(address).ok()?)?;
-        Some(Touch {
-            page: PageIndex::new(offset / PAGE_SIZE)?,
-            write: flags & u64::from(uapi::UFFD_PAGEFAULT_FLAG_WRITE) != 0,
-            minor: flags & u64::from(uapi::UFFD_PAGEFAULT_FLAG_MINOR) != 0,
-        })
+        let offset = self.view.offset_of(usize::try_from(word(1)?).ok()?)?;
+        PageIndex::new(offset / PAGE_SIZE)
     }
 
     /// Maps pages that exist into the view, and lets whoever waits for them go on. A page that is

@@ -12,6 +12,9 @@
 //! same scenario is the same run. What it says is an allegation until [`parse()`] has made a
 //! [`Scenario`] of it.
 //!
+//! [`record()`] plays a scenario that says nothing of what is expected, and says it: what came on one
+//! host can be held against another.
+//!
 //! # Holes
 //! - Whether a touch of the host view waits is told by the fault threads, by page: it takes up to
 //!   two rounds of asking again (20 ms each) to be sure.
@@ -37,7 +40,7 @@ pub use error::ScenarioError;
 pub use names::{Is, Kind, VERBS, VerbEntry};
 pub use outcome::Outcome;
 pub use parse::{DEFAULT_GPA, parse};
-pub use player::{Options, play};
+pub use player::{Options, Recorded, play, record};
 pub use report::{Change, Played, PlayedStep, Verdict};
 pub use scenario::{
     Actor, Bytes, Expect, Hold, HostView, Look, Mapped, MemorySpec, Place, Scenario, SlotSpec,

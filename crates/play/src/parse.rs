@@ -156,15 +156,24 @@ impl<'t> Reader<'t> {
                 said.wrong(format!("memory has 1 to {PAGES_MAX} pages, not {}", pages.get()))
             );
         }
-        Ok(MemorySpec {
-            pages,
-            platform: match table.get("platform") {
-                None => Platform::Plain,
-                Some(key) => key.word(&crate::PLATFORMS)?,
-            },
-            starts: self.visibility(&table, "starts")?.unwrap_or(Visibility::Private),
-            owed: table.get("owed").map(|key| key.flag()).transpose()?.unwrap_or(false),
-        })
+        let platform = match table.get("platform") {
+            None => Platform::Plain,
+            Some(key) => key.word(&crate::PLATFORMS)?,
+        };
+        let starts = self.visibility(&table, "starts")?.unwrap_or(Visibility::Private);
+        let owed = table.get("owed");
+        let is_owed = owed.as_ref().map(|key| key.flag()).transpose()?.unwrap_or(false);
+        if let Some(key) = owed.filter(|_| is_owed)
+            && starts == Visibility::Private
+            && !platform.host_fills_private()
+        {
+            let why = format!(
+                "private pages of {platform} can't be owed, for the guest alone can fill them: \
+                 add `starts = \"shared\"`"
+            );
+            return Err(key.wrong(why));
+        }
+        Ok(MemorySpec { pages, platform, starts, owed: is_owed })
     }
 
     fn visibility(&self, table: &Table<'t>, key: &str) -> Parsed<Option<Visibility>> {

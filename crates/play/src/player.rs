@@ -5,6 +5,8 @@
 //! first time may be about an answer that is on its way. After every step, those who wait are given
 //! the time to find that they need not any more: so nothing is left to chance.
 
+mod record;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -23,14 +25,23 @@ use crate::state::{PageState, states};
 use crate::worker::{self, Job, Start};
 use crate::world::{Event, Unplayable, World};
 
+pub use record::{Recorded, record};
+
 /// How long a step may give no sign of life.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The most that is heard of those who were amid a step when the scenario was over.
+const ENDING: u32 = 100_000;
 
 /// How often somebody has to be found waiting.
 const ROUNDS: u32 = 3;
 
 /// The same, where nobody is there to wait for: what is on its way may take long on a busy machine.
 const ROUNDS_FOR_NOBODY: u32 = 500;
+
+/// How often others may be told to wait while a step gives no sign of life: that is none of its own,
+/// and comes every 20 ms.
+const OTHERS_WAIT: u32 = 1000;
 
 /// How many answers a touch needs at most.
 const ANSWERS: u32 = 8;
@@ -45,23 +56,9 @@ pub struct Options<'a> {
 
 /// Plays a scenario on a host.
 pub fn play(scenario: &Scenario, host: HostKind, options: Options<'_>) -> Played {
-    let (events, heard) = channel();
-    let world = match World::new(scenario, host, options, events.clone()) {
-        Ok(world) => world,
-        Err(Unplayable::Skipped(why)) => return Played::none(host, Verdict::Skipped(why)),
-        Err(Unplayable::Failed(why)) => return Played::none(host, Verdict::Failed(why)),
-    };
-    let world = Arc::new(world);
-    let mut player = Player {
-        scenario,
-        world,
-        events,
-        heard,
-        actors: Vec::new(),
-        numbers: BTreeMap::new(),
-        trace: Vec::new(),
-        names: scenario.vms.iter().map(|vm| vm.name.clone()).collect(),
-        waits: 0,
+    let mut player = match Player::new(scenario, host, options) {
+        Ok(player) => player,
+        Err(verdict) => return Played::none(host, verdict),
     };
     let mut played = Played::none(host, Verdict::Passed);
     let told = player.story(&mut played);
@@ -115,6 +112,31 @@ struct Player<'s> {
     names: Arc<[String]>,
     /// How often somebody was waited for to wait.
     waits: usize,
+    /// How often somebody was told to wait since a step gave a sign of life.
+    others_wait: u32,
+}
+
+impl<'s> Player<'s> {
+    fn new(scenario: &'s Scenario, host: HostKind, options: Options<'_>) -> Result<Self, Verdict> {
+        let (events, heard) = channel();
+        let world = World::new(scenario, host, options, events.clone());
+        let world = world.map_err(|unplayable| match unplayable {
+            Unplayable::Skipped(why) => Verdict::Skipped(why),
+            Unplayable::Failed(why) => Verdict::Failed(why),
+        })?;
+        Ok(Self {
+            scenario,
+            world: Arc::new(world),
+            events,
+            heard,
+            actors: Vec::new(),
+            numbers: BTreeMap::new(),
+            trace: Vec::new(),
+            names: scenario.vms.iter().map(|vm| vm.name.clone()).collect(),
+            waits: 0,
+            others_wait: 0,
+        })
+    }
 }
 
 impl Player<'_> {
@@ -274,6 +296,7 @@ impl Player<'_> {
         let amid = |hand: &Hand| matches!(hand.doing, Doing::Held(_) | Doing::Waiting);
         let somebody = self.scenario.memory.owed || others.into_iter().any(|(_, hand)| amid(hand));
         let rounds = if somebody { ROUNDS } else { ROUNDS_FOR_NOBODY };
+        self.others_wait = 0;
         loop {
             let hand = &mut self.actors[number];
             match &hand.doing {
@@ -286,6 +309,9 @@ impl Player<'_> {
                 _ if hand.found_waiting >= rounds => {
                     hand.doing = Doing::Waiting;
                     return Ok(Outcome::new(Is::Waits, ""));
+                }
+                _ if hand.found_waiting == 0 && self.others_wait >= OTHERS_WAIT => {
+                    return Err(silent(line));
                 }
                 _ => self.hear(line)?,
             }
@@ -326,13 +352,15 @@ impl Player<'_> {
                 self.take_in(event);
                 Ok(())
             }
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                Err(format!("line {line}: the step neither ends nor is known to wait"))
-            }
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Err(silent(line)),
         }
     }
 
     fn take_in(&mut self, event: Event) {
+        match event {
+            Event::Waits(_) | Event::TouchWaits(..) => self.others_wait += 1,
+            Event::Done(..) | Event::Held(..) | Event::Moment(..) => self.others_wait = 0,
+        }
         match event {
             Event::Done(number, outcome) => self.actors[number].doing = Doing::Done(outcome),
             Event::Held(number, at) => self.actors[number].doing = Doing::Held(at),
@@ -394,12 +422,19 @@ impl Player<'_> {
         let actor = step.actor.as_ref().and_then(|name| self.scenario.actors.get(name));
         let Some(place) = step.verb.place() else { return Vec::new() };
         let vm = step.verb.vm().unwrap_or(actor.map_or(0, |actor| actor.vm));
-        let mut pages = self.world.pages(place, vm).unwrap_or_default();
-        if let (Some(bytes), Some(first)) = (step.verb.length(), pages.first_mut()) {
-            let end = first.start().get() + bytes.div_ceil(polder::units::PAGE_SIZE).max(1);
-            *first = PageRange::between(first.start().get(), end).unwrap_or(*first);
-        }
-        pages
+        let Some(bytes) = step.verb.length() else {
+            return self.world.pages(place, vm).unwrap_or_default();
+        };
+        // Those that it touches, whatever else the place has.
+        let count = PageCount::new(bytes.div_ceil(polder::units::PAGE_SIZE).max(1));
+        let of = |count| match place {
+            Place::Gpa(gpa, _) => self.world.pages(Place::Gpa(gpa, count), vm),
+            Place::Pages(range) => {
+                Ok(PageRange::new(range.start(), count).into_iter().collect::<Vec<_>>())
+            }
+        };
+        let pages = count.and_then(|count| of(count).ok());
+        pages.or_else(|| of(PageCount::ONE).ok()).unwrap_or_default()
     }
 
     /// Through which view a step touches its pages.
@@ -474,9 +509,12 @@ impl Player<'_> {
         }
         // All threads hold an end of the channel.
         drop(world);
+        // A touch whose answer fails is answered again and again: what is heard is no sign of an end.
+        let mut heard_since = 0;
         loop {
             match heard.recv_timeout(PATIENCE) {
-                Ok(_) => {}
+                Ok(_) if heard_since < ENDING => heard_since += 1,
+                Ok(_) => return Err("the scenario is over, and a step of it never ends".into()),
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
                     if threads.iter().all(JoinHandle::is_finished) {
@@ -493,6 +531,10 @@ impl Player<'_> {
             Ok(())
         }
     }
+}
+
+fn silent(line: usize) -> String {
+    format!("line {line}: the step neither ends nor is known to wait")
 }
 
 fn gone(line: usize) -> String {

@@ -325,6 +325,15 @@ impl Worker<'_> {
         let ended = |end: End| match end {
             End::Ok => Ok(()),
             End::Failed(Failure::MemoryFault { fault, .. }) => Err(fault.into()),
+            // By the guest view's page table the two are one: a page that is denied to the guest.
+            End::Failed(failure @ Failure::MemoryFailure { page: Some(page), .. }) => {
+                let quarantined = self.world.memory.quarantined();
+                let is = match quarantined.iter().any(|run| run.contains(page)) {
+                    true => Is::Quarantined,
+                    false => Is::SourceFailed,
+                };
+                Err(Stop::new(is, failure.to_string()))
+            }
             End::Failed(failure) => Err(Stop::new(Is::Failed, failure.to_string())),
             End::TimedOut | End::Interrupted => Err(Stop::new(Is::Kicked, "the guest was stopped")),
         };

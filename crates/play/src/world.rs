@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use polder::machine::{Asid, Machine, ObjectId, ProcessId, VmId as MachineVm};
+use polder::machine::{Asid, LockOwner, Machine, ObjectId, ProcessId, VmId as MachineVm};
 use polder::units::{Gfn, GfnRange, Gpa, PAGE_SIZE, PageIndex, PageRange};
 use polder::{Error, HostKind, Memory, Moment, Population, Slot, View, Visibility, VmId, Watch};
 use polder_vmm::RunError;
@@ -51,6 +51,8 @@ pub(crate) struct World {
     over: AtomicBool,
     /// What makes vCPUs that wait give up.
     kickers: Mutex<Vec<Arc<AtomicBool>>>,
+    /// Who has locked folios.
+    lockers: Mutex<Vec<LockOwner>>,
 }
 
 /// Why a scenario can't be played here.
@@ -103,6 +105,7 @@ impl World {
             vms: Vec::new(),
             over: AtomicBool::new(false),
             kickers: Mutex::default(),
+            lockers: Mutex::default(),
         };
         for vm in &scenario.vms {
             let vm = world.add_vm(vm, host)?;
@@ -224,18 +227,44 @@ impl World {
         self.kickers.lock().unwrap_or_else(PoisonError::into_inner).push(kicker);
     }
 
-    /// Has everybody who waits give up: what is owed will not come, and vCPUs are to stop.
+    /// Notes that somebody locks folios.
+    pub(crate) fn add_locker(&self, by: LockOwner) {
+        let mut lockers = self.lockers.lock().unwrap_or_else(PoisonError::into_inner);
+        if !lockers.contains(&by) {
+            lockers.push(by);
+        }
+    }
+
+    /// Has everybody who waits give up: what is owed will not come, vCPUs are to stop, and no folio
+    /// stays locked.
     pub(crate) fn end(&self) {
         self.over.store(true, Ordering::Release);
         for kicker in self.kickers.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             kicker.store(true, Ordering::Release);
         }
         let all = PageRange::between(0, self.memory.pages().get());
+        let lockers = self.lockers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(all) = all.filter(|_| !lockers.is_empty()) {
+            let _ = self.memory.simulated(|machine, object, _| {
+                let folios: Vec<_> = machine.folios(object, all).into_iter().flatten().collect();
+                for (_, folio) in folios {
+                    for &by in &lockers {
+                        // By whom it is not locked he can't unlock it.
+                        let _ = machine.unlock_folio(folio.pfn, by);
+                    }
+                }
+            });
+        }
         let facts = all.and_then(|all| self.memory.facts(all).ok()).unwrap_or_default();
         for (run, facts) in facts {
             if facts.population == Population::Owed {
-                // Whoever holds a part of it denies it when he ends.
-                let _ = self.memory.fail(run);
+                // Whoever holds a part of it denies it when he ends; who brings a part of it meanwhile
+                // has the whole run refused.
+                if self.memory.fail(run).is_err() {
+                    for page in run.frames() {
+                        let _ = self.memory.fail(PageRange::one(page));
+                    }
+                }
             }
         }
     }

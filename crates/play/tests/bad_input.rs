@@ -71,6 +71,22 @@ fn what_is_missing_or_of_the_wrong_kind_is_told() {
 }
 
 #[test]
+fn private_pages_that_would_be_owed_to_who_alone_can_fill_them_are_told() {
+    let text = |starts: &str| {
+        format!(
+            "about = \"a\"\n[memory]\npages = 4\nplatform = \"snp\"\nowed = true\n{starts}\
+                 [[step]]\nactor = \"vmm\"\ndo = \"settle\"\n"
+        )
+    };
+    assert_eq!(
+        refused(&text("")),
+        "5:8: private pages of snp can't be owed, for the guest alone can fill them: \
+         add `starts = \"shared\"`"
+    );
+    assert!(parse(&text("starts = \"shared\"\n")).is_ok());
+}
+
+#[test]
 fn an_impossible_step_is_told() {
     let step = |rest: &str| format!("{HEAD}[[step]]\n{rest}\n");
     assert_eq!(
@@ -132,6 +148,17 @@ fn who_waits_for_ever_ends_with_the_scenario() {
     let played = play(&parse(text).unwrap(), HostKind::Machine, Options::default());
     let Verdict::Failed(why) = played.verdict else { panic!("{:?}", played.verdict) };
     assert_eq!(why, "line 6: waits; \"ok\" was expected");
+}
+
+#[test]
+fn who_waits_for_a_folio_that_is_locked_ends_with_the_scenario() {
+    let text = "about = \"a\"\n[memory]\npages = 4\nstarts = \"shared\"\n\
+                [[step]]\nactor = \"kernel\"\ndo = \"allocate\"\npage = 0\nlevel = \"4K\"\n\
+                [[step]]\nactor = \"kernel\"\ndo = \"lock\"\npage = 0\n\
+                [[step]]\nactor = \"device\"\ndo = \"write\"\npage = 0\nbytes = \"a\"\n";
+    let played = play(&parse(text).unwrap(), HostKind::Machine, Options::default());
+    let Verdict::Failed(why) = played.verdict else { panic!("{:?}", played.verdict) };
+    assert_eq!(why, "line 14: waits; \"ok\" was expected");
 }
 
 /// Lines that scenarios are made of, right and wrong.
@@ -297,8 +324,14 @@ fn play_on(text: &str) {
     }
 }
 
+/// So many cases as `PROPTEST_CASES` says, or few: some steps take their time.
+fn config() -> ProptestConfig {
+    let few = ProptestConfig { cases: 96, ..ProptestConfig::default() };
+    if std::env::var_os("PROPTEST_CASES").is_some() { ProptestConfig::default() } else { few }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn any_bytes_are_read_or_refused(text in "\\PC{0,200}") {

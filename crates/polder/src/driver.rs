@@ -20,13 +20,13 @@ mod tests;
 
 use polder_engine::{
     Answer, Blocked, Config, Contents, ConversionRequest, Converted, Copying, Engine, GuestAccess,
-    GuestAnswer, MemoryFault, Operation, Refusal, Response, Stage, Start, Step, Undoing,
+    GuestAnswer, MemoryFault, Operation, Refusal, Response, Slot, Stage, Start, Step, Undoing,
     Visibility, VmId,
 };
 use polder_units::{Gfn, GfnRange, Level, PageCount, PageRange};
 
-use crate::host::Host;
 use crate::host::views::Views;
+use crate::host::{Host, Smashed};
 use crate::statistics::Counters;
 use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::watch::{Moment, Reached, Watch};
@@ -227,6 +227,17 @@ impl Driver {
         Ok(Some(converted))
     }
 
+    /// Takes a slot away. If the host can't, all is as it was, wishes included. No other slot may
+    /// change meanwhile.
+    pub(crate) fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
+        let unbound = self.ask(|engine| engine.unbind(vm, slot))?;
+        let done = self.host.unbind(vm, slot);
+        if done.is_err() {
+            self.engine().rebind(unbound);
+        }
+        done
+    }
+
     /// Drops the contents of pages.
     pub(crate) fn discard(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
         let discard = self.claim(on_busy, |engine| engine.discard(range))?;
@@ -360,16 +371,20 @@ impl Driver {
 
     /// Answers an access or PVALIDATE that the RMP refused for its size, as
     /// `sev_handle_rmp_fault()` (arch/x86/kvm/svm/sev.c) does. What is to be done is looked up: the
-    /// fault says SIZEM for PVALIDATE and RMPADJUST only (AMD APM volume 2, 15.36.10).
+    /// fault says SIZEM for PVALIDATE and RMPADJUST only (AMD APM volume 2, 15.36.10). What was
+    /// done is told by `smashed`.
     pub(crate) fn size_fault(
         &self,
         vm: VmId,
         gfn: Gfn,
         stop: impl Fn() -> bool,
+        smashed: &mut Option<Smashed>,
     ) -> Result<Option<MemoryFault>, Error> {
         let ask = |engine: &mut Engine| engine.size_fault(vm, gfn);
         self.answer_guest(ask, stop, |_, within| {
-            self.counters.smashed(self.host.smash(vm, gfn, within)?);
+            let done = self.host.smash(vm, gfn, within)?;
+            self.counters.smashed(done);
+            *smashed = Some(done);
             Ok(())
         })
     }

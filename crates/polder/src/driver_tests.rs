@@ -35,6 +35,8 @@ struct Troubled {
     plan: Arc<Mutex<(usize, usize)>>,
     /// How many answers go wrong.
     answers: Arc<AtomicUsize>,
+    /// Whether no slot can be taken away.
+    slot_stays: Arc<AtomicBool>,
 }
 
 impl Troubled {
@@ -75,6 +77,9 @@ impl Host for Troubled {
     }
 
     fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
+        if self.slot_stays.load(Ordering::SeqCst) {
+            self.go_wrong()?;
+        }
         self.host.unbind(vm, slot)
     }
 
@@ -181,6 +186,7 @@ struct Set {
     threads: FaultThreads,
     plan: Arc<Mutex<(usize, usize)>>,
     answers: Arc<AtomicUsize>,
+    slot_stays: Arc<AtomicBool>,
     guest_view: Option<Arc<polder_linux::View>>,
 }
 
@@ -219,14 +225,20 @@ impl Set {
             host_view_level: Level::Size4K,
             initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
         };
-        let (planned, failing) = (Arc::clone(&plan), Arc::clone(&answers));
-        let host = Troubled { host, trouble, plan: planned, answers: failing };
+        let slot_stays = Arc::new(AtomicBool::new(false));
+        let host = Troubled {
+            host,
+            trouble,
+            plan: Arc::clone(&plan),
+            answers: Arc::clone(&answers),
+            slot_stays: Arc::clone(&slot_stays),
+        };
         let mut driver = Driver::new(config, Box::new(host));
         // Nobody is saved by asking again unprompted: a wake-up that is lost hangs the test.
         driver.ask_again = ask_again;
         let driver = Arc::new(driver);
         let threads = FaultThreads::start(&driver).unwrap();
-        Some(Self { driver, threads, plan, answers, guest_view })
+        Some(Self { driver, threads, plan, answers, slot_stays, guest_view })
     }
 
     fn convert(&self, range: PageRange, to: Visibility, contents: Contents) -> Result<(), Error> {
@@ -323,6 +335,22 @@ fn goes_wrong_on_snp(trouble: Trouble, to: Visibility, n: usize) -> bool {
     let private = to == Visibility::Private;
     assert!(assigned(&set).iter().all(|assigned| *assigned == private));
     wrong
+}
+
+#[test]
+fn a_slot_that_can_not_be_taken_away_wishes_what_it_did() {
+    let (set, vm) = (snp(Trouble::Fail), VmId(0));
+    let wished = GfnRange::between(2, 8).unwrap();
+    set.driver.claim(OnBusy::Wait, |engine| engine.want(vm, wished, Visibility::Shared)).unwrap();
+    let unmet = || set.driver.engine().unmet().collect::<Vec<_>>();
+    let before = unmet();
+    assert_eq!(before.len(), 3, "every other page is private");
+    set.slot_stays.store(true, Ordering::SeqCst);
+    set.driver.unbind(vm, Slot(0)).unwrap_err();
+    assert_eq!(unmet(), before);
+    set.slot_stays.store(false, Ordering::SeqCst);
+    set.driver.unbind(vm, Slot(0)).unwrap();
+    assert_eq!(unmet(), []);
 }
 
 /// Pages 0, 2, .. 14 are shared and hold their number plus one.

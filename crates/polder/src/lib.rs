@@ -23,6 +23,11 @@
 //! the bytes live and what cuts people off from them) and a driver between the two. The engine's
 //! lock is never held across a system call, nor while guest memory is touched.
 
+/// The README's Rust is compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
+
 mod driver;
 mod error;
 mod faults;

@@ -57,7 +57,8 @@ impl Builder {
     }
 
     /// Every page's contents are owed until [`Memory::populate`] brings them, or
-    /// [`Memory::settle`] says that nothing more will come. Whoever touches such a page waits.
+    /// [`Memory::settle`] says that nothing more will come. Whoever touches such a page waits. Of an
+    /// SNP guest's memory shared pages only can be owed.
     pub fn owed(mut self) -> Self {
         self.initial.population = Population::Owed;
         self
@@ -73,7 +74,9 @@ impl Builder {
     ///
     /// # Errors
     /// [`RangeError::Empty`] for no page; [`Error::Missing`] where the host can't be used here,
-    /// with what to do about it; [`Error::Host`] where the kernel refuses the size.
+    /// with what to do about it; [`Error::NotOffered`] for an SNP guest's memory on another host
+    /// than the simulated machine, and where its pages would be owed and private, for the guest
+    /// alone can fill such; [`Error::Host`] where the kernel refuses the size.
     pub fn build(self) -> Result<Memory, Error> {
         if self.pages.is_zero() {
             return Err(Refusal::Range(RangeError::Empty).into());
@@ -82,6 +85,18 @@ impl Builder {
             return Err(Error::NotOffered {
                 what: "SEV-SNP is offered on the simulated machine only",
                 way_out: "use --host machine, or another platform",
+            });
+        }
+        let PageFacts { visibility, population } = self.initial;
+        if !self.platform.host_fills_private()
+            && visibility == Visibility::Private
+            && population == Population::Owed
+        {
+            return Err(Error::NotOffered {
+                what: "private pages that the guest alone can fill can't be owed: who touches \
+                    one would wait for ever",
+                way_out: "make the memory shared at first (Builder::shared), and have the guest \
+                    take what it needs",
             });
         }
         let host = match self.host {
@@ -221,14 +236,10 @@ impl Memory {
     ///
     /// # Errors
     /// [`Refusal::NoSuchSlot`]; [`Error::Host`] where KVM can't delete the slot, which is then
-    /// still bound.
+    /// still bound, and wishes what it did.
     pub fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
         let _one_at_a_time = self.slots.write();
-        let was = self.driver.ask(|engine| engine.unbind(vm, slot))?;
-        self.driver.host.unbind(vm, slot).inspect_err(|_| {
-            let bound = self.driver.engine().bind(vm, slot, was.gfns().start(), was.pages());
-            assert!(bound.is_ok(), "it was bound a moment ago: {bound:?}");
-        })
+        self.driver.unbind(vm, slot)
     }
 
     /// Every binding.
@@ -298,12 +309,13 @@ impl Memory {
     }
 
     /// Notes what a VM wishes its pages to be (`MEMORY_ATTRIBUTE_PRIVATE`): nothing changes by it.
-    /// A conversion grants it.
+    /// A conversion grants it. Waits for operations on these pages: of a wish and a conversion, the
+    /// later one counts.
     ///
     /// # Errors
     /// [`Refusal::Unbound`] unless every frame is bound.
     pub fn want(&self, vm: VmId, gfns: GfnRange, to: Visibility) -> Result<(), Error> {
-        self.driver.ask(|engine| engine.want(vm, gfns, to))
+        self.driver.claim(OnBusy::Wait, |engine| engine.want(vm, gfns, to))
     }
 
     /// What a VM wishes its pages to be, and what they are, in runs.

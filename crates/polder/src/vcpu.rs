@@ -10,9 +10,11 @@ use polder_units::{Gfn, GfnRange, Gpa, Level};
 
 use crate::Error;
 use crate::driver::Driver;
+use crate::host::Smashed;
 
-/// How often an access is made again that the RMP refuses: what is answered rightly passes after
-/// two or three, and what never passes is no reason to hang.
+/// How often in a row the RMP may refuse an access after an answer that changed nothing: what is
+/// answered rightly passes after two or three, and what never passes is no reason to hang. Waiting
+/// for who has the entry in use does not count, however long it takes.
 const REFUSALS: u32 = 1000;
 
 /// Why a guest's access was not made. No byte of it was.
@@ -117,28 +119,52 @@ impl MachineVcpu {
         };
         let mut refusals = 0;
         loop {
-            let exit = access(&mut host.lock(), self.id, side);
-            let answered = match exit {
+            let exit = {
+                let mut machine = host.lock();
+                let exit = access(&mut machine, self.id, side);
+                exit.map_err(|stop| self.told(stop, &machine, gfns))
+            };
+            match exit {
                 Ok(()) => return Ok(()),
-                Err(Stop::Exit(Exit::Fault(fault))) => self.answer(fault.gfn, visibility),
-                Err(Stop::Exit(Exit::Refused(refused))) => {
-                    refusals += 1;
-                    if refusals > REFUSALS {
+                Err(Told::Fault(gfn)) => self.answer(gfn, visibility)?,
+                Err(Told::Refused(refused, gfn)) => match self.refused(gfn, visibility, refused)? {
+                    Answered::Changed => refusals = 0,
+                    Answered::InUse => {
+                        refusals = 0;
+                        crate::sync::yield_now();
+                    }
+                    Answered::Same if refusals < REFUSALS => refusals += 1,
+                    Answered::Same => {
                         let refused = polder_machine::Error::Refused(refused);
                         return Err(GuestExit::Failed(Error::Machine(refused)));
                     }
-                    self.refused(gfns, visibility, refused)
-                }
-                Err(Stop::Exit(other)) => unreachable!("an access does not end in: {other}"),
-                Err(Stop::Machine(error)) => return Err(GuestExit::Failed(Error::Machine(error))),
-            };
-            answered?;
+                },
+                Err(Told::Machine(error)) => return Err(GuestExit::Failed(Error::Machine(error))),
+            }
+        }
+    }
+
+    /// What the exit tells the hypervisor: the guest frame is looked up while the access holds the
+    /// machine, for it may show another page as soon as that is let go.
+    fn told(&self, stop: Stop, machine: &Machine, gfns: GfnRange) -> Told {
+        match stop {
+            Stop::Exit(Exit::Fault(fault)) => Told::Fault(fault.gfn),
+            Stop::Exit(Exit::Refused(refused)) => {
+                let shows = |gfn: &Gfn| {
+                    let spte = machine.spte(self.id.vm, *gfn);
+                    matches!(spte, Ok(Some(spte)) if spte.pfn == refused.pfn)
+                };
+                let gfn = gfns.frames().find(shows);
+                Told::Refused(refused, gfn.expect("stage 2 led the access to the frame"))
+            }
+            Stop::Exit(other) => unreachable!("an access does not end in: {other}"),
+            Stop::Machine(error) => Told::Machine(error),
         }
     }
 
     /// Has a stage-2 fault answered.
     fn answer(&self, gfn: Gfn, visibility: Visibility) -> Result<(), GuestExit> {
-        let kicked = || self.kicked.load(Ordering::Acquire);
+        let kicked = || self.is_kicked();
         let access = GuestAccess { gfn, visibility };
         self.go_on(self.driver.guest_fault(self.vm, access, kicked))
     }
@@ -146,41 +172,33 @@ impl MachineVcpu {
     /// Has an access answered that the RMP refused (AMD APM volume 2, table 15-39).
     fn refused(
         &self,
-        gfns: GfnRange,
+        gfn: Gfn,
         visibility: Visibility,
         refused: Refused,
-    ) -> Result<(), GuestExit> {
-        let gfn = self.gfn_of(gfns, refused);
-        let kicked = || self.kicked.load(Ordering::Acquire);
+    ) -> Result<Answered, GuestExit> {
         match refused.check {
             RmpCheck::Validated => Err(GuestExit::NotValidated(gfn)),
             RmpCheck::PageSize | RmpCheck::InstructionSize => {
-                self.go_on(self.driver.size_fault(self.vm, gfn, kicked))
+                let mut smashed = None;
+                let kicked = || self.is_kicked();
+                self.go_on(self.driver.size_fault(self.vm, gfn, kicked, &mut smashed))?;
+                Ok(match smashed {
+                    Some(Smashed::Done | Smashed::Raced) => Answered::Changed,
+                    Some(Smashed::Busy) => Answered::InUse,
+                    Some(Smashed::Spurious) | None => Answered::Same,
+                })
             }
             // Another processor is at work on the entry: soon it is not.
-            RmpCheck::InUse if kicked() => Err(GuestExit::Kicked),
-            RmpCheck::InUse => {
-                crate::sync::yield_now();
-                Ok(())
-            }
+            RmpCheck::InUse if self.is_kicked() => Err(GuestExit::Kicked),
+            RmpCheck::InUse => Ok(Answered::InUse),
             // Of the other kind than granted, or not assigned as it is bound now.
-            _ => self.answer(gfn, visibility),
+            _ => self.answer(gfn, visibility).map(|()| Answered::Same),
         }
-    }
-
-    /// The guest frame of an access that was refused: a processor tells it in the exit's info.
-    fn gfn_of(&self, gfns: GfnRange, refused: Refused) -> Gfn {
-        let host = self.driver.host.machine().expect("made on the simulated machine");
-        let Some(vm) = host.vm(self.vm) else { return gfns.start() };
-        let machine = host.lock();
-        let shows =
-            |gfn: &Gfn| matches!(machine.spte(vm, *gfn), Ok(Some(spte)) if spte.pfn == refused.pfn);
-        gfns.frames().find(shows).unwrap_or(gfns.start())
     }
 
     fn go_on(&self, answered: Result<Option<MemoryFault>, Error>) -> Result<(), GuestExit> {
         match answered {
-            Ok(None) if self.kicked.load(Ordering::Acquire) => Err(GuestExit::Kicked),
+            Ok(None) if self.is_kicked() => Err(GuestExit::Kicked),
             Ok(None) => Ok(()),
             Ok(Some(fault)) => Err(GuestExit::MemoryFault(fault)),
             Err(error) => Err(GuestExit::Failed(error)),
@@ -192,6 +210,24 @@ impl MachineVcpu {
 fn gfns(gpa: Gpa, len: usize) -> GfnRange {
     let last = gpa.checked_add(len.saturating_sub(1) as u64).unwrap_or(gpa);
     GfnRange::between(gpa.gfn().get(), last.gfn().get() + 1).unwrap_or(GfnRange::one(gpa.gfn()))
+}
+
+/// What was done about an access that the RMP refused.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Answered {
+    /// The entry is another one than the access met.
+    Changed,
+    /// Nothing could be done: somebody else has the entry in use.
+    InUse,
+    /// Nothing had to be done, by all that is known.
+    Same,
+}
+
+/// What an access stops with, as far as the hypervisor is told.
+enum Told {
+    Fault(Gfn),
+    Refused(Refused, Gfn),
+    Machine(polder_machine::Error),
 }
 
 /// What an access of the machine's stops with.

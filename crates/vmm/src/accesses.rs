@@ -5,31 +5,70 @@
 //! means as private. This one looks at what is granted before each access, also when the VMM has
 //! changed that unasked: a real guest is told.
 //!
+//! A page that it gives away and gets back, because what it asked for was refused, it accepts as it
+//! is: it keeps a digest of what the page held, and compares.
+//!
 //! # Holes
 //! A page that is not validated is accepted and cleared at its first use, as Linux does unaccepted
 //! memory (`arch/x86/coco/sev/core.c`, `snp_accept_memory()`). A real guest keeps a list of what it
 //! has accepted, so that a hypervisor can't have it accept a page twice; this one does not.
 
-use std::sync::{PoisonError, RwLock};
+use std::collections::BTreeSet;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use polder::machine::RmpFail;
-use polder::units::{Geometry, Gfn, GfnRange, Gpa, Level, PAGE_BYTES, PageCount};
+use polder::units::{Geometry, Gfn, GfnRange, Gpa, Level, PAGE_BYTES, PageCount, PageRange};
 use polder::{GuestExit, MachineVcpu, Memory, MemoryFault, Visibility, VmId};
 
 /// How often an access is made again because what is granted changed under it.
 const CHANGES: u32 = 1000;
 
+/// What the vCPUs of a guest share, so that none uses a page between its acceptance and the end of
+/// its clearing: the frames that are accepted and not cleared, because whoever was at it was kicked.
+/// It is locked for writing while pages are accepted, and for reading by private accesses.
+#[derive(Debug, Default)]
+pub struct Accepting(RwLock<BTreeSet<Gfn>>);
+
+impl Accepting {
+    fn read(&self) -> RwLockReadGuard<'_, BTreeSet<Gfn>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, BTreeSet<Gfn>> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Pages that a guest has rescinded, and what they held.
+#[derive(Default, Debug)]
+pub struct Rescinded {
+    /// Each page's first frame, and its size.
+    pages: Vec<(Gfn, Level)>,
+    /// Each frame that was accepted, and the digest of its bytes.
+    held: Vec<(Gfn, u64)>,
+}
+
+/// A page that does not hold what its guest left in it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Changed {
+    /// The page.
+    pub gpa: Gpa,
+    /// The digest of what it held.
+    pub held: u64,
+    /// The digest of what it holds.
+    pub found: u64,
+}
+
 /// A vCPU of the simulated machine and what its guest knows of memory.
 pub struct Accesses<'a> {
     vcpu: MachineVcpu,
     memory: (&'a Memory, VmId),
-    /// Held for writing while a page is accepted: none uses it before it is cleared.
-    accepting: &'a RwLock<()>,
+    accepting: &'a Accepting,
 }
 
 impl<'a> Accesses<'a> {
-    /// Those of a vCPU; the vCPUs of a guest share one lock.
-    pub fn new(vcpu: MachineVcpu, memory: (&'a Memory, VmId), accepting: &'a RwLock<()>) -> Self {
+    /// Those of a vCPU; the vCPUs of a guest share what they are accepting.
+    pub fn new(vcpu: MachineVcpu, memory: (&'a Memory, VmId), accepting: &'a Accepting) -> Self {
         Self { vcpu, memory, accepting }
     }
 
@@ -54,7 +93,7 @@ impl<'a> Accesses<'a> {
     /// # Errors
     /// As [`Self::read`].
     pub fn read_as(&self, gpa: Gpa, side: Visibility, into: &mut [u8]) -> Result<(), GuestExit> {
-        self.accepted(|vcpu| vcpu.read(gpa, side, into))
+        self.accepted((gpa, side), |vcpu| vcpu.read(gpa, side, into))
     }
 
     /// [`Self::write`] as private or as shared, whatever is granted.
@@ -62,28 +101,32 @@ impl<'a> Accesses<'a> {
     /// # Errors
     /// As [`Self::write`].
     pub fn write_as(&self, gpa: Gpa, side: Visibility, from: &[u8]) -> Result<(), GuestExit> {
-        self.accepted(|vcpu| vcpu.write(gpa, side, from))
+        self.accepted((gpa, side), |vcpu| vcpu.write(gpa, side, from))
     }
 
-    /// No longer accepts the private pages among `gfns`, as before asking for them to be shared.
-    /// Returns those that were accepted.
+    /// No longer accepts the private pages among `gfns`, as before asking for them to be shared. No
+    /// other vCPU may write to them meanwhile. Returns those that were accepted.
     ///
     /// # Errors
     /// [`GuestExit`].
-    pub fn rescind(&self, gfns: GfnRange) -> Result<Vec<(Gfn, Level)>, GuestExit> {
-        let mut rescinded = Vec::new();
+    pub fn rescind(&self, gfns: GfnRange) -> Result<Rescinded, GuestExit> {
+        let mut rescinded = Rescinded::default();
         let (memory, vm) = self.memory;
         if !memory.platform().has_rmp() || memory.pages_of(vm, gfns).is_err() {
             return Ok(rescinded);
         }
+        for gfn in gfns.frames() {
+            let held = if self.is_private(GfnRange::one(gfn)) { self.digest(gfn)? } else { None };
+            rescinded.held.extend(held.map(|held| (gfn, held)));
+        }
         let mut next = gfns.start().get();
         while let Some(rest) = GfnRange::between(next, gfns.end()) {
             let gfn = rest.start();
-            let private = self.granted(gfn) == Some(Visibility::Private);
+            let private = self.is_private(GfnRange::one(gfn));
             let (level, result) =
                 if private { self.rescind_at(rest)? } else { (Level::Size4K, false) };
             if result {
-                rescinded.push((gfn, level));
+                rescinded.pages.push((gfn, level));
             }
             next += Geometry::X86_64.pages(level).get();
         }
@@ -108,12 +151,16 @@ impl<'a> Accesses<'a> {
         Ok((Level::Size4K, false))
     }
 
-    /// Accepts pages again, as they are: what it asked for was refused, and nothing has changed.
+    /// Accepts pages again, as they are: what it asked for was refused, and nothing should have
+    /// changed. That is not the hypervisor's to say: who was given the page meanwhile could write
+    /// to it. So nobody uses them before they are found to hold what they held; the first that does
+    /// not is returned.
     ///
     /// # Errors
     /// [`GuestExit`].
-    pub fn keep(&self, rescinded: &[(Gfn, Level)]) -> Result<(), GuestExit> {
-        for &(gfn, level) in rescinded {
+    pub fn keep(&self, rescinded: &Rescinded) -> Result<Option<Changed>, GuestExit> {
+        let _alone = self.accepting.write();
+        for &(gfn, level) in &rescinded.pages {
             let pages = GfnRange::enclosing(gfn, level, Geometry::X86_64);
             if let Err(RmpFail::SizeMismatch) = self.vcpu.pvalidate(gfn, level, true)? {
                 for gfn in pages.frames() {
@@ -121,7 +168,25 @@ impl<'a> Accesses<'a> {
                 }
             }
         }
-        Ok(())
+        for &(gfn, held) in &rescinded.held {
+            // A page that it can't have again holds anything else.
+            let found = self.digest(gfn)?.unwrap_or(!held);
+            if found != held {
+                return Ok(Some(Changed { gpa: gfn.gpa(), held, found }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// A digest of what a private page holds, if it is accepted.
+    fn digest(&self, gfn: Gfn) -> Result<Option<u64>, GuestExit> {
+        let mut bytes = [0; PAGE_BYTES];
+        match self.vcpu.read(gfn.gpa(), Visibility::Private, &mut bytes) {
+            Ok(()) => Ok(Some(digest(&bytes))),
+            // Not accepted; or of the other kind by now.
+            Err(GuestExit::NotValidated(_) | GuestExit::MemoryFault(_)) => Ok(None),
+            Err(other) => Err(other),
+        }
     }
 
     /// What is granted of the page behind a frame.
@@ -129,6 +194,16 @@ impl<'a> Accesses<'a> {
         let (memory, vm) = self.memory;
         let page = *memory.pages_of(vm, GfnRange::one(gfn)).ok()?.first()?;
         Some(memory.facts(page).ok()?.first()?.1.visibility)
+    }
+
+    /// Whether all of the pages behind frames are bound, and private by what is granted.
+    fn is_private(&self, gfns: GfnRange) -> bool {
+        let (memory, vm) = self.memory;
+        let is_private = |&run: &PageRange| {
+            let facts = memory.facts(run).unwrap_or_default();
+            facts.iter().all(|(_, facts)| facts.visibility == Visibility::Private)
+        };
+        memory.pages_of(vm, gfns).is_ok_and(|runs| runs.iter().all(is_private))
     }
 
     /// Makes an access as the side that is granted.
@@ -154,47 +229,77 @@ impl<'a> Accesses<'a> {
     /// Makes an access, accepting pages as they are met.
     fn accepted(
         &self,
+        (gpa, side): (Gpa, Visibility),
         mut access: impl FnMut(&MachineVcpu) -> Result<(), GuestExit>,
     ) -> Result<(), GuestExit> {
+        if side == Visibility::Shared {
+            // Nobody accepts a shared page; and who waits for one that is owed is in nobody's way.
+            return access(&self.vcpu);
+        }
         loop {
             let made = {
-                let _none_is_cleared =
-                    self.accepting.read().unwrap_or_else(PoisonError::into_inner);
-                access(&self.vcpu)
+                let uncleared = self.accepting.read();
+                (!uncleared.contains(&gpa.gfn())).then(|| access(&self.vcpu))
             };
             match made {
-                Err(GuestExit::NotValidated(gfn)) => self.accept(gfn)?,
-                other => return other,
+                None => self.clear(&mut self.accepting.write(), GfnRange::one(gpa.gfn()))?,
+                Some(Err(GuestExit::NotValidated(gfn))) => self.accept(gfn)?,
+                Some(other) => return other,
             }
         }
     }
 
-    /// Accepts and clears the page around a frame: of 2M if that is one, as `pvalidate_pages()`
-    /// (arch/x86/coco/sev/core.c) tries first.
+    /// Accepts and clears the page around a frame.
     fn accept(&self, gfn: Gfn) -> Result<(), GuestExit> {
-        let _alone = self.accepting.write().unwrap_or_else(PoisonError::into_inner);
-        let large = GfnRange::enclosing(gfn, Level::Size2M, Geometry::X86_64);
-        match self.vcpu.pvalidate(large.start(), Level::Size2M, true) {
-            Ok(Ok(changed)) => return if changed { self.clear(large) } else { Ok(()) },
-            // Of 4K pages; or not all of it is this guest's private memory.
-            Ok(Err(_)) | Err(GuestExit::MemoryFault(_)) => {}
-            Err(other) => return Err(other),
-        }
-        match self.vcpu.pvalidate(gfn, Level::Size4K, true)? {
-            Ok(true) => self.clear(GfnRange::one(gfn)),
-            // Another vCPU was faster, or the page is another one by now: the access shows.
-            Ok(false) | Err(_) => Ok(()),
-        }
+        let mut uncleared = self.accepting.write();
+        let Some(accepted) = self.validate(gfn)? else { return Ok(()) };
+        uncleared.extend(accepted.frames());
+        self.clear(&mut uncleared, accepted)
     }
 
-    fn clear(&self, gfns: GfnRange) -> Result<(), GuestExit> {
-        let side = Visibility::Private;
-        gfns.frames().try_for_each(|gfn| match self.vcpu.write(gfn.gpa(), side, &[0; PAGE_BYTES]) {
-            // It has been taken away again: nothing is left to clear.
-            Err(GuestExit::MemoryFault(_) | GuestExit::NotValidated(_)) => Ok(()),
-            other => other,
-        })
+    /// Validates the page around a frame, of 2M if that is one, as `pvalidate_pages()`
+    /// (arch/x86/coco/sev/core.c) tries first. `None` where another vCPU was faster, or the page is
+    /// another one by now: the access shows.
+    fn validate(&self, gfn: Gfn) -> Result<Option<GfnRange>, GuestExit> {
+        let large = GfnRange::enclosing(gfn, Level::Size2M, Geometry::X86_64);
+        // To try is to touch the first page, which may be somebody else's affair.
+        if self.is_private(large) {
+            match self.vcpu.pvalidate(large.start(), Level::Size2M, true) {
+                Ok(Ok(changed)) => return Ok(changed.then_some(large)),
+                Err(GuestExit::Kicked) => return Err(GuestExit::Kicked),
+                // Of 4K pages; or the first one can't be had, which says nothing about this one.
+                Ok(Err(_)) | Err(_) => {}
+            }
+        }
+        let validated = self.vcpu.pvalidate(gfn, Level::Size4K, true)?;
+        Ok((validated == Ok(true)).then_some(GfnRange::one(gfn)))
     }
+
+    /// Clears those of the frames that are accepted and not cleared yet.
+    fn clear(&self, uncleared: &mut BTreeSet<Gfn>, gfns: GfnRange) -> Result<(), GuestExit> {
+        for gfn in gfns.frames() {
+            if !uncleared.contains(&gfn) {
+                continue;
+            }
+            match self.vcpu.write(gfn.gpa(), Visibility::Private, &[0; PAGE_BYTES]) {
+                // Or it has been taken away again: nothing is left to clear.
+                Ok(()) | Err(GuestExit::MemoryFault(_) | GuestExit::NotValidated(_)) => {
+                    uncleared.remove(&gfn)
+                }
+                Err(other) => return Err(other),
+            };
+        }
+        Ok(())
+    }
+}
+
+/// A digest of a page's bytes: FNV-1a, by words. Whoever wants to can forge it; a guest that has to
+/// do with such takes a keyed hash.
+fn digest(bytes: &[u8; PAGE_BYTES]) -> u64 {
+    let (words, _) = bytes.as_chunks::<8>();
+    words.iter().fold(0xcbf2_9ce4_8422_2325, |digest, word| {
+        (digest ^ u64::from_le_bytes(*word)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 /// The frames of a request, if they are some.
@@ -202,3 +307,7 @@ pub(crate) fn frames(gpa: Gpa, pages: u64) -> Option<GfnRange> {
     let aligned = gpa.page_offset() == 0;
     GfnRange::new(gpa.gfn(), PageCount::new(pages)?).ok().filter(|_| aligned)
 }
+
+#[cfg(test)]
+#[path = "accesses_tests.rs"]
+mod tests;

@@ -23,7 +23,7 @@ mod threads;
 mod vcpu;
 mod vm;
 
-pub use accesses::Accesses;
+pub use accesses::{Accepting, Accesses, Changed, Rescinded};
 pub use error::RunError;
 pub use intruder::Way;
 pub use kvm::{Conversion, check_kvm};

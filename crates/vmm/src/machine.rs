@@ -10,7 +10,7 @@ use polder::units::{Gpa, PAGE_BYTES, PAGE_SIZE};
 use polder::{GuestExit, MemoryFault, Visibility};
 
 use crate::RunError;
-use crate::accesses::{self, Accesses};
+use crate::accesses::{self, Accesses, Changed};
 use crate::guest::{
     DeviceRequest, KVM_HC_MAP_GPA_RANGE, MAP_GPA_RANGE_ENCRYPTED, Program, Request, STATUS_OFFSET,
     number,
@@ -102,8 +102,11 @@ impl<'a> Interpreter<'a> {
                 let rescinded = frames.map(|frames| self.memory.rescind(frames)).transpose()?;
                 let answer =
                     self.request(KVM_HC_MAP_GPA_RANGE, [gpa.get(), pages, private, 0, 0])?;
-                if let (Some(rescinded), true) = (rescinded, answer != 0) {
-                    self.memory.keep(&rescinded)?;
+                if let (Some(rescinded), true) = (rescinded, answer != 0)
+                    && let Some(Changed { gpa, held, found }) = self.memory.keep(&rescinded)?
+                {
+                    // What was refused has changed nothing (INV-4); here it did.
+                    self.compare(index, gpa, held, found)?;
                 }
                 self.compare(index, gpa, i64::from(expect.code()).cast_unsigned(), answer)
             }

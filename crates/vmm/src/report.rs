@@ -53,7 +53,8 @@ pub enum Failure {
         op: u64,
         /// Where.
         gpa: Gpa,
-        /// What should have been there, or have been answered.
+        /// What should have been there, or have been answered; of a page that was kept after a
+        /// refusal, a digest of what it held.
         expected: u64,
         /// What was.
         found: u64,

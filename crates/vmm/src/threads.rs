@@ -1,7 +1,7 @@
 //! The threads of a run: one for each vCPU, one for the intruder, and the caller as supervisor.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, RwLock};
 use std::thread::{Builder, Thread};
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use polder::{MachineVcpu, Memory, VmId};
 use polder_linux::Kicker;
 
 use crate::RunError;
-use crate::accesses::Accesses;
+use crate::accesses::{Accepting, Accesses};
 use crate::guest::Program;
 use crate::intruder::Intruder;
 use crate::machine::Interpreter;
@@ -67,7 +67,7 @@ pub(crate) struct Threads<'a> {
     exits: AtomicU64,
     stop: AtomicBool,
     /// For guests on the simulated machine: [`Accesses`].
-    accepting: RwLock<()>,
+    accepting: Accepting,
 }
 
 impl<'a> Threads<'a> {
@@ -84,7 +84,7 @@ impl<'a> Threads<'a> {
             private,
             exits: AtomicU64::new(0),
             stop: AtomicBool::new(false),
-            accepting: RwLock::default(),
+            accepting: Accepting::default(),
         })
     }
 

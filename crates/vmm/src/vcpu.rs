@@ -156,7 +156,11 @@ fn page_at(memory: &Memory, vm: VmId, gpa: Gpa) -> Option<PageIndex> {
 /// that KVM emulates meets a poisoned page in this way.
 fn no_memory(vcpu: u32, requests: &Requests<'_>, gpa: Gpa) -> Result<MemoryFault, Failure> {
     let (memory, vm) = requests.memory();
-    match memory.guest_fault(vm, gpa, Visibility::Private) {
+    // The exit does not say which kind the access was of: it is none of the other kind.
+    let pages = memory.pages_of(vm, GfnRange::one(gpa.gfn())).unwrap_or_default();
+    let facts = pages.first().and_then(|&page| memory.facts(page).ok()).unwrap_or_default();
+    let granted = facts.first().map_or(Visibility::Private, |(_, facts)| facts.visibility);
+    match memory.guest_fault(vm, gpa, granted) {
         Ok(Some(fault @ MemoryFault::Unbound(_))) => Ok(fault),
         Ok(Some(fault)) => Err(Failure::MemoryFault { vcpu, fault }),
         Ok(None) | Err(_) => Err(Failure::MemoryFailure { vcpu, page: page_at(memory, vm, gpa) }),
@@ -165,7 +169,30 @@ fn no_memory(vcpu: u32, requests: &Requests<'_>, gpa: Gpa) -> Result<MemoryFault
 
 #[cfg(test)]
 mod tests {
+    use polder::units::{PageCount, PageRange};
+    use polder::{Contents, HostKind, OnBusy, Platform, Slot};
+
     use super::*;
+
+    #[test]
+    fn an_exit_for_want_of_memory_that_is_there_by_now_names_the_page_of_either_kind() {
+        let builder = Memory::builder(PageCount::from(2)).host(HostKind::Machine);
+        let memory = builder.platform(Platform::SwProtected).build().unwrap();
+        let vm = memory.attach(polder::Vm::Machine).unwrap();
+        let requests = Requests::new(&memory, vm).unwrap();
+        let gfns = [0u32, 1].map(polder::units::Gfn::from);
+        for gfn in gfns {
+            let unbound = MemoryFault::Unbound(GfnRange::one(gfn));
+            assert_eq!(no_memory(0, &requests, gfn.gpa()), Ok(unbound));
+        }
+        memory.bind(vm, Slot(0), gfns[0], PageRange::between(0, 2).unwrap()).unwrap();
+        let (second, contents) = (PageRange::between(1, 2).unwrap(), Contents::Preserve);
+        memory.convert(second, Visibility::Shared, contents, OnBusy::Wait).unwrap();
+        for (gfn, page) in gfns.into_iter().zip([0u32, 1]) {
+            let named = Failure::MemoryFailure { vcpu: 0, page: Some(page.into()) };
+            assert_eq!(no_memory(0, &requests, gfn.gpa()), Err(named));
+        }
+    }
 
     #[test]
     fn a_memory_fault_with_a_flag_that_is_not_known_means_nothing_to_us() {

@@ -10,7 +10,7 @@ use polder::{
     Contents, HostKind, MachineVcpu, Memory, MemoryFault, OnBusy, Slot, Visibility, VmId,
 };
 
-use crate::guest::{Image, Program, Transport};
+use crate::guest::{Chunk, Image, Program, Transport};
 use crate::scenario::{BOOT_END, Op, ScenarioError, VCPUS_MAX};
 use crate::threads::Threads;
 use crate::vcpu::Ran;
@@ -33,10 +33,20 @@ struct KvmVm {
     kvm: Kvm,
     fd: Arc<VmFd>,
     transport: Transport,
-    /// The image's memory and this VM's name there; held while a guest runs.
-    boot: Mutex<(Memory, VmId)>,
+    /// Held while a guest runs.
+    boot: Mutex<Boot>,
     /// KVM gives a vCPU's number once in a VM's life.
     next_vcpu: AtomicU32,
+}
+
+/// The memory that an image is in.
+struct Boot {
+    memory: Memory,
+    /// The VM's name there.
+    id: VmId,
+    slot: Slot,
+    /// The guest's page tables, as they were written last.
+    tables: Option<Vec<u8>>,
 }
 
 /// What became of a guest's programs.
@@ -159,7 +169,7 @@ impl KvmVm {
         let kvm = kvm::open()?;
         let transport = transport(&kvm)?;
         let (fd, _) = kvm::create_vm(&kvm, host)?;
-        let pages = PageRange::between(0, BOOT_END / PAGE_SIZE).expect("2 MiB are pages");
+        let pages = boot_pages();
         // The image is written anew for each run, and so shared: on any host that is a memfd.
         let memory = Memory::builder(pages.count()).build().map_err(RunError::Memory)?;
         let id = memory.attach(Arc::clone(&fd)).map_err(RunError::Memory)?;
@@ -168,7 +178,13 @@ impl KvmVm {
             .convert(pages, Visibility::Shared, Contents::Preserve, OnBusy::Wait)
             .and_then(|_: PageCount| memory.bind(id, last, Gfn::from(0), pages))
             .map_err(RunError::Memory)?;
-        Ok(Self { kvm, fd, transport, boot: Mutex::new((memory, id)), next_vcpu: 0.into() })
+        Ok(Self {
+            kvm,
+            fd,
+            transport,
+            boot: Mutex::new(Boot { memory, id, slot: last, tables: None }),
+            next_vcpu: 0.into(),
+        })
     }
 
     fn run(
@@ -178,10 +194,8 @@ impl KvmVm {
         supervise: impl FnMut(Progress) -> Supervision,
     ) -> Result<(End, Vec<Ran>), RunError> {
         let image = Image::of_programs(programs, Program::SelfTest, self.transport)?;
-        let boot = self.boot.lock().unwrap_or_else(PoisonError::into_inner);
-        for chunk in &image.chunks {
-            boot.0.write(boot.1, chunk.gpa, &chunk.bytes).map_err(RunError::Memory)?;
-        }
+        let mut boot = self.boot.lock().unwrap_or_else(PoisonError::into_inner);
+        boot.write(&image).map_err(RunError::Memory)?;
         // KVM's number of a vCPU is a fresh one; ours is that of its program.
         let vcpus = (0..).zip(&image.vcpus).map(|(index, start)| {
             let fresh = self.next_vcpu.fetch_add(1, Ordering::Relaxed);
@@ -190,6 +204,34 @@ impl KvmVm {
         let vcpus = vcpus.collect::<Result<Vec<_>, RunError>>()?;
         threads.run_on_kvm(vcpus, supervise)
     }
+}
+
+impl Boot {
+    /// Writes an image. Without TDP, KVM shadows the guest's page tables, and sees no change of
+    /// them that the host makes: what it has of others is zapped, with the slot.
+    fn write(&mut self, image: &Image) -> Result<(), polder::Error> {
+        let tables = image.vcpus.first().map(|vcpu| vcpu.page_tables);
+        for Chunk { gpa, bytes } in &image.chunks {
+            if Some(*gpa) == tables {
+                let are_others = self.tables.as_ref().is_some_and(|written| written != bytes);
+                if are_others && !self.memory.bindings().is_empty() {
+                    self.memory.unbind(self.id, self.slot)?;
+                }
+                if self.memory.bindings().is_empty() {
+                    self.memory.bind(self.id, self.slot, Gfn::from(0), boot_pages())?;
+                }
+                self.tables = Some(bytes.clone());
+            }
+        }
+        for Chunk { gpa, bytes } in &image.chunks {
+            self.memory.write(self.id, *gpa, bytes)?;
+        }
+        Ok(())
+    }
+}
+
+fn boot_pages() -> PageRange {
+    PageRange::between(0, BOOT_END / PAGE_SIZE).expect("2 MiB are pages")
 }
 
 impl fmt::Debug for Kind {

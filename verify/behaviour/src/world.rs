@@ -75,12 +75,14 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Memory whose contents are owed.
+    /// Memory whose contents are owed: private, where private pages can be owed.
     ///
     /// # Errors
     /// [`Skipped`].
     pub fn owed(&self, pages: u64) -> Result<Memory, Skipped> {
-        self.build(Memory::builder(count(pages)).owed())
+        let builder = Memory::builder(count(pages)).owed();
+        let private = self.0.platform().host_fills_private();
+        self.build(if private { builder } else { builder.shared() })
     }
 
     fn build(&self, builder: Builder) -> Result<Memory, Skipped> {

@@ -1,12 +1,10 @@
 //! A guest: what it writes into its memory and into its registers.
 
-use std::sync::RwLock;
-
 use kvm_bindings::kvm_regs;
 use polder::units::{Gpa, PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange};
 use polder::{HostKind, Memory, Slot, Visibility, Vm};
 use polder_vmm::guest::{DeviceRequest, PORT, Request, number};
-use polder_vmm::{Accesses, Next, Requests};
+use polder_vmm::{Accepting, Accesses, Next, Requests};
 
 use crate::bytes::Bytes;
 use crate::oracle::{HALF, Oracle, PAGES, SLOTS};
@@ -30,7 +28,7 @@ pub fn guest(bytes: &[u8]) {
     let memory = memory();
     let vm = memory.bindings()[0].0;
     let requests = Requests::new(&memory, vm).expect("/dev/zero is there");
-    let accepting = RwLock::new(());
+    let accepting = Accepting::default();
     let vcpu = memory.machine_vcpu(vm).expect("a VM of the machine's");
     let guest = Accesses::new(vcpu, (&memory, vm), &accepting);
     let mut oracle = Oracle::new();

@@ -1,4 +1,5 @@
-//! What the lab runs if it is given no command: the behaviour table, and `polder run`.
+//! What the lab runs if it is given no command: the behaviour table, `polder run`, calls that fail,
+//! and random programs.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -21,6 +22,9 @@ const REQUIRED_OF_OURS: &str = "seccomp,cachestat";
 
 /// Seconds that `polder run` may take: emulated, it is a matter of ten.
 const RUN_SECONDS: &str = "600";
+
+/// Programs that are compared: a matter of half a minute.
+const PROGRAMS: &str = "100";
 
 /// 0 if everything passed, else 1.
 pub(super) fn run(lab: &Lab, kernel: &Kernel) -> Result<u8, String> {
@@ -57,10 +61,26 @@ pub(super) fn run(lab: &Lab, kernel: &Kernel) -> Result<u8, String> {
     println!("lab: each call into the kernel fails in its turn");
     let failing = lab.test("polder-vmm", "nth_call")?;
     // Those of the other host fail outside just as well.
-    let command = ["env".into(), require, failing, "guest_memfd".into(), "--nocapture".into()];
+    let command =
+        ["env".into(), require.clone(), failing, "guest_memfd".into(), "--nocapture".into()];
     let (status, text) = shown(lab, kernel, &command)?;
     passed &= status == 0;
     summary.extend(failures(&text));
+    println!("lab: random programs on the machine and on guest_memfd");
+    let left_out = lab.test("polder-differential", "differential")?;
+    let (status, _) =
+        shown(lab, kernel, &["env".into(), require, left_out, "what_is_left_out".into()])?;
+    passed &= status == 0;
+    let save = lab.folder().join("work").into_os_string();
+    let options = ["--hosts", "machine,guest_memfd", "--programs", PROGRAMS, "--save"];
+    let command: Vec<OsString> = [lab.program("polder-differential")]
+        .into_iter()
+        .chain(options.map(OsString::from))
+        .chain([save])
+        .collect();
+    let (status, text) = shown(lab, kernel, &command)?;
+    passed &= status == 0;
+    summary.extend(text.lines().filter(|line| line.contains(" differ, ")).map(str::to_owned));
     for line in summary {
         println!("lab: {line}");
     }

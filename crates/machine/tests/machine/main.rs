@@ -5,20 +5,14 @@
 mod guest;
 mod gup;
 mod host;
+#[path = "../numbers/mod.rs"]
+mod numbers;
 mod object;
 mod planted;
 
-use polder_machine::{
-    Config, LockOwner, Machine, ObjectId, ProcessId, Thread, VcpuId, View, VmId, Vpn, VpnRange,
-};
-use polder_units::{Geometry, Gfn, GfnRange, Gpa, Level, PageCount, PageIndex, PageRange, Pfn};
-
-const OWNER: LockOwner = LockOwner(1);
-
-/// Two huge pages of four pages each make a 1G page here.
-fn geometry() -> Geometry {
-    Geometry::new(4, 2).unwrap()
-}
+use numbers::{OWNER, geometry, gfns, page, pages, vpns};
+use polder_machine::{Config, Machine, ObjectId, ProcessId, Thread, VcpuId, View, VmId, Vpn};
+use polder_units::{Gfn, Gpa, Level, PageCount, Pfn};
 
 /// A machine of 64 frames with an object of 16 pages, seen by one process at page 0 and by a VM
 /// with two vCPUs at gfn 0.
@@ -59,24 +53,8 @@ fn a_machine_can_be_cloned_hashed_and_put_behind_a_mutex() {
     can::<Machine>();
 }
 
-fn page(number: u32) -> PageIndex {
-    PageIndex::from(number)
-}
-
 fn vpn(number: u32) -> Vpn {
     Vpn::from(number)
-}
-
-fn pages(start: u64, end: u64) -> PageRange {
-    PageRange::between(start, end).unwrap()
-}
-
-fn vpns(start: u64, end: u64) -> VpnRange {
-    VpnRange::between(start, end).unwrap()
-}
-
-fn gfns(start: u64, end: u64) -> GfnRange {
-    GfnRange::between(start, end).unwrap()
 }
 
 fn gpa(gfn: u32) -> Gpa {

@@ -7,25 +7,22 @@ mod contents;
 mod conversion;
 mod instructions;
 mod large;
+#[path = "../numbers/mod.rs"]
+mod numbers;
 mod oracle;
 mod planted;
 mod vmsa;
 
+use numbers::{OWNER, geometry, gfns, page, pages, vpns};
 use polder_machine::{
-    Asid, Config, Contents, Exit, LockOwner, Machine, ObjectId, ProcessId, Refused, RmpCheck,
-    RmpSize, RmpUpdate, Side, Thread, VcpuId, View, VmId, Vpn, VpnRange,
+    Asid, Config, Contents, Exit, Machine, ObjectId, ProcessId, Refused, RmpCheck, RmpSize,
+    RmpUpdate, Side, Thread, VcpuId, View, VmId, Vpn,
 };
-use polder_units::{Geometry, Gfn, GfnRange, Level, PageCount, PageIndex, PageRange, Pfn};
+use polder_units::{Gfn, Level, PageCount, Pfn};
 
-const OWNER: LockOwner = LockOwner(1);
 const SMALL: RmpSize = RmpSize::Size4K;
 const LARGE: RmpSize = RmpSize::Size2M;
 const FRAMES: u32 = 32;
-
-/// Two huge pages of four pages each make a 1G page here.
-fn geometry() -> Geometry {
-    Geometry::new(4, 2).unwrap()
-}
 
 fn asid(number: u16) -> Asid {
     Asid::new(number).unwrap()
@@ -37,22 +34,6 @@ fn pfn(number: u32) -> Pfn {
 
 fn gfn(number: u32) -> Gfn {
     Gfn::from(number)
-}
-
-fn page(number: u32) -> PageIndex {
-    PageIndex::from(number)
-}
-
-fn pages(start: u64, end: u64) -> PageRange {
-    PageRange::between(start, end).unwrap()
-}
-
-fn gfns(start: u64, end: u64) -> GfnRange {
-    GfnRange::between(start, end).unwrap()
-}
-
-fn vpns(start: u64, end: u64) -> VpnRange {
-    VpnRange::between(start, end).unwrap()
 }
 
 /// A 4K entry for guest frame `at` of the rig's guest.
@@ -163,9 +144,11 @@ fn the_tests_that_the_document_names_exist() {
     let own = modules.map(|module| format!("tests/rmp/{module}.rs"));
     let others = [
         "../engine/src/rmp.rs",
-        "../engine/src/tests.rs",
+        "../engine/src/tests/rmp.rs",
         "../polder/src/driver_tests.rs",
-        "../polder/src/host/machine/rmp.rs",
+        "../polder/src/host/machine/rmp/tests.rs",
+        "../polder/src/host/machine/rmp/merge.rs",
+        "../polder/tests/prefault.rs",
     ];
     let files = own.iter().map(String::as_str).chain(others);
     let modules: Vec<_> =

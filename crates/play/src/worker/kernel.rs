@@ -28,6 +28,7 @@ impl Worker<'_> {
                 Ok(Outcome::done())
             }),
             Verb::Lock { place } => {
+                world.add_locker(by);
                 self.frame(&pages(*place)?, |machine, pfn| Ok(machine.lock_folio(pfn, by)?))
             }
             Verb::Unlock { place } => {

@@ -316,8 +316,9 @@ impl Host for MachineHost {
     fn bind(&self, id: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
         let mut vms = self.vms.lock();
         let attached = vms.get_mut(&id).expect("a VM that was attached");
-        self.own(id, attached.vm)?;
-        self.lock().bind(attached.vm, gfn, self.object, pages).map_err(refused)?;
+        let vm = attached.vm;
+        let bind = || self.lock().bind(vm, gfn, self.object, pages).map_err(refused);
+        self.own(id, vm, bind)?;
         let gfns = GfnRange::new(gfn, pages.count()).expect("the engine has checked");
         attached.slots.insert(slot, gfns);
         Ok(())
@@ -341,8 +342,8 @@ impl Host for MachineHost {
         _: Level,
         range: PageRange,
     ) -> Result<(), Error> {
-        // If it is not mapped now, the guest faults again.
-        if self.map(id, access, range)? == stage2::Tried::Later {
+        if !matches!(self.map(id, access, range)?, stage2::Tried::Mapped(_)) {
+            // The guest faults again; let go on whom it would only meet once more.
             crate::sync::yield_now();
         }
         Ok(())
@@ -359,7 +360,11 @@ impl Host for MachineHost {
     }
 
     fn smash(&self, id: VmId, gfn: Gfn, within: PageRange) -> Result<Smashed, Error> {
-        self.smash_at(self.vm(id).expect("a VM that was attached"), gfn, within)
+        let smashed = self.smash_at(self.vm(id).expect("a VM that was attached"), gfn, within);
+        if smashed == Ok(Smashed::Busy) {
+            crate::sync::yield_now();
+        }
+        smashed
     }
 
     fn rmp_counts(&self) -> [u64; 3] {

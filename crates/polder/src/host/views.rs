@@ -275,7 +275,7 @@ impl Views for MemfdViews {
         let mut touches = Vec::new();
         for view in [ViewKind::Guest, ViewKind::Host] {
             self.watched(view).touches(&mut touches)?;
-            into.extend(touches.drain(..).map(|touch| (view, touch.page)));
+            into.extend(touches.drain(..).map(|page| (view, page)));
         }
         Ok(())
     }

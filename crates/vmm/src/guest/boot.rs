@@ -18,7 +18,7 @@ const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
 pub struct VcpuStart {
     /// For `KVM_SET_REGS`.
     pub regs: kvm_regs,
-    pub(super) page_tables: Gpa,
+    pub(crate) page_tables: Gpa,
     pub(super) gdt: Table,
     pub(super) idt: Table,
     pub(super) tss: Gpa,

@@ -32,7 +32,7 @@ mod tables;
 pub use boot::VcpuStart;
 pub use code::{Program, Transport};
 pub use image::{Chunk, Image, ImageError};
-pub use probe::{HYPERCALL_PROBE_RETURNED, HypercallProbe};
+pub use probe::HypercallProbe;
 pub use request::{
     DEVICE_LEN_MAX, DEVICE_PENDING, DeviceRequest, DeviceRequestError, KVM_HC_MAP_GPA_RANGE,
     MAP_GPA_RANGE_ENCRYPTED, PORT, Request, RequestError, STATUS_OFFSET, number,

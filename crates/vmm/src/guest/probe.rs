@@ -18,7 +18,8 @@ use super::image::Chunk;
 use super::request::{KVM_HC_MAP_GPA_RANGE, PORT};
 
 /// RBP at the IN: the hypercall came back (its answer is in RAX).
-pub const HYPERCALL_PROBE_RETURNED: u64 = 0x5afe;
+#[cfg(test)]
+const HYPERCALL_PROBE_RETURNED: u64 = 0x5afe;
 
 const CODE: Gpa = Gpa::new(0x1000);
 
@@ -47,7 +48,7 @@ impl HypercallProbe {
         #[rustfmt::skip]
         let bytes = vec![
             0x0f, 0x01, last,                     // vmcall or vmmcall
-            0xbd, 0xfe, 0x5a,                     // mov bp, HYPERCALL_PROBE_RETURNED
+            0xbd, 0xfe, 0x5a,                     // mov bp, 0x5afe
             0x66, 0xe5, port,                     // in eax, PORT
             0xf4,                                 // hlt
             0xeb, 0xfd,                           // jmp to the hlt

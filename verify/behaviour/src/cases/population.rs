@@ -63,7 +63,7 @@ pub(super) const CASES: &[Case] = &[
 
 /// Long enough for a thread to reach what it waits for, and to get through if nothing held it. Too
 /// short a time lets a broken host pass now and then; it never fails a sound one.
-const A_WHILE: Duration = Duration::from_millis(40);
+pub(super) const A_WHILE: Duration = Duration::from_millis(40);
 
 /// Populates pages with the pattern that a guest bound from [`BASE`] on would write.
 pub(super) fn populate(memory: &Memory, range: PageRange, seed: u64) -> Result<(), Error> {
@@ -228,6 +228,7 @@ fn whole(w: &World<'_>) -> Ran {
     // What was refused is owed as before.
     assert_eq!(populate(&memory, pages(0, 2), 2), Ok(()));
     let never = w.memory(4)?;
+    share_all(&never);
     assert_eq!(populate(&never, page(1), 2), Err(whole(1)), "nothing was ever owed");
     PASSED
 }

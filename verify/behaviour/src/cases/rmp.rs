@@ -2,15 +2,18 @@
 
 use polder::units::{GfnRange, Level, PageCount, PageIndex, PageRange};
 use polder::{
-    Contents, Error, GuestExit, Memory, MemoryFault, OnBusy, Platform, Refusal, Slot, Visibility,
+    Contents, Error, GuestExit, Memory, MemoryFault, OnBusy, Platform, Population, Refusal, Slot,
+    Visibility,
 };
+use polder_require::patience;
 use polder_vmm::scenario::HostAccess;
 
+use super::population::A_WHILE;
 use crate::Section::Rmp;
 use crate::host::Inside;
 use crate::world::{
-    BASE, Bound, PASSED, World, all, byte, bytes, check, convert, facts, fill, gfn, gfns, page,
-    pages, probe, put, seeded, zero,
+    BASE, Bound, PASSED, World, all, byte, bytes, check, convert, count, facts, fill, gfn, gfns,
+    page, pages, probe, put, seeded, zero,
 };
 use crate::{Case, Ran, Skipped};
 
@@ -20,6 +23,7 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Rmp, "what was shared is not what the guest finds, nor the other way", ciphertext),
     Case::new(Rmp, "an access of the other kind exits if it writes, and reads no contents", kinds),
     Case::new(Rmp, "private pages can't be populated by the host, and are named", populated),
+    Case::new(Rmp, "private pages are never owed: they are the guest's to fill", never_owed),
     Case::new(Rmp, "a second VM is refused: a page is assigned to one", one_vm),
     Case::new(Rmp, "2M of one folio are one large entry, by a conversion or a fault", large),
     Case::new(Rmp, "a 1G folio is 512 large entries", gigabyte),
@@ -39,6 +43,7 @@ pub(super) const CASES: &[Case] = &[
         collapse,
     ),
     Case::new(Rmp, "vCPUs that meet the same large entry all go on", met_by_many),
+    Case::new(Rmp, "an entry in use is waited for, however long that takes", in_use),
     Case::new(Rmp, "a conversion to private that fails leaves the RMP as it was", fails_to_private),
     Case::new(Rmp, "a conversion to shared that fails leaves the RMP as it was", fails_to_shared),
     Case::new(Rmp, "what could not be made zeros is its guest's no more", not_zeros),
@@ -170,15 +175,47 @@ fn kinds(w: &World<'_>) -> Ran {
 fn populated(w: &World<'_>) -> Ran {
     let bound = w.bound(w.owed(4)?)?;
     let memory = &bound.memory;
-    to(memory, pages(0, 2), SHARED).expect("no pins");
+    to(memory, pages(2, 4), PRIVATE).expect("no pins");
     let platform = Platform::Snp;
     let named = Error::Refused(Refusal::GuestFills { page: index(2), platform });
     assert_eq!(named.errno() as i32, 95, "EOPNOTSUPP");
     assert_eq!(memory.populate(all(memory), &[7; 4096]), Err(named));
     assert_eq!(memory.populate(page(1), &[7; 4096]), Ok(()));
     assert_eq!(byte(memory, 1), Some(7));
-    memory.settle().expect("the machine can");
     bound.passes([zero(gfns(pages(2, 4)))]);
+    PASSED
+}
+
+fn never_owed(w: &World<'_>) -> Ran {
+    let refused = w.try_build(Memory::builder(count(8)).owed())?;
+    let error = refused.expect_err("nobody could fill it");
+    assert_eq!(error.errno() as i32, 95, "EOPNOTSUPP");
+    assert!(error.way_out().is_some_and(|way_out| way_out.contains("shared")), "{error}");
+
+    // What is owed, or failed, or neither: the guest has it as soon as it is private.
+    let bound = w.bound(w.owed(8)?)?;
+    let memory = &bound.memory;
+    memory.populate(pages(0, 2), &[7; 8192]).expect("it is owed");
+    memory.fail(pages(4, 6)).expect("it is owed");
+    to(memory, pages(1, 7), PRIVATE).expect("no pins");
+    let owed: Vec<_> = facts(memory, all(memory))
+        .into_iter()
+        .filter_map(|(run, facts)| (facts.population == Population::Owed).then_some(run))
+        .collect();
+    assert_eq!(owed, [page(7)]);
+    bound.passes([zero(gfns(pages(1, 7))), fill(gfns(pages(1, 7)), 1)]);
+    // Nobody can say any more that it will not come.
+    let whole = |page| Err(Error::Refused(Refusal::Whole { page }));
+    assert_eq!(memory.fail(pages(4, 8)), whole(index(4)));
+    memory.fail(page(7)).expect("it is owed");
+    memory.settle().expect("the machine can");
+    bound.passes([check(gfns(pages(1, 7)), 1)]);
+    // Shared again, it is owed no more; discarded, what failed is zeros.
+    to(memory, page(2), SHARED).expect("no pins");
+    assert_eq!(memory.populate(page(2), &[7]), whole(index(2)));
+    memory.discard(pages(2, 8), OnBusy::Wait).expect("no pins");
+    assert_eq!([2, 7].map(|at| byte(memory, at)), [Some(0); 2]);
+    bound.passes([zero(gfns(pages(2, 8))), check(gfns(page(1)), 1)]);
     PASSED
 }
 
@@ -373,6 +410,32 @@ fn met_by_many(w: &World<'_>) -> Ran {
         assert_eq!(memory.statistics().rmp.smashed, 1);
         bound.passes([check(gfns(all(memory)), 2)]);
     }
+    PASSED
+}
+
+fn in_use(w: &World<'_>) -> Ran {
+    let bound = huge(w, 1)?;
+    let memory = &bound.memory;
+    bound.passes([fill(gfns(all(memory)), 1)]);
+    w.inside().split(memory, index(0));
+    // By who would smash the large entry, for another page of it; then by who uses the page itself.
+    for (at, smashed) in [(5, 0), (0, 1)] {
+        std::thread::scope(|scope| {
+            let mut guest = None;
+            w.inside().while_in_use(memory, index(at), &mut || {
+                let running = scope.spawn(|| bound.passes([check(gfns(page(0)), 1)]));
+                std::thread::sleep(patience(A_WHILE));
+                assert!(!running.is_finished(), "page {at:#x} is in use");
+                assert_eq!(memory.statistics().rmp.smashed, smashed);
+                guest = Some(running);
+            });
+            guest
+                .expect("it was called")
+                .join()
+                .expect("it passes as soon as nobody is in the way");
+        });
+    }
+    bound.passes([check(gfns(all(memory)), 1)]);
     PASSED
 }
 

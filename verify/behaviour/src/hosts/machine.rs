@@ -1,7 +1,6 @@
 //! Host `machine`: the simulated one, with its kernel and hardware within reach.
 
 use std::collections::BTreeSet;
-use std::sync::RwLock;
 
 use polder::machine::{
     GupFast, GupStep, HostExit, HostPte, Hva, LockOwner, PinId, PinKind, Plant, RmpEntry, RmpSize,
@@ -10,7 +9,7 @@ use polder::machine::{
 use polder::units::{Gpa, Level, PAGE_SIZE, PageIndex, PageRange};
 use polder::{Bug, GuestExit, HostKind, Memory, MemoryFault, Platform, Visibility, VmId};
 use polder_vmm::scenario::Op;
-use polder_vmm::{Accesses, Ended, IdleVcpu, Supervision, Vm};
+use polder_vmm::{Accepting, Accesses, Ended, IdleVcpu, Supervision, Vm};
 
 use super::LOOKS;
 use crate::host::{Guest, Host, Inside, Trouble};
@@ -108,7 +107,7 @@ const VALIDATES: &str = "a page that shows at another guest frame has to be vali
 const READS: &str = "once a page is mapped, a read as the other kind finds ciphertext or garbage, \
     and only a write exits: that is a row of the RMP";
 
-const SNP: &[Reason] = &reasons::<25, 36>([
+const SNP: &[Reason] = &reasons::<21, 32>([
     (cases::DISAGREE, ONE_VM),
     ("an overlap in guest frames is refused, in another VM it is not", ONE_VM),
     ("an overlap in pages is refused, in another VM it is not", ONE_VM),
@@ -122,10 +121,6 @@ const SNP: &[Reason] = &reasons::<25, 36>([
     ("a guest's access to an owed page waits, and sees it whole", GUEST_FILLS),
     ("private pages are populated for the guest alone", GUEST_FILLS),
     ("a conversion of owed pages leaves them owed", GUEST_FILLS),
-    (cases::OWED_STOPS, GUEST_FILLS),
-    (cases::FAILED_STOPS, GUEST_FILLS),
-    (cases::STILL_OWED, GUEST_FILLS),
-    (cases::UNTOLD, GUEST_FILLS),
     (cases::MISMATCH, READS),
     (cases::PLAIN_VM, ANOTHER),
     (cases::PRESERVED, ANOTHER),
@@ -239,7 +234,7 @@ impl Guest for MachineGuest {
         value: Option<u64>,
     ) -> Result<u64, MemoryFault> {
         let vcpu = memory.machine_vcpu(vm).expect("memory of this host");
-        let accepting = RwLock::default();
+        let accepting = Accepting::default();
         let guest = Accesses::new(vcpu, (memory, vm), &accepting);
         let refused = |exit| match exit {
             GuestExit::MemoryFault(fault) => fault,

@@ -153,14 +153,23 @@ impl MachineHost {
         self.rmp.as_ref().and_then(|rmp| *rmp.owner.lock())
     }
 
-    /// Refuses a VM other than the first that the memory is bound to.
-    pub(super) fn own(&self, id: VmId, vm: polder_machine::VmId) -> Result<(), Error> {
-        let Some(rmp) = &self.rmp else { return Ok(()) };
+    /// Calls `bind`, unless another VM is the first that the memory was bound to. Whose `bind`
+    /// succeeds first has it from then on.
+    pub(super) fn own(
+        &self,
+        id: VmId,
+        vm: polder_machine::VmId,
+        bind: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Some(rmp) = &self.rmp else { return bind() };
         let mut owner = rmp.owner.lock();
         match *owner {
             Some(owner) if owner.id != id => Err(Error::OneVm { owner: owner.id, vm: id }),
-            _ => {
-                *owner = Some(Owner { id, vm, asid: asid(id)? });
+            Some(_) => bind(),
+            None => {
+                let new = Owner { id, vm, asid: asid(id)? };
+                bind()?;
+                *owner = Some(new);
                 Ok(())
             }
         }

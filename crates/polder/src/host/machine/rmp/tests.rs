@@ -231,6 +231,21 @@ fn a_folio_that_is_locked_for_a_moment_is_freed_all_the_same() {
 }
 
 #[test]
+fn a_vm_whose_bind_failed_does_not_have_the_memory() {
+    let host = MachineHost::new(PageCount::from(PAGES), Platform::Snp).unwrap();
+    let all = PageRange::new(0u32.into(), PageCount::from(PAGES)).unwrap();
+    let beyond = PageRange::between(1, u64::from(PAGES) + 1).unwrap();
+    let other = VmId(1);
+    for vm in [VM, other] {
+        host.attach(vm, Vm::Machine).unwrap();
+    }
+    host.bind(VM, Slot(0), Gfn::from(0), beyond).unwrap_err();
+    host.bind(other, Slot(0), Gfn::from(0), all).unwrap();
+    let refused = host.bind(VM, Slot(0), Gfn::from(0), all);
+    assert_eq!(refused, Err(Error::OneVm { owner: other, vm: VM }));
+}
+
+#[test]
 fn a_shared_page_whose_entry_is_in_use_for_a_moment_is_written_all_the_same() {
     let host = host();
     let (pfn, other) = (entry(&host, 512).pfn, LockOwner(7));

@@ -1,0 +1,318 @@
+//! `cargo xtask soak`: the long forms of what CI runs for seconds.
+//!
+//! Each part is a command that takes a seed, or chooses by itself; it is run again and again, with
+//! the next seed, until its share of the time is over. What a run writes is kept if it fails.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+
+/// Run the checkers for long: searches, random programs, stress on real memory.
+#[derive(Parser)]
+#[command(
+    bin_name = "cargo xtask soak",
+    after_help = "\
+Examples:
+  cargo xtask soak                               ten minutes, shared by all parts
+  cargo xtask soak --seconds 28800               a night
+  cargo xtask soak --part shuttle --seconds 600  one of them
+  cargo xtask soak --part list                   what there is
+
+Exit status: 0 all passed, 1 something failed, 2 it could not be done, 130 interrupted."
+)]
+struct Arguments {
+    /// How long in all, building left out
+    #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
+    seconds: u64,
+    /// One part, or `list`
+    #[arg(long, value_name = "NAME")]
+    part: Option<String>,
+    /// The first seed
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    seed: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// A long form of a checker.
+struct Part {
+    name: &'static str,
+    about: &'static str,
+    /// Arguments of cargo that build it.
+    build: &'static [&'static str],
+    /// Arguments of cargo that run it: `SEED` and `SECONDS` stand for numbers.
+    run: &'static [&'static str],
+    /// Of the environment, the same.
+    environment: &'static [(&'static str, &'static str)],
+}
+
+const SHUTTLE: (&str, &str) = ("RUSTFLAGS", "--cfg shuttle");
+
+const PARTS: &[Part] = &[
+    Part {
+        name: "check",
+        about: "every configuration of the search; random ways where not all can be searched",
+        build: &["build", "--release", "-p", "polder-cli"],
+        run: &[
+            "run",
+            "--release",
+            "-p",
+            "polder-cli",
+            "--",
+            "check",
+            "--seed",
+            "SEED",
+            "--seconds",
+            "SECONDS",
+        ],
+        environment: &[],
+    },
+    Part {
+        name: "differential",
+        about: "random programs on the machine and on real memory, which have to agree",
+        build: &["build", "--release", "-p", "polder-differential"],
+        run: &[
+            "run",
+            "--release",
+            "-p",
+            "polder-differential",
+            "--",
+            "--seed",
+            "SEED",
+            "--seconds",
+            "SECONDS",
+        ],
+        environment: &[],
+    },
+    Part {
+        name: "run",
+        about: "a guest on real memory, with operations held up at their stages",
+        build: &["build", "--release", "-p", "polder-cli"],
+        run: &[
+            "run",
+            "--release",
+            "-p",
+            "polder-cli",
+            "--",
+            "run",
+            "--host",
+            "memfd",
+            "--vcpus",
+            "4",
+            "--delays",
+            "200",
+            "--seed",
+            "SEED",
+        ],
+        environment: &[],
+    },
+    Part {
+        name: "stress",
+        about: "conversions under raw touches of the host view",
+        build: &["test", "--no-run", "--release", "-p", "polder", "--test", "stress"],
+        run: &["test", "--release", "-p", "polder", "--test", "stress"],
+        environment: &[("POLDER_STRESS_SECONDS", "SECONDS")],
+    },
+    Part {
+        name: "shuttle",
+        about: "the driver, with every turn of its threads chosen",
+        build: &["test", "--no-run", "--release", "-p", "polder", "--test", "shuttle"],
+        run: &["test", "--release", "-p", "polder", "--test", "shuttle"],
+        environment: &[SHUTTLE, ("POLDER_SHUTTLE", "20000")],
+    },
+    Part {
+        name: "hostile",
+        about: "a guest and a scenario of any bytes",
+        build: &["test", "--no-run", "--release", "-p", "polder-hostile"],
+        run: &["test", "--release", "-p", "polder-hostile"],
+        environment: &[],
+    },
+    Part {
+        name: "play",
+        about: "any steps of a scenario, played to an end",
+        build: &["test", "--no-run", "--release", "-p", "polder-play", "--test", "bad_input"],
+        run: &["test", "--release", "-p", "polder-play", "--test", "bad_input"],
+        environment: &[],
+    },
+];
+
+/// How a part went.
+struct Soaked {
+    part: &'static Part,
+    runs: u64,
+    time: Duration,
+    /// The seed of the run that failed, and what it wrote.
+    failed: Option<(u64, PathBuf)>,
+}
+
+pub(crate) fn main(root: &Path) -> ExitCode {
+    let arguments = match Arguments::try_parse_from(std::env::args_os().skip(1)) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        }
+    };
+    if arguments.part.as_deref() == Some("list") {
+        PARTS.iter().for_each(|part| println!("{:<12} {}", part.name, part.about));
+        return ExitCode::SUCCESS;
+    }
+    match soak(root, &arguments) {
+        Ok((soaked, interrupted)) => {
+            tell(&soaked, &arguments);
+            let failed = soaked.iter().any(|part| part.failed.is_some());
+            ExitCode::from(if failed {
+                1
+            } else if interrupted {
+                130
+            } else {
+                0
+            })
+        }
+        Err(why) => {
+            eprintln!("soak: {why}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn soak(root: &Path, arguments: &Arguments) -> Result<(Vec<Soaked>, bool), String> {
+    let named = |part: &&Part| arguments.part.as_deref().is_none_or(|name| name == part.name);
+    let parts: Vec<&'static Part> = PARTS.iter().filter(named).collect();
+    if parts.is_empty() {
+        return Err("there is no part of this name; `--part list` names them".to_owned());
+    }
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // The second one ends the program at once.
+        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&interrupted))
+            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&interrupted)))
+            .map_err(|error| format!("signals: {error}"))?;
+    }
+    let logs = root.join("target/soak");
+    fs::create_dir_all(&logs).map_err(|error| format!("{}: {error}", logs.display()))?;
+    let bar = if arguments.json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
+    let style = ProgressStyle::with_template("{spinner} {elapsed} {msg}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+    bar.enable_steady_tick(Duration::from_millis(200));
+    for part in &parts {
+        bar.set_message(format!("building {}", part.name));
+        let log = logs.join("build.log");
+        if !run(root, part.build, part.environment, (0, 0), &log)? {
+            return Err(format!("{} could not be built: see {}", part.name, log.display()));
+        }
+    }
+    let share = Duration::from_secs(arguments.seconds) / u32::try_from(parts.len()).unwrap_or(1);
+    let soak = |part| soak_part(root, part, (share, arguments.seed), &logs, &bar, &interrupted);
+    let soaked = parts.into_iter().map(soak).collect::<Result<_, _>>();
+    bar.finish_and_clear();
+    Ok((soaked?, interrupted.load(Ordering::Relaxed)))
+}
+
+/// Runs a part until its share of the time is over, once at least, or a run fails.
+fn soak_part(
+    root: &Path,
+    part: &'static Part,
+    (share, first_seed): (Duration, u64),
+    logs: &Path,
+    bar: &ProgressBar,
+    interrupted: &AtomicBool,
+) -> Result<Soaked, String> {
+    let start = now();
+    let mut soaked = Soaked { part, runs: 0, time: Duration::ZERO, failed: None };
+    while !interrupted.load(Ordering::Relaxed) && soaked.failed.is_none() {
+        let left = share.saturating_sub(start.elapsed());
+        if soaked.runs > 0 && left.is_zero() {
+            break;
+        }
+        let seed = first_seed.wrapping_add(soaked.runs);
+        bar.set_message(format!("{}: run {}, seed {seed}", part.name, soaked.runs + 1));
+        let log = logs.join(format!("{}.log", part.name));
+        let passed = run(root, part.run, part.environment, (seed, left.as_secs().max(1)), &log)?;
+        if !passed && !interrupted.load(Ordering::Relaxed) {
+            soaked.failed = Some((seed, log));
+        }
+        soaked.runs += 1;
+    }
+    soaked.time = start.elapsed();
+    Ok(soaked)
+}
+
+#[expect(clippy::disallowed_methods, reason = "how long to soak is not part of a run's result")]
+fn now() -> Instant {
+    Instant::now()
+}
+
+/// Runs cargo; whether it said that all is well.
+fn run(
+    root: &Path,
+    arguments: &[&str],
+    environment: &[(&str, &str)],
+    (seed, seconds): (u64, u64),
+    log: &Path,
+) -> Result<bool, String> {
+    let filled = |word: &str| match word {
+        "SEED" => seed.to_string(),
+        "SECONDS" => seconds.to_string(),
+        other => other.to_owned(),
+    };
+    let file = File::create(log).map_err(|error| format!("{}: {error}", log.display()))?;
+    let also = file.try_clone().map_err(|error| format!("{}: {error}", log.display()))?;
+    let status = Command::new(env!("CARGO"))
+        .args(arguments.iter().map(|word| filled(word)))
+        .envs(environment.iter().map(|(name, value)| (name, filled(value))))
+        .current_dir(root)
+        .stdin(std::process::Stdio::null())
+        .stdout(file)
+        .stderr(also)
+        .status();
+    status.map(|status| status.success()).map_err(|error| format!("cargo: {error}"))
+}
+
+fn tell(soaked: &[Soaked], arguments: &Arguments) {
+    if arguments.json {
+        let parts: Vec<Value> = soaked.iter().map(to_json).collect();
+        let failed = soaked.iter().filter(|part| part.failed.is_some()).count();
+        println!("{}", json!({ "parts": parts, "failed": failed }));
+        return;
+    }
+    for Soaked { part, runs, time, failed } in soaked {
+        let runs = format!("{runs} {}", if *runs == 1 { "run" } else { "runs" });
+        let end = match failed {
+            None => "passed".to_owned(),
+            Some((seed, log)) => format!("FAILED with seed {seed}: see {}", log.display()),
+        };
+        println!("{:<12} {runs:>10} in {:>6.1} s  {end}", part.name, time.as_secs_f64());
+    }
+}
+
+fn to_json(soaked: &Soaked) -> Value {
+    let Soaked { part, runs, time, failed } = soaked;
+    json!({
+        "name": part.name,
+        "runs": runs,
+        "seconds": time.as_secs_f64(),
+        "failed": failed.as_ref().map(|(seed, log)| json!({ "seed": seed, "log": log })),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::PARTS;
+
+    #[test]
+    fn parts_have_names_of_their_own_and_say_what_they_are() {
+        for (index, part) in PARTS.iter().enumerate() {
+            assert!(!part.about.is_empty());
+            assert!(PARTS[..index].iter().all(|other| other.name != part.name), "{}", part.name);
+        }
+    }
+}
