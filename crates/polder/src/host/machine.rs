@@ -192,7 +192,14 @@ impl MachineHost {
     }
 
     fn referenced(&self, range: PageRange) -> Result<Option<Refusal>, Error> {
-        let mut machine = self.lock();
+        self.referenced_on(&mut self.lock(), range)
+    }
+
+    fn referenced_on(
+        &self,
+        machine: &mut Machine,
+        range: PageRange,
+    ) -> Result<Option<Refusal>, Error> {
         let folios = machine.folios(self.object, range).map_err(refused)?;
         let folios: Vec<(PageIndex, Pfn)> =
             folios.map(|(page, backing)| (page, backing.pfn)).collect();

@@ -271,3 +271,34 @@ fn a_shared_page_whose_entry_is_in_use_for_a_moment_is_written_all_the_same() {
         host.lock().rmp_release(pfn, other).unwrap();
     }
 }
+
+#[test]
+fn who_has_touched_a_page_again_is_cut_off_when_it_is_assigned() {
+    let host = host();
+    let object = host.object;
+    let other = host.lock().create_process().unwrap();
+    let vpns = VpnRange::between(1 << 20, (1 << 20) + u64::from(PAGES)).unwrap();
+    host.lock().mmap(other, vpns, object, 0u32.into(), View::PLAIN).unwrap();
+    let thread = Thread { process: other, index: 0 };
+    let hva = |page: u64| polder_machine::Hva::new(((1 << 20) + page) * polder_units::PAGE_SIZE);
+    let half = PageRange::between(512, 1024).unwrap();
+    for step in [Step::UnmapHost(half), Step::CheckReferences(half)] {
+        host.take(step).unwrap();
+    }
+    host.lock().host_write(thread, hva(700), b"before").unwrap();
+    host.take(Step::Assign(half)).unwrap();
+    assert!(entry(&host, 700).entry.assigned);
+    assert!(host.lock().host_write(thread, hva(700), b"after").is_err());
+    host.lock().host_unmap(other, vpns).unwrap();
+
+    // Who has pinned it again has it stay what it was.
+    host.take(Step::Unassign(half)).unwrap();
+    let vpn = VpnRange::between((1 << 20) + 900, (1 << 20) + 901).unwrap();
+    let pin = host.lock().pin_user_pages(other, vpn, true, PinKind::LongTerm).unwrap();
+    let refused = host.take(Step::Assign(half)).unwrap_err();
+    assert!(matches!(refused, Error::Refused(Refusal::Referenced { .. })), "{refused}");
+    assert!(!entry(&host, 900).entry.assigned);
+    host.lock().unpin(pin).unwrap();
+    assert_eq!(host.take(Step::Assign(half)), Ok(()));
+    host.lock().audit().unwrap();
+}
