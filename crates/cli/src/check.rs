@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use polder_explore::models::{self, INVARIANTS, Model, ModelWorld};
-use polder_explore::planted::{self, PlantedBug};
+use polder_explore::planted::{self, Harmless, PlantedBug};
 use polder_explore::polder::{self, Setup, World};
 use polder_explore::{How, Report, System, Told, check};
 use serde_json::{Value, json};
@@ -29,6 +29,7 @@ Examples:
   polder check --config conversion        one of them, with what it did not meet
   polder check --planted all              is every planted bug found?
   polder check --planted no-drain         the shortest way to one of them
+  polder check --planted one-table        a change that breaks nothing, searched to the end
   polder check --planted all --save DIR   as scenarios for `polder play`
   polder check --model hugetlb-rfc        which invariants does another order keep?
 
@@ -92,7 +93,10 @@ fn list(as_json: bool) -> String {
         let configs: Vec<Value> = configs.iter().map(|it| named(it.name, it.about)).collect();
         let models: Vec<Value> = models::ALL.iter().map(|it| named(it.name, it.about)).collect();
         let bugs: Vec<Value> = planted::ALL.iter().map(|it| named(it.name, it.about)).collect();
-        let all = json!({ "configs": configs, "models": models, "planted": bugs });
+        let none: Vec<Value> =
+            planted::HARMLESS.iter().map(|it| named(it.name, it.about)).collect();
+        let all =
+            json!({ "configs": configs, "models": models, "planted": bugs, "harmless": none });
         return format!("{all}\n");
     }
     let mut text = String::from("configurations\n");
@@ -102,6 +106,8 @@ fn list(as_json: bool) -> String {
     models::ALL.iter().for_each(|it| text.push_str(&line(it.name, it.about)));
     text.push_str("bugs to plant\n");
     planted::ALL.iter().for_each(|it| text.push_str(&line(it.name, it.about)));
+    text.push_str("changes to plant that break nothing\n");
+    planted::HARMLESS.iter().for_each(|it| text.push_str(&line(it.name, it.about)));
     text
 }
 
@@ -267,7 +273,30 @@ fn unknown(what: &'static str, name: &str) -> Failed {
     Failed::Unknown { what, name: name.to_owned() }
 }
 
+/// Searches all that there is of a change that breaks nothing.
+fn check_harmless(change: &Harmless, arguments: &Arguments) -> (String, bool) {
+    let limit = Duration::from_secs(arguments.seconds);
+    let mut all = Vec::new();
+    for setup in change.setups() {
+        let bar = bar(arguments.json, limit, setup.name);
+        let (report, seconds) = timed(&World::new(&setup), How::All, limit, &bar);
+        bar.finish_and_clear();
+        all.push(Searched { setup, report, seconds });
+    }
+    let broken = all.iter().any(|it| it.report.finding.is_some());
+    if arguments.json {
+        return (format!("{}\n", configs_json(&all)), !broken);
+    }
+    let mut text = format!("{}: {}\n", change.name, change.about);
+    text.extend(all.iter().map(line));
+    text.push_str(if broken { "it breaks an invariant\n" } else { "no invariant was broken\n" });
+    (text, !broken)
+}
+
 fn check_planted(name: &str, arguments: &Arguments) -> Result<(String, bool), Failed> {
+    if let Some(change) = planted::HARMLESS.iter().find(|change| change.name == name) {
+        return Ok(check_harmless(change, arguments));
+    }
     let one = planted::ALL.iter().find(|bug| bug.name == name);
     let bugs: Vec<&PlantedBug> = match (name, one) {
         ("all", _) => planted::ALL.iter().collect(),

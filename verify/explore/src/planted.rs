@@ -251,12 +251,6 @@ pub const ALL: &[PlantedBug] = &[
         "snp-folio",
     ),
     driver(
-        "psmash-error-spurious",
-        "whatever PSMASH refuses is taken for a fault that somebody else has solved",
-        Slip::SmashErrorSpurious,
-        "snp-contention",
-    ),
-    driver(
         "psmash-not-zapped",
         "after PSMASH stage 2 keeps the 2M page",
         Slip::SmashNotZapped,
@@ -279,12 +273,6 @@ pub const ALL: &[PlantedBug] = &[
         "a large RMP entry is made for a part of its pages",
         Slip::Clause(NotLarge::Range),
         "snp-taken",
-    ),
-    driver(
-        "large-without-binding",
-        "a large RMP entry is made of which the slot shows a part only",
-        Slip::Clause(NotLarge::Binding),
-        "snp-part",
     ),
     driver(
         "large-over-assigned",
@@ -310,16 +298,10 @@ pub const ALL: &[PlantedBug] = &[
         EngineBug::AssignedBeforeCutOff,
         "snp",
     ),
-    engine(
-        "assigned-before-check",
-        "the RMP gives pages to the guest before references are looked for",
-        EngineBug::AssignedBeforeCheck,
-        "snp-taken",
-    ),
     driver(
-        "given-uncut",
-        "the answer that gives a page cuts nobody off before",
-        Slip::GivenUncut,
+        "assigned-uncut",
+        "pages are assigned that another process may have touched again since it was cut off",
+        Slip::AssignedUncut,
         "snp-other",
     ),
     engine(
@@ -340,7 +322,6 @@ pub const ALL: &[PlantedBug] = &[
         EngineBug::OneTableUnclaimed,
         "snp",
     ),
-    engine("one-table", "one table", EngineBug::OneTable, "snp"),
     machine("rmp-no-flush", "a TLB is not flushed before the RMP changes", Plant::SkipFlush, "snp"),
     machine(
         "smash-unvalidates",
@@ -348,12 +329,73 @@ pub const ALL: &[PlantedBug] = &[
         Plant::SmashUnvalidates,
         "snp",
     ),
-    machine("large-overlaps", "overlap", Plant::LargeOverAssigned, "snp"),
-    machine("kept-validated", "kept", Plant::KeptValidated, "snp"),
-    machine("no-size-check", "nosize", Plant::NoSizeCheck, "snp"),
     PlantedBug {
         name: MAPCOUNT_WITHOUT_LOCK.name,
         about: MAPCOUNT_WITHOUT_LOCK.about,
         place: Place::Model(MAPCOUNT_WITHOUT_LOCK, "INV-1"),
+    },
+];
+
+/// A change that breaks nothing, by every interleaving of some configurations.
+#[derive(Clone, Copy, Debug)]
+pub struct Harmless {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// The change, and why nobody meets it.
+    pub about: &'static str,
+    /// The configurations.
+    pub configs: &'static [&'static str],
+    bug: Bug,
+}
+
+impl Harmless {
+    /// Where it is searched for what it breaks.
+    ///
+    /// # Panics
+    /// If it names no configuration.
+    pub fn setups(&self) -> impl Iterator<Item = Setup> {
+        let Self { configs, bug, .. } = *self;
+        configs.iter().map(move |name| polder::named(name).expect("a configuration").with(bug))
+    }
+}
+
+/// What looks like a bug, and is none here. That it is found to break nothing says as much about
+/// the protocol as what is found says about the search.
+pub const HARMLESS: &[Harmless] = &[
+    Harmless {
+        name: "one-table",
+        about: "one table says what is wished and what is granted; claims keep everybody from it",
+        configs: &["snp", "snp-taken", "snp-contention", "snp-other", "failures"],
+        bug: Bug::Engine(EngineBug::OneTable),
+    },
+    Harmless {
+        name: "assigned-before-check",
+        about: "references are looked for after pages were assigned: assigning looks for them too",
+        configs: &["snp-taken"],
+        bug: Bug::Engine(EngineBug::AssignedBeforeCheck),
+    },
+    Harmless {
+        name: "psmash-error-spurious",
+        about: "whatever PSMASH refuses is taken for spurious: the guest comes again",
+        configs: &["snp-folio", "snp-contention"],
+        bug: Bug::Driver(Slip::SmashErrorSpurious),
+    },
+    Harmless {
+        name: "large-without-binding",
+        about: "a large entry is made of what a slot shows in part: it costs a PSMASH",
+        configs: &["snp-part", "snp-apart"],
+        bug: Bug::Driver(Slip::Clause(NotLarge::Binding)),
+    },
+    Harmless {
+        name: "large-overlaps",
+        about: "hardware takes a large entry over small ones, for which nobody asks",
+        configs: &["snp", "snp-discard"],
+        bug: Bug::Machine(Plant::LargeOverAssigned),
+    },
+    Harmless {
+        name: "kept-validated",
+        about: "RMPUPDATE keeps the validated bit; nobody updates an entry that is assigned",
+        configs: &["snp", "snp-discard"],
+        bug: Bug::Machine(Plant::KeptValidated),
     },
 ];

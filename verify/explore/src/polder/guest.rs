@@ -212,7 +212,7 @@ impl World {
         self.go(
             actor,
             if private && self.setup.is_snp() {
-                Stage::GiveLook(answer, level)
+                Stage::Give(answer, level)
             } else {
                 Stage::GuestResolve(answer, level)
             },

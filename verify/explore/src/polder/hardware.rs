@@ -79,7 +79,8 @@ impl World {
         if !self.setup.is_snp() {
             return;
         }
-        let backed = self.reach().backed;
+        // What another process has touched meanwhile is given when its guest touches it.
+        let backed = if self.parts.other.is_none() { self.reach().backed } else { 0 };
         let promised = &mut self.promised;
         promised.unknown |= pages;
         promised.accepted &= !pages;

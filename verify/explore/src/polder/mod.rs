@@ -261,12 +261,7 @@ impl World {
                 self.guest_map(actor, answer, level, (resolved, current))
             }
             Stage::GuestGive(answer, mapped) => self.guest_give(actor, answer, mapped),
-            Stage::GiveLook(answer, level) => self.give_look(actor, answer, level),
-            Stage::GiveCut(answer, level, new, part) => {
-                self.give_cut(actor, (answer, level), new, part)
-            }
-            Stage::GiveCheck(answer, level, new) => self.give_check(actor, (answer, level), new),
-            Stage::Give(answer, level, within) => self.give(actor, (answer, level), within),
+            Stage::Give(answer, level) => self.give(actor, answer, level),
             Stage::SizeAsk => self.size_ask(actor),
             Stage::SizeLook(answer) => self.size_look(actor, answer),
             Stage::SizeSmash(answer, head) => self.size_smash(actor, answer, head),

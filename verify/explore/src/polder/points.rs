@@ -78,9 +78,6 @@ pub(super) const STAGES: &[&str] = &[
     "unbind",
     "unbound",
     "bind",
-    "is it given",
-    "cut off",
-    "check before giving",
     "give",
     "ask about a size",
     "look at an entry",
@@ -113,11 +110,11 @@ fn stage_of(step: Step) -> u8 {
         Step::Free(_) => 14,
         Step::Publish(_) => 15,
         Step::Quarantine(_) => 16,
-        Step::Assign(_) => 36,
-        Step::Unassign(_) => 37,
-        Step::Smash(_) => 38,
-        Step::Merge(_) => 39,
-        Step::Thaw(_) => 40,
+        Step::Assign(_) => 33,
+        Step::Unassign(_) => 34,
+        Step::Smash(_) => 35,
+        Step::Merge(_) => 36,
+        Step::Thaw(_) => 37,
     }
 }
 
@@ -151,19 +148,16 @@ impl World {
             Stage::Unbinding => 24,
             Stage::Unbound => 25,
             Stage::Binding => 26,
-            Stage::GiveLook(..) => 27,
-            Stage::GiveCut(..) => 28,
-            Stage::GiveCheck(..) => 29,
-            Stage::Give(..) => 30,
-            Stage::SizeAsk => 31,
-            Stage::SizeLook(_) => 32,
-            Stage::SizeSmash(..) => 33,
-            Stage::SizeZap(_) => 34,
-            Stage::SizeGive(_) => 35,
-            Stage::FolioLocked(_) => 41,
-            Stage::FolioZapped(_) => 42,
-            Stage::FolioDone(..) => 43,
-            Stage::Holding(..) => 44,
+            Stage::Give(..) => 27,
+            Stage::SizeAsk => 28,
+            Stage::SizeLook(_) => 29,
+            Stage::SizeSmash(..) => 30,
+            Stage::SizeZap(_) => 31,
+            Stage::SizeGive(_) => 32,
+            Stage::FolioLocked(_) => 38,
+            Stage::FolioZapped(_) => 39,
+            Stage::FolioDone(..) => 40,
+            Stage::Holding(..) => 41,
         };
         Point { work, stage }
     }
@@ -238,7 +232,7 @@ impl World {
                 | Task::AcceptLarge(_)
                 | Task::PrivateRead(_)
                 | Task::PrivateWrite(..) => {
-                    add(work, &["ask", "allocate", "is it given", "give", "resolve", "map"]);
+                    add(work, &["ask", "allocate", "give", "resolve", "map"]);
                     add(work, &["give back", "ask about a size", "look at an entry", "zap"]);
                     add(work, &["psmash", "give the 2M back"]);
                 }
@@ -286,6 +280,6 @@ mod tests {
         }
         assert_eq!(stage("unmap host"), 10);
         assert_eq!((stage("undo"), stage("bind")), (18, 26));
-        assert_eq!((stage("give"), stage("thaw"), stage("in use")), (30, 40, 44));
+        assert_eq!((stage("give"), stage("thaw"), stage("in use")), (27, 37, 41));
     }
 }

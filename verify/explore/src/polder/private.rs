@@ -3,12 +3,11 @@
 
 use polder_explored_engine::{Answer, GuestAnswer, Response, Visibility};
 use polder_machine::{Refused, RmpCheck, RmpFail};
-use polder_units::{GfnRange, Level, PageRange, Pfn};
+use polder_units::{GfnRange, Level, Pfn};
 
 use super::act::{Act, Done};
-use super::host::References;
 use super::kept::set;
-use super::rmp::Called;
+use super::rmp::{Called, Refused as NotDone};
 use super::{Slip, Stage, VM, World};
 use crate::system::Violation;
 
@@ -61,8 +60,8 @@ impl World {
         Ok(())
     }
 
-    /// Whether the page is given already.
-    pub(super) fn give_look(
+    /// Assigns the page, as far as it takes.
+    pub(super) fn give(
         &mut self,
         actor: usize,
         answer: Answer,
@@ -73,77 +72,13 @@ impl World {
             self.go(actor, Stage::GuestGive(answer, true));
             return Ok(());
         };
-        let within = answer.range();
-        let found = self.found(page).filter(|found| !found.entry.assigned);
-        let gfns = self.shown(PageRange::one(page));
-        let (Some(found), Some(gfns)) = (found, gfns) else {
-            self.say(|| format!("finds page {page} assigned"));
-            self.go(actor, Stage::Give(answer, level, within));
-            return Ok(());
-        };
-        let large = self.large(&found, (page, gfns.start()), within).is_some();
-        let most = if large { Level::Size2M } else { Level::Size4K };
-        let new = PageRange::enclosing(page, most, self.setup.geometry);
-        self.say(|| format!("is to be given pages {new}"));
-        let uncut = self.setup.slips(Slip::GivenUncut);
-        self.go(
-            actor,
-            if uncut {
-                Stage::Give(answer, level, new)
-            } else {
-                Stage::GiveCut(answer, level, new, 0)
-            },
-        );
-        Ok(())
-    }
-
-    pub(super) fn give_cut(
-        &mut self,
-        actor: usize,
-        (answer, level): (Answer, Level),
-        new: PageRange,
-        part: u8,
-    ) -> Result<(), Violation> {
-        if part == 0 {
-            self.act(Act::UnmapProcesses(new)).well();
-            self.say(|| format!("takes pages {new} out of every page table"));
-            self.go(actor, Stage::GiveCut(answer, level, new, 1));
-        } else {
-            self.act(Act::FlushHost(new)).well();
-            self.say(|| "and flushes".into());
-            self.go(actor, Stage::GiveCheck(answer, level, new));
-        }
-        Ok(())
-    }
-
-    pub(super) fn give_check(
-        &mut self,
-        actor: usize,
-        (answer, level): (Answer, Level),
-        new: PageRange,
-    ) -> Result<(), Violation> {
-        let held = self.references(new) == References::Held;
-        self.say(|| format!("looks for references of pages {new}"));
-        // Whoever holds one has the guest's access fail: the VMM's to handle.
-        let next =
-            if held { Stage::GuestGive(answer, false) } else { Stage::Give(answer, level, new) };
-        self.go(actor, next);
-        Ok(())
-    }
-
-    /// Assigns the page, as far as it takes.
-    pub(super) fn give(
-        &mut self,
-        actor: usize,
-        (answer, level): (Answer, Level),
-        within: PageRange,
-    ) -> Result<(), Violation> {
-        let gfn = self.setup.gfn(self.guest_page(actor));
-        let Some(page) = self.ours(&answer, gfn) else {
+        let called = self.to_assign(page, answer.range());
+        // It is looked for again at once whether anybody else is at work there.
+        if self.meets_another(called) {
+            self.say(|| "finds another at work on entry or folio".into());
             self.go(actor, Stage::GuestGive(answer, true));
             return Ok(());
-        };
-        let called = self.to_assign(page, within);
+        }
         match self.instruct(called) {
             Ok(_) => {
                 let more = matches!(called, Called::Smash(..));
@@ -157,12 +92,14 @@ impl World {
                 }
                 Ok(())
             }
-            Err(RmpFail::InUse | RmpFail::Overlap) if self.meets_another(called) => {
-                self.say(|| "finds another at work on the entry".into());
-                self.go(actor, Stage::GuestGive(answer, true));
+            Err(NotDone::Referenced) => {
+                // The guest's access fails: the VMM's to handle.
+                self.say(|| format!("finds a reference to page {page}"));
+                self.go(actor, Stage::GuestGive(answer, false));
                 Ok(())
             }
-            Err(fail) => {
+            Err(NotDone::Rmp(fail)) => {
+                self.say(|| "is refused".into());
                 let what = format!("page {page} can't be given to its guest: {fail}");
                 Err(Violation::new("INV-9", what))
             }

@@ -10,6 +10,7 @@ use polder_machine::{Resolved, RmpEntry, RmpFail, RmpSize, RmpUpdate};
 use polder_units::{Gfn, GfnRange, Level, PageIndex, PageRange, Pfn};
 
 use super::act::{Act, Done};
+use super::host::References;
 use super::kept::ASID;
 use super::{Slip, Stage, World};
 use crate::system::Violation;
@@ -52,10 +53,18 @@ pub(super) enum Called {
     Nothing(u64),
     /// PSMASH of the 2M page at a frame; then go on so many pages further.
     Smash(Pfn, u64),
-    /// RMPUPDATE; then go on so many pages further.
-    Update(Pfn, RmpUpdate, u64),
+    /// RMPUPDATE of these pages; then go on so many pages further.
+    Update(Pfn, RmpUpdate, u64, PageRange),
     /// No instruction can help.
     Never(RmpFail),
+}
+
+/// Why what was called for was not done.
+#[derive(Clone, Copy)]
+pub(super) enum Refused {
+    Rmp(RmpFail),
+    /// Somebody refers to the pages.
+    Referenced,
 }
 
 /// How a part of a step went.
@@ -102,9 +111,11 @@ impl World {
         }
         if let Some((head, at)) = self.large(&found, (page, gfn), within) {
             let large = RmpUpdate::private(ASID, at, RmpSize::Size2M);
-            return Called::Update(head, large, found.pages - found.offset());
+            let left = found.pages - found.offset();
+            return Called::Update(head, large, left, self.around(page));
         }
-        Called::Update(found.pfn, RmpUpdate::private(ASID, gfn, RmpSize::Size4K), 1)
+        let small = RmpUpdate::private(ASID, gfn, RmpSize::Size4K);
+        Called::Update(found.pfn, small, 1, PageRange::one(page))
     }
 
     /// The first frame and guest frame of the 2M page around a page, if it gets a large entry.
@@ -150,12 +161,13 @@ impl World {
         let found = self.found(page).filter(|found| found.entry.assigned);
         let Some(found) = found else { return Called::Nothing(1) };
         if !found.is_large() || self.setup.slips(Slip::UnassignedSmall) {
-            return Called::Update(found.pfn, RmpUpdate::shared(RmpSize::Size4K), 1);
+            let small = RmpUpdate::shared(RmpSize::Size4K);
+            return Called::Update(found.pfn, small, 1, PageRange::one(page));
         }
         let whole = found.offset() == 0 && range.end() - page.get() >= found.pages;
         if whole {
             let large = RmpUpdate::shared(RmpSize::Size2M);
-            return Called::Update(found.head(), large, found.pages);
+            return Called::Update(found.head(), large, found.pages, self.around(page));
         }
         // A step before was to smash it.
         Called::Never(RmpFail::Overlap)
@@ -191,12 +203,18 @@ impl World {
         }
     }
 
-    /// Whether another CPU has an entry in use that an instruction is about.
+    /// Whether another CPU has an entry in use that an instruction is about, or somebody the folio
+    /// locked of what is to be assigned.
     pub(super) fn meets_another(&self, called: Called) -> bool {
         let (pfn, size) = match called {
             Called::Nothing(_) | Called::Never(_) => return false,
             Called::Smash(head, _) => (head, RmpSize::Size2M),
-            Called::Update(pfn, update, _) => (pfn, update.size),
+            Called::Update(_, update, _, pages)
+                if update.assigned && self.references(pages) == References::Transient =>
+            {
+                return true;
+            }
+            Called::Update(pfn, update, ..) => (pfn, update.size),
         };
         self.in_use(pfn, size)
     }
@@ -213,17 +231,28 @@ impl World {
         }
     }
 
-    /// Does what was called for. How far it went, or that another CPU is at work there.
-    pub(super) fn instruct(&mut self, called: Called) -> Result<u64, RmpFail> {
+    /// Does what was called for, which is under the folio's lock where pages are assigned. How far
+    /// it went.
+    pub(super) fn instruct(&mut self, called: Called) -> Result<u64, Refused> {
+        if let Called::Update(_, update, _, pages) = called
+            && update.assigned
+            && !self.setup.slips(Slip::AssignedUncut)
+        {
+            self.act(Act::UnmapProcesses(pages)).well();
+            self.act(Act::FlushHost(pages)).well();
+            if self.references(pages) == References::Held {
+                return Err(Refused::Referenced);
+            }
+        }
         let (act, pages) = match called {
             Called::Nothing(pages) => return Ok(pages),
-            Called::Never(fail) => return Err(fail),
+            Called::Never(fail) => return Err(Refused::Rmp(fail)),
             Called::Smash(head, pages) => (Act::Psmash(head), pages),
-            Called::Update(pfn, update, pages) => (Act::Rmpupdate(pfn, update), pages),
+            Called::Update(pfn, update, pages, _) => (Act::Rmpupdate(pfn, update), pages),
         };
         match self.act(act) {
             Done::Well => Ok(pages),
-            Done::Rmp(fail) => Err(fail),
+            Done::Rmp(fail) => Err(Refused::Rmp(fail)),
             other => unreachable!("an instruction of the RMP: {other:?}"),
         }
     }
@@ -234,17 +263,21 @@ impl World {
         match called {
             Called::Nothing(_) => return Ok(Part::Last),
             Called::Smash(head, _) => self.say(|| format!("psmash of pfn {head}")),
-            Called::Update(pfn, update, _) => {
+            Called::Update(pfn, update, ..) => {
                 let what = if update.assigned { "to the guest" } else { "to nobody" };
                 self.say(|| format!("rmpupdate of pfn {pfn}, {:?}, {what}", update.size));
             }
             Called::Never(_) => {}
         }
-        let pages = self.instruct(called).map_err(|fail| {
-            let what =
-                format!("the hardware refuses to {step}, and nobody is at work there: {fail}");
-            Violation::new("INV-9", what)
-        })?;
+        let pages = match self.instruct(called) {
+            Ok(pages) => pages,
+            Err(Refused::Referenced) => return Ok(Part::Failed),
+            Err(Refused::Rmp(fail)) => {
+                let what = "and nobody is at work there";
+                let what = format!("the hardware refuses to {step}, {what}: {fail}");
+                return Err(Violation::new("INV-9", what));
+            }
+        };
         let next = at + u8::try_from(pages).unwrap_or(u8::MAX);
         // What is left may call for nothing.
         match self.called(step, next) {

@@ -177,8 +177,8 @@ pub enum Slip {
     MappedAboveRmp,
     /// A large entry is taken away as 4K.
     UnassignedSmall,
-    /// A page is given to its guest by the answer that maps it, and nobody is cut off before.
-    GivenUncut,
+    /// Pages are assigned, and nobody is cut off from them at the same time.
+    AssignedUncut,
     /// Entries are merged while stage 2 has them.
     MergedUnzapped,
 }

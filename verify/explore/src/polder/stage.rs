@@ -4,7 +4,7 @@ use std::hash::{Hash, Hasher};
 
 use polder_explored_engine::{Answer, InFlight, OpId, PinId, Response, Step};
 use polder_machine::{GupFast, Resolved, RmpSize};
-use polder_units::{Level, PageRange, Pfn};
+use polder_units::{Level, Pfn};
 
 use super::kept::OTHER;
 use super::{Role, State, World};
@@ -30,14 +30,8 @@ pub(super) enum Stage {
     /// With whether the page was mapped.
     GuestGive(Answer, bool),
 
-    /// An SNP guest's page is about to be mapped: is it given already?
-    GiveLook(Answer, Level),
-    /// These pages are given with it: everybody is cut off from them, in a part of that.
-    GiveCut(Answer, Level, PageRange, u8),
-    /// References to them are looked for.
-    GiveCheck(Answer, Level, PageRange),
-    /// They are assigned.
-    Give(Answer, Level, PageRange),
+    /// An SNP guest's page is about to be mapped, and assigned before.
+    Give(Answer, Level),
 
     /// The RMP refused an access for its size.
     SizeAsk,
@@ -117,17 +111,13 @@ impl World {
             Stage::SizeAsk => {}
             Stage::GuestAllocate(it, level)
             | Stage::GuestResolve(it, level)
-            | Stage::GiveLook(it, level) => {
+            | Stage::Give(it, level) => {
                 (answer(it), level).hash(state);
             }
             Stage::GuestMap(it, level, resolved, current) => {
                 (answer(it), level, resolved, current).hash(state);
             }
             Stage::GuestGive(it, mapped) => (answer(it), mapped).hash(state),
-            Stage::GiveCut(it, level, new, part) => (answer(it), level, new, part).hash(state),
-            Stage::GiveCheck(it, level, new) | Stage::Give(it, level, new) => {
-                (answer(it), level, new).hash(state);
-            }
             Stage::SizeLook(it) | Stage::SizeZap(it) | Stage::SizeGive(it) => {
                 answer(it).hash(state);
             }

@@ -1,6 +1,5 @@
 //! In how many ways everybody can go on.
 
-use super::host::References;
 use super::kept::{self, range};
 use super::{Role, Slip, Stage, Task, World};
 
@@ -38,7 +37,6 @@ impl World {
             },
             Stage::GuestAsk => may(!self.guest_waits(actor)),
             Stage::SizeAsk => may(!self.size_waits(actor)),
-            Stage::GiveCheck(_, _, new) => may(self.references(new) != References::Transient),
             Stage::GuestAllocate(answer, _) => 1 + may(self.failures > 0 && self.is_hole(answer)),
             Stage::Waits => match self.task(actor) {
                 Some(Task::HostRead(page) | Task::HostWrite(page, _)) => {
