@@ -60,10 +60,13 @@ impl World {
             (Done::Read(word), _) => {
                 self.say(|| format!("reads gfn {gfn}: {}", token(word)));
                 self.came(actor, Came::Read(word));
+                if wants == Visibility::Shared {
+                    self.check_secret("the guest, as shared,", page, word)?;
+                }
                 // What it reads of its own as shared is ciphertext.
                 let own = self.promised.private & 1 << page != 0;
                 if own == (wants == Visibility::Private) || !self.setup.is_snp() {
-                    self.check_read("the guest", page, word, wants == Visibility::Shared)?;
+                    self.check_read("the guest", page, word, false)?;
                 }
             }
             (Done::Well, Task::AcceptLarge(_)) => {
