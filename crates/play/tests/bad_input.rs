@@ -161,6 +161,25 @@ fn who_waits_for_a_folio_that_is_locked_ends_with_the_scenario() {
     assert_eq!(why, "line 14: waits; \"ok\" was expected");
 }
 
+#[test]
+fn who_waits_for_an_entry_that_is_in_use_ends_with_the_scenario() {
+    let text = |guest: &str| {
+        format!(
+            "about = \"a\"\n[memory]\npages = 4\nplatform = \"snp\"\n\
+                 [[step]]\nactor = \"kernel\"\ndo = \"allocate\"\npage = 0\nlevel = \"4K\"\n{guest}\
+                 [[step]]\nactor = \"kernel\"\ndo = \"rmp-hold\"\npage = 0\n\
+                 [[step]]\nactor = \"guest\"\ndo = \"pvalidate\"\npage = 0\nvalidate = false\n"
+        )
+    };
+    // The page is not assigned yet, and can't be; or it is, and can't be rescinded.
+    for guest in ["", "[[step]]\nactor = \"guest\"\ndo = \"pvalidate\"\npage = 0\n"] {
+        let text = text(guest);
+        let played = play(&parse(&text).unwrap(), HostKind::Machine, Options::default());
+        let Verdict::Failed(why) = played.verdict else { panic!("{:?}", played.verdict) };
+        assert!(why.ends_with("waits; \"ok\" was expected"), "{why}");
+    }
+}
+
 /// Lines that scenarios are made of, right and wrong.
 fn line() -> impl Strategy<Value = String> {
     let key = prop::sample::select(vec![

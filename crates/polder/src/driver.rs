@@ -145,7 +145,7 @@ impl Driver {
         self.changed.notify_all();
     }
 
-    /// Tells who watches. Not with the engine locked, but for [`Moment::Waits`].
+    /// Tells who watches. Not with the engine locked, but for some [`Moment::Waits`].
     pub(crate) fn tell(&self, moment: Moment) {
         if let Some(watch) = self.watch.get() {
             watch.at(moment);

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use polder_engine::{GuestAccess, MemoryFault, Visibility, VmId};
 use polder_machine::{Exit, Machine, Refused, RmpCheck, RmpFail, RmpSize, Side, VcpuId};
@@ -11,11 +12,16 @@ use polder_units::{Gfn, GfnRange, Gpa, Level};
 use crate::Error;
 use crate::driver::Driver;
 use crate::host::Smashed;
+use crate::watch::Moment;
 
 /// How often in a row the RMP may refuse an access after an answer that changed nothing: what is
 /// answered rightly passes after two or three, and what never passes is no reason to hang. Waiting
 /// for who has the entry in use does not count, however long it takes.
 const REFUSALS: u32 = 1000;
+
+/// How often somebody else's work on an entry is waited for by turns, before it is by pauses.
+const TURNS: u32 = 100;
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// Why a guest's access was not made. No byte of it was.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -117,7 +123,7 @@ impl MachineVcpu {
             Visibility::Private => Side::Private,
             Visibility::Shared => Side::Shared,
         };
-        let mut refusals = 0;
+        let (mut refusals, mut turns, mut faulted) = (0, 0, None);
         loop {
             let exit = {
                 let mut machine = host.lock();
@@ -126,12 +132,18 @@ impl MachineVcpu {
             };
             match exit {
                 Ok(()) => return Ok(()),
-                Err(Told::Fault(gfn)) => self.answer(gfn, visibility)?,
+                Err(Told::Fault(gfn)) => {
+                    self.answer(gfn, visibility)?;
+                    // It was not mapped: somebody else has its entry in use, or has zapped it.
+                    if faulted.replace(gfn) == Some(gfn) {
+                        self.pause(&mut turns);
+                    }
+                }
                 Err(Told::Refused(refused, gfn)) => match self.refused(gfn, visibility, refused)? {
                     Answered::Changed => refusals = 0,
                     Answered::InUse => {
                         refusals = 0;
-                        crate::sync::yield_now();
+                        self.pause(&mut turns);
                     }
                     Answered::Same if refusals < REFUSALS => refusals += 1,
                     Answered::Same => {
@@ -141,6 +153,17 @@ impl MachineVcpu {
                 },
                 Err(Told::Machine(error)) => return Err(GuestExit::Failed(Error::Machine(error))),
             }
+        }
+    }
+
+    /// Leaves the processor to whoever is at work on an entry. It is told once that takes long.
+    fn pause(&self, turns: &mut u32) {
+        if *turns < TURNS {
+            *turns += 1;
+            crate::sync::yield_now();
+        } else {
+            self.driver.tell(Moment::Waits);
+            crate::sync::sleep(PAUSE);
         }
     }
 

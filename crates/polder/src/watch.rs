@@ -97,8 +97,9 @@ pub enum Moment {
     Failed(Step),
     /// A step of a way back is about to be taken.
     Undo(Step),
-    /// The calling thread has asked for what somebody else holds, and waits. Told with the engine
-    /// locked: to be noted, and no more.
+    /// The calling thread has asked for what somebody else holds, and waits; or it is a vCPU that
+    /// waits for who is at work on an entry of the RMP. May be told with the engine locked: to be
+    /// noted, and no more.
     Waits,
     /// A fault thread was asked about touches of these pages, which have to wait.
     TouchWaits(View, PageRange),
