@@ -323,9 +323,11 @@ impl Host for MachineHost {
     fn bind(&self, id: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
         let mut vms = self.vms.lock();
         let attached = vms.get_mut(&id).expect("a VM that was attached");
-        let vm = attached.vm;
-        let bind = || self.lock().bind(vm, gfn, self.object, pages).map_err(refused);
-        self.own(id, vm, bind)?;
+        if self.is_snp() {
+            self.check_owner(id)?;
+        }
+        self.lock().bind(attached.vm, gfn, self.object, pages).map_err(refused)?;
+        self.own(id, attached.vm)?;
         let gfns = GfnRange::new(gfn, pages.count()).expect("the engine has checked");
         attached.slots.insert(slot, gfns);
         Ok(())

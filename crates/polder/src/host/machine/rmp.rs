@@ -155,26 +155,23 @@ impl MachineHost {
         self.rmp.as_ref().and_then(|rmp| *rmp.owner.lock())
     }
 
-    /// Calls `bind`, unless another VM is the first that the memory was bound to. Whose `bind`
-    /// succeeds first has it from then on.
-    pub(super) fn own(
-        &self,
-        id: VmId,
-        vm: polder_machine::VmId,
-        bind: impl FnOnce() -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let Some(rmp) = &self.rmp else { return bind() };
-        let mut owner = rmp.owner.lock();
-        match *owner {
+    /// Refuses a VM other than the first that the memory was bound to.
+    pub(super) fn check_owner(&self, id: VmId) -> Result<(), Error> {
+        match self.owner() {
             Some(owner) if owner.id != id => Err(Error::OneVm { owner: owner.id, vm: id }),
-            Some(_) => bind(),
-            None => {
-                let new = Owner { id, vm, asid: asid(id)? };
-                bind()?;
-                *owner = Some(new);
-                Ok(())
-            }
+            _ => asid(id).map(drop),
         }
+    }
+
+    /// Notes that the memory was bound to a VM, as [`Self::check_owner`] allowed. Whoever was first
+    /// has it. Nothing is called with the lock held that takes the machine's: those who hold that
+    /// one ask for the owner.
+    pub(super) fn own(&self, id: VmId, vm: polder_machine::VmId) -> Result<(), Error> {
+        if let Some(rmp) = &self.rmp {
+            let asid = asid(id)?;
+            rmp.owner.lock().get_or_insert(Owner { id, vm, asid });
+        }
+        Ok(())
     }
 
     /// Looks at the pages of a range one after the other, and does something about each.
