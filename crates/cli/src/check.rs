@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use polder_explore::models::{self, INVARIANTS, Model, ModelWorld};
-use polder_explore::planted::{self, PlantedBug};
+use polder_explore::planted::{self, Harmless, PlantedBug};
 use polder_explore::polder::{self, Setup, World};
 use polder_explore::{How, Report, System, Told, check};
 use serde_json::{Value, json};
 
-use crate::output;
 use crate::trouble::Trouble;
+use crate::{interrupt, output};
 
 /// Search the interleavings of Polder's protocols for one that breaks an invariant.
 ///
@@ -29,11 +29,12 @@ Examples:
   polder check --config conversion        one of them, with what it did not meet
   polder check --planted all              is every planted bug found?
   polder check --planted no-drain         the shortest way to one of them
+  polder check --planted one-table        a change that breaks nothing, searched to the end
   polder check --planted all --save DIR   as scenarios for `polder play`
   polder check --model hugetlb-rfc        which invariants does another order keep?
 
 Exit status: 0 nothing is broken (or every planted bug was found; or a model was searched), 1
-otherwise, 2 it could not be done.")]
+otherwise, 2 it could not be done, 130 interrupted.")]
 pub(crate) struct Arguments {
     /// The configuration to search, or `list`
     #[arg(long, value_name = "NAME")]
@@ -49,7 +50,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "DIR", requires = "planted")]
     save: Option<PathBuf>,
     /// How long to search in all; what ends by itself may end sooner
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
     /// The seed of random ways, where not all can be searched
     #[arg(long, value_name = "NUMBER", default_value_t = 1)]
@@ -64,18 +65,24 @@ pub(crate) struct Arguments {
 enum Failed {
     #[error("there is no {what} `{name}`")]
     Unknown { what: &'static str, name: String },
+    #[error("signals can't be heard")]
+    Signals(#[source] std::io::Error),
     #[error("{} can't be written", file.display())]
     Unwritten { file: PathBuf, source: std::io::Error },
 }
 
 pub(crate) fn main(arguments: &Arguments) -> ExitCode {
-    let done = match (&arguments.planted, &arguments.model, arguments.config.as_deref()) {
-        (Some(name), _, _) => check_planted(name, arguments),
-        (None, Some(name), _) => check_model(name, arguments),
-        (None, None, Some("list")) => Ok((list(arguments.json), true)),
-        (None, None, name) => check_configs(name, arguments),
-    };
+    let heard = interrupt::hear().map_err(Failed::Signals);
+    let done = heard.and_then(|()| {
+        match (&arguments.planted, &arguments.model, arguments.config.as_deref()) {
+            (Some(name), _, _) => check_planted(name, arguments),
+            (None, Some(name), _) => check_model(name, arguments),
+            (None, None, Some("list")) => Ok((list(arguments.json), true)),
+            (None, None, name) => check_configs(name, arguments),
+        }
+    });
     match done {
+        Ok((text, true)) if interrupt::asked() => output::print(&text, ExitCode::from(130)),
         Ok((text, good)) => output::print(&text, ExitCode::from(u8::from(!good))),
         Err(failed) => {
             let list = "`polder check --config list` says what there is";
@@ -92,7 +99,10 @@ fn list(as_json: bool) -> String {
         let configs: Vec<Value> = configs.iter().map(|it| named(it.name, it.about)).collect();
         let models: Vec<Value> = models::ALL.iter().map(|it| named(it.name, it.about)).collect();
         let bugs: Vec<Value> = planted::ALL.iter().map(|it| named(it.name, it.about)).collect();
-        let all = json!({ "configs": configs, "models": models, "planted": bugs });
+        let none: Vec<Value> =
+            planted::HARMLESS.iter().map(|it| named(it.name, it.about)).collect();
+        let all =
+            json!({ "configs": configs, "models": models, "planted": bugs, "harmless": none });
         return format!("{all}\n");
     }
     let mut text = String::from("configurations\n");
@@ -102,6 +112,8 @@ fn list(as_json: bool) -> String {
     models::ALL.iter().for_each(|it| text.push_str(&line(it.name, it.about)));
     text.push_str("bugs to plant\n");
     planted::ALL.iter().for_each(|it| text.push_str(&line(it.name, it.about)));
+    text.push_str("changes to plant that break nothing\n");
+    planted::HARMLESS.iter().for_each(|it| text.push_str(&line(it.name, it.about)));
     text
 }
 
@@ -117,7 +129,7 @@ fn timed<S: System>(start: &S, how: How, limit: Duration, bar: &ProgressBar) -> 
             bar.set_position(((now - began).as_millis()).try_into().unwrap_or(u64::MAX));
             bar.set_message(format!("{states} states, {}/s", rate(states, passed)));
         }
-        now - began < limit
+        now - began < limit && !interrupt::asked()
     });
     (report, (clock() - began).as_secs_f64())
 }
@@ -176,9 +188,13 @@ fn check_configs(name: Option<&str>, arguments: &Arguments) -> Result<(String, b
         all.push(searched);
     }
     let found = all.iter().filter(|it| it.report.finding.is_some()).count();
-    text.push_str(&match found {
-        0 => "no invariant was broken\n".to_owned(),
-        found => format!("an invariant was broken in {found} of {count}\n"),
+    let cut_short = all.iter().filter(|it| it.setup.exhaustive && !it.report.complete).count();
+    text.push_str(&match (found, cut_short) {
+        (0, 0) => "no invariant was broken\n".to_owned(),
+        (0, some) => {
+            format!("no invariant was broken; {some} of {count} not searched to the end\n")
+        }
+        (found, _) => format!("an invariant was broken in {found} of {count}\n"),
     });
     if arguments.json {
         text = format!("{}\n", configs_json(&all));
@@ -267,7 +283,30 @@ fn unknown(what: &'static str, name: &str) -> Failed {
     Failed::Unknown { what, name: name.to_owned() }
 }
 
+/// Searches all that there is of a change that breaks nothing.
+fn check_harmless(change: &Harmless, arguments: &Arguments) -> (String, bool) {
+    let limit = Duration::from_secs(arguments.seconds);
+    let mut all = Vec::new();
+    for setup in change.setups() {
+        let bar = bar(arguments.json, limit, setup.name);
+        let (report, seconds) = timed(&World::new(&setup), How::All, limit, &bar);
+        bar.finish_and_clear();
+        all.push(Searched { setup, report, seconds });
+    }
+    let broken = all.iter().any(|it| it.report.finding.is_some());
+    if arguments.json {
+        return (format!("{}\n", configs_json(&all)), !broken);
+    }
+    let mut text = format!("{}: {}\n", change.name, change.about);
+    text.extend(all.iter().map(line));
+    text.push_str(if broken { "it breaks an invariant\n" } else { "no invariant was broken\n" });
+    (text, !broken)
+}
+
 fn check_planted(name: &str, arguments: &Arguments) -> Result<(String, bool), Failed> {
+    if let Some(change) = planted::HARMLESS.iter().find(|change| change.name == name) {
+        return Ok(check_harmless(change, arguments));
+    }
     let one = planted::ALL.iter().find(|bug| bug.name == name);
     let bugs: Vec<&PlantedBug> = match (name, one) {
         ("all", _) => planted::ALL.iter().collect(),

@@ -3,6 +3,7 @@
 mod bench;
 mod check;
 mod doctor;
+mod interrupt;
 mod output;
 mod picture;
 mod play;

@@ -1,8 +1,6 @@
 //! `polder run`.
 
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
@@ -14,7 +12,7 @@ use polder_vmm::{Accelerator, Config, Conversion, End, Failure, Progress, Report
 use serde_json::json;
 
 use crate::trouble::Trouble;
-use crate::{output, picture};
+use crate::{interrupt, output, picture};
 
 /// Run a guest on Polder's memory, and check every byte of it.
 ///
@@ -150,29 +148,17 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
 struct Supervisor {
     start: Instant,
     timeout: Duration,
-    interrupted: Arc<AtomicBool>,
     line: ProgressBar,
 }
 
 impl Supervisor {
     fn new(arguments: &Arguments) -> std::io::Result<Self> {
-        let interrupted = Arc::new(AtomicBool::new(false));
-        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-            // The second one ends the program at once.
-            let again = Arc::clone(&interrupted);
-            signal_hook::flag::register_conditional_shutdown(signal, 130, again)?;
-            signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
-        }
+        interrupt::hear()?;
         // On standard error, and only where that is a terminal.
         let line = if arguments.json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
         let style = ProgressStyle::with_template("{spinner} {elapsed} {msg}");
         line.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
-        Ok(Self {
-            start: now(),
-            timeout: Duration::from_secs(arguments.timeout),
-            interrupted,
-            line,
-        })
+        Ok(Self { start: now(), timeout: Duration::from_secs(arguments.timeout), line })
     }
 
     fn look(&mut self, progress: Progress) -> Supervision {
@@ -185,7 +171,7 @@ impl Supervisor {
             memory.denied,
         ));
         self.line.tick();
-        if self.interrupted.load(Ordering::Relaxed) {
+        if interrupt::asked() {
             Supervision::Interrupt
         } else if self.start.elapsed() >= self.timeout {
             Supervision::TimeOut

@@ -34,6 +34,14 @@ fn a_planted_bug_is_told_step_by_step() {
 }
 
 #[test]
+fn a_change_that_breaks_nothing_is_told_as_searched_to_its_end() {
+    let found = json(&["--planted", "large-without-binding"], 0);
+    assert_eq!(found["violations"], 0);
+    let configs = found["configs"].as_array().expect("a row for each");
+    assert!(configs.iter().all(|config| config["complete"] == true), "{found}");
+}
+
+#[test]
 fn what_was_found_is_saved_as_a_scenario_that_can_be_played() {
     let folder = std::env::temp_dir().join(format!("polder-check-{}", std::process::id()));
     let save = folder.to_str().expect("a path of text");

@@ -119,7 +119,7 @@ impl Engine {
         }
         let program = self.conversion_program(&parts, to, contents);
         let activity = Activity::Conversion { to, contents, by };
-        if self.plants.has(Bug::CommitBeforeHardware) {
+        if self.plants.has(Bug::CommitBeforeHardware) || self.plants.one_table() {
             parts.iter().for_each(|&part| self.pages.set_visibility(part, to));
         }
         Ok(Start::Claimed(self.begin(activity, ranges.clone(), parts, program)))
@@ -135,13 +135,20 @@ impl Engine {
         let from_host = each().filter(|_| to_private).map(Step::UnmapHost);
         let cut_off = from_host.chain(from_guest);
         let check = each().filter(|_| to_private).map(Step::CheckReferences);
-        let program = if self.plants.has(Bug::CheckBeforeCuttingOff) {
-            Program::default().stage(check).stage(cut_off)
-        } else {
-            Program::default().stage(cut_off).stage(check)
-        };
         let protect = each().filter(|_| !rmp).map(|part| Step::Protect(part, to));
-        program.stage(core::iter::empty()).stage(protect.chain(self.rmp_steps(parts, to))).stage(
+        let protect = protect.chain(self.rmp_steps(parts, to));
+        let none = core::iter::empty;
+        let program = Program::default();
+        let program = if self.plants.has(Bug::CheckBeforeCuttingOff) {
+            program.stage(check).stage(cut_off).stage(none()).stage(protect)
+        } else if self.plants.has(Bug::AssignedBeforeCutOff) && to_private {
+            program.stage(protect.chain(cut_off)).stage(check).stage(none()).stage(none())
+        } else if self.plants.has(Bug::AssignedBeforeCheck) && to_private {
+            program.stage(cut_off).stage(protect.chain(check)).stage(none()).stage(none())
+        } else {
+            program.stage(cut_off).stage(check).stage(none()).stage(protect)
+        };
+        program.stage(
             each()
                 .filter(|&part| !to_private && self.may_have_markers(part))
                 .map(Step::UnmapHost)

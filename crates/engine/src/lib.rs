@@ -198,7 +198,10 @@ impl Engine {
     }
 
     /// Refuses a range that is not inside the object.
-    fn check_bounds(&self, range: PageRange) -> Result<(), Refusal> {
+    ///
+    /// # Errors
+    /// [`Refusal::Beyond`].
+    pub fn check_bounds(&self, range: PageRange) -> Result<(), Refusal> {
         if range.end() <= self.config.pages.get() {
             Ok(())
         } else {

@@ -4,7 +4,6 @@
 //! with neighbours that are. Once the guest has validated all, this merges them. The host looks
 //! whether they agree, and takes a 2M page out of stage 2 only then.
 
-use alloc::vec;
 use alloc::vec::Vec;
 
 use polder_units::{Level, PageRange};
@@ -25,19 +24,18 @@ impl Stage for Merging {
 }
 
 impl Engine {
-    /// Claims a range to merge the 2M pages in it that are private as a whole. Where there is no
-    /// RMP, nothing will be done.
+    /// Claims the [2M pages of a range that can be merged](Self::mergeable), to merge them.
     ///
     /// # Errors
-    /// Refused beyond the object and for a page in quarantine; busy where an operation holds a
-    /// page.
+    /// Refused beyond the object; busy where an operation holds such a page.
     pub fn merge(&mut self, range: PageRange) -> Result<Operation<Merging>, Blocked> {
         self.check_bounds(range)?;
-        self.check_quarantine(range)?;
-        self.check_claims(range)?;
-        let steps = self.large_private(range).map(Step::Merge);
-        let program = Program::default().stage(steps.collect::<Vec<_>>().into_iter());
-        Ok(self.begin(Activity::Merge, vec![range], vec![range], program))
+        let pages = self.mergeable(range);
+        for &page in &pages {
+            self.check_claims(page)?;
+        }
+        let program = Program::default().stage(pages.iter().copied().map(Step::Merge));
+        Ok(self.begin(Activity::Merge, pages.clone(), pages, program))
     }
 
     /// Ends a merge.
@@ -45,8 +43,9 @@ impl Engine {
         self.finish(&merge);
     }
 
-    /// The 2M pages in a range that are private as a whole, where there is an RMP.
-    fn large_private(&self, range: PageRange) -> impl Iterator<Item = PageRange> {
+    /// The 2M pages in a range that are private as a whole and not in quarantine, where there is an
+    /// RMP.
+    pub fn mergeable(&self, range: PageRange) -> Vec<PageRange> {
         let geometry = self.config.geometry;
         let pages = geometry.pages(Level::Size2M).get();
         let first = range.start().get().next_multiple_of(pages);
@@ -59,6 +58,8 @@ impl Engine {
             .filter(move |page| range.contains_range(*page))
             .filter(|page| {
                 self.pages.runs(*page).all(|(_, facts)| facts.visibility == Visibility::Private)
+                    && self.quarantine.first_in(*page).is_none()
             })
+            .collect()
     }
 }

@@ -281,7 +281,8 @@ impl Engine {
     /// # Panics
     /// If the operation is not drained: no mapping may be touched before.
     pub fn next_step<S: Stage>(&mut self, operation: &Operation<S>) -> Option<Step> {
-        assert!(self.is_drained(operation), "a step was asked for before the range was drained");
+        let drained = self.is_drained(operation) || self.plants.has(Bug::OneTableUnclaimed);
+        assert!(drained, "a step was asked for before the range was drained");
         match &mut self.record_mut(operation.id).progress {
             Progress::Forward { program, taken, issued } => {
                 let step = (*taken < program.stage_ends[S::INDEX]).then(|| program.steps[*taken]);
@@ -352,7 +353,12 @@ impl Engine {
         assert_eq!(self.next_undo(&operation), None, "there is more to undo");
         // Markers may have been lifted on the way. They stay in the set: lifting one that isn't
         // there is harmless, forgetting one that is would deny a shared page.
-        let Progress::Back { quarantined, .. } = self.end(operation.id).progress else {
+        let record = self.end(operation.id);
+        if let (Activity::Conversion { to, .. }, true) = (record.activity, self.plants.one_table())
+        {
+            record.parts.iter().for_each(|&part| self.pages.set_visibility(part, to.other()));
+        }
+        let Progress::Back { quarantined, .. } = record.progress else {
             unreachable!("its handle would be of another type")
         };
         for &range in &quarantined {

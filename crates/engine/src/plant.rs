@@ -25,6 +25,15 @@ pub enum Bug {
     /// alignment of the guest frame.
     #[cfg(feature = "plant")]
     MisalignedLarge,
+    /// The RMP has pages assigned before anybody is cut off from them.
+    AssignedBeforeCutOff,
+    /// The RMP has pages assigned before references to them are looked for.
+    AssignedBeforeCheck,
+    /// One table says what is wished and what is granted: it changes with the wish, and back if
+    /// that can't be granted. Who asks for a page waits for its claim as ever.
+    OneTable,
+    /// The same, and guest faults and touches do not wait for a claim: the table answers them.
+    OneTableUnclaimed,
     /// A binding's gfns and pages are not looked at for being congruent.
     NoCongruence,
     /// A large page is not looked at for lying inside its binding.
@@ -69,5 +78,10 @@ impl Plants {
     #[expect(clippy::unused_self, reason = "with the feature it is used")]
     pub(crate) const fn has(self, _: Bug) -> bool {
         false
+    }
+
+    /// Whether one table says what is wished and what is granted.
+    pub(crate) fn one_table(self) -> bool {
+        self.has(Bug::OneTable) || self.has(Bug::OneTableUnclaimed)
     }
 }

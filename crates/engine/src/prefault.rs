@@ -10,10 +10,9 @@ use crate::fault::{Answer, Response};
 use crate::{Binding, Blocked, Engine, PageFacts, Population, Refusal, View, Visibility, VmId};
 
 impl Engine {
-    /// Allows the first of `gfns` to be mapped, and those after it as far as they are like it: in
-    /// one binding, whole, free of operations, `most` in all at most; on a platform with an RMP, of
-    /// one kind. Returns the answer for the pages behind them, the frames, and of which kind the
-    /// first is.
+    /// Allows the first of `gfns` to be mapped, and those after it as far as they are like it: of one
+    /// kind, in one binding, whole, free of operations, `most` in all at most. Returns the answer for
+    /// the pages behind them, the frames, and of which kind they are.
     ///
     /// # Errors
     /// What stands before the first of them: [`Refusal::NoSlot`]; busy where an operation holds
@@ -54,9 +53,8 @@ impl Engine {
     /// The first page of a range that can't be mapped ahead with others that are of this kind.
     fn prefault_stops(&self, range: PageRange, visibility: Visibility) -> Option<PageIndex> {
         let other = |facts: PageFacts| facts.visibility != visibility;
-        let has_rmp = self.config.platform.has_rmp();
         let stops = [
-            has_rmp.then(|| self.first_page(range, other)).flatten(),
+            self.first_page(range, other),
             self.quarantine.first_in(range),
             self.failed.first_in(range),
             self.first_page(range, |facts| facts.population == Population::Owed),

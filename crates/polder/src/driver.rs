@@ -264,14 +264,21 @@ impl Driver {
         Ok(())
     }
 
-    /// Merges the RMP entries of private 2M pages.
+    /// Merges the RMP entries of private 2M pages, one after the other: nobody waits for more than
+    /// the one that he is about.
     pub(crate) fn merge(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
-        let merge = self.claim(on_busy, |engine| engine.merge(range))?;
-        self.drain(&merge);
-        let merged = self.perform(merge)?;
-        self.engine().finish_merge(merged);
-        self.released();
-        Ok(())
+        self.ask(|engine| engine.check_bounds(range))?;
+        let pages = self.engine().mergeable(range);
+        pages.into_iter().try_for_each(|page| {
+            let merge = self.claim(on_busy, |engine| engine.merge(page))?;
+            let merge = self.reached(merge, Reached::Claimed);
+            self.drain(&merge);
+            let merge = self.reached(merge, Reached::Drained);
+            let merged = self.perform(merge)?;
+            self.engine().finish_merge(merged);
+            self.released();
+            Ok(())
+        })
     }
 
     /// Fills pages that are owed with `bytes`, and zeros after them.

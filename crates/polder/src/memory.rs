@@ -348,10 +348,13 @@ impl Memory {
 
     /// Merges the 4K RMP entries of each 2M page in `range` that is private as a whole, where they
     /// agree: an SNP guest's memory is mapped at 2M again. Conversions do not do it.
-    /// [`Statistics::rmp`] says how many were merged, and how many left as they are, and mapped. Nothing is done for another platform.
+    /// [`Statistics::rmp`] says how many were merged, and how many left as they are, and mapped.
+    /// Nothing is done for another platform. One 2M page is held at a time; those in quarantine are
+    /// left out.
     ///
     /// # Errors
-    /// As [`Memory::convert`].
+    /// [`Refusal::Beyond`]; for a 2M page as [`Memory::convert`]: those before it are merged then,
+    /// which nobody sees but by its speed.
     pub fn merge(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
         self.driver.merge(range, on_busy)
     }
@@ -496,10 +499,7 @@ impl Memory {
     /// [`Refusal::Beyond`].
     pub fn facts(&self, range: PageRange) -> Result<Vec<(PageRange, PageFacts)>, Error> {
         self.driver.ask(|engine| {
-            let pages = engine.config().pages;
-            if range.end() > pages.get() {
-                return Err(Refusal::Beyond { range, pages });
-            }
+            engine.check_bounds(range)?;
             Ok(engine.pages().runs(range).collect())
         })
     }

@@ -195,6 +195,22 @@ fn a_huge_folio_is_mapped_as_one_page_also_by_a_prefault_that_begins_before_it()
 }
 
 /// Has the RMP entry of a page in use, as another processor.
+#[test]
+fn pages_of_two_kinds_are_not_mapped_as_one_by_a_prefault() {
+    for platform in [Platform::Plain, Platform::SwProtected] {
+        let (memory, vm, vcpu) = huge(platform);
+        let one = PageRange::between(9, 10).unwrap();
+        memory.convert(one, Visibility::Shared, Contents::Zero, OnBusy::Wait).unwrap();
+        let mut left = Some(gfns(0, 512));
+        while let Some(now) = left {
+            left = memory.prefault(vm, &vcpu, now).unwrap().left;
+        }
+        for gfn in [3, 9, 300] {
+            assert_eq!(level(&memory, gfn), Some(Level::Size4K), "{platform:?}, gfn {gfn}");
+        }
+    }
+}
+
 fn in_use(memory: &Memory, page: u32, held: bool) {
     let other = polder::machine::LockOwner(7);
     let done = memory.simulated(|machine, object, _| {

@@ -55,8 +55,8 @@ pub struct Changed {
     pub gpa: Gpa,
     /// The digest of what it held.
     pub held: u64,
-    /// The digest of what it holds.
-    pub found: u64,
+    /// The digest of what it holds; none of a page that its guest can't have again.
+    pub found: Option<u64>,
 }
 
 /// A vCPU of the simulated machine and what its guest knows of memory.
@@ -159,23 +159,40 @@ impl<'a> Accesses<'a> {
     /// # Errors
     /// [`GuestExit`].
     pub fn keep(&self, rescinded: &Rescinded) -> Result<Option<Changed>, GuestExit> {
+        if rescinded.pages.is_empty() {
+            // Who waits amid an access holds the lock, and is not waited for without need.
+            return Ok(None);
+        }
         let _alone = self.accepting.write();
         for &(gfn, level) in &rescinded.pages {
             let pages = GfnRange::enclosing(gfn, level, Geometry::X86_64);
-            if let Err(RmpFail::SizeMismatch) = self.vcpu.pvalidate(gfn, level, true)? {
+            if let Some(Err(RmpFail::SizeMismatch)) = self.accept_again(gfn, level)? {
                 for gfn in pages.frames() {
-                    let _ = self.vcpu.pvalidate(gfn, Level::Size4K, true)?;
+                    let _ = self.accept_again(gfn, Level::Size4K)?;
                 }
             }
         }
         for &(gfn, held) in &rescinded.held {
-            // A page that it can't have again holds anything else.
-            let found = self.digest(gfn)?.unwrap_or(!held);
-            if found != held {
+            let found = self.digest(gfn)?;
+            if found != Some(held) {
                 return Ok(Some(Changed { gpa: gfn.gpa(), held, found }));
             }
         }
         Ok(None)
+    }
+
+    /// PVALIDATE of a page, unless it can't be had any more: it is of the other kind by now, or in
+    /// quarantine.
+    fn accept_again(
+        &self,
+        gfn: Gfn,
+        level: Level,
+    ) -> Result<Option<Result<bool, RmpFail>>, GuestExit> {
+        match self.vcpu.pvalidate(gfn, level, true) {
+            Ok(answer) => Ok(Some(answer)),
+            Err(GuestExit::MemoryFault(_)) => Ok(None),
+            Err(other) => Err(other),
+        }
     }
 
     /// A digest of what a private page holds, if it is accepted.
@@ -232,8 +249,8 @@ impl<'a> Accesses<'a> {
         (gpa, side): (Gpa, Visibility),
         mut access: impl FnMut(&MachineVcpu) -> Result<(), GuestExit>,
     ) -> Result<(), GuestExit> {
-        if side == Visibility::Shared {
-            // Nobody accepts a shared page; and who waits for one that is owed is in nobody's way.
+        if side == Visibility::Shared || !self.memory.0.platform().has_rmp() {
+            // Nothing is to be accepted; and who waits for a page that is owed is in nobody's way.
             return access(&self.vcpu);
         }
         loop {

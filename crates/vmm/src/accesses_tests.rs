@@ -88,6 +88,17 @@ fn word(guest: &Accesses<'_>, page: u32) -> Result<u64, GuestExit> {
 }
 
 #[test]
+fn a_page_that_is_not_had_again_is_no_longer_what_it_was() {
+    let rig = Rig::with_folio();
+    let guest = rig.vcpu();
+    guest.write(gpa(2), &[1; 64]).unwrap();
+    let rescinded = guest.rescind(GfnRange::between(2, 3).unwrap()).unwrap();
+    rig.to(pages(2, 3), SHARED).unwrap();
+    let changed = guest.keep(&rescinded).unwrap().expect("it is the host's");
+    assert_eq!((changed.gpa, changed.found), (gpa(2), None));
+}
+
+#[test]
 fn a_page_that_comes_back_after_a_refusal_is_kept_only_if_it_holds_what_it_held() {
     for tampered in [false, true] {
         let rig = Rig::with_folio();

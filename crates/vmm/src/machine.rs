@@ -106,7 +106,7 @@ impl<'a> Interpreter<'a> {
                     && let Some(Changed { gpa, held, found }) = self.memory.keep(&rescinded)?
                 {
                     // What was refused has changed nothing (INV-4); here it did.
-                    self.compare(index, gpa, held, found)?;
+                    self.compare(index, gpa, held, found.unwrap_or(!held))?;
                 }
                 self.compare(index, gpa, i64::from(expect.code()).cast_unsigned(), answer)
             }

@@ -140,8 +140,23 @@ mod tests {
     }
 
     #[test]
+    fn what_is_said_to_break_nothing_breaks_nothing_in_a_small_configuration() {
+        for change in planted::HARMLESS {
+            // The larger ones are searched by the commands of `docs/check.md`.
+            let small = ["snp-contention", "snp-part", "snp-apart", "failures"];
+            for setup in change.setups().filter(|setup| small.contains(&setup.name)) {
+                let report = check(&polder::World::new(&setup), How::All, &mut |_, _| true);
+                let (change, config) = (change.name, setup.name);
+                assert!(report.complete, "{change} in {config}: {:?}", report.finding);
+            }
+        }
+    }
+
+    #[test]
     fn no_interleaving_of_a_small_configuration_breaks_an_invariant() {
-        for name in ["failures", "abandoned", "population", "levels", "apart"] {
+        let small = ["failures", "abandoned", "population", "levels", "apart"];
+        let of_snp = ["snp-contention", "snp-apart", "snp-part", "snp-other"];
+        for name in small.into_iter().chain(of_snp) {
             let setup = polder::named(name).expect("a configuration");
             let report = check(&polder::World::new(&setup), How::All, &mut |_, _| true);
             assert!(report.finding.is_none(), "{name}: {:?}", report.finding);
@@ -151,10 +166,12 @@ mod tests {
 
     #[test]
     fn random_ways_through_a_large_configuration_break_nothing() {
-        let setup = polder::named("large").expect("a configuration");
-        let start = polder::World::new(&setup);
-        let report = check(&start, How::Some { seed: 7 }, &mut |_, steps| steps < 50_000);
-        assert!(report.finding.is_none(), "{:?}", report.finding);
+        for name in ["large", "snp-large"] {
+            let setup = polder::named(name).expect("a configuration");
+            let start = polder::World::new(&setup);
+            let report = check(&start, How::Some { seed: 7 }, &mut |_, steps| steps < 50_000);
+            assert!(report.finding.is_none(), "{name}: {:?}", report.finding);
+        }
     }
 
     #[test]

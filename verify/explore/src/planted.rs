@@ -2,7 +2,7 @@
 //!
 //! A search that finds nothing says little until it is known what it would have found.
 
-use polder_explored_engine::Bug as EngineBug;
+use polder_explored_engine::{Bug as EngineBug, NotLarge};
 use polder_machine::Plant;
 
 use crate::models::{MAPCOUNT_WITHOUT_LOCK, Model};
@@ -60,6 +60,9 @@ impl PlantedBug {
         let Host::Polder(setup) = self.host() else {
             return Err("it is in another protocol than Polder's".into());
         };
+        if setup.platform == polder_explored_engine::Platform::Snp {
+            return Err("it is in the memory of an SNP guest".into());
+        }
         if (setup.first_gfn, setup.slot_pages) != (setup.first_page, setup.pages) {
             return Err("its slot does not show all pages from the first on".into());
         }
@@ -229,9 +232,170 @@ pub const ALL: &[PlantedBug] = &[
     ),
     machine("lost-mapcount", "mapping a page does not count", Plant::LostMapcount, "conversion"),
     machine("lost-pin", "pinning a page does not count", Plant::LostPin, "conversion"),
+    driver(
+        "psmash-forgotten",
+        "a fault for its size smashes nothing",
+        Slip::SmashForgotten,
+        "snp-folio",
+    ),
+    engine(
+        "psmash-forgotten-by-conversion",
+        "a part of a large RMP entry is taken away, and the rest not smashed before",
+        EngineBug::ForgottenSmash,
+        "snp",
+    ),
+    driver(
+        "psmash-error-fatal",
+        "PSMASH that is refused because another was faster ends the vCPU",
+        Slip::SmashErrorFatal,
+        "snp-folio",
+    ),
+    driver(
+        "psmash-not-zapped",
+        "after PSMASH stage 2 keeps the 2M page",
+        Slip::SmashNotZapped,
+        "snp",
+    ),
+    driver(
+        "mapped-above-rmp",
+        "stage 2 maps as large as folio and slot allow, whatever the RMP has",
+        Slip::MappedAboveRmp,
+        "snp-merge",
+    ),
+    driver(
+        "large-without-congruence",
+        "a large RMP entry is made for an unaligned guest frame",
+        Slip::Clause(NotLarge::Gfn),
+        "snp-apart",
+    ),
+    driver(
+        "large-without-range",
+        "a large RMP entry is made for a part of its pages",
+        Slip::Clause(NotLarge::Range),
+        "snp-taken",
+    ),
+    driver(
+        "large-over-assigned",
+        "a large RMP entry is made of which a part is assigned already",
+        Slip::Clause(NotLarge::Assigned),
+        "snp-discard",
+    ),
+    driver(
+        "large-over-split",
+        "a large RMP entry is made over small folios",
+        Slip::Clause(NotLarge::Folio),
+        "snp-holes",
+    ),
+    driver(
+        "unassigned-small",
+        "a large RMP entry is taken away as 4K",
+        Slip::UnassignedSmall,
+        "snp-taken",
+    ),
+    engine(
+        "assigned-before-cut-off",
+        "the RMP gives pages to the guest before the host is cut off",
+        EngineBug::AssignedBeforeCutOff,
+        "snp",
+    ),
+    driver(
+        "assigned-uncut",
+        "pages are assigned that another process may have touched again since it was cut off",
+        Slip::AssignedUncut,
+        "snp-other",
+    ),
+    engine(
+        "undo-leaves-rmp",
+        "undoing leaves the RMP as it is",
+        EngineBug::NotReverted,
+        "snp-contention",
+    ),
+    driver(
+        "merged-unzapped",
+        "RMP entries are merged while stage 2 maps them",
+        Slip::MergedUnzapped,
+        "snp-merge",
+    ),
+    engine(
+        "one-table-unclaimed",
+        "one table says what is wished and granted, and faults take its word for it at once",
+        EngineBug::OneTableUnclaimed,
+        "snp",
+    ),
+    machine("rmp-no-flush", "a TLB is not flushed before the RMP changes", Plant::SkipFlush, "snp"),
+    machine(
+        "smash-unvalidates",
+        "PSMASH takes what a neighbour has validated",
+        Plant::SmashUnvalidates,
+        "snp",
+    ),
     PlantedBug {
         name: MAPCOUNT_WITHOUT_LOCK.name,
         about: MAPCOUNT_WITHOUT_LOCK.about,
         place: Place::Model(MAPCOUNT_WITHOUT_LOCK, "INV-1"),
+    },
+];
+
+/// A change that breaks nothing, by every interleaving of some configurations.
+#[derive(Clone, Copy, Debug)]
+pub struct Harmless {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// The change, and why nobody meets it.
+    pub about: &'static str,
+    /// The configurations.
+    pub configs: &'static [&'static str],
+    bug: Bug,
+}
+
+impl Harmless {
+    /// Where it is searched for what it breaks.
+    ///
+    /// # Panics
+    /// If it names no configuration.
+    pub fn setups(&self) -> impl Iterator<Item = Setup> {
+        let Self { configs, bug, .. } = *self;
+        configs.iter().map(move |name| polder::named(name).expect("a configuration").with(bug))
+    }
+}
+
+/// What looks like a bug, and is none here. That it is found to break nothing says as much about
+/// the protocol as what is found says about the search.
+pub const HARMLESS: &[Harmless] = &[
+    Harmless {
+        name: "one-table",
+        about: "one table says what is wished and what is granted; claims keep everybody from it",
+        configs: &["snp", "snp-taken", "snp-contention", "snp-other", "failures"],
+        bug: Bug::Engine(EngineBug::OneTable),
+    },
+    Harmless {
+        name: "assigned-before-check",
+        about: "references are looked for after pages were assigned: assigning looks for them too",
+        configs: &["snp-taken"],
+        bug: Bug::Engine(EngineBug::AssignedBeforeCheck),
+    },
+    Harmless {
+        name: "psmash-error-spurious",
+        about: "whatever PSMASH refuses is taken for spurious: the guest comes again",
+        configs: &["snp-folio", "snp-contention"],
+        bug: Bug::Driver(Slip::SmashErrorSpurious),
+    },
+    Harmless {
+        name: "large-without-binding",
+        about: "a large entry is made of what a slot shows in part: it costs a PSMASH",
+        configs: &["snp-part", "snp-apart"],
+        bug: Bug::Driver(Slip::Clause(NotLarge::Binding)),
+    },
+    Harmless {
+        name: "large-overlaps",
+        about: "hardware takes a large entry over small ones, for which nobody asks",
+        configs: &["snp", "snp-discard"],
+        bug: Bug::Machine(Plant::LargeOverAssigned),
+    },
+    Harmless {
+        name: "kept-validated",
+        about: "RMPUPDATE keeps the validated bit; nobody updates an entry that is assigned",
+        configs: &["snp", "snp-discard"],
+        bug: Bug::Machine(Plant::KeptValidated),
     },
 ];

@@ -163,6 +163,24 @@ fn a_merge_is_of_2m_pages_that_are_private_as_a_whole() {
 }
 
 #[test]
+fn a_merge_is_in_the_way_of_what_it_merges_alone_and_leaves_out_what_is_in_quarantine() {
+    let mut engine = snp();
+    let share = request(pages(5, 6), Visibility::Shared, Contents::Unspecified);
+    convert(&mut engine, &share, None).unwrap();
+    let zeros = request(pages(1, 2), Visibility::Shared, Contents::Zero);
+    // Unmap, smash, unassign, free: that has no way back.
+    convert(&mut engine, &zeros, Some(3)).unwrap_err();
+    assert!(engine.quarantine().contains(page(1)));
+    let merge = engine.merge(pages(0, 16)).unwrap();
+    let touch = now(engine.touch(View::Host, page(5)));
+    engine.answered(touch, Some(Response::Map));
+    let mut taken = Vec::new();
+    let merged = stage(&mut engine, merge, &mut taken, &mut None).unwrap();
+    engine.finish_merge(merged);
+    assert_eq!(taken, [Step::Merge(pages(8, 12)), Step::Merge(pages(12, 16))]);
+}
+
+#[test]
 fn a_merge_that_fails_takes_back_what_the_firmware_has_and_smashes_nothing() {
     let mut engine = snp();
     let merge = engine.merge(pages(0, 12)).unwrap();

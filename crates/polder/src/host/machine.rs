@@ -224,7 +224,14 @@ impl MachineHost {
     /// Looks for references folio by folio: a folio's count is of all of its pages, also of those
     /// that are not in the range.
     fn referenced(&self, range: PageRange) -> Result<Option<Refusal>, Error> {
-        let mut machine = self.lock();
+        self.referenced_on(&mut self.lock(), range)
+    }
+
+    fn referenced_on(
+        &self,
+        machine: &mut Machine,
+        range: PageRange,
+    ) -> Result<Option<Refusal>, Error> {
         let folios = machine.folios(self.object, range).map_err(refused)?;
         let folios: Vec<(PageIndex, Backing)> = folios.collect();
         for (first, backing) in folios {
@@ -243,7 +250,7 @@ impl MachineHost {
             machine.unlock_folio(pfn, DRIVER).map_err(refused)?;
             let references = counts.map_err(refused)?.foreign();
             if references > 0 {
-                let (page, holder) = holder(&machine, (first, backing), range);
+                let (page, holder) = holder(machine, (first, backing), range);
                 return Ok(Some(Refusal::Referenced { page, references, holder }));
             }
         }
@@ -349,9 +356,11 @@ impl Host for MachineHost {
     fn bind(&self, id: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
         let mut vms = self.vms.lock();
         let attached = vms.get_mut(&id).expect("a VM that was attached");
-        let vm = attached.vm;
-        let bind = || self.lock().bind(vm, gfn, self.object, pages).map_err(refused);
-        self.own(id, vm, bind)?;
+        if self.is_snp() {
+            self.check_owner(id)?;
+        }
+        self.lock().bind(attached.vm, gfn, self.object, pages).map_err(refused)?;
+        self.own(id, attached.vm)?;
         let gfns = GfnRange::new(gfn, pages.count()).expect("the engine has checked");
         attached.slots.insert(slot, gfns);
         Ok(())

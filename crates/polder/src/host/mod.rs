@@ -108,8 +108,7 @@ pub(crate) trait Host: Send + Sync {
     }
 
     /// Has whole pages ready for a guest's touches of `gfns`, at which they are bound: in the guest
-    /// view, in stage 2. Where a host tells kinds of access apart, all are of one. Returns the frame
-    /// at which it stopped, by number. Called with an answer in flight on `range`, which has the
+    /// view, in stage 2. All are of one kind. Returns the frame at which it stopped, by number. Called with an answer in flight on `range`, which has the
     /// pages behind them and, with an RMP, perhaps more around them; and while no slot changes. If
     /// it fails it may have done a part.
     fn show(

@@ -13,10 +13,11 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use polder_machine::{
-    Error, Exit, GupFast, GupStep, HostExit, Hva, Machine, PinId, PinKind, Resolved, Side, Thread,
-    VcpuId, Vpn, VpnRange,
+    Error, Exit, FirmwareFail, GupFast, GupStep, HostExit, Hva, LockOwner, Machine, ObjectId,
+    PinId, PinKind, Resolved, RmpFail, RmpResult, RmpSize, RmpUpdate, Side, Thread, VcpuId, Vpn,
+    VpnRange,
 };
-use polder_units::{Gfn, Level, PAGE_SIZE, PageRange};
+use polder_units::{Gfn, GfnRange, Level, PAGE_SIZE, PageIndex, PageRange, Pfn};
 
 use super::kept::{KeptMachine, MOST_CPUS, Parts};
 
@@ -27,14 +28,23 @@ pub(super) enum Act {
     HostRead(Thread, Vpn),
     /// A thread writes a token there.
     HostWrite(Thread, Vpn, u8),
+    /// Another process writes a token there.
+    OtherWrite(Vpn, u8),
     /// A guest reads a word.
-    GuestRead(VcpuId, Gfn),
+    GuestRead(VcpuId, Gfn, Side),
     /// A guest writes a token.
-    GuestWrite(VcpuId, Gfn, u8),
+    GuestWrite(VcpuId, Gfn, Side, u8),
+    /// A guest accepts a page.
+    Pvalidate(VcpuId, Gfn, RmpSize),
     /// Those of the pages that have no memory get some.
     Allocate(PageRange),
     /// The trusted view writes bytes of a token, so many, at an offset of each page.
-    Fill { pages: PageRange, offset: u8, len: u8, token: u8 },
+    Fill {
+        pages: PageRange,
+        offset: u8,
+        len: u8,
+        token: u8,
+    },
     /// The pages are mapped in the host view.
     MapHost(PageRange),
     /// Markers are put there.
@@ -43,8 +53,29 @@ pub(super) enum Act {
     UnmapHost(PageRange),
     /// They are flushed there.
     FlushHost(PageRange),
+    /// They are taken out of every process's page table; markers stay.
+    UnmapProcesses(PageRange),
     /// They are taken out of stage 2, and flushed.
     ZapGuest(PageRange),
+    /// Guest frames are taken out of stage 2, and flushed.
+    ZapGfns(GfnRange),
+    /// The same, and nothing is mapped there until the end.
+    BeginZap(GfnRange),
+    EndZap,
+    Rmpupdate(Pfn, RmpUpdate),
+    Psmash(Pfn),
+    /// The firmware merges 4K entries, and gives the large one back.
+    Unsmash(Pfn),
+    /// It gives an entry back.
+    Reclaim(Pfn, RmpSize),
+    /// Another CPU has an entry in use, or no longer.
+    Hold(Pfn, RmpSize),
+    LetGo(Pfn),
+    /// The kernel locks a folio, or no longer.
+    Lock(Pfn),
+    Unlock(Pfn),
+    Split(PageIndex),
+    Collapse(PageIndex),
     /// Their memory is freed.
     Punch(PageRange),
     /// What was resolved is mapped in stage 2; whether it is current.
@@ -72,6 +103,10 @@ pub(super) enum Done {
     Pinned(PinId),
     Gup(GupStep),
     Refused(Error),
+    /// An instruction of the RMP did nothing.
+    Rmp(RmpFail),
+    /// The firmware did nothing.
+    Firmware(FirmwareFail),
     HostExit(HostExit),
     GuestExit(Exit),
 }
@@ -96,6 +131,7 @@ impl Act {
     fn perform(self, machine: &mut Machine, parts: &Parts) -> Done {
         let (object, process, vm) = (parts.object, parts.process, parts.vm);
         let plain = |done: Result<(), Error>| Done::of(done, |()| Done::Well, Done::Refused);
+        let rmp = |done: RmpResult| Done::of(done, |()| Done::Well, Done::Rmp);
         let hva = |vpn: Vpn| Hva::new(vpn.get() * PAGE_SIZE);
         match self {
             Self::HostRead(thread, vpn) => {
@@ -107,15 +143,28 @@ impl Act {
                 let written = machine.host_write(thread, hva(vpn), &[token; 8]);
                 Done::of(written, |()| Done::Well, Done::HostExit)
             }
-            Self::GuestRead(vcpu, gfn) => {
-                let mut vcpu = machine.vcpu(vcpu).expect("it was added");
-                Done::of(vcpu.read_u64(gfn.gpa(), Side::Shared), Done::Read, Done::GuestExit)
+            Self::OtherWrite(vpn, token) => {
+                let process = parts.other.expect("a setup with another process");
+                let thread = Thread { process, index: 0 };
+                let written = machine.host_write(thread, hva(vpn), &[token; 8]);
+                Done::of(written, |()| Done::Well, Done::HostExit)
             }
-            Self::GuestWrite(vcpu, gfn, token) => {
+            Self::GuestRead(vcpu, gfn, side) => {
+                let mut vcpu = machine.vcpu(vcpu).expect("it was added");
+                Done::of(vcpu.read_u64(gfn.gpa(), side), Done::Read, Done::GuestExit)
+            }
+            Self::GuestWrite(vcpu, gfn, side, token) => {
                 let mut vcpu = machine.vcpu(vcpu).expect("it was added");
                 let word = u64::from_le_bytes([token; 8]);
-                let written = vcpu.write_u64(gfn.gpa(), Side::Shared, word);
+                let written = vcpu.write_u64(gfn.gpa(), side, word);
                 Done::of(written, |()| Done::Well, Done::GuestExit)
+            }
+            Self::Pvalidate(vcpu, gfn, size) => {
+                let mut vcpu = machine.vcpu(vcpu).expect("it was added");
+                match vcpu.pvalidate(gfn, size, true) {
+                    Ok(result) => rmp(result.map(|_| ())),
+                    Err(exit) => Done::GuestExit(exit),
+                }
             }
             Self::Allocate(pages) => {
                 plain(pages.frames().try_for_each(|page| match machine.backing(object, page)? {
@@ -146,7 +195,34 @@ impl Act {
                 let mut zap = |(vm, gfns)| machine.tdp_zap(vm, gfns).map(|_| ());
                 plain(gfns.into_iter().try_for_each(&mut zap))
             }
-            Self::Punch(pages) => plain(machine.punch(object, pages, None).map(|_| ())),
+            Self::UnmapProcesses(pages) => plain(machine.zap_object(object, pages).map(|_| ())),
+            Self::ZapGfns(gfns) => plain(machine.tdp_zap(vm, gfns).map(|_| ())),
+            Self::BeginZap(gfns) => plain(
+                machine
+                    .invalidate_begin(vm, gfns)
+                    .and_then(|()| machine.tdp_unmap(vm, gfns))
+                    .and_then(|_| machine.flush_vm(vm, gfns)),
+            ),
+            Self::EndZap => plain(machine.invalidate_end(vm)),
+            Self::Rmpupdate(pfn, update) => rmp(machine.rmpupdate(pfn, update)),
+            Self::Psmash(pfn) => rmp(machine.psmash(pfn)),
+            Self::Unsmash(pfn) => {
+                let merged = machine.page_unsmash(pfn);
+                let given = merged.and_then(|()| machine.page_reclaim(pfn, RmpSize::Size2M));
+                Done::of(given, |()| Done::Well, Done::Firmware)
+            }
+            Self::Reclaim(pfn, size) => {
+                Done::of(machine.page_reclaim(pfn, size), |()| Done::Well, Done::Firmware)
+            }
+            Self::Hold(pfn, size) => rmp(machine.rmp_hold(pfn, size, OTHERS)),
+            Self::LetGo(pfn) => rmp(machine.rmp_release(pfn, OTHERS)),
+            Self::Lock(pfn) => plain(machine.lock_folio(pfn, OTHERS)),
+            Self::Unlock(pfn) => plain(machine.unlock_folio(pfn, OTHERS)),
+            Self::Split(page) => plain(machine.split_folio(object, page, OTHERS).map(|_| ())),
+            Self::Collapse(page) => {
+                plain(machine.merge_folios(object, page, Level::Size2M, OTHERS))
+            }
+            Self::Punch(pages) => plain(punch(machine, object, pages)),
             Self::MapGuest(resolved, level, current) => {
                 let resolved = if current { resolved.renewed(machine) } else { resolved };
                 Done::of(machine.tdp_map(&resolved, level, true), Done::Mapped, Done::Refused)
@@ -165,6 +241,24 @@ impl Act {
         }
     }
 }
+
+/// Frees the folios of a range; a part of one, which can't be freed, is made zeros.
+fn punch(machine: &mut Machine, object: ObjectId, pages: PageRange) -> Result<(), Error> {
+    let geometry = machine.geometry();
+    let folios: Vec<_> = machine
+        .folios(object, pages)?
+        .map(|(page, backing)| PageRange::enclosing(page, backing.level, geometry))
+        .collect();
+    folios.into_iter().filter_map(|folio| folio.intersection(pages)).try_for_each(|part| {
+        match machine.punch(object, part, None) {
+            Err(Error::Part { .. }) => machine.zero(object, part),
+            punched => punched.map(|_| ()),
+        }
+    })
+}
+
+/// The kernel, and CPUs, that Polder knows nothing of.
+const OTHERS: LockOwner = LockOwner(1);
 
 /// A machine after an act.
 #[derive(Clone)]

@@ -4,6 +4,7 @@
 //! from the engine's own notes.
 
 use polder_explored_engine::{OpId, Refusal, Step};
+use polder_machine::Discrepancy;
 use polder_units::PageRange;
 
 use super::guest::token;
@@ -13,12 +14,12 @@ use super::operation::pages_of;
 use super::{Stage, World};
 use crate::system::Violation;
 
-fn broken(invariant: &'static str, what: impl Into<String>) -> Result<(), Violation> {
+pub(super) fn broken(invariant: &'static str, what: impl Into<String>) -> Result<(), Violation> {
     Err(Violation::new(invariant, what))
 }
 
 /// The first of some pages, as text.
-fn first(pages: Pages) -> String {
+pub(super) fn first(pages: Pages) -> String {
     format!("page {}", pages.trailing_zeros())
 }
 
@@ -28,8 +29,12 @@ impl World {
         let (engine, reach, promised) = (&*self.engine, self.reach(), &self.promised);
         let private = promised.private;
         let out = promised.quarantine;
-        if engine.private != private {
-            let page = first(engine.private ^ private);
+        // With one table for what is wished and what is granted, it says what a claim is about to
+        // make true; nobody may take its word for it before the claim has ended.
+        let claimed = if self.setup.one_table() { engine.held } else { 0 };
+        let early = (engine.private ^ private) & !claimed;
+        if early != 0 {
+            let page = first(early);
             return broken("INV-4", format!("{page} changed sides, and no conversion has ended"));
         }
         if engine.owed != promised.owed {
@@ -61,13 +66,14 @@ impl World {
         if let Some(page) = held {
             return broken("INV-7", format!("page {page} is private, and the library pins it"));
         }
+        self.check_rmp(&reach)?;
         if engine.idle {
             self.check_at_rest(private, out)?;
         }
         Ok(())
     }
 
-    fn reach(&self) -> Reach {
+    pub(super) fn reach(&self) -> Reach {
         self.machine.reach(&self.parts, &self.setup)
     }
 
@@ -78,15 +84,21 @@ impl World {
             let page = first(reachable);
             return broken("INV-1", format!("{page} is in quarantine, and reachable"));
         }
+        if self.setup.is_snp() {
+            self.check_rmp_at_rest(&self.reach())?;
+        }
         let apart = (self.promised.hardware ^ private) & !out;
-        if apart != 0 {
+        if apart != 0 && !self.setup.is_snp() {
             let page = first(apart);
             return broken("INV-9", format!("hardware takes {page} for what it is not"));
         }
-        match self.machine.audit() {
-            Ok(()) => Ok(()),
-            Err(wrong) => broken("INV-2", format!("nothing is in flight, and {wrong}")),
-        }
+        let Err(wrong) = self.machine.audit() else { return Ok(()) };
+        let invariant = match wrong {
+            Discrepancy::RmpLevel { .. } | Discrepancy::RmpAlignment { .. } => "INV-5",
+            Discrepancy::RmpOwner { .. } | Discrepancy::FreeAssigned { .. } => "INV-9",
+            _ => "INV-2",
+        };
+        broken(invariant, format!("nothing is in flight, and {wrong}"))
     }
 
     /// Pages whose bytes somebody is copying by the library.
@@ -118,6 +130,12 @@ impl World {
         host: bool,
     ) -> Result<(), Violation> {
         self.check_access(who, page, host)?;
+        if host {
+            self.check_secret(who, page, word)?;
+        }
+        if self.promised.unknown & 1 << page != 0 {
+            return Ok(());
+        }
         let should = self.promised.values[usize::from(page)];
         if word == u64::from_le_bytes([should; 8]) {
             return Ok(());

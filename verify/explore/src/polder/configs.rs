@@ -1,9 +1,11 @@
 //! The configurations that `polder check` knows.
 
-use polder_explored_engine::{Contents, Visibility};
+use polder_explored_engine::{Contents, Platform, Visibility};
 use polder_units::Geometry;
 
 use super::setup::{Actor, Role, Setup, Task};
+
+mod snp;
 
 const PRIVATE: Visibility = Visibility::Private;
 const SHARED: Visibility = Visibility::Shared;
@@ -29,10 +31,12 @@ fn small() -> Setup {
         name: "",
         about: "",
         exhaustive: true,
+        platform: Platform::Plain,
         pages: 2,
         geometry: Geometry::new(2, 2).expect("powers of two"),
         huge: false,
         initial: SHARED,
+        accepted: false,
         owed: false,
         first_gfn: 0,
         first_page: 0,
@@ -62,6 +66,17 @@ pub fn all() -> Vec<Setup> {
         slots(),
         levels(),
         apart(),
+        snp::snp(),
+        snp::merge(),
+        snp::folio(),
+        snp::contention(),
+        snp::apart(),
+        snp::holes(),
+        snp::taken(),
+        snp::discard(),
+        snp::part(),
+        snp::other(),
+        snp::large(),
         large(),
     ]
 }

@@ -47,7 +47,7 @@ impl World {
                 self.act(Act::Fill { pages, offset: 0, len: 8, token: value }).well();
                 self.say(|| format!("copies {value} to page {page}"));
                 self.check_access("the API", page, true)?;
-                self.promised.values[usize::from(page)] = value;
+                self.wrote(page, value);
             }
             Some(Task::CopyOut(page)) => {
                 let mut word = [0; 8];

@@ -1,7 +1,7 @@
 //! A guest's access: the CPU's, then `Driver::guest_fault` and `MachineHost::map_guest`.
 
 use polder_explored_engine::{Answer, GuestAccess, GuestAnswer, MemoryFault, Response, Visibility};
-use polder_machine::{Exit, Resolved, Side};
+use polder_machine::{Exit, Resolved, RmpFail, RmpSize, Side};
 use polder_units::{Gfn, Level, PageIndex, PageRange};
 
 use super::act::{Act, Done};
@@ -10,9 +10,15 @@ use crate::system::Violation;
 
 impl World {
     /// The page that a guest's task is about.
-    fn guest_page(&self, actor: usize) -> u8 {
+    pub(super) fn guest_page(&self, actor: usize) -> u8 {
         match self.task(actor) {
             Some(Task::GuestRead(page) | Task::GuestWrite(page, _)) => page,
+            Some(
+                Task::Accept(page)
+                | Task::AcceptLarge(page)
+                | Task::PrivateRead(page)
+                | Task::PrivateWrite(page, _),
+            ) => page,
             task => unreachable!("no access of a guest: {task:?}"),
         }
     }
@@ -29,31 +35,61 @@ impl World {
         let gfn = self.setup.gfn(page);
         let machine = &self.machine.machine;
         let mapped = machine.spte(self.parts.vm, gfn).is_ok_and(|spte| spte.is_some());
-        if !mapped && machine.remembered_by_guest(vcpu, gfn, Side::Shared).is_none() {
+        let wants = wants(task);
+        let side = if wants == Visibility::Private { Side::Private } else { Side::Shared };
+        if !mapped && machine.remembered_by_guest(vcpu, gfn, side).is_none() {
             self.say(|| format!("touches gfn {gfn}, and is stopped"));
             self.go(actor, Stage::GuestAsk);
             return Ok(());
         }
         let outcome = self.act(match task {
-            Task::GuestWrite(_, value) => Act::GuestWrite(vcpu, gfn, value),
-            _ => Act::GuestRead(vcpu, gfn),
+            Task::GuestWrite(_, value) | Task::PrivateWrite(_, value) => {
+                Act::GuestWrite(vcpu, gfn, side, value)
+            }
+            Task::Accept(_) => Act::Pvalidate(vcpu, gfn, RmpSize::Size4K),
+            Task::AcceptLarge(_) => Act::Pvalidate(vcpu, gfn, RmpSize::Size2M),
+            _ => Act::GuestRead(vcpu, gfn, side),
         });
+        if let Done::GuestExit(Exit::Refused(refused)) = outcome {
+            return self.guest_refused(actor, refused);
+        }
+        if self.setup.is_snp() {
+            self.check_side(page, wants)?;
+        }
         match (outcome, task) {
             (Done::Read(word), _) => {
                 self.say(|| format!("reads gfn {gfn}: {}", token(word)));
                 self.came(actor, Came::Read(word));
-                self.check_read("the guest", page, word, false)?;
+                if wants == Visibility::Shared {
+                    self.check_secret("the guest, as shared,", page, word)?;
+                }
+                // What it reads of its own as shared is ciphertext.
+                let own = self.promised.private & 1 << page != 0;
+                if own == (wants == Visibility::Private) || !self.setup.is_snp() {
+                    self.check_read("the guest", page, word, false)?;
+                }
             }
-            (Done::Well, Task::GuestWrite(_, value)) => {
+            (Done::Well, Task::AcceptLarge(_)) => {
+                self.say(|| format!("accepts 2M at gfn {gfn}"));
+                self.promised.accepted |= kept::set(self.around(u32::from(page).into()));
+            }
+            (Done::Rmp(RmpFail::SizeMismatch), Task::AcceptLarge(_)) => {
+                self.say(|| format!("is told that gfn {gfn} is of 4K pages"));
+            }
+            (Done::Well, Task::Accept(_)) => {
+                self.say(|| format!("accepts gfn {gfn}"));
+                self.promised.accepted |= 1 << page;
+            }
+            (Done::Well, Task::GuestWrite(_, value) | Task::PrivateWrite(_, value)) => {
                 self.say(|| format!("writes {value} at gfn {gfn}"));
                 self.check_access("the guest", page, false)?;
-                self.promised.values[usize::from(page)] = value;
+                self.wrote(page, value);
             }
             (Done::GuestExit(Exit::Fault(_)), _) => {
                 self.go(actor, Stage::GuestAsk);
                 return Ok(());
             }
-            (outcome, _) => unreachable!("a plain guest's access: {outcome:?}"),
+            (outcome, _) => unreachable!("a guest's access: {outcome:?}"),
         }
         self.done(actor);
         Ok(())
@@ -80,14 +116,18 @@ impl World {
     pub(super) fn guest_ask(&mut self, actor: usize) -> Result<(), Violation> {
         let page = self.guest_page(actor);
         let (gfn, bit) = (self.setup.gfn(page), 1 << page);
-        let access = GuestAccess { gfn, visibility: Visibility::Shared };
+        let visibility = self.task(actor).map_or(Visibility::Shared, wants);
+        let access = GuestAccess { gfn, visibility };
         match self.engine(|engine| engine.guest_fault(VM, access)) {
             GuestAnswer::Exit(fault) => {
                 self.say(|| format!("is told that {fault}"));
                 let right = match fault {
                     MemoryFault::Unbound(_) => !self.promised.bound,
                     MemoryFault::Quarantined(_) => self.promised.quarantine & bit != 0,
-                    MemoryFault::Mismatch { .. } | MemoryFault::SourceFailed(_) => false,
+                    MemoryFault::Mismatch { wanted, .. } => {
+                        (wanted == Visibility::Private) != (self.promised.private & bit != 0)
+                    }
+                    MemoryFault::SourceFailed(_) => false,
                 };
                 self.done(actor);
                 match right {
@@ -144,7 +184,7 @@ impl World {
         Ok(())
     }
 
-    fn ours(&self, answer: &Answer, gfn: Gfn) -> Option<PageIndex> {
+    pub(super) fn ours(&self, answer: &Answer, gfn: Gfn) -> Option<PageIndex> {
         let bound = self.machine.machine.bound(self.parts.vm, gfn).ok()?;
         answer.range().contains(bound.page).then_some(bound.page)
     }
@@ -174,7 +214,15 @@ impl World {
         };
         self.say(|| format!("has memory for page {page}"));
         self.allocate(PageRange::one(page));
-        self.go(actor, Stage::GuestResolve(answer, level));
+        let private = self.task(actor).is_some_and(|task| wants(task) == Visibility::Private);
+        self.go(
+            actor,
+            if private && self.setup.is_snp() {
+                Stage::Give(answer, level)
+            } else {
+                Stage::GuestResolve(answer, level)
+            },
+        );
         Ok(())
     }
 
@@ -210,7 +258,7 @@ impl World {
         if !unchecked && !current {
             self.say(|| "finds that it was invalidated meanwhile".into());
         } else {
-            let level = level.min(resolved.largest());
+            let level = self.level_of(actor, &resolved, level);
             let mapped = self.act(Act::MapGuest(resolved, level, current));
             self.say(|| match mapped {
                 Done::Mapped(level) => format!("has gfn {} mapped at {level}", resolved.gfn()),
@@ -237,6 +285,16 @@ impl World {
             self.done(actor)
         }
         Ok(())
+    }
+}
+
+/// As what a guest means a page.
+pub(super) fn wants(task: Task) -> Visibility {
+    match task {
+        Task::Accept(_) | Task::AcceptLarge(_) | Task::PrivateRead(_) | Task::PrivateWrite(..) => {
+            Visibility::Private
+        }
+        _ => Visibility::Shared,
     }
 }
 

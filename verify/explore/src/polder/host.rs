@@ -27,7 +27,7 @@ impl World {
             (Done::Well, Task::HostWrite(_, value)) => {
                 self.say(|| format!("writes {value} to page {page}"));
                 self.check_access("the host", page, true)?;
-                self.promised.values[usize::from(page)] = value;
+                self.wrote(page, value);
             }
             (Done::Read(word), _) => {
                 self.say(|| format!("reads page {page}: {}", token(word)));
@@ -38,6 +38,18 @@ impl World {
                 self.say(|| format!("touches page {page}, and has a SIGBUS"));
                 self.came(actor, Came::Is("denied"));
                 self.check_denied(page)?;
+            }
+            (Done::HostExit(HostExit::Refused(refused)), _)
+                if refused.check == polder_machine::RmpCheck::InUse =>
+            {
+                // It would only meet the same again.
+                self.say(|| format!("touches page {page}, whose entry is in use"));
+                return Ok(());
+            }
+            (Done::HostExit(HostExit::Refused(refused)), _) => {
+                self.say(|| format!("touches page {page}, and is refused"));
+                let what = format!("the host writes page {page}, which is shared: {refused}");
+                return Err(Violation::new("INV-9", what));
             }
             (outcome, _) => unreachable!("a touch of a mapped page: {outcome:?}"),
         }
@@ -144,6 +156,9 @@ impl World {
         let Ok(folios) = machine.folios(self.parts.object, range) else { return References::None };
         let mut found = References::None;
         for (_, backing) in folios {
+            if self.locked(backing.pfn) {
+                found = References::Transient;
+            }
             let Ok(counts) = machine.counts(backing.pfn) else { continue };
             if counts.foreign() == 0 {
                 continue;
@@ -164,7 +179,7 @@ impl World {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum References {
     None,
-    /// GUP-fast's, before its second look.
+    /// GUP-fast's, before its second look; or a lock of the folio, whose owner may take one.
     Transient,
     Held,
 }

@@ -9,7 +9,8 @@ use std::rc::Rc;
 
 use polder_explored_engine::{Engine, Population, Visibility};
 use polder_machine::{
-    Discrepancy, HostPte, Machine, ObjectId, ProcessId, Side, Thread, VcpuId, VmId, Vpn, VpnRange,
+    Asid, Discrepancy, HostPte, Machine, ObjectId, ProcessId, Side, Thread, VcpuId, VmId, Vpn,
+    VpnRange,
 };
 use polder_units::{Gfn, PageIndex, PageRange, PfnRange};
 
@@ -93,12 +94,20 @@ impl KeptEngine {
     }
 }
 
+/// The ASID of an SNP guest.
+pub(super) const ASID: Asid = match Asid::new(1) {
+    Some(asid) => asid,
+    None => unreachable!(),
+};
+
 /// What of the machine has a number, once and for all.
 #[derive(Clone, Copy)]
 pub(super) struct Parts {
     pub(super) object: ObjectId,
     pub(super) process: ProcessId,
     pub(super) vm: VmId,
+    /// Another process that has the object mapped, where the first one has it.
+    pub(super) other: Option<ProcessId>,
     pub(super) threads: u16,
     pub(super) vcpus: u16,
     /// Where the object is in the host view.
@@ -136,10 +145,21 @@ pub(super) struct Reach {
     pub(super) pinned: Pages,
     /// A marker denies it in the host view.
     pub(super) poisoned: Pages,
+    /// It has memory.
+    pub(super) backed: Pages,
+    /// The RMP has its memory assigned.
+    pub(super) assigned: Pages,
+    /// To the guest, at the guest frame that shows it.
+    pub(super) given: Pages,
+    /// And the guest has validated it.
+    pub(super) validated: Pages,
 }
 
 /// TLBs that a fingerprint can tell apart.
 pub(super) const MOST_CPUS: usize = 3;
+
+/// Where that of another process has its place among the threads'.
+pub(super) const OTHER: usize = MOST_CPUS - 1;
 
 pub(super) struct KeptMachine {
     pub(super) machine: Machine,
@@ -162,6 +182,11 @@ impl KeptMachine {
             let mut state = Fold::new();
             machine.hash_tlb(parts.thread(index), &mut state);
             *hash = state.finish();
+        }
+        if let Some(process) = parts.other {
+            let mut state = Fold::new();
+            machine.hash_tlb(Thread { process, index: 0 }, &mut state);
+            thread_hashes[OTHER] = state.finish();
         }
         for (index, hash) in (0..parts.vcpus).zip(&mut vcpu_hashes) {
             let mut state = Fold::new();
@@ -206,16 +231,28 @@ impl KeptMachine {
         }
         let gfn = setup.gfn(page);
         let spte = machine.spte(parts.vm, gfn).ok().flatten();
-        let remembers =
-            |index| machine.remembered_by_guest(parts.vcpu(index), gfn, Side::Shared).is_some();
+        let remembers = |index| {
+            [Side::Shared, Side::Private]
+                .into_iter()
+                .any(|side| machine.remembered_by_guest(parts.vcpu(index), gfn, side).is_some())
+        };
         if spte.is_some() || (0..parts.vcpus).any(remembers) {
             reach.guest |= bit;
         }
         let backing = machine.backing(parts.object, PageIndex::from(u32::from(page)));
-        if let Ok(Some(backing)) = backing
-            && machine.holders_of(PfnRange::one(backing.pfn)).any(|holder| !holder.speculative)
-        {
+        let Ok(Some(backing)) = backing else { return };
+        reach.backed |= bit;
+        if machine.holders_of(PfnRange::one(backing.pfn)).any(|holder| !holder.speculative) {
             reach.pinned |= bit;
+        }
+        let entry = machine.rmp_entry(backing.pfn).filter(|entry| entry.assigned);
+        let Some(entry) = entry else { return };
+        reach.assigned |= bit;
+        if entry.asid == Some(ASID) && entry.gfn == gfn {
+            reach.given |= bit;
+        }
+        if entry.validated {
+            reach.validated |= bit;
         }
     }
 

@@ -12,29 +12,34 @@
 //! - A second fault thread: the driver has one.
 
 mod act;
+mod agents;
 mod check;
 mod configs;
 mod copy;
 mod fault;
 mod guest;
+mod hardware;
 mod host;
 mod kept;
+mod merge;
 mod operation;
 mod points;
+mod private;
+mod rmp;
 mod setup;
+mod stage;
 mod start;
 mod story;
 mod undo;
+mod ways;
 
 use std::cell::RefCell;
 use std::hash::{Hash, Hasher};
 use std::rc::Rc;
 
-use polder_explored_engine::{
-    Answer, Engine, InFlight, OpId, PinId, Response, Slot, Step, Visibility, VmId,
-};
-use polder_machine::{GupFast, HostPte, Resolved};
-use polder_units::{Level, PageRange};
+use polder_explored_engine::{Engine, OpId, Slot, Visibility, VmId};
+use polder_machine::HostPte;
+use polder_units::PageRange;
 
 use crate::fold::Fold;
 use crate::system::{Point, System, Violation};
@@ -42,6 +47,7 @@ use act::{Act, After, Done, Machines};
 pub use configs::{all, named};
 use kept::{KeptEngine, KeptMachine, Pages, Parts, range};
 pub use setup::{Actor, Bug, Role, Setup, Slip, Task};
+use stage::{Given, Stage};
 pub use story::story;
 use story::{Came, Telling};
 
@@ -52,70 +58,12 @@ const SLOT: Slot = Slot(0);
 /// The most actors.
 const MOST: usize = 7;
 
-/// An answer, and what was done of it.
-type Given = (Answer, Option<Response>);
-
-/// In the middle of what an actor is.
-#[derive(Clone, Copy)]
-enum Stage {
-    /// Before the next task.
-    Idle,
-    /// Its thread has died.
-    Dead,
-
-    /// A guest's fault was taken.
-    GuestAsk,
-    GuestAllocate(Answer, Level),
-    GuestResolve(Answer, Level),
-    /// With whether nothing was invalidated since.
-    GuestMap(Answer, Level, Resolved, bool),
-    /// With whether the page was mapped.
-    GuestGive(Answer, bool),
-
-    /// A touch of the host view waits to be answered.
-    Waits,
-
-    /// The fault thread carries out answers from the first that has not been.
-    CarryOut([Option<Given>; 2], u8, Option<OpId>),
-    GiveBack([Option<Given>; 2], Option<OpId>),
-    /// It carries an answer out that it has given back: a bug.
-    CarryOutLate(Answer),
-
-    Drain(OpId),
-    /// The bytes of a population, in two pieces.
-    Write(OpId, u8),
-    /// The same after the pages were shown: a bug.
-    WriteLate(u8),
-    /// A step of an operation's stage, in its part.
-    Take(OpId, u8, Step, u8),
-    Taken(OpId, u8),
-    /// An operation of somebody who died is undone, or one's own: a step, in its part.
-    TakeBack(OpId, Step, u8, bool),
-    /// Whether that was done; whether the operation was one's own.
-    TakenBack(OpId, bool, bool),
-    /// The answer that a population ends with.
-    Show(Answer),
-
-    Copy(Option<InFlight>),
-    Copied(Option<InFlight>),
-    Held(PinId),
-
-    Gup(GupFast),
-    GupSlow,
-    GupWaits,
-    GupHeld(polder_machine::PinId),
-
-    /// The slot has gone from the host, and not from the engine.
-    Unbinding,
-    Unbound,
-    /// The slot is back in the engine, and not in the host.
-    Binding,
-}
-
 #[derive(Clone, Copy)]
 struct State {
     /// The task that it is at.
     at: u8,
+    /// How often hardware has refused its access.
+    refusals: u8,
     stage: Stage,
 }
 
@@ -130,6 +78,12 @@ struct Promised {
     bound: bool,
     /// The token last written to each page.
     values: [u8; 8],
+    /// Pages whose bytes nobody was promised.
+    unknown: Pages,
+    /// Those that an SNP guest has accepted, and did not ask to share since.
+    accepted: Pages,
+    /// Those that are the guest's in the RMP: private ones that had memory when they became so.
+    given: Pages,
     /// How often each is pinned by the library.
     pins: [u8; 8],
 }
@@ -150,6 +104,8 @@ pub struct World {
     answering: Pages,
     /// What was done to hardware, by operation, in order.
     journal: [Option<(OpId, Pages)>; 6],
+    /// What was unassigned, and may be given back: `polder/src/host/machine/rmp/taken.rs`.
+    taken: rmp::Taken,
     failures: u8,
     deaths: u8,
     /// How many actors from each one on do the same work as it.
@@ -175,6 +131,9 @@ impl World {
             owed: if setup.owed { all } else { 0 },
             hardware: private,
             bound: true,
+            unknown: private,
+            accepted: if setup.accepted { all } else { 0 },
+            given: if setup.accepted { all } else { 0 },
             ..Promised::default()
         };
         Self {
@@ -182,11 +141,12 @@ impl World {
             machine: machines.keep(machine),
             machines: Rc::new(RefCell::new(machines)),
             parts,
-            actors: [State { at: 0, stage: Stage::Idle }; MOST],
+            actors: [State { at: 0, refusals: 0, stage: Stage::Idle }; MOST],
             promised,
             touched: 0,
             answering: 0,
             journal: [None; 6],
+            taken: rmp::Taken::default(),
             failures: setup.failures,
             deaths: setup.deaths,
             told: None,
@@ -241,8 +201,8 @@ impl World {
 
     /// The task is over.
     fn done(&mut self, actor: usize) {
-        self.actors[actor].at += 1;
-        self.actors[actor].stage = Stage::Idle;
+        let at = self.actors[actor].at + 1;
+        self.actors[actor] = State { at, refusals: 0, stage: Stage::Idle };
     }
 
     /// Whether a touch of the host view would be a fault now.
@@ -264,10 +224,18 @@ impl World {
         let Some(task) = self.task(actor) else { return Ok(()) };
         match task {
             Task::GuestRead(_) | Task::GuestWrite(..) => self.guest_access(actor, task),
+            Task::Accept(_)
+            | Task::AcceptLarge(_)
+            | Task::PrivateRead(_)
+            | Task::PrivateWrite(..) => self.guest_access(actor, task),
+            Task::Split(page) | Task::Collapse(page) => self.lock_folio(actor, page),
+            Task::OtherWrite(page, value) => self.other_write(actor, page, value),
+            Task::Hold(page, large) => self.hold(actor, page, large),
             Task::HostRead(page) | Task::HostWrite(page, _) => self.touch(actor, task, page),
-            Task::Convert { .. } | Task::Populate { .. } | Task::Discard { .. } => {
-                self.claim(actor, task)
-            }
+            Task::Convert { .. }
+            | Task::Populate { .. }
+            | Task::Discard { .. }
+            | Task::Merge { .. } => self.claim(actor, task),
             Task::CopyOut(page) | Task::CopyIn(page, _) => self.claim_copy(actor, page),
             Task::Pin(page) => self.pin(actor, page),
             Task::Gup(page) => {
@@ -290,6 +258,12 @@ impl World {
                 self.guest_map(actor, answer, level, (resolved, current))
             }
             Stage::GuestGive(answer, mapped) => self.guest_give(actor, answer, mapped),
+            Stage::Give(answer, level) => self.give(actor, answer, level),
+            Stage::SizeAsk => self.size_ask(actor),
+            Stage::SizeLook(answer) => self.size_look(actor, answer),
+            Stage::SizeSmash(answer, head) => self.size_smash(actor, answer, head),
+            Stage::SizeZap(answer) => self.size_zap(actor, answer),
+            Stage::SizeGive(answer) => self.size_give(actor, answer),
             Stage::Waits => self.begin(actor),
             Stage::CarryOut(given, at, undo) => self.carry_out(actor, given, at, undo, way),
             Stage::GiveBack(given, undo) => self.give_back(actor, given, undo),
@@ -320,6 +294,10 @@ impl World {
                 self.go(actor, Stage::Unbound);
                 Ok(())
             }
+            Stage::FolioLocked(pfn) => self.zap_folio(actor, pfn),
+            Stage::FolioZapped(pfn) => self.reshape_folio(actor, pfn),
+            Stage::FolioDone(pfn, zapped) => self.unlock_folio(actor, pfn, zapped),
+            Stage::Holding(pfn, _) => self.let_go(actor, pfn),
             Stage::Unbound => {
                 let gfn = self.setup.gfn(self.setup.first_page);
                 let pages = self.slot_pages();
@@ -351,109 +329,6 @@ impl World {
         self.say(|| "takes the slot out of the host, and of stage 2".into());
         self.go(actor, Stage::Unbinding);
         Ok(())
-    }
-
-    /// In how many ways an actor can go on, whoever else would have to go first.
-    fn ways_of(&self, actor: usize) -> u8 {
-        let may = |so: bool| u8::from(so);
-        let busy = |start: u8, end: u8| {
-            let pages = kept::set(range(start, end));
-            self.engine.busy & pages != 0 && !self.setup.asks_while_busy()
-        };
-        let role = self.role(actor);
-        match self.actors[actor].stage {
-            Stage::Dead => 0,
-            Stage::Idle if role == Role::Faults => may(self.can_serve()),
-            Stage::Idle => match self.task(actor) {
-                None => 0,
-                Some(
-                    Task::Convert { start, end, .. }
-                    | Task::Populate { start, end, .. }
-                    | Task::Discard { start, end },
-                ) => may(!busy(start, end)),
-                Some(Task::CopyOut(_) | Task::CopyIn(..))
-                    if self.setup.slips(Slip::CopyUnclaimed) =>
-                {
-                    1
-                }
-                Some(Task::CopyOut(page) | Task::CopyIn(page, _) | Task::Pin(page)) => {
-                    may(!busy(page, page + 1))
-                }
-                Some(_) => 1,
-            },
-            Stage::GuestAsk => may(!self.guest_waits(actor)),
-            Stage::GuestAllocate(answer, _) => 1 + may(self.failures > 0 && self.is_hole(answer)),
-            Stage::Waits => match self.task(actor) {
-                Some(Task::HostRead(page) | Task::HostWrite(page, _)) => {
-                    may(!self.unanswered(role, page))
-                }
-                _ => 0,
-            },
-            Stage::GupWaits => match self.task(actor) {
-                Some(Task::Gup(page)) => may(!self.unanswered(role, page)),
-                _ => 0,
-            },
-            Stage::CarryOut(..) => 1 + may(self.failures > 0),
-            Stage::Drain(op) => may(self.engine.engine.is_drained_of(op)),
-            Stage::Write(..) => 1 + may(self.failures > 0),
-            Stage::Take(_, _, step, part) => self.ways_of_step(step, part),
-            Stage::TakeBack(_, _, part, _) => 1 + may(self.failures > 0 && part == 0),
-            _ => 1,
-        }
-    }
-
-    /// The hash of what an actor is at, and of the CPU that it runs on.
-    fn hash_of(&self, actor: usize) -> u64 {
-        let mut hash = Fold::new();
-        let state = &mut hash;
-        let State { at, stage } = self.actors[actor];
-        at.hash(state);
-        std::mem::discriminant(&stage).hash(state);
-        let engine = &self.engine.engine;
-        let place = |op: OpId| engine.place_of(op);
-        let answer = |answer: Answer| {
-            (engine.place_in_flight(answer.in_flight()), answer.view(), answer.response())
-        };
-        match stage {
-            Stage::Idle | Stage::Dead | Stage::GuestAsk | Stage::Waits | Stage::GupSlow => {}
-            Stage::GupWaits | Stage::Unbinding | Stage::Unbound | Stage::Binding => {}
-            Stage::GuestAllocate(it, level) | Stage::GuestResolve(it, level) => {
-                (answer(it), level).hash(state);
-            }
-            Stage::GuestMap(it, level, resolved, current) => {
-                (answer(it), level, resolved, current).hash(state);
-            }
-            Stage::GuestGive(it, mapped) => (answer(it), mapped).hash(state),
-            Stage::CarryOut(given, at, undo) => {
-                let given = given.map(|given| given.map(|(it, done)| (answer(it), done)));
-                (given, at, undo.map(place)).hash(state);
-            }
-            Stage::GiveBack(given, undo) => {
-                let given = given.map(|given| given.map(|(it, done)| (answer(it), done)));
-                (given, undo.map(place)).hash(state);
-            }
-            Stage::CarryOutLate(it) => (it.range(), it.response()).hash(state),
-            Stage::Drain(op) => place(op).hash(state),
-            Stage::Write(op, half) => (place(op), half).hash(state),
-            Stage::WriteLate(half) => half.hash(state),
-            Stage::Take(op, stage, step, part) => (place(op), stage, step, part).hash(state),
-            Stage::Taken(op, stage) => (place(op), stage).hash(state),
-            Stage::TakeBack(op, step, part, own) => (place(op), step, part, own).hash(state),
-            Stage::TakenBack(op, done, own) => (place(op), done, own).hash(state),
-            Stage::Show(it) => answer(it).hash(state),
-            Stage::Copy(it) | Stage::Copied(it) => {
-                it.map(|it| engine.place_in_flight(it)).hash(state);
-            }
-            Stage::Held(pin) => engine.place_of_pin(pin).hash(state),
-            Stage::Gup(gup) => gup.hash(state),
-            Stage::GupHeld(pin) => pin.hash(state),
-        }
-        match self.role(actor) {
-            Role::Vcpu(cpu) => self.machine.vcpu_hashes[usize::from(cpu)].hash(state),
-            Role::Thread(cpu) => self.machine.thread_hashes[usize::from(cpu)].hash(state),
-            Role::Faults | Role::Caller | Role::Pinner => {}
-        }
-        hash.finish()
     }
 }
 
@@ -515,6 +390,7 @@ impl System for World {
         actors[..count].hash(state);
         self.promised.hash(state);
         (self.touched, self.answering, self.failures, self.deaths).hash(state);
+        self.taken.of(self.engine.held).hash(state);
         for (op, pages) in self.journal.iter().flatten() {
             (self.engine.engine.place_of(*op), pages).hash(state);
         }

@@ -1,14 +1,15 @@
 //! Operations: `polder/src/driver.rs`, one call of the engine or of the host after the other.
 
 use polder_explored_engine::{
-    Clearing, Contents, ConversionRequest, Draining, Engine, OpId, Operation, Protected, Published,
-    Reshaped, Response, Settled, Stage as OpStage, Start, Step, Unmapped, Unpinned, Visibility,
-    Writing,
+    Clearing, Contents, ConversionRequest, Draining, Engine, Merging, OpId, Operation, Protected,
+    Published, Reshaped, Response, Settled, Stage as OpStage, Start, Step, Unmapped, Unpinned,
+    Visibility, Writing,
 };
 
 use super::act::Act;
 use super::host::References;
 use super::kept::{one, range, set};
+use super::rmp::Part;
 use super::{Came, Slip, Stage, Task, World};
 use crate::system::Violation;
 
@@ -58,6 +59,7 @@ fn go_on(
             (Task::Convert { .. }, 3) => next::<Reshaped>(engine, op, taken),
             (Task::Convert { .. }, _) => next::<Protected>(engine, op, taken),
             (Task::Populate { .. }, _) => next::<Writing>(engine, op, taken),
+            (Task::Merge { .. }, _) => next::<Merging>(engine, op, taken),
             _ => next::<Clearing>(engine, op, taken),
         };
         if step.is_some() {
@@ -70,20 +72,13 @@ fn go_on(
 }
 
 /// In how many holds of the machine's lock a host takes a step; unmapping flushes in one more.
-pub(super) fn parts_of(step: Step) -> u8 {
+/// What it does about the RMP is as many as the entries make it.
+fn parts_of(step: Step) -> u8 {
     match step {
         Step::UnmapHost(_) => 2,
-        Step::UnmapGuest(_) | Step::CheckReferences(_) => 1,
-        Step::Protect(..) | Step::Publish(_) => 1,
         Step::Free(_) | Step::Quarantine(_) => 3,
-        Step::Assign(_) | Step::Unassign(_) | Step::Reassign(_) => no_rmp(step),
-        Step::Smash(_) | Step::Merge(_) | Step::Thaw(_) => no_rmp(step),
+        _ => 1,
     }
-}
-
-/// A step that no plain VM asks for.
-pub(super) fn no_rmp(step: Step) -> ! {
-    unreachable!("a plain VM has no RMP: {step}")
 }
 
 impl World {
@@ -105,6 +100,10 @@ impl World {
                 let discard = engine.discard(range(start, end))?;
                 Ok(Some(engine.park(discard)))
             }),
+            Task::Merge { start, end } => self.engine(|engine| {
+                let merge = engine.merge(range(start, end))?;
+                Ok(Some(engine.park(merge)))
+            }),
             other => unreachable!("no operation: {other:?}"),
         };
         match claimed {
@@ -115,6 +114,7 @@ impl World {
             }
             Ok(Some(op)) => {
                 let work = self.work(actor);
+                self.unaccept(task, set(pages_of(task)));
                 self.say(|| format!("claims pages {} for a {work}", pages_of(task)));
                 self.go(actor, Stage::Drain(op));
                 Ok(())
@@ -209,8 +209,10 @@ impl World {
                     Visibility::Private => self.promised.private |= pages,
                     Visibility::Shared => self.promised.private &= !pages,
                 }
+                self.converted(pages & !already, to);
                 if contents == Contents::Zero {
                     self.promised.owed &= !(pages & !already);
+                    self.promised.unknown &= !(pages & !already);
                 }
                 self.say(|| format!("pages {} are {to} from here on", pages_of(task)));
                 self.done(actor);
@@ -229,12 +231,27 @@ impl World {
                 self.go(actor, Stage::Show(answer));
                 Ok(())
             }
+            Task::Merge { .. } => {
+                self.engine(|engine| {
+                    let merged = engine.resume(op);
+                    engine.finish_merge(merged);
+                });
+                self.say(|| format!("pages {} are merged, if they agree", pages_of(task)));
+                self.done(actor);
+                Ok(())
+            }
             _ => {
                 self.engine(|engine| {
                     let cleared = engine.resume(op);
                     engine.finish_discard(cleared);
                 });
                 self.promised.owed &= !pages;
+                self.promised.given &= !pages;
+                self.unaccept(task, pages);
+                if self.setup.is_snp() {
+                    // Zeros are not what a guest's key makes of them.
+                    self.promised.unknown |= pages & self.promised.private;
+                }
                 self.say(|| format!("pages {} are zeros from here on", pages_of(task)));
                 self.done(actor);
                 self.check_discarded(pages)
@@ -290,11 +307,13 @@ impl World {
             _ => (false, false),
         };
         let (fails, dies) = (self.failures > 0, self.deaths > 0);
+        // Who meets another CPU at work waits until it has let go, or gives up.
+        let blocked = self.is_blocked(step, part);
         let ways = [
-            (Way::Well, true),
+            (Way::Well, !blocked),
             (Way::FailsUndone, fails && !flushing),
-            (Way::FailsDone, fails && !unmapping),
-            (Way::Dies, dies && !unmapping),
+            (Way::FailsDone, fails && !unmapping && !blocked),
+            (Way::Dies, dies && !unmapping && !blocked),
         ];
         ways.into_iter().filter(|&(_, may)| may).map(|(way, _)| way)
     }
@@ -323,13 +342,14 @@ impl World {
         if part == 0 {
             self.note(op, step);
         }
-        let mut done = true;
+        let mut went = Part::Failed;
         if way != Way::FailsUndone {
-            done = self.perform(step, part);
+            went = self.perform(step, part)?;
             self.say(|| format!("{step} ({})", part_name(step, part)));
         } else {
             self.say(|| format!("is to {step}"));
         }
+        let done = went != Part::Failed;
         if way == Way::Dies {
             self.deaths -= 1;
             self.say(|| "and dies".into());
@@ -337,25 +357,50 @@ impl World {
             self.go(actor, Stage::Dead);
             return Ok(());
         }
-        if let (Step::CheckReferences(range), false) = (step, done) {
+        if let (Step::CheckReferences(range), false, Way::Well) = (step, done, way) {
             self.came(actor, Came::Is("referenced"));
             self.check_referenced(range)?;
+        }
+        if let (Step::Merge(range), Way::FailsUndone) = (step, way)
+            && part > 1
+        {
+            // A merge that can't be made is none, and what was frozen for it is taken back.
+            self.failures -= 1;
+            self.say(|| "which fails: the entries stay small".into());
+            let part = Self::thaw_from(range);
+            self.go(actor, Stage::Take(op, stage, step, part));
+            return Ok(());
         }
         if fails || !done {
             self.failures -= u8::from(fails);
             self.say(|| "which fails".into());
             return self.turn_back(actor, op);
         }
-        let more = part + 1 < parts_of(step);
         self.go(
             actor,
-            if more { Stage::Take(op, stage, step, part + 1) } else { Stage::Taken(op, stage) },
+            match went {
+                Part::Then(part) => Stage::Take(op, stage, step, part),
+                _ => Stage::Taken(op, stage),
+            },
         );
         Ok(())
     }
 
     /// What host `machine` does for a step, in one part of it.
-    pub(super) fn perform(&mut self, step: Step, part: u8) -> bool {
+    pub(super) fn perform(&mut self, step: Step, part: u8) -> Result<Part, Violation> {
+        match step {
+            Step::Assign(_) | Step::Unassign(_) | Step::Reassign(_) | Step::Smash(_) => {
+                self.perform_rmp(step, part)
+            }
+            Step::Merge(range) => self.perform_merge(range, part),
+            Step::Thaw(range) => self.perform_thaw(range, part, 0),
+            _ if !self.perform_plain(step, part) => Ok(Part::Failed),
+            _ if part + 1 < parts_of(step) => Ok(Part::Then(part + 1)),
+            _ => Ok(Part::Last),
+        }
+    }
+
+    fn perform_plain(&mut self, step: Step, part: u8) -> bool {
         match (step, part) {
             (Step::UnmapHost(range), 0) => self.unmap_host(range),
             (Step::UnmapHost(range), _) => self.flush_host(range),
@@ -375,6 +420,9 @@ impl World {
             }
             (Step::Free(range), _) => {
                 let punched = self.act(Act::Punch(range)).is_well();
+                if punched {
+                    self.taken.forget(set(range));
+                }
                 for page in range.frames().filter(|_| punched) {
                     if let Some(value) = usize::try_from(page.get())
                         .ok()
@@ -385,15 +433,8 @@ impl World {
                 }
                 punched
             }
-            (
-                Step::Assign(_)
-                | Step::Unassign(_)
-                | Step::Reassign(_)
-                | Step::Smash(_)
-                | Step::Merge(_)
-                | Step::Thaw(_),
-                _,
-            ) => no_rmp(step),
+            (Step::Assign(_) | Step::Unassign(_) | Step::Reassign(_) | Step::Smash(_), _)
+            | (Step::Merge(_) | Step::Thaw(_), _) => unreachable!("one for the RMP: {step}"),
             (Step::Quarantine(range), _) => {
                 self.promised.quarantine |= set(range);
                 self.answer_host(Response::Poison, range)
@@ -419,12 +460,19 @@ pub(super) fn pages_of(task: Task) -> polder_units::PageRange {
     match task {
         Task::Convert { start, end, .. }
         | Task::Populate { start, end, .. }
-        | Task::Discard { start, end } => range(start, end),
+        | Task::Discard { start, end }
+        | Task::Merge { start, end } => range(start, end),
         Task::CopyOut(page) | Task::CopyIn(page, _) | Task::Pin(page) | Task::Gup(page) => {
             one(page)
         }
         Task::GuestRead(page) | Task::GuestWrite(page, _) => one(page),
         Task::HostRead(page) | Task::HostWrite(page, _) => one(page),
+        Task::Accept(page)
+        | Task::AcceptLarge(page)
+        | Task::PrivateRead(page)
+        | Task::PrivateWrite(page, _) => one(page),
+        Task::Split(page) | Task::Collapse(page) | Task::Hold(page, _) => one(page),
+        Task::OtherWrite(page, _) => one(page),
         Task::Rebind => unreachable!("a task about the slot"),
     }
 }

@@ -2,7 +2,6 @@
 
 use polder_explored_engine::{Contents, Step, Visibility};
 
-use super::operation::no_rmp;
 use super::{Role, Stage, State, Task, World};
 use crate::system::Point;
 
@@ -18,6 +17,12 @@ pub(super) const WORKS: &[&str] = &[
     "pin",
     "gup",
     "slot deletion",
+    "private access",
+    "merge",
+    "split of a folio",
+    "collapse of folios",
+    "another CPU",
+    "another process",
 ];
 
 const FAULTS: u8 = 2;
@@ -34,6 +39,14 @@ const fn work_of(task: Task) -> u8 {
         Task::Pin(_) => 8,
         Task::Gup(_) => 9,
         Task::Rebind => 10,
+        Task::Accept(_) | Task::AcceptLarge(_) | Task::PrivateRead(_) | Task::PrivateWrite(..) => {
+            11
+        }
+        Task::Merge { .. } => 12,
+        Task::Split(_) => 13,
+        Task::Collapse(_) => 14,
+        Task::Hold(..) => 15,
+        Task::OtherWrite(..) => 16,
     }
 }
 
@@ -65,6 +78,22 @@ pub(super) const STAGES: &[&str] = &[
     "unbind",
     "unbound",
     "bind",
+    "give",
+    "ask about a size",
+    "look at an entry",
+    "psmash",
+    "zap",
+    "give the 2M back",
+    "assign",
+    "unassign",
+    "smash",
+    "merge",
+    "thaw",
+    "folio locked",
+    "folio zapped",
+    "folio done",
+    "in use",
+    "reassign",
 ];
 
 /// The number of a stage, which is one of [`STAGES`].
@@ -82,14 +111,18 @@ fn stage_of(step: Step) -> u8 {
         Step::Free(_) => 14,
         Step::Publish(_) => 15,
         Step::Quarantine(_) => 16,
-        Step::Assign(_) | Step::Unassign(_) | Step::Reassign(_) => no_rmp(step),
-        Step::Smash(_) | Step::Merge(_) | Step::Thaw(_) => no_rmp(step),
+        Step::Assign(_) => 33,
+        Step::Unassign(_) => 34,
+        Step::Smash(_) => 35,
+        Step::Merge(_) => 36,
+        Step::Thaw(_) => 37,
+        Step::Reassign(_) => 42,
     }
 }
 
 impl World {
     pub(super) fn point_of(&self, actor: usize) -> Point {
-        let State { at, stage } = self.actors[actor];
+        let State { at, stage, .. } = self.actors[actor];
         let who = &self.setup.actors[actor];
         let work = match who.tasks.get(usize::from(at)) {
             Some(&task) => work_of(task),
@@ -117,6 +150,16 @@ impl World {
             Stage::Unbinding => 24,
             Stage::Unbound => 25,
             Stage::Binding => 26,
+            Stage::Give(..) => 27,
+            Stage::SizeAsk => 28,
+            Stage::SizeLook(_) => 29,
+            Stage::SizeSmash(..) => 30,
+            Stage::SizeZap(_) => 31,
+            Stage::SizeGive(_) => 32,
+            Stage::FolioLocked(_) => 38,
+            Stage::FolioZapped(_) => 39,
+            Stage::FolioDone(..) => 40,
+            Stage::Holding(..) => 41,
         };
         Point { work, stage }
     }
@@ -157,7 +200,14 @@ impl World {
                             Visibility::Shared => &["unmap guest", "unmap host"],
                         },
                     );
-                    add(work, &["drain", "protect", "taken"]);
+                    add(work, &["drain", "taken"]);
+                    if !setup.is_snp() {
+                        add(work, &["protect"]);
+                    } else if to == Visibility::Private {
+                        add(work, &["unmap guest", "assign"]);
+                    } else {
+                        add(work, &["unassign"]);
+                    }
                     if contents == Contents::Zero {
                         add(work, &["free"]);
                     }
@@ -178,6 +228,31 @@ impl World {
                 }
                 Task::Rebind => {
                     add(work, &["unbind", "unbound", "bind"]);
+                    undone = false;
+                }
+                Task::Accept(_)
+                | Task::AcceptLarge(_)
+                | Task::PrivateRead(_)
+                | Task::PrivateWrite(..) => {
+                    add(work, &["ask", "allocate", "give", "resolve", "map"]);
+                    add(work, &["give back", "ask about a size", "look at an entry", "zap"]);
+                    add(work, &["psmash", "give the 2M back"]);
+                }
+                Task::Merge { .. } => {
+                    undone |= fails;
+                    add(work, &["drain", "merge", "taken"]);
+                }
+                Task::Split(_) => {
+                    add(work, &["folio locked", "folio zapped", "folio done"]);
+                    undone = false;
+                }
+                Task::Collapse(_) => {
+                    add(work, &["folio zapped", "folio done"]);
+                    undone = false;
+                }
+                Task::OtherWrite(..) => undone = false,
+                Task::Hold(..) => {
+                    add(work, &["in use"]);
                     undone = false;
                 }
             }
@@ -207,5 +282,7 @@ mod tests {
         }
         assert_eq!(stage("unmap host"), 10);
         assert_eq!((stage("undo"), stage("bind")), (18, 26));
+        assert_eq!((stage("give"), stage("thaw"), stage("in use")), (27, 37, 41));
+        assert_eq!(stage("reassign"), 42);
     }
 }

@@ -1,6 +1,6 @@
 //! What is searched: memory, a host, and who does what with it.
 
-use polder_explored_engine::{Bug as EngineBug, Contents, Visibility};
+use polder_explored_engine::{Bug as EngineBug, Contents, NotLarge, Platform, Visibility};
 use polder_machine::Plant;
 use polder_units::Geometry;
 
@@ -13,6 +13,8 @@ pub struct Setup {
     pub about: &'static str,
     /// Whether all of its states can be looked at in some minutes.
     pub exhaustive: bool,
+    /// Whose memory it is: a plain VM's or an SNP guest's.
+    pub platform: Platform,
     /// The object's pages, at most 8.
     pub pages: u8,
     /// Pages a level.
@@ -21,6 +23,8 @@ pub struct Setup {
     pub huge: bool,
     /// What every page is at first.
     pub initial: Visibility,
+    /// Whether its pages have memory at first that an SNP guest was given and has accepted.
+    pub accepted: bool,
     /// Whether contents are to come.
     pub owed: bool,
     /// The slot's first guest frame, first page, and pages.
@@ -65,6 +69,12 @@ pub enum Role {
     Caller,
     /// A device's driver in the kernel, which pins pages of the host view.
     Pinner,
+    /// The kernel's memory management, which splits folios and merges them.
+    Kernel,
+    /// A CPU that is at work on entries of the RMP.
+    OtherCpu,
+    /// Another process that has the memory's file mapped: the kernel answers its faults. One.
+    Process,
 }
 
 /// A piece of work. Pages and guest frames are by number.
@@ -115,6 +125,29 @@ pub enum Task {
     Gup(u8),
     /// `Memory::unbind` of the slot, and `Memory::bind` again.
     Rebind,
+    /// An SNP guest accepts a page: PVALIDATE of 4K.
+    Accept(u8),
+    /// PVALIDATE of the 2M page around a page.
+    AcceptLarge(u8),
+    /// It reads a page as its own.
+    PrivateRead(u8),
+    /// It writes a token there, which nobody else may ever see.
+    PrivateWrite(u8, u8),
+    /// `Memory::merge` of pages.
+    Merge {
+        /// The first page.
+        start: u8,
+        /// The one after the last.
+        end: u8,
+    },
+    /// Another process writes a token to a page.
+    OtherWrite(u8, u8),
+    /// The folio around a page is split.
+    Split(u8),
+    /// The folios of the 2M page around a page are merged.
+    Collapse(u8),
+    /// The RMP entry of a page is in use for a while; whether that of its 2M page.
+    Hold(u8, bool),
 }
 
 /// A mistake in the order in which the driver does things.
@@ -130,6 +163,24 @@ pub enum Slip {
     CopyUnclaimed,
     /// A slot that is deleted stays in stage 2.
     SlotNotZapped,
+    /// A fault for its size smashes nothing.
+    SmashForgotten,
+    /// What PSMASH refuses because somebody was faster ends the vCPU.
+    SmashErrorFatal,
+    /// Whatever PSMASH refuses is taken for a fault that somebody else has solved.
+    SmashErrorSpurious,
+    /// After a PSMASH stage 2 stays as it is.
+    SmashNotZapped,
+    /// A large RMP entry is made without this clause of its predicate.
+    Clause(NotLarge),
+    /// Stage 2 maps as large as folio and slot allow, whatever the RMP has.
+    MappedAboveRmp,
+    /// A large entry is taken away as 4K.
+    UnassignedSmall,
+    /// Pages are assigned, and nobody is cut off from them at the same time.
+    AssignedUncut,
+    /// Entries are merged while stage 2 has them.
+    MergedUnzapped,
 }
 
 /// A planted bug.
@@ -154,10 +205,25 @@ impl Setup {
         self.bug == Some(Bug::Driver(slip))
     }
 
+    /// Whether it is an SNP guest's memory.
+    pub(super) fn is_snp(&self) -> bool {
+        self.platform == Platform::Snp
+    }
+
+    /// Whether one table says what is wished and what is granted.
+    pub(super) fn one_table(&self) -> bool {
+        let bugs = [EngineBug::OneTable, EngineBug::OneTableUnclaimed];
+        bugs.into_iter().any(|bug| self.bug == Some(Bug::Engine(bug)))
+    }
+
     /// Whether a request that is to wait may be answered otherwise, because of what is planted.
     pub(super) fn asks_while_busy(&self) -> bool {
-        let asks =
-            [EngineBug::ExistsWhileClaimed, EngineBug::DeniedWhileClaimed, EngineBug::OwedShown];
+        let asks = [
+            EngineBug::ExistsWhileClaimed,
+            EngineBug::DeniedWhileClaimed,
+            EngineBug::OwedShown,
+            EngineBug::OneTableUnclaimed,
+        ];
         asks.into_iter().any(|bug| self.bug == Some(Bug::Engine(bug)))
     }
 }

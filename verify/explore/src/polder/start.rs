@@ -1,10 +1,10 @@
 //! The beginning of a configuration: its engine, its machine, and who is like whom.
 
-use polder_explored_engine::{Config, Engine, PageFacts, Platform, Population};
-use polder_machine::{Machine, View as Vma, VpnRange};
-use polder_units::{Level, PageCount, PageIndex};
+use polder_explored_engine::{Config, Engine, PageFacts, Population};
+use polder_machine::{Machine, RmpSize, RmpUpdate, VcpuId, View as Vma, VmId, VpnRange};
+use polder_units::{GfnRange, Level, PageCount, PageIndex};
 
-use super::kept::{MOST_CPUS, Parts, range};
+use super::kept::{ASID, MOST_CPUS, Parts, range};
 use super::setup::{Actor, Bug, Role, Setup};
 use super::{MOST, SLOT, VM};
 
@@ -25,7 +25,7 @@ pub(super) fn engine(setup: &Setup) -> Engine {
     let mut engine = Engine::new(Config {
         pages: PageCount::from(u32::from(setup.pages)),
         geometry: setup.geometry,
-        platform: Platform::Plain,
+        platform: setup.platform,
         in_place: true,
         host_view_level: Level::Size4K,
         initial: PageFacts { visibility: setup.initial, population },
@@ -49,7 +49,12 @@ pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine:
     let object = machine.create_object(pages)?;
     let process = machine.create_process()?;
     let (mut threads, mut vcpus) = (1, 0);
-    let vm = machine.create_vm()?;
+    let vm = if setup.is_snp() {
+        machine.enable_snp();
+        machine.create_snp_vm(ASID)?
+    } else {
+        machine.create_vm()?
+    };
     for actor in &setup.actors {
         match actor.role {
             Role::Vcpu(_) => {
@@ -63,17 +68,39 @@ pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine:
             _ => {}
         }
     }
-    assert!(usize::from(threads.max(vcpus)) <= MOST_CPUS, "a CPU without a hash");
+    assert!(usize::from(threads.max(vcpus)) < MOST_CPUS, "a CPU without a hash");
     let host_view = setup.geometry.pages(Level::Size1G).get();
     let at = VpnRange::between(host_view, host_view + pages.get()).expect("a small range");
     machine.mmap(process, at, object, PageIndex::from(0), Vma::HOST)?;
+    let has_other = setup.actors.iter().any(|actor| actor.role == Role::Process);
+    let other = has_other.then(|| machine.create_process()).transpose()?;
+    if let Some(other) = other {
+        machine.mmap(other, at, object, PageIndex::from(0), Vma::PLAIN)?;
+    }
     let slot = range(setup.first_page, setup.first_page + setup.slot_pages);
     machine.bind(vm, setup.gfn(setup.first_page), object, slot)?;
     if setup.huge {
         machine.allocate(object, PageIndex::from(0), Level::Size2M)?;
     }
+    if setup.accepted {
+        accept(setup, &mut machine, vm)?;
+    }
     if let Some(Bug::Machine(plant)) = setup.bug {
         machine.plant(plant, true);
     }
-    Ok((machine, Parts { object, process, vm, threads, vcpus, host_view }))
+    Ok((machine, Parts { object, process, other, vm, threads, vcpus, host_view }))
+}
+
+/// Gives the pages of the one large folio to an SNP guest, which accepts them.
+fn accept(setup: &Setup, machine: &mut Machine, vm: VmId) -> Result<(), polder_machine::Error> {
+    let large = setup.geometry.pages(Level::Size2M);
+    let gfn = setup.gfn(0);
+    let resolved = machine.tdp_resolve(vm, gfn)?;
+    let update = RmpUpdate::private(ASID, gfn, RmpSize::Size2M);
+    assert!(setup.huge && machine.rmpupdate(resolved.pfn(), update).is_ok(), "nobody has it yet");
+    machine.tdp_map(&resolved, Level::Size2M, true)?;
+    let accepted = machine.vcpu(VcpuId { vm, index: 0 })?.pvalidate(gfn, RmpSize::Size2M, true);
+    assert!(matches!(accepted, Ok(Ok(true))), "it is mapped and given: {accepted:?}");
+    let gfns = GfnRange::new(gfn, large).expect("a small range");
+    machine.tdp_zap(vm, gfns).map(|_| ())
 }

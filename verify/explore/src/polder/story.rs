@@ -138,6 +138,7 @@ fn verb(task: Task) -> Result<String, String> {
         Task::Pin(page) => format!("{}\nname = \"pin\"", one("pin", page)),
         Task::Gup(page) => format!("{}\nname = \"gup\"", one("gup-fast", page)),
         Task::Rebind => return Err("a slot that is deleted in two parts".into()),
+        _ => return Err("what an SNP guest, the kernel or another CPU does".into()),
     })
 }
 
@@ -157,7 +158,9 @@ impl Story {
             let is = match actor.role {
                 Role::Vcpu(_) => "guest",
                 Role::Thread(_) | Role::Pinner => "device",
-                Role::Faults | Role::Caller => "vmm",
+                Role::Faults | Role::Caller | Role::Kernel | Role::OtherCpu | Role::Process => {
+                    "vmm"
+                }
             };
             let _ = write!(text, "\n[[actor]]\nname = \"{}\"\nis = \"{is}\"\n", actor.name);
         }
@@ -176,7 +179,7 @@ impl Story {
         if self.waits[actor].is_some() {
             return Ok(());
         }
-        let State { at, stage } = self.world.actors[actor];
+        let State { at, stage, .. } = self.world.actors[actor];
         let idle = matches!(stage, Stage::Idle);
         if self.world.ways(actor) == 0 {
             if idle {
@@ -312,7 +315,7 @@ impl Story {
         let mut went = true;
         while std::mem::take(&mut went) {
             for actor in 0..self.world.actors() {
-                let State { at, stage } = self.world.actors[actor];
+                let State { at, stage, .. } = self.world.actors[actor];
                 let Some(task) = self.world.task(actor) else { continue };
                 let over = matches!(stage, Stage::Idle | Stage::GupSlow);
                 if over || self.waits[actor].is_some() || self.world.ways(actor) == 0 {

@@ -3,7 +3,8 @@
 use polder_explored_engine::{Draining, OpId, Operation, Step, Undoing};
 
 use super::kept::set;
-use super::operation::{part_name, parts_of};
+use super::operation::{pages_of, part_name};
+use super::rmp::Part;
 use super::{Stage, World, verdict};
 use crate::system::Violation;
 
@@ -43,10 +44,16 @@ impl World {
             return Ok(());
         }
         self.forget(op);
+        let held = self.engine.held;
         let quarantined = self.engine(|engine| {
             let operation: Operation<Undoing> = engine.resume(op);
             engine.finish_undo(operation)
         });
+        match self.task(actor) {
+            Some(task) if own => self.unaccept(task, set(pages_of(task))),
+            // What somebody who died was about to do with them is not known here.
+            _ => self.promised.accepted &= !(held & !self.engine.held),
+        }
         self.promised.quarantine |= quarantined.iter().fold(0, |all, &range| all | set(range));
         self.say(|| "all of it is undone".into());
         if own {
@@ -55,6 +62,19 @@ impl World {
             self.go(actor, Stage::Idle)
         }
         Ok(())
+    }
+
+    /// In how many ways a part of a step of a way back goes.
+    pub(super) fn ways_back(&self, step: Step, part: u8) -> u8 {
+        u8::from(!self.is_blocked(step, part)) + u8::from(self.may_fail_back(step, part))
+    }
+
+    fn may_fail_back(&self, step: Step, part: u8) -> bool {
+        self.failures > 0 && (part == 0 || matches!(step, Step::Reassign(_) | Step::Unassign(_)))
+    }
+
+    fn fails_back(&self, step: Step, part: u8, way: u8) -> bool {
+        way > 0 || self.is_blocked(step, part)
     }
 
     pub(super) fn take_back(
@@ -69,19 +89,19 @@ impl World {
         if part == 0 {
             self.check_undo(op, step)?;
         }
-        let fails = way == 1;
+        let fails = self.fails_back(step, part, way);
         self.failures -= u8::from(fails);
-        let done = !fails && self.perform(step, part);
+        let went = if fails { Part::Failed } else { self.perform(step, part)? };
+        let done = went != Part::Failed;
         self.say(|| format!("undoing: {step} ({}): {}", part_name(step, part), verdict(done)));
-        let more = done && part + 1 < parts_of(step);
         // To cut pages off has no way back of its own: the driver tries again.
         let again = fails && matches!(step, Step::Quarantine(_));
         self.go(
             actor,
             if again {
                 Stage::TakeBack(op, step, 0, own)
-            } else if more {
-                Stage::TakeBack(op, step, part + 1, own)
+            } else if let Part::Then(part) = went {
+                Stage::TakeBack(op, step, part, own)
             } else {
                 Stage::TakenBack(op, done, own)
             },

@@ -76,8 +76,8 @@ pub(super) fn asid(id: VmId) -> Result<Asid, Error> {
 enum Next {
     /// Go on so many pages further.
     On(u64),
-    /// Look again, for this reason.
-    Again(RmpFail),
+    /// Look again, because of what may have passed then.
+    Again(Error),
 }
 
 impl Next {
@@ -87,7 +87,9 @@ impl Next {
             Ok(()) => Ok(Self::On(pages)),
             // The entries do not overlap, as who calls this has seen: somebody at work on one of
             // the other size does.
-            Err(RmpFail::InUse | RmpFail::Overlap) => Ok(Self::Again(RmpFail::InUse)),
+            Err(RmpFail::InUse | RmpFail::Overlap) => {
+                Ok(Self::Again(Error::Rmp { page, fail: RmpFail::InUse }))
+            }
             Err(fail) => Err(Error::Rmp { page, fail }),
         }
     }
@@ -160,26 +162,23 @@ impl MachineHost {
         self.rmp.as_ref().and_then(|rmp| *rmp.owner.lock())
     }
 
-    /// Calls `bind`, unless another VM is the first that the memory was bound to. Whose `bind`
-    /// succeeds first has it from then on.
-    pub(super) fn own(
-        &self,
-        id: VmId,
-        vm: polder_machine::VmId,
-        bind: impl FnOnce() -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let Some(rmp) = &self.rmp else { return bind() };
-        let mut owner = rmp.owner.lock();
-        match *owner {
+    /// Refuses a VM other than the first that the memory was bound to.
+    pub(super) fn check_owner(&self, id: VmId) -> Result<(), Error> {
+        match self.owner() {
             Some(owner) if owner.id != id => Err(Error::OneVm { owner: owner.id, vm: id }),
-            Some(_) => bind(),
-            None => {
-                let new = Owner { id, vm, asid: asid(id)? };
-                bind()?;
-                *owner = Some(new);
-                Ok(())
-            }
+            _ => asid(id).map(drop),
         }
+    }
+
+    /// Notes that the memory was bound to a VM, as [`Self::check_owner`] allowed. Whoever was first
+    /// has it. Nothing is called with the lock held that takes the machine's: those who hold that
+    /// one ask for the owner.
+    pub(super) fn own(&self, id: VmId, vm: polder_machine::VmId) -> Result<(), Error> {
+        if let Some(rmp) = &self.rmp {
+            let asid = asid(id)?;
+            rmp.owner.lock().get_or_insert(Owner { id, vm, asid });
+        }
+        Ok(())
     }
 
     /// Looks at the pages of a range one after the other, and does something about each.
@@ -197,7 +196,7 @@ impl MachineHost {
                     tries += 1;
                     crate::sync::yield_now();
                 }
-                Next::Again(fail) => return Err(Error::Rmp { page, fail }),
+                Next::Again(error) => return Err(error),
             }
         }
         Ok(())
@@ -206,22 +205,6 @@ impl MachineHost {
     pub(super) fn assign(&self, range: PageRange) -> Result<(), Error> {
         self.forget_taken(range);
         self.each(range, |page| self.assign_at(page, range))
-    }
-
-    /// What assigning a page that is about to be mapped would assign, all of it in `within`; `None`
-    /// if it is assigned already, or is seen by no VM.
-    pub(super) fn not_assigned(
-        &self,
-        page: PageIndex,
-        within: PageRange,
-    ) -> Result<Option<PageRange>, Error> {
-        let machine = &*self.lock();
-        let found = Found::at(machine, self, page)?.filter(|found| !found.entry.assigned);
-        let gfns = self.gfns_of(machine, PageRange::one(page));
-        let (Some(found), Some(gfns)) = (found, gfns) else { return Ok(None) };
-        let large = self.large(machine, &found, (page, gfns.start()), within).is_some();
-        let level = if large { Level::Size2M } else { Level::Size4K };
-        Ok(Some(PageRange::enclosing(page, level, found.geometry)))
     }
 
     /// Whether what was resolved can be mapped privately at a level: all entries of that page are
@@ -275,13 +258,31 @@ impl MachineHost {
             return Next::after(machine.psmash(found.head()), 0, page);
         }
         if let Some((head, at)) = self.large(machine, &found, (page, gfn), within) {
+            let all = PageRange::enclosing(page, Level::Size2M, found.geometry);
+            if let Some(again) = self.cut_off(machine, all)? {
+                return Ok(again);
+            }
             let large = RmpUpdate::private(owner.asid, at, RmpSize::Size2M);
             let updated = machine.rmpupdate(head, large);
             self.rmp().large.fetch_add(u64::from(updated.is_ok()), Ordering::Relaxed);
             return Next::after(updated, found.pages() - found.offset(), page);
         }
+        if let Some(again) = self.cut_off(machine, PageRange::one(page))? {
+            return Ok(again);
+        }
         let small = RmpUpdate::private(owner.asid, gfn, RmpSize::Size4K);
         Next::after(machine.rmpupdate(found.pfn, small), 1, page)
+    }
+
+    /// Cuts every process off from pages that are about to be assigned, and looks for references,
+    /// under the folio's lock, which the kernel's own faults need. Steps before have done so too,
+    /// but no claim keeps another process that has the file mapped from touching it again, and the
+    /// RMP is not asked about what a TLB has. Who refers to the pages may soon not.
+    fn cut_off(&self, machine: &mut Machine, pages: PageRange) -> Result<Option<Next>, Error> {
+        machine.zap_object(self.object, pages).map_err(refused)?;
+        machine.flush_object(self.object, pages).map_err(refused)?;
+        let referenced = self.referenced_on(machine, pages)?;
+        Ok(referenced.map(|refusal| Next::Again(refusal.into())))
     }
 
     /// The first frame and guest frame of the 2M page around a page, if it gets a large entry.

@@ -1,8 +1,7 @@
 //! Stage 2 of the machine's VMs: what is mapped for a fault, and ahead of one.
 //!
 //! A page is mapped as large as folio, binding, answer and RMP allow (INV-5). A private page that
-//! its guest has not been given yet is given first: whoever else has it mapped is cut off, then
-//! whoever else refers to it is looked for, as before a conversion.
+//! its guest has not been given yet is given first (`rmp.rs`), also where it never was converted.
 
 use polder_engine::{GuestAccess, Refusal, Visibility, VmId};
 use polder_linux::Errno;
@@ -51,7 +50,7 @@ impl MachineHost {
         self.allocate(&mut machine, PageRange::one(page))?;
         drop(machine);
         if self.is_snp() && visibility == Visibility::Private {
-            match self.give(page, within) {
+            match self.assign_for(page, within) {
                 // Somebody else is at work on entry or folio.
                 Err(Error::Rmp { fail: RmpFail::InUse, .. }) => return Ok(Tried::Later),
                 Err(Error::Refused(Refusal::Referenced { references: 0, .. })) => {
@@ -69,18 +68,6 @@ impl MachineHost {
             Err(polder_machine::Error::Stale { .. }) => Ok(Tried::Later),
             Err(error) => Err(refused(error)),
         }
-    }
-
-    /// Gives a page to its guest that is to be mapped, with the rest of its 2M page if that gets a
-    /// large entry.
-    fn give(&self, page: PageIndex, within: PageRange) -> Result<(), Error> {
-        let Some(new) = self.not_assigned(page, within)? else {
-            return self.assign_for(page, within);
-        };
-        // It may never have been converted, and so nobody was cut off from it.
-        self.unmap_processes(new)?;
-        self.check_references(new)?;
-        self.assign_for(page, new)
     }
 
     /// The largest level at which what was resolved can be mapped (INV-5).

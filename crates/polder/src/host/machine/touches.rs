@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use polder_engine::{Response, View};
 use polder_linux::Errno;
-use polder_machine::{Hva, Machine, Sigbus, Thread};
+use polder_machine::{Hva, Machine, RmpCheck, Sigbus, Thread};
 use polder_units::{PAGE_BYTES, PAGE_SIZE, PageIndex, PageRange};
 
 use super::{CPUS, HOST_VIEW, MachineHost, refused};
@@ -18,6 +18,13 @@ use crate::host::views::Views;
 
 /// How long a touch that waits goes without being made again.
 const TOUCH_AGAIN: Duration = Duration::from_millis(20);
+
+/// How often an access is made again that finds another CPU at work on the page's RMP entry: soon
+/// it is not, and nobody who may touch a page is to be told that he may not.
+const IN_USE_RETRIES: u32 = 200;
+
+/// How long is waited in between.
+const IN_USE_PAUSE: Duration = Duration::from_millis(1);
 
 impl MachineHost {
     /// Makes a touch by the host view until it is made or denied.
@@ -29,6 +36,7 @@ impl MachineHost {
         use polder_machine::HostExit;
         let thread = Thread { process: self.process, index: cpu() };
         let hva = Hva::new(HOST_VIEW * PAGE_SIZE + offset);
+        let mut retries = IN_USE_RETRIES;
         loop {
             let before = self.events.lock().answers;
             let exit = touch(&mut self.lock(), thread, hva);
@@ -49,6 +57,10 @@ impl MachineHost {
                     });
                 }
                 Err(HostExit::Invalid(error)) => return Err(refused(error)),
+                Err(HostExit::Refused(by)) if by.check == RmpCheck::InUse && retries > 0 => {
+                    retries -= 1;
+                    crate::sync::sleep(IN_USE_PAUSE);
+                }
                 Err(HostExit::Segv { .. } | HostExit::Refused(_)) => {
                     return Err(polder_linux::Touched { offset }.into());
                 }
@@ -119,10 +131,22 @@ impl Views for MachineHost {
     fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
         let Some(last) = from.len().checked_sub(1) else { return Ok(()) };
         let (first, last) = (offset / PAGE_SIZE, (offset + last as u64) / PAGE_SIZE);
-        let mut machine = self.lock();
         let range = PageRange::between(first, last + 1).expect("bytes of the object");
-        self.allocate(&mut machine, range)?;
-        machine.object_write(self.object, offset, from).map_err(refused)
+        let mut retries = IN_USE_RETRIES;
+        loop {
+            let mut machine = self.lock();
+            self.allocate(&mut machine, range)?;
+            match machine.object_write(self.object, offset, from) {
+                Err(polder_machine::Error::Refused(by))
+                    if by.check == RmpCheck::InUse && retries > 0 =>
+                {
+                    retries -= 1;
+                }
+                written => return written.map_err(refused),
+            }
+            drop(machine);
+            crate::sync::sleep(IN_USE_PAUSE);
+        }
     }
 
     fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {

@@ -82,12 +82,16 @@ impl MachineHost {
         }
         // The rest of a large entry is in quarantine if this is a part of it.
         let (size, pages) = match entry.is_large() && part == entry.pages {
-            true => (RmpSize::Size2M, found.pages()),
-            false => (RmpSize::Size4K, 1),
+            true => (RmpSize::Size2M, entry.pages),
+            false => (RmpSize::Size4K, PageRange::one(page)),
         };
+        // Somebody may have touched it while it was nobody's.
+        if let Some(again) = self.cut_off(machine, pages)? {
+            return Ok(again);
+        }
         let into = page.checked_sub(entry.pages.start());
         let gfn = into.and_then(|into| entry.gfn.checked_add(into)).expect("its guest saw it");
         let private = RmpUpdate::private(owner.asid, gfn, size);
-        Next::after(machine.rmpupdate(found.pfn, private), pages, page)
+        Next::after(machine.rmpupdate(found.pfn, private), pages.count().get(), page)
     }
 }

@@ -318,3 +318,61 @@ fn a_vm_whose_bind_failed_does_not_have_the_memory() {
     let refused = host.bind(VM, Slot(0), Gfn::from(0), all);
     assert_eq!(refused, Err(Error::OneVm { owner: other, vm: VM }));
 }
+
+#[test]
+fn a_shared_page_whose_entry_is_in_use_for_a_moment_is_written_all_the_same() {
+    let host = host();
+    let (pfn, other) = (entry(&host, 512).pfn, LockOwner(7));
+    let offset = 512 * polder_units::PAGE_SIZE;
+    host.take(Step::UnmapHost(whole())).unwrap();
+    let page = PageRange::one(512u32.into());
+    host.views().answer(polder_engine::View::Host, polder_engine::Response::Map, page).unwrap();
+    let touch = |at: u64| host.views().touch_write(offset + at, b"touched");
+    let write = |at: u64| host.views().write(offset + at, b"written");
+    let ways: [&(dyn Fn(u64) -> Result<(), Error> + Sync); 2] = [&touch, &write];
+    for (way, at) in ways.into_iter().zip([0, 8]) {
+        host.lock().rmp_hold(pfn, RmpSize::Size4K, other).unwrap();
+        std::thread::scope(|scope| {
+            let writes = scope.spawn(move || way(at));
+            std::thread::sleep(std::time::Duration::from_millis(3));
+            host.lock().rmp_release(pfn, other).unwrap();
+            assert_eq!(writes.join().unwrap(), Ok(()));
+        });
+        // What stays in use for long is told as before.
+        host.lock().rmp_hold(pfn, RmpSize::Size4K, other).unwrap();
+        host.lock().flush_object(host.object, page).unwrap();
+        assert!(way(at).is_err());
+        host.lock().rmp_release(pfn, other).unwrap();
+    }
+}
+
+#[test]
+fn who_has_touched_a_page_again_is_cut_off_when_it_is_assigned() {
+    let host = host();
+    let object = host.object;
+    let other = host.lock().create_process().unwrap();
+    let vpns = VpnRange::between(1 << 20, (1 << 20) + u64::from(PAGES)).unwrap();
+    host.lock().mmap(other, vpns, object, 0u32.into(), View::PLAIN).unwrap();
+    let thread = Thread { process: other, index: 0 };
+    let hva = |page: u64| polder_machine::Hva::new(((1 << 20) + page) * polder_units::PAGE_SIZE);
+    let half = PageRange::between(512, 1024).unwrap();
+    for step in [Step::UnmapHost(half), Step::CheckReferences(half)] {
+        host.take(step).unwrap();
+    }
+    host.lock().host_write(thread, hva(700), b"before").unwrap();
+    host.take(Step::Assign(half)).unwrap();
+    assert!(entry(&host, 700).entry.assigned);
+    assert!(host.lock().host_write(thread, hva(700), b"after").is_err());
+    host.lock().host_unmap(other, vpns).unwrap();
+
+    // Who has pinned it again has it stay what it was.
+    host.take(Step::Unassign(half)).unwrap();
+    let vpn = VpnRange::between((1 << 20) + 900, (1 << 20) + 901).unwrap();
+    let pin = host.lock().pin_user_pages(other, vpn, true, PinKind::LongTerm).unwrap();
+    let refused = host.take(Step::Assign(half)).unwrap_err();
+    assert!(matches!(refused, Error::Refused(Refusal::Referenced { .. })), "{refused}");
+    assert!(!entry(&host, 900).entry.assigned);
+    host.lock().unpin(pin).unwrap();
+    assert_eq!(host.take(Step::Assign(half)), Ok(()));
+    host.lock().audit().unwrap();
+}
