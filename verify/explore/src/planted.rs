@@ -217,6 +217,12 @@ pub const ALL: &[PlantedBug] = &[
         Slip::SlotNotZapped,
         "slots",
     ),
+    driver(
+        "never-mapped",
+        "a guest's fault is answered, and its page is not mapped",
+        Slip::NeverMapped,
+        "conversion",
+    ),
     machine("no-flush", "a TLB is not flushed", Plant::SkipFlush, "conversion"),
     machine(
         "gup-looks-once",

@@ -3,9 +3,12 @@
 //! - [`exhaust`] goes depth first through all states, each once.
 //! - [`shortest`] goes breadth first to the nearest state that breaks an invariant.
 //! - [`wander`] takes random ways with few preemptions, for what is too large for either.
+//!
+//! All of them look whether somebody goes round in a circle (`fair.rs`).
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use crate::fair::Fair;
 use crate::fold::Seen;
 use crate::system::{Point, System, Violation};
 
@@ -25,6 +28,20 @@ pub struct Finding {
     pub violation: Violation,
     /// The steps that lead there.
     pub moves: Vec<Move>,
+    /// Whether they end in a circle, in which all have taken turns.
+    pub circle: bool,
+}
+
+impl Finding {
+    fn new(violation: Violation, moves: Vec<Move>) -> Self {
+        Self { violation, moves, circle: false }
+    }
+
+    /// One that goes on in a circle behind these moves.
+    fn circle((violation, turns): (Violation, Vec<Move>), mut moves: Vec<Move>) -> Self {
+        moves.extend(turns);
+        Self { violation, moves, circle: true }
+    }
 }
 
 /// Who was met where by whom: work, stage, and the kind of work that went on meanwhile.
@@ -55,6 +72,9 @@ const REPORT_EVERY: u64 = 1 << 14;
 
 /// How many steps one actor takes in a row at most, if there is another.
 const IN_A_ROW: u32 = 64;
+
+/// How long a random way is at most: ten times as long as any that comes to its end.
+const LONGEST: usize = 1 << 13;
 
 /// Nobody can go on, or only in circles of one step: broken unless everybody has done his work.
 fn stuck<S: System>(system: &S) -> Option<Violation> {
@@ -136,13 +156,19 @@ pub fn exhaust<S: System>(start: &S, progress: &mut Progress<'_>) -> Outcome {
     seen.insert(first);
     let mut outcome = Outcome { complete: true, ..Outcome::default() };
     let mut met = Met::new::<S>();
+    let mut fair = Fair::new();
+    if let Some(circle) = fair.circle(start) {
+        outcome.finding = Some(Finding::circle(circle, Vec::new()));
+    }
     let mut stack = vec![Frame::new(start.clone(), first, None)];
-    while let Some(top) = stack.last_mut() {
+    while outcome.finding.is_none()
+        && let Some(top) = stack.last_mut()
+    {
         let Some(taken) = top.next() else {
             let broken = if top.any { None } else { stuck(&top.system) };
             if let Some(violation) = broken {
                 let moves = stack.iter().filter_map(|frame| frame.came).collect();
-                outcome.finding = Some(Finding { violation, moves });
+                outcome.finding = Some(Finding::new(violation, moves));
                 break;
             }
             stack.pop();
@@ -154,7 +180,7 @@ pub fn exhaust<S: System>(start: &S, progress: &mut Progress<'_>) -> Outcome {
         outcome.steps += 1;
         if let Err(violation) = broken {
             let moves = stack.iter().filter_map(|frame| frame.came).chain([taken]).collect();
-            outcome.finding = Some(Finding { violation, moves });
+            outcome.finding = Some(Finding::new(violation, moves));
             break;
         }
         let fingerprint = system.fingerprint();
@@ -162,7 +188,12 @@ pub fn exhaust<S: System>(start: &S, progress: &mut Progress<'_>) -> Outcome {
         if seen.insert(fingerprint) {
             if let Err(violation) = system.check() {
                 let moves = stack.iter().filter_map(|frame| frame.came).chain([taken]).collect();
-                outcome.finding = Some(Finding { violation, moves });
+                outcome.finding = Some(Finding::new(violation, moves));
+                break;
+            }
+            if let Some(circle) = fair.sample(&system, fingerprint) {
+                let moves = stack.iter().filter_map(|frame| frame.came).chain([taken]).collect();
+                outcome.finding = Some(Finding::circle(circle, moves));
                 break;
             }
             stack.push(Frame::new(system, fingerprint, Some(taken)));
@@ -197,15 +228,21 @@ pub fn shortest<S: System>(start: &S, most: usize, progress: &mut Progress<'_>) 
         moves.reverse();
         moves
     };
+    let mut fair = Fair::new();
+    if let Some(circle) = fair.circle(start) {
+        outcome.finding = Some(Finding::circle(circle, Vec::new()));
+    }
     let mut queue = VecDeque::from([(Frame::new(start.clone(), first, None), 0)]);
-    'search: while let Some((mut frame, at)) = queue.pop_front() {
+    'search: while outcome.finding.is_none()
+        && let Some((mut frame, at)) = queue.pop_front()
+    {
         while let Some(taken) = frame.next() {
             met.note(&frame.system, taken.actor.into());
             let mut system = frame.system.clone();
             outcome.steps += 1;
             if let Err(violation) = system.take(taken.actor.into(), taken.way) {
                 let moves = way(&came, at, Some(taken));
-                outcome.finding = Some(Finding { violation, moves });
+                outcome.finding = Some(Finding::new(violation, moves));
                 break 'search;
             }
             let fingerprint = system.fingerprint();
@@ -213,7 +250,12 @@ pub fn shortest<S: System>(start: &S, most: usize, progress: &mut Progress<'_>) 
             if seen.insert(fingerprint) {
                 if let Err(violation) = system.check() {
                     let moves = way(&came, at, Some(taken));
-                    outcome.finding = Some(Finding { violation, moves });
+                    outcome.finding = Some(Finding::new(violation, moves));
+                    break 'search;
+                }
+                if let Some(circle) = fair.sample(&system, fingerprint) {
+                    let moves = way(&came, at, Some(taken));
+                    outcome.finding = Some(Finding::circle(circle, moves));
                     break 'search;
                 }
                 came.push((at, taken));
@@ -229,7 +271,7 @@ pub fn shortest<S: System>(start: &S, most: usize, progress: &mut Progress<'_>) 
         if !frame.any
             && let Some(violation) = stuck(&frame.system)
         {
-            outcome.finding = Some(Finding { violation, moves: way(&came, at, None) });
+            outcome.finding = Some(Finding::new(violation, way(&came, at, None)));
             break;
         }
     }
@@ -251,6 +293,7 @@ pub fn wander<S: System>(
     let mut seen = Seen::new();
     let mut outcome = Outcome::default();
     let mut met = Met::new::<S>();
+    let mut fair = Fair::new();
     let mut random = Random(seed.wrapping_mul(2).wrapping_add(1));
     loop {
         let mut system = start.clone();
@@ -260,7 +303,7 @@ pub fn wander<S: System>(
             let open: Vec<u8> = (0..u8::try_from(system.actors()).unwrap_or(u8::MAX))
                 .filter(|&actor| system.ways(actor.into()) > 0)
                 .collect();
-            if open.is_empty() {
+            if open.is_empty() || moves.len() >= LONGEST {
                 break;
             }
             // Who goes round in a circle until another goes on does not keep him from it.
@@ -278,11 +321,14 @@ pub fn wander<S: System>(
             moves.push(Move { actor, way });
             let broken = system.take(actor.into(), way).and_then(|()| system.check());
             outcome.steps += 1;
-            seen.insert(system.fingerprint());
+            let fingerprint = system.fingerprint();
+            seen.insert(fingerprint);
             let stop =
                 outcome.steps.is_multiple_of(REPORT_EVERY) && !progress(seen.len(), outcome.steps);
             if let Err(violation) = broken {
-                outcome.finding = Some(Finding { violation, moves: moves.clone() });
+                outcome.finding = Some(Finding::new(violation, moves.clone()));
+            } else if let Some(circle) = fair.sample(&system, fingerprint) {
+                outcome.finding = Some(Finding::circle(circle, moves.clone()));
             }
             if stop || outcome.finding.is_some() {
                 break;
@@ -294,7 +340,12 @@ pub fn wander<S: System>(
             && ended
             && let Some(violation) = stuck(&system)
         {
-            outcome.finding = Some(Finding { violation, moves });
+            outcome.finding = Some(Finding::new(violation, moves));
+        } else if outcome.finding.is_none()
+            && !ended
+            && let Some(circle) = fair.circle(&system)
+        {
+            outcome.finding = Some(Finding::circle(circle, moves));
         }
         outcome.states = seen.len();
         if outcome.finding.is_some() || !progress(seen.len(), outcome.steps) {
@@ -340,12 +391,14 @@ fn follow<S: System>(start: &S, moves: &[Move]) -> Option<Finding> {
         taken.push(now);
         let broken = system.take(now.actor.into(), now.way).and_then(|()| system.check());
         if let Err(violation) = broken {
-            return Some(Finding { violation, moves: taken });
+            return Some(Finding::new(violation, taken));
         }
     }
     let ended = (0..system.actors()).all(|actor| system.ways(actor) == 0);
-    let violation = if ended { stuck(&system) } else { None };
-    violation.map(|violation| Finding { violation, moves: taken })
+    if ended {
+        return stuck(&system).map(|violation| Finding::new(violation, taken));
+    }
+    Fair::new().circle(&system).map(|circle| Finding::circle(circle, taken))
 }
 
 /// A finding as a person reads it: a line for each step.

@@ -5,7 +5,7 @@ use polder_machine::{Exit, Resolved, RmpFail, RmpSize, Side};
 use polder_units::{Gfn, Level, PageIndex, PageRange};
 
 use super::act::{Act, Done};
-use super::{Bug, Came, Role, Stage, Task, VM, World, kept};
+use super::{Bug, Came, Role, Slip, Stage, Task, VM, World, kept};
 use crate::system::Violation;
 
 impl World {
@@ -255,7 +255,9 @@ impl World {
         (resolved, current): (Resolved, bool),
     ) -> Result<(), Violation> {
         let unchecked = matches!(self.setup.bug, Some(Bug::Machine(_)));
-        if !unchecked && !current {
+        if self.setup.slips(Slip::NeverMapped) {
+            self.say(|| "maps nothing".into());
+        } else if !unchecked && !current {
             self.say(|| "finds that it was invalidated meanwhile".into());
         } else {
             let level = self.level_of(actor, &resolved, level);

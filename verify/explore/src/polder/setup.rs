@@ -163,6 +163,8 @@ pub enum Slip {
     CopyUnclaimed,
     /// A slot that is deleted stays in stage 2.
     SlotNotZapped,
+    /// A guest's fault is answered, and its page not mapped.
+    NeverMapped,
     /// A fault for its size smashes nothing.
     SmashForgotten,
     /// What PSMASH refuses because somebody was faster ends the vCPU.
