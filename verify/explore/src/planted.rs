@@ -223,6 +223,12 @@ pub const ALL: &[PlantedBug] = &[
         Slip::NeverMapped,
         "conversion",
     ),
+    driver(
+        "undone-doubted",
+        "what was undone is taken for lost, and put in quarantine",
+        Slip::UndoneDoubted,
+        "failures",
+    ),
     machine("no-flush", "a TLB is not flushed", Plant::SkipFlush, "conversion"),
     machine(
         "gup-looks-once",

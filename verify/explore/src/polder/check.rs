@@ -41,6 +41,16 @@ impl World {
             let page = first(engine.owed ^ promised.owed);
             return broken("INV-3", format!("{page} is owed, or not, and nobody said so"));
         }
+        // A way back that has not ended has told nobody yet.
+        let apart = (engine.quarantine ^ out) & !engine.held;
+        if apart != 0 {
+            let page = first(apart);
+            return broken("INV-9", format!("{page} is in quarantine, or not, and has no reason"));
+        }
+        if engine.failed != 0 {
+            let page = first(engine.failed);
+            return broken("INV-3", format!("{page} has failed, and no source has said so"));
+        }
         let host = reach.host & private;
         if host != 0 {
             return broken("INV-1", format!("{} is private, and the host reaches it", first(host)));
@@ -57,7 +67,7 @@ impl World {
         if early != 0 {
             return broken("INV-3", format!("{} is mapped before it is whole", first(early)));
         }
-        let denied = reach.poisoned & !private & !out & !engine.failed;
+        let denied = reach.poisoned & !private & !out;
         if denied != 0 {
             return broken("INV-4", format!("{} is shared, and denied", first(denied)));
         }
@@ -152,7 +162,7 @@ impl World {
 
     /// A touch of the host view that was denied.
     pub(super) fn check_denied(&self, page: u8) -> Result<(), Violation> {
-        let may = self.promised.private | self.promised.quarantine | self.engine.failed;
+        let may = self.promised.private | self.promised.quarantine;
         if may & 1 << page != 0 {
             return Ok(());
         }
@@ -197,36 +207,45 @@ impl World {
         }
     }
 
-    /// Notes that hardware is, or may be, told something by an operation.
+    /// Notes that hardware is, or may be, told something by an operation, or memory is gone.
     pub(super) fn note(&mut self, op: OpId, step: Step) {
-        if let Step::Protect(range, _) = step
+        if let Step::Protect(range, _) | Step::Free(range) = step
             && let Some(place) = self.journal.iter_mut().find(|place| place.is_none())
         {
-            *place = Some((op, set(range)));
+            *place = Some((op, matches!(step, Step::Free(_)), set(range)));
         }
     }
 
     /// Forgets what an operation did, once it is over.
     pub(super) fn forget(&mut self, op: OpId) {
         let mut kept = [None; 6];
-        let rest = self.journal.iter().flatten().filter(|(other, _)| *other != op);
+        let rest = self.journal.iter().flatten().filter(|(other, ..)| *other != op);
         kept.iter_mut().zip(rest).for_each(|(place, it)| *place = Some(*it));
         self.journal = kept;
     }
 
-    /// Undoing goes last to first.
+    /// Undoing goes last to first. What has failed on the way back is put in quarantine, and what
+    /// has no way back: memory that is gone, or may be. Nothing else is.
     pub(super) fn check_undo(&mut self, op: OpId, step: Step) -> Result<(), Violation> {
-        let Step::Protect(range, _) = step else { return Ok(()) };
-        let last = self.journal.iter().rposition(|it| it.is_some_and(|(other, _)| other == op));
+        let (frees, range) = match step {
+            Step::Protect(range, _) => (false, range),
+            Step::Quarantine(range) if set(range) & !self.promised.quarantine != 0 => (true, range),
+            _ => return Ok(()),
+        };
+        let last = self.journal.iter().rposition(|it| it.is_some_and(|(other, ..)| other == op));
         match last {
-            Some(at) if self.journal[at].is_some_and(|(_, pages)| pages == set(range)) => {
+            Some(at) if self.journal[at] == Some((op, frees, set(range))) => {
                 self.journal[at] = None;
                 let kept = self.journal;
                 self.journal = [None; 6];
                 let places = self.journal.iter_mut();
                 places.zip(kept.into_iter().flatten()).for_each(|(place, it)| *place = Some(it));
+                if frees {
+                    self.promised.quarantine |= set(range);
+                }
                 Ok(())
             }
+            _ if frees => broken("INV-9", format!("to {step} is for what can be undone, or was")),
             _ => broken("INV-4", format!("to {step} undoes what was not done last")),
         }
     }

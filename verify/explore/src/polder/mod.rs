@@ -102,8 +102,8 @@ pub struct World {
     touched: Pages,
     /// Touches that it is answering.
     answering: Pages,
-    /// What was done to hardware, by operation, in order.
-    journal: [Option<(OpId, Pages)>; 6],
+    /// What was done to hardware, by operation, in order, and (`true`) what memory was freed.
+    journal: [Option<(OpId, bool, Pages)>; 6],
     /// What was unassigned, and may be given back: `polder/src/host/machine/rmp/taken.rs`.
     taken: rmp::Taken,
     failures: u8,
@@ -391,8 +391,8 @@ impl System for World {
         self.promised.hash(state);
         (self.touched, self.answering, self.failures, self.deaths).hash(state);
         self.taken.of(self.engine.held).hash(state);
-        for (op, pages) in self.journal.iter().flatten() {
-            (self.engine.engine.place_of(*op), pages).hash(state);
+        for (op, freed, pages) in self.journal.iter().flatten() {
+            (self.engine.engine.place_of(*op), freed, pages).hash(state);
         }
         hash.finish()
     }

@@ -435,10 +435,7 @@ impl World {
             }
             (Step::Assign(_) | Step::Unassign(_) | Step::Reassign(_) | Step::Smash(_), _)
             | (Step::Merge(_) | Step::Thaw(_), _) => unreachable!("one for the RMP: {step}"),
-            (Step::Quarantine(range), _) => {
-                self.promised.quarantine |= set(range);
-                self.answer_host(Response::Poison, range)
-            }
+            (Step::Quarantine(range), _) => self.answer_host(Response::Poison, range),
         }
     }
 

@@ -165,6 +165,8 @@ pub enum Slip {
     SlotNotZapped,
     /// A guest's fault is answered, and its page not mapped.
     NeverMapped,
+    /// A step of a way back that was done is reported as one that failed.
+    UndoneDoubted,
     /// A fault for its size smashes nothing.
     SmashForgotten,
     /// What PSMASH refuses because somebody was faster ends the vCPU.

@@ -5,7 +5,7 @@ use polder_explored_engine::{Draining, OpId, Operation, Step, Undoing};
 use super::kept::set;
 use super::operation::{pages_of, part_name};
 use super::rmp::Part;
-use super::{Stage, World, verdict};
+use super::{Slip, Stage, World, verdict};
 use crate::system::Violation;
 
 impl World {
@@ -45,16 +45,15 @@ impl World {
         }
         self.forget(op);
         let held = self.engine.held;
-        let quarantined = self.engine(|engine| {
+        self.engine(|engine| {
             let operation: Operation<Undoing> = engine.resume(op);
-            engine.finish_undo(operation)
+            engine.finish_undo(operation);
         });
         match self.task(actor) {
             Some(task) if own => self.unaccept(task, set(pages_of(task))),
             // What somebody who died was about to do with them is not known here.
             _ => self.promised.accepted &= !(held & !self.engine.held),
         }
-        self.promised.quarantine |= quarantined.iter().fold(0, |all, &range| all | set(range));
         self.say(|| "all of it is undone".into());
         if own {
             self.done(actor)
@@ -87,12 +86,19 @@ impl World {
         way: u8,
     ) -> Result<(), Violation> {
         if part == 0 {
-            self.check_undo(op, step)?;
+            let right = self.check_undo(op, step);
+            if right.is_err() {
+                self.say(|| format!("undoing: is to {step}"));
+            }
+            right?;
         }
         let fails = self.fails_back(step, part, way);
         self.failures -= u8::from(fails);
         let went = if fails { Part::Failed } else { self.perform(step, part)? };
         let done = went != Part::Failed;
+        if !done {
+            self.promised.quarantine |= set(step.range());
+        }
         self.say(|| format!("undoing: {step} ({}): {}", part_name(step, part), verdict(done)));
         // To cut pages off has no way back of its own: the driver tries again.
         let again = fails && matches!(step, Step::Quarantine(_));
@@ -116,9 +122,10 @@ impl World {
         done: bool,
         own: bool,
     ) -> Result<(), Violation> {
+        let doubted = self.setup.slips(Slip::UndoneDoubted);
         let step = self.engine(|engine| {
             let operation: Operation<Undoing> = engine.resume(op);
-            engine.undo_taken(&operation, done);
+            engine.undo_taken(&operation, done && !doubted);
             let step = engine.next_undo(&operation);
             engine.park(operation);
             step
