@@ -229,6 +229,12 @@ pub const ALL: &[PlantedBug] = &[
         Slip::UndoneDoubted,
         "failures",
     ),
+    driver(
+        "last-copy-kept",
+        "the last of all copies does not give its claim back",
+        Slip::LastCopyKept,
+        "pins",
+    ),
     machine("no-flush", "a TLB is not flushed", Plant::SkipFlush, "conversion"),
     machine(
         "gup-looks-once",

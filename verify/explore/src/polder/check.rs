@@ -12,7 +12,7 @@ use super::host::References;
 use super::kept::{Pages, Reach, set};
 use super::operation::pages_of;
 use super::{Stage, World};
-use crate::system::Violation;
+use crate::system::{System, Violation};
 
 pub(super) fn broken(invariant: &'static str, what: impl Into<String>) -> Result<(), Violation> {
     Err(Violation::new(invariant, what))
@@ -78,7 +78,13 @@ impl World {
         }
         self.check_rmp(&reach)?;
         if engine.idle {
-            self.check_at_rest(private, out)?;
+            return self.check_at_rest(private, out);
+        }
+        let actors = || 0..self.setup.actors.len();
+        let died = |actor: usize| matches!(self.actors[actor].stage, Stage::Dead);
+        // What the dead have left is undone by who meets it.
+        if actors().all(|actor| self.is_done(actor)) && !actors().any(died) {
+            return broken("INV-8", "everybody is done, and a claim was not given back");
         }
         Ok(())
     }

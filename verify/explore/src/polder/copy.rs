@@ -7,7 +7,7 @@ use super::act::Act;
 use super::guest::token;
 use super::kept::one;
 use super::{Came, Slip, Stage, Task, World};
-use crate::system::Violation;
+use crate::system::{System, Violation};
 
 impl World {
     pub(super) fn claim_copy(&mut self, actor: usize, page: u8) -> Result<(), Violation> {
@@ -71,11 +71,15 @@ impl World {
         actor: usize,
         in_flight: Option<InFlight>,
     ) -> Result<(), Violation> {
-        if let Some(in_flight) = in_flight {
+        let others = || (0..self.actors()).filter(|&other| other != actor);
+        let kept = self.setup.slips(Slip::LastCopyKept) && others().all(|it| self.is_done(it));
+        if let Some(in_flight) = in_flight
+            && !kept
+        {
             let copying = polder_explored_engine::Copying::resume(in_flight);
             self.engine(|engine| engine.copied(copying));
         }
-        self.say(|| "gives the copy back".into());
+        self.say(|| if kept { "keeps its claim" } else { "gives the copy back" }.into());
         self.done(actor);
         Ok(())
     }

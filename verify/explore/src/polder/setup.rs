@@ -167,6 +167,8 @@ pub enum Slip {
     NeverMapped,
     /// A step of a way back that was done is reported as one that failed.
     UndoneDoubted,
+    /// A copy's claim is not given back if nobody else is at work any more.
+    LastCopyKept,
     /// A fault for its size smashes nothing.
     SmashForgotten,
     /// What PSMASH refuses because somebody was faster ends the vCPU.
