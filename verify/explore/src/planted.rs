@@ -16,6 +16,8 @@ pub struct PlantedBug {
     pub name: &'static str,
     /// The mistake, in a line.
     pub about: &'static str,
+    /// The invariant that it breaks. That something else is found does not count.
+    pub breaks: &'static str,
     place: Place,
 }
 
@@ -24,8 +26,8 @@ pub struct PlantedBug {
 enum Place {
     /// In a configuration of the product.
     Polder(Bug, &'static str),
-    /// In another protocol, where it breaks this invariant.
-    Model(Model, &'static str),
+    /// In another protocol, searched by the invariant that it breaks.
+    Model(Model),
 }
 
 /// What is to be searched for a bug.
@@ -47,7 +49,7 @@ impl PlantedBug {
             Place::Polder(bug, config) => {
                 Host::Polder(polder::named(config).expect("a configuration").with(bug))
             }
-            Place::Model(model, invariant) => Host::Model(model, invariant),
+            Place::Model(model) => Host::Model(model, self.breaks),
         }
     }
 
@@ -79,8 +81,9 @@ const fn engine(
     about: &'static str,
     bug: EngineBug,
     config: &'static str,
+    breaks: &'static str,
 ) -> PlantedBug {
-    PlantedBug { name, about, place: Place::Polder(Bug::Engine(bug), config) }
+    PlantedBug { name, about, breaks, place: Place::Polder(Bug::Engine(bug), config) }
 }
 
 const fn driver(
@@ -88,8 +91,9 @@ const fn driver(
     about: &'static str,
     slip: Slip,
     config: &'static str,
+    breaks: &'static str,
 ) -> PlantedBug {
-    PlantedBug { name, about, place: Place::Polder(Bug::Driver(slip), config) }
+    PlantedBug { name, about, breaks, place: Place::Polder(Bug::Driver(slip), config) }
 }
 
 const fn machine(
@@ -97,8 +101,9 @@ const fn machine(
     about: &'static str,
     plant: Plant,
     config: &'static str,
+    breaks: &'static str,
 ) -> PlantedBug {
-    PlantedBug { name, about, place: Place::Polder(Bug::Machine(plant), config) }
+    PlantedBug { name, about, breaks, place: Place::Polder(Bug::Machine(plant), config) }
 }
 
 /// Every bug.
@@ -108,249 +113,302 @@ pub const ALL: &[PlantedBug] = &[
         "references are looked for while the pages can still be reached",
         EngineBug::CheckBeforeCuttingOff,
         "conversion",
+        "INV-1",
     ),
     driver(
         "no-retry",
         "a reference that GUP-fast is about to drop fails a conversion",
         Slip::NoRetry,
         "conversion",
+        "INV-4",
     ),
     engine(
         "commit-before-hardware",
         "the page map changes when a conversion is claimed",
         EngineBug::CommitBeforeHardware,
         "failures",
+        "INV-4",
     ),
     engine(
         "undo-forward",
         "what was done is undone first to last",
         EngineBug::ForwardUndo,
         "failures",
+        "INV-4",
     ),
     engine(
         "undo-skips-failing",
         "the step that failed, and may be done in part, is not undone",
         EngineBug::SkippedFailed,
         "failures",
+        "INV-9",
     ),
     engine(
         "no-congruence",
         "a large page is mapped where gfns and pages are not congruent",
         EngineBug::NoCongruence,
         "apart",
+        "INV-5",
     ),
     engine(
         "no-fit",
         "a large page is mapped of which the slot has a part only",
         EngineBug::NoFit,
         "levels",
+        "INV-5",
     ),
     engine(
         "large-over-claimed",
         "a large page is mapped while an operation holds a part of it",
         EngineBug::LargeOverClaimed,
         "levels",
+        "INV-5",
     ),
     engine(
         "no-drain",
         "an operation does not wait for the answers in flight",
         EngineBug::NoDrain,
         "conversion",
+        "INV-1",
     ),
     engine(
         "exists-while-claimed",
         "a second populator is told that pages exist whose bytes are being written",
         EngineBug::ExistsWhileClaimed,
         "population",
+        "INV-3",
     ),
     engine(
         "denied-while-claimed",
         "who touches a page of a conversion that may yet fail is denied, the holder of a pin too",
         EngineBug::DeniedWhileClaimed,
         "pins",
+        "INV-4",
     ),
     engine(
         "abandoned-forgotten",
         "nobody sees that the thread of an operation has died",
         EngineBug::AbandonedForgotten,
         "abandoned",
+        "INV-8",
     ),
     engine(
         "markers-forgotten",
         "a conversion to shared leaves the markers of touches that were denied",
         EngineBug::MarkersForgotten,
         "conversion",
+        "INV-4",
     ),
     engine(
         "pins-forgotten",
         "a conversion does not look for pins",
         EngineBug::PinsForgotten,
         "pins",
+        "INV-7",
     ),
     engine(
         "owed-shown",
         "a touch of a page whose contents are to come is answered",
         EngineBug::OwedShown,
         "population",
+        "INV-3",
     ),
     driver(
         "publish-before-bytes",
         "a page is shown before its bytes are written",
         Slip::PublishBeforeBytes,
         "population",
+        "INV-2",
     ),
     driver(
         "answer-after-given-back",
         "a fault is answered after the drain has seen its answer given back",
         Slip::AnswerAfterGivenBack,
         "conversion",
+        "INV-1",
     ),
     driver(
         "copy-unclaimed",
         "the page map is looked at, and bytes are copied later",
         Slip::CopyUnclaimed,
         "pins",
+        "INV-1",
     ),
     driver(
         "slot-not-zapped",
         "a slot that is deleted stays in stage 2",
         Slip::SlotNotZapped,
         "slots",
+        "INV-2",
     ),
     driver(
         "never-mapped",
         "a guest's fault is answered, and its page is not mapped",
         Slip::NeverMapped,
         "conversion",
+        "INV-8",
     ),
     driver(
         "undone-doubted",
         "what was undone is taken for lost, and put in quarantine",
         Slip::UndoneDoubted,
         "failures",
+        "INV-9",
     ),
     driver(
         "last-copy-kept",
         "the last of all copies does not give its claim back",
         Slip::LastCopyKept,
         "pins",
+        "INV-8",
     ),
-    machine("no-flush", "a TLB is not flushed", Plant::SkipFlush, "conversion"),
+    machine("no-flush", "a TLB is not flushed", Plant::SkipFlush, "conversion", "INV-2"),
     machine(
         "gup-looks-once",
         "GUP-fast does not look at the page table again",
         Plant::StaleGup,
         "conversion",
+        "INV-1",
     ),
     machine(
         "sequence-not-rechecked",
         "a guest's page is mapped though it was invalidated since it was found",
         Plant::StaleSequence,
         "slots",
+        "INV-2",
     ),
-    machine("lost-mapcount", "mapping a page does not count", Plant::LostMapcount, "conversion"),
-    machine("lost-pin", "pinning a page does not count", Plant::LostPin, "conversion"),
+    machine(
+        "lost-mapcount",
+        "mapping a page does not count",
+        Plant::LostMapcount,
+        "conversion",
+        "INV-2",
+    ),
+    machine("lost-pin", "pinning a page does not count", Plant::LostPin, "conversion", "INV-2"),
     driver(
         "psmash-forgotten",
         "a fault for its size smashes nothing",
         Slip::SmashForgotten,
         "snp-folio",
+        "INV-8",
     ),
     engine(
         "psmash-forgotten-by-conversion",
         "a part of a large RMP entry is taken away, and the rest not smashed before",
         EngineBug::ForgottenSmash,
         "snp",
+        "INV-9",
     ),
     driver(
         "psmash-error-fatal",
         "PSMASH that is refused because another was faster ends the vCPU",
         Slip::SmashErrorFatal,
         "snp-folio",
+        "INV-8",
     ),
     driver(
         "psmash-not-zapped",
         "after PSMASH stage 2 keeps the 2M page",
         Slip::SmashNotZapped,
         "snp",
+        "INV-5",
     ),
     driver(
         "mapped-above-rmp",
         "stage 2 maps as large as folio and slot allow, whatever the RMP has",
         Slip::MappedAboveRmp,
         "snp-merge",
+        "INV-5",
     ),
     driver(
         "large-without-congruence",
         "a large RMP entry is made for an unaligned guest frame",
         Slip::Clause(NotLarge::Gfn),
         "snp-apart",
+        "INV-5",
     ),
     driver(
         "large-without-range",
         "a large RMP entry is made for a part of its pages",
         Slip::Clause(NotLarge::Range),
         "snp-taken",
+        "INV-9",
     ),
     driver(
         "large-over-assigned",
         "a large RMP entry is made of which a part is assigned already",
         Slip::Clause(NotLarge::Assigned),
         "snp-discard",
+        "INV-9",
     ),
     driver(
         "large-over-split",
         "a large RMP entry is made over small folios",
         Slip::Clause(NotLarge::Folio),
         "snp-holes",
+        "INV-9",
     ),
     driver(
         "unassigned-small",
         "a large RMP entry is taken away as 4K",
         Slip::UnassignedSmall,
         "snp-taken",
+        "INV-9",
     ),
     engine(
         "assigned-before-cut-off",
         "the RMP gives pages to the guest before the host is cut off",
         EngineBug::AssignedBeforeCutOff,
         "snp",
+        "INV-9",
     ),
     driver(
         "assigned-uncut",
         "pages are assigned that another process may have touched again since it was cut off",
         Slip::AssignedUncut,
         "snp-other",
+        "INV-1",
     ),
     engine(
         "undo-leaves-rmp",
         "undoing leaves the RMP as it is",
         EngineBug::NotReverted,
         "snp-contention",
+        "INV-9",
     ),
     driver(
         "merged-unzapped",
         "RMP entries are merged while stage 2 maps them",
         Slip::MergedUnzapped,
         "snp-merge",
+        "INV-2",
     ),
     engine(
         "one-table-unclaimed",
         "one table says what is wished and granted, and faults take its word for it at once",
         EngineBug::OneTableUnclaimed,
         "snp",
+        "INV-1",
     ),
-    machine("rmp-no-flush", "a TLB is not flushed before the RMP changes", Plant::SkipFlush, "snp"),
+    machine(
+        "rmp-no-flush",
+        "a TLB is not flushed before the RMP changes",
+        Plant::SkipFlush,
+        "snp",
+        "INV-2",
+    ),
     machine(
         "smash-unvalidates",
         "PSMASH takes what a neighbour has validated",
         Plant::SmashUnvalidates,
         "snp",
+        "INV-2",
     ),
     PlantedBug {
         name: MAPCOUNT_WITHOUT_LOCK.name,
         about: MAPCOUNT_WITHOUT_LOCK.about,
-        place: Place::Model(MAPCOUNT_WITHOUT_LOCK, "INV-1"),
+        breaks: "INV-1",
+        place: Place::Model(MAPCOUNT_WITHOUT_LOCK),
     },
 ];
 
