@@ -2,8 +2,9 @@
 //!
 //! A state in which nobody can go on is an end, and looked at. Who goes round in a circle never
 //! comes to one, and keeps the others from it too: he can always go on. So from a sample of the
-//! states all actors take turns, each the first of the ways that are open to him. In the order
-//! that is fair to all, whoever is still at work after many rounds never gets his answer.
+//! states all actors take turns, each the first of the ways that are open to him
+//! ([`System::turn`]). In the order that is fair to all, whoever is still at work after many rounds
+//! never gets his answer.
 //!
 //! Sampled states are few, but a circle is met from every state before it that leads into it in
 //! this order. One that needs another order of turns, or a step that fails in each round, is not
@@ -48,9 +49,9 @@ impl Fair {
         while rounds.len() < MOST_ROUNDS {
             let before = moves.len();
             for actor in 0..system.actors() {
-                if system.ways(actor) > 0 {
-                    moves.push(Move { actor: u8::try_from(actor).unwrap_or(u8::MAX), way: 0 });
-                    system.take(actor, 0).ok()?;
+                if let Some(way) = system.turn(actor) {
+                    moves.push(Move { actor: u8::try_from(actor).unwrap_or(u8::MAX), way });
+                    system.take(actor, way).ok()?;
                 }
             }
             if moves.len() == before {
@@ -66,7 +67,7 @@ impl Fair {
             rounds.push(now);
         }
         let waits = |&actor: &usize| !system.is_done(actor);
-        let at_work = |actor: &usize| waits(actor) && system.ways(*actor) > 0;
+        let at_work = |actor: &usize| waits(actor) && system.turn(*actor).is_some();
         let actors = || 0..system.actors();
         let who = actors().find(at_work).or_else(|| actors().find(waits))?;
         let what = format!("{} goes round and round", system.name(who));

@@ -73,7 +73,7 @@ const REPORT_EVERY: u64 = 1 << 14;
 /// How many steps one actor takes in a row at most, if there is another.
 const IN_A_ROW: u32 = 64;
 
-/// How long a random way is at most: ten times as long as any that comes to its end.
+/// How long a random way is at most: eight times as long as any that was seen to end.
 const LONGEST: usize = 1 << 13;
 
 /// Nobody can go on, or only in circles of one step: broken unless everybody has done his work.

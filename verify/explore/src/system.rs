@@ -50,6 +50,11 @@ pub trait System: Clone {
     /// In how many ways an actor can take its next step. None if it waits or has done its work.
     fn ways(&self, actor: usize) -> u8;
 
+    /// The way in which he takes it where all take turns and nobody has to die. None if he waits.
+    fn turn(&self, actor: usize) -> Option<u8> {
+        (self.ways(actor) > 0).then_some(0)
+    }
+
     /// Whether an actor has nothing left to do.
     fn is_done(&self, actor: usize) -> bool;
 

@@ -238,14 +238,8 @@ impl World {
             Step::Quarantine(range) if set(range) & !self.promised.quarantine != 0 => (true, range),
             _ => return Ok(()),
         };
-        let last = self.journal.iter().rposition(|it| it.is_some_and(|(other, ..)| other == op));
-        match last {
+        match self.last_done(op) {
             Some(at) if self.journal[at] == Some((op, frees, set(range))) => {
-                self.journal[at] = None;
-                let kept = self.journal;
-                self.journal = [None; 6];
-                let places = self.journal.iter_mut();
-                places.zip(kept.into_iter().flatten()).for_each(|(place, it)| *place = Some(it));
                 if frees {
                     self.promised.quarantine |= set(range);
                 }
@@ -254,5 +248,23 @@ impl World {
             _ if frees => broken("INV-9", format!("to {step} is for what can be undone, or was")),
             _ => broken("INV-4", format!("to {step} undoes what was not done last")),
         }
+    }
+    /// Strikes out what a step has undone, now that the engine knows. Who dies before leaves the
+    /// step to be taken once more.
+    pub(super) fn undone(&mut self, op: OpId, step: Step) {
+        let (frees, range) = match step {
+            Step::Protect(range, _) => (false, range),
+            Step::Quarantine(range) => (true, range),
+            _ => return,
+        };
+        let last = self.last_done(op);
+        if let Some(at) = last.filter(|&at| self.journal[at] == Some((op, frees, set(range)))) {
+            self.journal[at..].rotate_left(1);
+            self.journal[5] = None;
+        }
+    }
+
+    fn last_done(&self, op: OpId) -> Option<usize> {
+        self.journal.iter().rposition(|it| it.is_some_and(|(other, ..)| other == op))
     }
 }

@@ -61,6 +61,7 @@ pub fn all() -> Vec<Setup> {
         failures(),
         abandoned(),
         population(),
+        sources(),
         discard(),
         pins(),
         slots(),
@@ -159,6 +160,24 @@ fn population() -> Setup {
                     Task::Discard { start: 0, end: 2 },
                 ],
             ),
+            actor("converter", Role::Caller, &[convert(0, 1, PRIVATE)]),
+        ],
+        ..small()
+    }
+}
+
+fn sources() -> Setup {
+    Setup {
+        name: "sources",
+        about: "populations whose threads die, next to others and to who waits for the bytes",
+        owed: true,
+        deaths: 2,
+        actors: vec![
+            actor("vcpu", Role::Vcpu(0), &[Task::GuestRead(0)]),
+            actor("thread", Role::Thread(0), &[Task::HostRead(1)]),
+            faults(),
+            actor("source", Role::Caller, &[Task::Populate { start: 0, end: 2, value: 5 }]),
+            actor("second source", Role::Caller, &[Task::Populate { start: 0, end: 2, value: 5 }]),
             actor("converter", Role::Caller, &[convert(0, 1, PRIVATE)]),
         ],
         ..small()

@@ -45,7 +45,7 @@ use crate::fold::Fold;
 use crate::system::{Point, System, Violation};
 use act::{Act, After, Done, Machines};
 pub use configs::{all, named};
-use kept::{KeptEngine, KeptMachine, Pages, Parts, range};
+use kept::{KeptEngine, KeptMachine, Pages, Parts, range, set};
 pub use setup::{Actor, Bug, Role, Setup, Slip, Task};
 use stage::{Given, Stage};
 pub use story::story;
@@ -247,6 +247,10 @@ impl World {
     }
 
     fn go_on(&mut self, actor: usize, way: u8) -> Result<(), Violation> {
+        if let Some(op) = self.dies_on(actor, way) {
+            self.die(actor, op);
+            return Ok(());
+        }
         match self.actors[actor].stage {
             Stage::Idle if self.role(actor) == Role::Faults => self.serve(actor),
             Stage::Idle => self.begin(actor),
@@ -351,12 +355,22 @@ impl System for World {
         }
     }
 
+    fn turn(&self, actor: usize) -> Option<u8> {
+        // Who can only die waits.
+        (self.ways(actor) > 0 && self.dies_on(actor, 0).is_none()).then_some(0)
+    }
+
     fn is_done(&self, actor: usize) -> bool {
         let State { stage, .. } = self.actors[actor];
         match stage {
             Stage::Dead => true,
-            Stage::Idle if self.role(actor) == Role::Faults => self.touched == 0,
+            Stage::Idle if self.role(actor) == Role::Faults => self.touched & !self.forsaken() == 0,
             Stage::Idle => self.task(actor).is_none(),
+            // He waits for what only the VMM can say is lost: `Memory::fail`.
+            Stage::GuestAsk | Stage::Waits | Stage::GupWaits => {
+                let pages = self.task(actor).map_or(0, |task| set(operation::pages_of(task)));
+                pages & self.forsaken() != 0
+            }
             _ => false,
         }
     }

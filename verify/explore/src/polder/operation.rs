@@ -351,10 +351,7 @@ impl World {
         }
         let done = went != Part::Failed;
         if way == Way::Dies {
-            self.deaths -= 1;
-            self.say(|| "and dies".into());
-            self.engine(|engine| engine.abandon(op));
-            self.go(actor, Stage::Dead);
+            self.die(actor, op);
             return Ok(());
         }
         if let (Step::CheckReferences(range), false, Way::Well) = (step, done, way) {
@@ -384,6 +381,14 @@ impl World {
             },
         );
         Ok(())
+    }
+
+    /// The thread that drives an operation dies.
+    pub(super) fn die(&mut self, actor: usize, op: OpId) {
+        self.deaths -= 1;
+        self.say(|| "dies".into());
+        self.engine(|engine| engine.abandon(op));
+        self.go(actor, Stage::Dead);
     }
 
     /// What host `machine` does for a step, in one part of it.

@@ -96,9 +96,6 @@ impl World {
         self.failures -= u8::from(fails);
         let went = if fails { Part::Failed } else { self.perform(step, part)? };
         let done = went != Part::Failed;
-        if !done {
-            self.promised.quarantine |= set(step.range());
-        }
         self.say(|| format!("undoing: {step} ({}): {}", part_name(step, part), verdict(done)));
         // To cut pages off has no way back of its own: the driver tries again.
         let again = fails && matches!(step, Step::Quarantine(_));
@@ -123,13 +120,20 @@ impl World {
         own: bool,
     ) -> Result<(), Violation> {
         let doubted = self.setup.slips(Slip::UndoneDoubted);
-        let step = self.engine(|engine| {
+        let (taken, step) = self.engine(|engine| {
             let operation: Operation<Undoing> = engine.resume(op);
+            let taken = engine.next_undo(&operation);
             engine.undo_taken(&operation, done && !doubted);
             let step = engine.next_undo(&operation);
             engine.park(operation);
-            step
+            (taken, step)
         });
+        if let Some(taken) = taken {
+            self.undone(op, taken);
+            if !done {
+                self.promised.quarantine |= set(taken.range());
+            }
+        }
         self.say(|| "reports on it".into());
         self.undo_next(actor, op, step, own)
     }

@@ -1,6 +1,8 @@
 //! In how many ways everybody can go on.
 
-use super::kept::{self, range};
+use polder_explored_engine::OpId;
+
+use super::kept::{self, Pages, range};
 use super::{Role, Slip, Stage, Task, World};
 
 impl World {
@@ -49,11 +51,48 @@ impl World {
                 _ => 0,
             },
             Stage::CarryOut(..) => 1 + may(self.failures > 0),
-            Stage::Drain(op) => may(self.engine.engine.is_drained_of(op)),
-            Stage::Write(..) => 1 + may(self.failures > 0),
+            Stage::Drain(op) => {
+                may(self.engine.engine.is_drained_of(op)) + may(self.may_die(actor))
+            }
+            Stage::Write(..) => 1 + may(self.failures > 0) + may(self.may_die(actor)),
             Stage::Take(_, _, step, part) => self.ways_of_step(step, part),
-            Stage::TakeBack(_, step, part, _) => self.ways_back(step, part),
+            Stage::TakeBack(_, step, part, _) => {
+                self.ways_back(step, part) + may(self.may_die(actor))
+            }
+            Stage::TakenBack(..) => 1 + may(self.may_die(actor)),
             _ => 1,
         }
+    }
+    /// Whether a caller's thread may die where it drains, writes or undoes: the last of his ways.
+    /// Where it dies on a step of an operation, `operation.rs` has it.
+    fn may_die(&self, actor: usize) -> bool {
+        self.deaths > 0 && self.role(actor) == Role::Caller
+    }
+
+    /// The operation that an actor dies on if he goes on in this way.
+    pub(super) fn dies_on(&self, actor: usize, way: u8) -> Option<OpId> {
+        let op = match self.actors[actor].stage {
+            Stage::Drain(op) | Stage::Write(op, _) => op,
+            Stage::TakeBack(op, ..) | Stage::TakenBack(op, ..) => op,
+            _ => return None,
+        };
+        (self.may_die(actor) && way + 1 == self.ways_of(actor)).then_some(op)
+    }
+
+    /// Whose contents are to come, and never will: a thread that was to bring them is dead.
+    pub(super) fn forsaken(&self) -> Pages {
+        if !self.setup.owed || self.deaths == self.setup.deaths {
+            return 0;
+        }
+        let dead = (0..self.setup.actors.len())
+            .filter(|&actor| matches!(self.actors[actor].stage, Stage::Dead))
+            .flat_map(|actor| {
+                &self.setup.actors[actor].tasks[usize::from(self.actors[actor].at)..]
+            });
+        let pages = dead.fold(0, |all, task| match task {
+            &Task::Populate { start, end, .. } => all | kept::set(range(start, end)),
+            _ => all,
+        });
+        pages & self.promised.owed
     }
 }
