@@ -72,6 +72,9 @@ impl PlantedBug {
         let held = Setup { held: true, huge: false, failures: 0, deaths: 0, ..setup };
         let found = search::shortest(&World::new(&held), SHORTEST_AMONG, &mut |_, _| true);
         let finding = found.finding.ok_or("no way that a scenario can say leads to it")?;
+        if finding.circle {
+            return Err("it goes round in a circle, and a scenario ends".into());
+        }
         polder::story(&held, &finding, self.about)
     }
 }

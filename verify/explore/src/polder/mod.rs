@@ -10,6 +10,7 @@
 //! - The bounded number of looks at references: who finds only GUP-fast's waits until it has
 //!   looked again, as the host does for a while.
 //! - A second fault thread: the driver has one.
+//! - Memory that is freed in part: the host frees folio by folio, a hold of its lock each.
 
 mod act;
 mod agents;
