@@ -4,14 +4,16 @@
 //! the next seed, until its share of the time is over. What a run writes is kept if it fails.
 
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Child, Command, ExitCode};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::{Value, json};
 
 /// Run the checkers for long: searches, random programs, stress on real memory.
@@ -52,6 +54,15 @@ struct Part {
     run: &'static [&'static str],
     /// Of the environment, the same.
     environment: &'static [(&'static str, &'static str)],
+}
+
+/// How long a part may take beyond what it is told to: building is not told.
+const GRACE: Duration = Duration::from_secs(900);
+
+impl Part {
+    fn takes_a_seed(&self) -> bool {
+        self.run.contains(&"SEED")
+    }
 }
 
 const SHUTTLE: (&str, &str) = ("RUSTFLAGS", "--cfg shuttle");
@@ -206,7 +217,11 @@ fn soak(root: &Path, arguments: &Arguments) -> Result<(Vec<Soaked>, bool), Strin
     for part in &parts {
         bar.set_message(format!("building {}", part.name));
         let log = logs.join("build.log");
-        if !run(root, part.build, part.environment, (0, 0), &log)? {
+        let built = run(root, part.build, part.environment, (0, 0), &log, &interrupted)?;
+        if interrupted.load(Ordering::Relaxed) {
+            return Ok((Vec::new(), true));
+        }
+        if !built {
             return Err(format!("{} could not be built: see {}", part.name, log.display()));
         }
     }
@@ -236,7 +251,8 @@ fn soak_part(
         let seed = first_seed.wrapping_add(soaked.runs);
         bar.set_message(format!("{}: run {}, seed {seed}", part.name, soaked.runs + 1));
         let log = logs.join(format!("{}.log", part.name));
-        let passed = run(root, part.run, part.environment, (seed, left.as_secs().max(1)), &log)?;
+        let numbers = (seed, left.as_secs().max(1));
+        let passed = run(root, part.run, part.environment, numbers, &log, interrupted)?;
         if !passed && !interrupted.load(Ordering::Relaxed) {
             soaked.failed = Some((seed, log));
         }
@@ -251,13 +267,15 @@ fn now() -> Instant {
     Instant::now()
 }
 
-/// Runs cargo; whether it said that all is well.
+/// Runs cargo; whether it said that all is well. It has a while more than it is told to take, and
+/// is ended then: what hangs has failed.
 fn run(
     root: &Path,
     arguments: &[&str],
     environment: &[(&str, &str)],
     (seed, seconds): (u64, u64),
     log: &Path,
+    interrupted: &AtomicBool,
 ) -> Result<bool, String> {
     let filled = |word: &str| match word {
         "SEED" => seed.to_string(),
@@ -266,15 +284,46 @@ fn run(
     };
     let file = File::create(log).map_err(|error| format!("{}: {error}", log.display()))?;
     let also = file.try_clone().map_err(|error| format!("{}: {error}", log.display()))?;
-    let status = Command::new(env!("CARGO"))
+    let child = Command::new(env!("CARGO"))
         .args(arguments.iter().map(|word| filled(word)))
         .envs(environment.iter().map(|(name, value)| (name, filled(value))))
         .current_dir(root)
         .stdin(std::process::Stdio::null())
         .stdout(file)
         .stderr(also)
-        .status();
-    status.map(|status| status.success()).map_err(|error| format!("cargo: {error}"))
+        // So that all that it starts can be ended.
+        .process_group(0)
+        .spawn();
+    let mut child = child.map_err(|error| format!("cargo: {error}"))?;
+    let start = now();
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Ok(status.success()),
+            Ok(None) => {}
+            Err(error) => return Err(format!("cargo: {error}")),
+        }
+        let hangs = start.elapsed() > Duration::from_secs(seconds).saturating_add(GRACE);
+        if hangs || interrupted.load(Ordering::Relaxed) {
+            end(&mut child);
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Ends a child and all of its group.
+fn end(child: &mut Child) {
+    let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+    for signal in [Signal::TERM, Signal::KILL] {
+        let _ = group.map(|group| kill_process_group(group, signal));
+        for _ in 0..20 {
+            if !matches!(child.try_wait(), Ok(None)) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+    let _ = child.wait();
 }
 
 fn tell(soaked: &[Soaked], arguments: &Arguments) {
@@ -285,10 +334,15 @@ fn tell(soaked: &[Soaked], arguments: &Arguments) {
         return;
     }
     for Soaked { part, runs, time, failed } in soaked {
+        let soaked_runs = *runs;
         let runs = format!("{runs} {}", if *runs == 1 { "run" } else { "runs" });
         let end = match failed {
+            None if soaked_runs == 0 => "not run".to_owned(),
             None => "passed".to_owned(),
-            Some((seed, log)) => format!("FAILED with seed {seed}: see {}", log.display()),
+            Some((seed, log)) if part.takes_a_seed() => {
+                format!("FAILED with seed {seed}: see {}", log.display())
+            }
+            Some((_, log)) => format!("FAILED: see {}", log.display()),
         };
         println!("{:<12} {runs:>10} in {:>6.1} s  {end}", part.name, time.as_secs_f64());
     }

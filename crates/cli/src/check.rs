@@ -16,6 +16,9 @@ use serde_json::{Value, json};
 use crate::trouble::Trouble;
 use crate::{interrupt, output};
 
+/// A year, in seconds.
+const LONGEST: u64 = 365 * 24 * 60 * 60;
+
 /// Search the interleavings of Polder's protocols for one that breaks an invariant.
 ///
 /// The engine that Polder runs is driven over the simulated machine by guests, threads and callers
@@ -50,7 +53,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "DIR", requires = "planted")]
     save: Option<PathBuf>,
     /// How long to search in all; what ends by itself may end sooner
-    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=LONGEST))]
     seconds: u64,
     /// The seed of random ways, where not all can be searched
     #[arg(long, value_name = "NUMBER", default_value_t = 1)]
@@ -67,6 +70,8 @@ enum Failed {
     Unknown { what: &'static str, name: String },
     #[error("signals can't be heard")]
     Signals(#[source] std::io::Error),
+    #[error("`{0}` breaks nothing, so there is nothing to save")]
+    NothingToSave(&'static str),
     #[error("{} can't be written", file.display())]
     Unwritten { file: PathBuf, source: std::io::Error },
 }
@@ -188,18 +193,26 @@ fn check_configs(name: Option<&str>, arguments: &Arguments) -> Result<(String, b
         all.push(searched);
     }
     let found = all.iter().filter(|it| it.report.finding.is_some()).count();
-    let cut_short = all.iter().filter(|it| it.setup.exhaustive && !it.report.complete).count();
-    text.push_str(&match (found, cut_short) {
+    text.push_str(&end(&all));
+    if arguments.json {
+        text = format!("{}\n", configs_json(&all));
+    }
+    Ok((text, found == 0))
+}
+
+/// What came of all of them.
+fn end(all: &[Searched]) -> String {
+    let count = |is: &dyn Fn(&Searched) -> bool| all.iter().filter(|it| is(it)).count();
+    let found = count(&|it| it.report.finding.is_some());
+    let cut_short = count(&|it| it.setup.exhaustive && !it.report.complete);
+    let count = all.len();
+    match (found, cut_short) {
         (0, 0) => "no invariant was broken\n".to_owned(),
         (0, some) => {
             format!("no invariant was broken; {some} of {count} not searched to the end\n")
         }
         (found, _) => format!("an invariant was broken in {found} of {count}\n"),
-    });
-    if arguments.json {
-        text = format!("{}\n", configs_json(&all));
     }
-    Ok((text, found == 0))
 }
 
 fn line(searched: &Searched) -> String {
@@ -285,12 +298,13 @@ fn unknown(what: &'static str, name: &str) -> Failed {
 
 /// Searches all that there is of a change that breaks nothing.
 fn check_harmless(change: &Harmless, arguments: &Arguments) -> (String, bool) {
-    let limit = Duration::from_secs(arguments.seconds);
+    let mut left = Duration::from_secs(arguments.seconds);
     let mut all = Vec::new();
     for setup in change.setups() {
-        let bar = bar(arguments.json, limit, setup.name);
-        let (report, seconds) = timed(&World::new(&setup), How::All, limit, &bar);
+        let bar = bar(arguments.json, left, setup.name);
+        let (report, seconds) = timed(&World::new(&setup), How::All, left, &bar);
         bar.finish_and_clear();
+        left = left.saturating_sub(Duration::from_secs_f64(seconds));
         all.push(Searched { setup, report, seconds });
     }
     let broken = all.iter().any(|it| it.report.finding.is_some());
@@ -299,13 +313,16 @@ fn check_harmless(change: &Harmless, arguments: &Arguments) -> (String, bool) {
     }
     let mut text = format!("{}: {}\n", change.name, change.about);
     text.extend(all.iter().map(line));
-    text.push_str(if broken { "it breaks an invariant\n" } else { "no invariant was broken\n" });
+    text.push_str(&end(&all));
     (text, !broken)
 }
 
 fn check_planted(name: &str, arguments: &Arguments) -> Result<(String, bool), Failed> {
     if let Some(change) = planted::HARMLESS.iter().find(|change| change.name == name) {
-        return Ok(check_harmless(change, arguments));
+        return match arguments.save {
+            Some(_) => Err(Failed::NothingToSave(change.name)),
+            None => Ok(check_harmless(change, arguments)),
+        };
     }
     let one = planted::ALL.iter().find(|bug| bug.name == name);
     let bugs: Vec<&PlantedBug> = match (name, one) {
@@ -313,10 +330,14 @@ fn check_planted(name: &str, arguments: &Arguments) -> Result<(String, bool), Fa
         (_, Some(bug)) => vec![bug],
         (_, None) => return Err(unknown("bug to plant", name)),
     };
-    let limit = Duration::from_secs(arguments.seconds);
+    if let Some(folder) = &arguments.save {
+        let unwritten = |source| Failed::Unwritten { file: folder.clone(), source };
+        fs::create_dir_all(folder).map_err(unwritten)?;
+    }
+    let mut left = Duration::from_secs(arguments.seconds);
     let (mut text, mut rows, mut found) = (String::new(), Vec::new(), 0);
     for bug in &bugs {
-        let bar = bar(arguments.json, limit, bug.name);
+        let (limit, bar) = (left, bar(arguments.json, left, bug.name));
         let (report, seconds) = match bug.host() {
             planted::Host::Polder(setup) => timed(&World::new(&setup), How::Shortest, limit, &bar),
             planted::Host::Model(model, invariant) => {
@@ -324,8 +345,10 @@ fn check_planted(name: &str, arguments: &Arguments) -> Result<(String, bool), Fa
             }
         };
         bar.finish_and_clear();
+        left = left.saturating_sub(Duration::from_secs_f64(seconds));
         let came = match &report.finding {
             Some(told) => format!("{} steps: {}", told.trace.len(), told.violation),
+            None if !report.complete => "not searched to the end".to_owned(),
             None => "NOT FOUND".to_owned(),
         };
         text.push_str(&format!("{:24} {:6} states, {came}\n", bug.name, report.states));
@@ -350,15 +373,19 @@ fn check_planted(name: &str, arguments: &Arguments) -> Result<(String, bool), Fa
             "states": report.states,
             "seconds": seconds,
             "found": report.finding.as_ref().map(finding_json),
+            "complete": report.complete,
             "saved": saved.and_then(Result::ok),
         }));
+        if interrupt::asked() {
+            break;
+        }
     }
     text.push_str(&format!("{found} of {} planted bugs were found\n", bugs.len()));
     if arguments.json {
         let all = json!({ "planted": bugs.len(), "found": found, "bugs": rows });
         text = format!("{all}\n");
     }
-    Ok((text, found == bugs.len()))
+    Ok((text, found == bugs.len() || interrupt::asked()))
 }
 
 /// Writes the shortest way to a bug that can be a scenario. If there is none, says why.
@@ -368,8 +395,7 @@ fn save(bug: &PlantedBug, folder: &Path) -> Result<Result<PathBuf, String>, Fail
         Err(why) => return Ok(Err(why)),
     };
     let file = folder.join(format!("{}.toml", bug.name));
-    let written = fs::create_dir_all(folder).and_then(|()| fs::write(&file, scenario));
-    match written {
+    match fs::write(&file, scenario) {
         Ok(()) => Ok(Ok(file)),
         Err(source) => Err(Failed::Unwritten { file, source }),
     }
@@ -377,14 +403,15 @@ fn save(bug: &PlantedBug, folder: &Path) -> Result<Result<PathBuf, String>, Fail
 
 fn check_model(name: &str, arguments: &Arguments) -> Result<(String, bool), Failed> {
     let model: Model = models::named(name).ok_or_else(|| unknown("model", name))?;
-    let limit = Duration::from_secs(arguments.seconds);
+    let mut left = Duration::from_secs(arguments.seconds);
     let mut text = format!("{}: {}\n", model.name, model.about);
     let mut rows = Vec::new();
     for invariant in INVARIANTS {
-        let bar = bar(arguments.json, limit, invariant);
+        let bar = bar(arguments.json, left, invariant);
         let start = ModelWorld::new(&model, invariant);
-        let (report, seconds) = timed(&start, How::Shortest, limit, &bar);
+        let (report, seconds) = timed(&start, How::Shortest, left, &bar);
         bar.finish_and_clear();
+        left = left.saturating_sub(Duration::from_secs_f64(seconds));
         let kept = report.finding.is_none() && report.complete;
         text.push_str(&match (&report.finding, kept) {
             (Some(told), _) => format!("{invariant:7} broken\n{}", trace(told)),

@@ -46,7 +46,14 @@ pub struct Difference {
 impl Difference {
     /// What it is about: a smaller program has the same difference if this is the same.
     pub(crate) fn kind(&self) -> (&'static str, [&'static str; 2]) {
-        let Some(step) = self.step else { return ("", ["", ""]) };
+        let Some(step) = self.step else {
+            let word = |played: &Played| match &played.verdict {
+                Verdict::Passed => "passed",
+                Verdict::Failed(_) => "failed",
+                Verdict::Skipped(_) => "skipped",
+            };
+            return ("", [word(&self.played[0]), word(&self.played[1])]);
+        };
         let verb = self.scenario.steps.get(step).map_or("", |step| step.verb.name());
         let is = |played: &Played| played.steps.get(step).map_or("", |it| it.outcome.is.name());
         (verb, [is(&self.played[0]), is(&self.played[1])])

@@ -38,10 +38,10 @@ struct Arguments {
     #[arg(long, value_name = "NAME,..", value_delimiter = ',', default_value = "machine,memfd")]
     hosts: Vec<HostKind>,
     /// Stop after so many seconds
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     seconds: Option<u64>,
     /// Stop after so many programs; 1000, unless seconds are given
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     programs: Option<u64>,
     /// The seed of the first program; the next has the next
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -61,6 +61,10 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if arguments.hosts.len() < 2 {
         return trouble(&arguments, "one host is held against another: name two or more");
+    }
+    let others = &arguments.hosts[1..];
+    if others.contains(&arguments.hosts[0]) {
+        return trouble(&arguments, "a host always agrees with itself: name two that differ");
     }
     let mut run = match Run::new(&arguments) {
         Ok(run) => run,
