@@ -355,7 +355,8 @@ fn check_planted(name: &str, arguments: &Arguments) -> Result<(String, bool), Fa
         if let (Some(told), 1) = (&report.finding, bugs.len()) {
             text.push_str(&trace(told));
         }
-        found += usize::from(report.finding.is_some());
+        let broken = report.finding.as_ref().map(|told| told.violation.invariant);
+        found += usize::from(broken == Some(bug.breaks));
         let saved = match &arguments.save {
             Some(folder) => Some(save(bug, folder)?),
             None => None,
