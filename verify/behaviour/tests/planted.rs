@@ -39,12 +39,11 @@ fn scenario_breaks(bug: Bug, name: &str) -> String {
 
 #[test]
 fn scenarios_notice_what_is_planted_into_the_engine() {
-    // Undoing first to last is seen by a row of the table: in a scenario the folio that makes an
-    // undo quarantine stays locked, and nothing of it is assigned.
     for (bug, name, noticed) in [
         (Bug::ForgottenSmash, "part-to-shared", "FAIL_OVERLAP"),
         (Bug::MisalignedLarge, "misaligned-slot", "page 0: the RMP entry is 2M"),
         (Bug::NotReverted, "entry-in-use", "page 0: the RMP entry is 4K, and \"none\""),
+        (Bug::ForwardUndo, "folio-locked-while-made-zeros", "page 512: the RMP entry is 4K"),
         (Bug::SkippedFailed, "entry-in-use-after-a-large-one", "page 512: the RMP entry is 4K"),
     ] {
         let why = scenario_breaks(bug, name);
