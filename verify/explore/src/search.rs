@@ -406,9 +406,9 @@ pub fn tell<S: System>(start: &S, finding: &Finding) -> Vec<String> {
     let mut system = start.clone();
     system.tell();
     let mut lines = Vec::new();
-    for now in &finding.moves {
-        let name = system.name(now.actor.into());
-        let broken = system.take(now.actor.into(), now.way).is_err();
+    for taken in &finding.moves {
+        let name = system.name(taken.actor.into());
+        let broken = system.take(taken.actor.into(), taken.way).is_err();
         lines.push(format!("{name}: {}", system.told()));
         if broken {
             break;
