@@ -27,7 +27,7 @@ pub enum Path {
 
 /// The check that an access did not pass, by its name in AMD APM volume 2, section 15.36.10.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, thiserror::Error)]
-pub enum RmpCheck {
+pub enum AccessCheck {
     /// Another processor is at work on the RMP entry: try again.
     #[error("its rmp entry is in use")]
     InUse,
@@ -68,12 +68,12 @@ pub struct Refused {
     /// Whether it was a write.
     pub write: bool,
     /// The check that it did not pass.
-    pub check: RmpCheck,
+    pub check: AccessCheck,
 }
 
 /// What the one who was refused meets (AMD APM volume 2, section 15.36.10, table 15-39).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum RmpFault {
+pub enum AccessFault {
     /// `#PF` with the RMP bit, in the host.
     PageFault,
     /// `#VMEXIT(NPF)` with the RMP bit.
@@ -94,15 +94,15 @@ pub enum RmpFault {
 
 impl Refused {
     /// What the one who was refused meets.
-    pub const fn fault(&self) -> RmpFault {
+    pub const fn fault(&self) -> AccessFault {
         match (self.path, self.check) {
-            (_, RmpCheck::Vmsa) => RmpFault::InvalidVmsa,
-            (Path::Host, _) => RmpFault::PageFault,
-            (Path::Device, _) => RmpFault::Iommu,
-            (_, RmpCheck::Validated) => RmpFault::NotValidated,
-            (path, check) => RmpFault::Npf {
+            (_, AccessCheck::Vmsa) => AccessFault::InvalidVmsa,
+            (Path::Host, _) => AccessFault::PageFault,
+            (Path::Device, _) => AccessFault::Iommu,
+            (_, AccessCheck::Validated) => AccessFault::NotValidated,
+            (path, check) => AccessFault::Npf {
                 enc: matches!(path, Path::GuestPrivate),
-                sizem: matches!(check, RmpCheck::InstructionSize),
+                sizem: matches!(check, AccessCheck::InstructionSize),
             },
         }
     }
@@ -129,7 +129,7 @@ impl Access {
         Self { path: Path::Device, private: None, pfn, level: Level::Size4K, write }
     }
 
-    pub(crate) const fn refused(&self, check: RmpCheck) -> Refused {
+    pub(crate) const fn refused(&self, check: AccessCheck) -> Refused {
         let Self { path, pfn, write, .. } = *self;
         Refused { path, pfn, write, check }
     }

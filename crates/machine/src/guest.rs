@@ -17,7 +17,7 @@ use crate::rmp::{Cipher, Rmp, Snp};
 use crate::table::{Found, Table};
 use crate::tlb::{Tlb, Translation, guest_tag};
 use crate::vm::TdpEntry;
-use crate::{Error, Machine, Path, Plant, Refused, RmpCheck, RmpResult, RmpSize, VmId};
+use crate::{AccessCheck, Error, Machine, Path, Plant, Refused, RmpResult, RmpSize, VmId};
 
 /// The side of memory that a guest means by an address: SNP's C-bit, TDX's shared bit, or what
 /// it has asked the hypervisor for.
@@ -339,7 +339,7 @@ impl Vcpu<'_> {
         let private = self.snp.filter(|_| side == Side::Private).map(|snp| (snp.asid, gfn));
         let access = Access { path: side.path(), private, pfn, level, write };
         match rmp.check(&access) {
-            Err(Refused { check: RmpCheck::PageSize, .. })
+            Err(Refused { check: AccessCheck::PageSize, .. })
                 if self.plants.has(Plant::NoSizeCheck) => {}
             checked => checked?,
         }

@@ -46,7 +46,7 @@
 //! | a touch of an absent page | [`HostExit::Fault`], [`Exit::Fault`] |
 //! | a touch of a denied page | [`HostExit::Sigbus`] |
 //! | an allocation | [`Error::NoMemory`]; in a fault, a `SIGBUS` |
-//! | an access that the RMP does not let through | [`Refused`], and what its [`RmpFault`] says |
+//! | an access that the RMP does not let through | [`Refused`], and what its [`AccessFault`] says |
 //! | an instruction on the RMP | an [`RmpFail`], which has its code |
 //! | a folio lock held by another | [`Error::Locked`], [`HostExit::Wait`] |
 //! | a fault resolved before an invalidation | [`Error::Stale`] |
@@ -130,7 +130,7 @@ mod tdp;
 mod tlb;
 mod vm;
 
-pub use access::{Path, Refused, RmpCheck, RmpFault};
+pub use access::{AccessCheck, AccessFault, Path, Refused};
 pub use address::{Hva, Vpn, VpnRange};
 pub use audit::Discrepancy;
 pub use error::Error;

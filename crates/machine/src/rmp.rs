@@ -8,7 +8,7 @@
 //! | table 15-35, who owns a page | [`RmpEntry::owner`] |
 //! | 15.36.5 RMPUPDATE, 15.36.11 PSMASH | [`Machine::rmpupdate`], [`Machine::psmash`] |
 //! | 15.36.6 PVALIDATE, 15.36.7 RMPADJUST, table 15-40 | [`Vcpu::pvalidate`], [`Vcpu::rmpadjust`] |
-//! | table 15-39, access checks | [`RmpCheck`](crate::RmpCheck), made in `rmp/check.rs` |
+//! | table 15-39, access checks | [`AccessCheck`](crate::AccessCheck), made in `rmp/check.rs` |
 //! | table 15-41, VMRUN's checks | [`Machine::vmrun`] |
 //! | the firmware's PAGE_UNSMASH and PAGE_RECLAIM | [`Machine::page_unsmash`], [`Machine::page_reclaim`] |
 //!

@@ -2,7 +2,7 @@
 
 use std::error::Error as _;
 
-use polder::machine::{Discrepancy, Exit, FirmwareFail, HostExit, Refused, RmpCheck, RmpFail};
+use polder::machine::{AccessCheck, Discrepancy, Exit, FirmwareFail, HostExit, Refused, RmpFail};
 use polder::units::PAGE_SIZE;
 use polder::{Error, GuestExit, MemoryFault, Refusal};
 
@@ -205,15 +205,15 @@ impl From<GuestExit> for Outcome {
 impl From<Refused> for Outcome {
     fn from(refused: Refused) -> Self {
         let is = match refused.check {
-            RmpCheck::InUse => Is::RmpInUse,
-            RmpCheck::HypervisorOwned => Is::HypervisorOwned,
-            RmpCheck::GuestOwned => Is::GuestOwned,
-            RmpCheck::ReverseMap => Is::ReverseMap,
-            RmpCheck::Mutable => Is::Immutable,
-            RmpCheck::PageSize => Is::PageSize,
-            RmpCheck::InstructionSize => Is::InstructionSize,
-            RmpCheck::Validated => Is::NotValidated,
-            RmpCheck::Vmsa => Is::Failed,
+            AccessCheck::InUse => Is::RmpInUse,
+            AccessCheck::HypervisorOwned => Is::HypervisorOwned,
+            AccessCheck::GuestOwned => Is::GuestOwned,
+            AccessCheck::ReverseMap => Is::ReverseMap,
+            AccessCheck::Mutable => Is::Immutable,
+            AccessCheck::PageSize => Is::PageSize,
+            AccessCheck::InstructionSize => Is::InstructionSize,
+            AccessCheck::Validated => Is::NotValidated,
+            AccessCheck::Vmsa => Is::Failed,
         };
         Self::new(is, refused.to_string())
     }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use polder_engine::{GuestAccess, MemoryFault, Visibility, VmId};
-use polder_machine::{Exit, Machine, Refused, RmpCheck, RmpFail, RmpSize, Side, VcpuId};
+use polder_machine::{AccessCheck, Exit, Machine, Refused, RmpFail, RmpSize, Side, VcpuId};
 use polder_units::{Gfn, GfnRange, Gpa, Level};
 
 use crate::Error;
@@ -201,8 +201,8 @@ impl MachineVcpu {
         refused: Refused,
     ) -> Result<Answered, GuestExit> {
         match refused.check {
-            RmpCheck::Validated => Err(GuestExit::NotValidated(gfn)),
-            RmpCheck::PageSize | RmpCheck::InstructionSize => {
+            AccessCheck::Validated => Err(GuestExit::NotValidated(gfn)),
+            AccessCheck::PageSize | AccessCheck::InstructionSize => {
                 let mut smashed = None;
                 let kicked = || self.is_kicked();
                 self.go_on(self.driver.size_fault(self.vm, gfn, kicked, &mut smashed))?;
@@ -213,8 +213,8 @@ impl MachineVcpu {
                 })
             }
             // Another processor is at work on the entry: soon it is not.
-            RmpCheck::InUse if self.is_kicked() => Err(GuestExit::Kicked),
-            RmpCheck::InUse => Ok(Answered::InUse),
+            AccessCheck::InUse if self.is_kicked() => Err(GuestExit::Kicked),
+            AccessCheck::InUse => Ok(Answered::InUse),
             // Of the other kind than granted, or not assigned as it is bound now.
             _ => self.answer(gfn, visibility).map(|()| Answered::Same),
         }

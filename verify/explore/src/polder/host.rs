@@ -40,7 +40,7 @@ impl World {
                 self.check_denied(page)?;
             }
             (Done::HostExit(HostExit::Refused(refused)), _)
-                if refused.check == polder_machine::RmpCheck::InUse =>
+                if refused.check == polder_machine::AccessCheck::InUse =>
             {
                 // It would only meet the same again.
                 self.say(|| format!("touches page {page}, whose entry is in use"));
