@@ -3,13 +3,15 @@
 //! Every access of the machine passes here when its translation is made: a host CPU's and a
 //! vCPU's when their TLB is filled (what a TLB holds is not checked again, as on SNP: AMD APM
 //! volume 2, section 15.36.10), a device's and the trusted view's at each access. A machine
-//! without SNP lets everybody in; with it, [`Rmp`] decides. pKVM's ownership map goes here too.
+//! without SNP and pKVM lets everybody in; with them, [`Rmp`] or [`Pkvm`] decides.
 
 use alloc::boxed::Box;
+use alloc::collections::BTreeSet;
 
 use polder_units::{Level, PageCount, Pfn};
 
 use crate::Asid;
+use crate::pkvm::{self, Pkvm};
 use crate::rmp::Rmp;
 
 /// How a frame is reached.
@@ -25,7 +27,8 @@ pub enum Path {
     Device,
 }
 
-/// The check that an access did not pass, by its name in AMD APM volume 2, section 15.36.10.
+/// The check that an access did not pass; the RMP's by their names in AMD APM volume 2, section
+/// 15.36.10.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, thiserror::Error)]
 pub enum AccessCheck {
     /// Another processor is at work on the RMP entry: try again.
@@ -55,6 +58,15 @@ pub enum AccessCheck {
     /// VMRUN of a page that is no VMSA.
     #[error("it is no vmsa")]
     Vmsa,
+    /// pKVM: the host's stage 2 has no such page. It is a guest's, or the hypervisor's.
+    #[error("the host's stage 2 has no page there: it is a guest's, or the hypervisor's")]
+    HostStage2,
+    /// pKVM: the IOMMU keeps from the host's devices what the host's stage 2 has not.
+    #[error("the iommu keeps it from the host's devices")]
+    Iommu,
+    /// The kernel has taken it out of its direct map.
+    #[error("it is not in the kernel's direct map")]
+    DirectMap,
 }
 
 /// An access that the hardware refused.
@@ -90,6 +102,11 @@ pub enum AccessFault {
     InvalidVmsa,
     /// The IOMMU refuses the device.
     Iommu,
+    /// A stage-2 abort of the host's, handed back by the hypervisor: `SIGSEGV` to a process, and
+    /// to the kernel an oops (`is_pkvm_stage2_abort()`, arch/arm64/mm/fault.c).
+    HostAbort,
+    /// A page fault of the kernel's own, in its direct map: an oops.
+    Oops,
 }
 
 impl Refused {
@@ -97,6 +114,8 @@ impl Refused {
     pub const fn fault(&self) -> AccessFault {
         match (self.path, self.check) {
             (_, AccessCheck::Vmsa) => AccessFault::InvalidVmsa,
+            (_, AccessCheck::HostStage2) => AccessFault::HostAbort,
+            (_, AccessCheck::DirectMap) => AccessFault::Oops,
             (Path::Host, _) => AccessFault::PageFault,
             (Path::Device, _) => AccessFault::Iommu,
             (_, AccessCheck::Validated) => AccessFault::NotValidated,
@@ -135,16 +154,22 @@ impl Access {
     }
 }
 
-/// The hardware that keeps private memory private: none, or SNP.
+/// What keeps memory from those who may not reach it: none, SNP, or pKVM; and the frames that the
+/// kernel keeps from itself.
 #[derive(Clone, Hash, Default)]
 pub(crate) struct Protection {
     pub(crate) rmp: Option<Box<Rmp>>,
+    pub(crate) pkvm: Option<Box<Pkvm>>,
+    pub(crate) off_direct_map: BTreeSet<u64>,
 }
 
 impl Protection {
     /// Whether the access may be made.
     #[inline]
     pub(crate) fn check(&self, access: &Access) -> Result<(), Refused> {
+        if let Some(pkvm) = &self.pkvm {
+            pkvm::check(pkvm, access)?;
+        }
         match &self.rmp {
             None => Ok(()),
             Some(rmp) => rmp.check(access),
@@ -153,6 +178,12 @@ impl Protection {
 
     /// Whether the kernel may write `count` frames from `pfn` on, by 4K mappings.
     pub(crate) fn check_block(&self, pfn: Pfn, count: PageCount) -> Result<(), Refused> {
+        if let Some(pkvm) = &self.pkvm
+            && let Some(gone) = pkvm.first_gone(pfn.get(), pfn.get() + count.get())
+        {
+            let (path, pfn) = (Path::Host, Pfn::new(gone).unwrap_or(pfn));
+            return Err(Refused { path, pfn, write: true, check: AccessCheck::HostStage2 });
+        }
         match &self.rmp {
             None => Ok(()),
             Some(rmp) => rmp.check_block(pfn, count),

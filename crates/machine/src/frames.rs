@@ -58,6 +58,16 @@ pub(crate) struct Frames {
     free: Free,
 }
 
+/// What is not in the table is zeros.
+fn copy<T: Clone>(table: &mut Table<T>, from: Pfn, to: Pfn) {
+    let contents = table.get(from.get()).map(|found| found.entry.clone());
+    table.drain(to.get(), to.get() + 1, |_| ());
+    if let Some(contents) = contents {
+        let added = table.insert(to.get(), Level::Size4K, contents);
+        assert!(added.is_ok(), "the contents of pfn {to} were just dropped");
+    }
+}
+
 /// Where in what a frame keeps `len` bytes at `offset` of the page lie, run by run.
 fn runs(kept: usize, offset: u64, len: usize) -> impl Iterator<Item = (usize, usize, usize)> {
     let mut done = 0;
@@ -153,6 +163,14 @@ impl Frames {
         match &mut self.store {
             Store::Bytes(table) => table.drain(start, end, |_| ()),
             Store::Symbolic(table) => table.drain(start, end, |_| ()),
+        }
+    }
+
+    /// Makes one frame contain what another does.
+    pub(crate) fn copy(&mut self, from: Pfn, to: Pfn) {
+        match &mut self.store {
+            Store::Bytes(table) => copy(table, from, to),
+            Store::Symbolic(table) => copy(table, from, to),
         }
     }
 

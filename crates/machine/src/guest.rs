@@ -156,6 +156,7 @@ pub struct Vcpu<'a> {
     frames: &'a mut Frames,
     pub(crate) protection: &'a mut Protection,
     pub(crate) snp: Option<Snp>,
+    pub(crate) vm: VmId,
     plants: &'a Plants,
 }
 
@@ -193,7 +194,7 @@ impl Machine {
         let state = vm.vcpus.get_mut(usize::from(vcpu.index)).ok_or(gone)?;
         let (table, frames, snp) = (&vm.table, &mut self.frames, vm.snp);
         let (protection, plants) = (&mut self.protection, &self.plants);
-        Ok(Vcpu { state, table, frames, protection, snp, plants })
+        Ok(Vcpu { state, table, frames, protection, snp, vm: vcpu.vm, plants })
     }
 
     pub(crate) fn vcpu_state(&mut self, vcpu: VcpuId) -> Result<&mut VcpuState, Error> {

@@ -8,11 +8,12 @@
 //! ```text
 //!  process: VMAs -> host page table -> TLB ─┐
 //!  GUP, GUP-fast: host page table -> pin ───┤
-//!  device: a pin ───────────────────────────┼─> frame ── folio: lock, refs, mapcount, pincount
+//!  device: a pin, or IOMMU domain -> IOTLB ─┼─> frame ── folio: lock, refs, mapcount, pincount
 //!  guest: slots -> stage 2 (TDP) -> TLB ────┤                └─ page cache of an object
-//!  the driver's trusted view ───────────────┘
+//!  the driver's trusted view: direct map ───┘
 //! ```
-//! Where a line reaches the frame, hardware may refuse it: the RMP, on a machine with SNP.
+//! Where a line reaches the frame, hardware may refuse it: the RMP, on a machine with SNP; stage 2 of
+//! the host, and the IOMMU, on one with pKVM.
 //!
 //! # Vocabulary
 //! | word | here |
@@ -37,6 +38,11 @@
 //!   again.
 //! - **SEV-SNP**, if enabled: the reverse map table, its instructions with every result, access
 //!   checks and ciphertext. See `docs/snp.md`.
+//! - **pKVM**, if enabled: a hypervisor with a table for host, itself, guests and IOMMU, and its
+//!   hypercalls, which change them together or not at all. See `docs/pkvm.md`.
+//! - **An IOMMU**: domains with page tables, faults, and an IOTLB that stays stale until flushed.
+//! - **The direct map**, which frames can be taken out of; **migration** of folios; **exclusive
+//!   pins**, beside a kernel without them.
 //! - **Memory that runs out**, by size or by [`Machine::fail_allocation`].
 //! - **Bugs**, when planted: see [`Plant`].
 //!
@@ -48,6 +54,11 @@
 //! | an allocation | [`Error::NoMemory`]; in a fault, a `SIGBUS` |
 //! | an access that the RMP does not let through | [`Refused`], and what its [`AccessFault`] says |
 //! | an instruction on the RMP | an [`RmpFail`], which has its code |
+//! | an access that pKVM's stage 2 or the direct map lacks | [`Refused`], likewise |
+//! | a hypercall of pKVM's | a [`PkvmFail`], which has the kernel's code |
+//! | memory of the hypervisor's tables | [`PkvmFail::NoMemory`], by [`Machine::fail_hypervisor`] |
+//! | a device's access | [`Error::Iommu`] |
+//! | a pin that another pin keeps out | [`HostExit::Pinned`] |
 //! | a folio lock held by another | [`Error::Locked`], [`HostExit::Wait`] |
 //! | a fault resolved before an invalidation | [`Error::Stale`] |
 //! | a driver's mistake | an [`Error`] that changed nothing |
@@ -55,8 +66,10 @@
 //! | a count of ours below what is held | a panic |
 //!
 //! # What is not modelled
-//! - pKVM's ownership: [`Path`] names the accesses that it will check. No IOMMU tables (a device
-//!   writes where it pinned), direct map, shadow or nested roots, huge-page pool: later parts.
+//! - Shadow or nested roots, huge-page pool: later parts.
+//! - Of pKVM and the IOMMU: entries above 4K; the heads of `pkvm.rs` and `iommu.rs` have it all.
+//! - A device without a domain (`dma_read`, `dma_write`) goes by what it pinned: an IOMMU in
+//!   passthrough.
 //! - Of SNP: VMPLs but 0, launch and attestation, page swap and move; the head of `rmp.rs` has it
 //!   all.
 //! - Memory order: a step sees all earlier ones. Torn words and store buffers do not exist.
@@ -70,7 +83,7 @@
 //!   An entry may be evicted by another: a stale one that a search must see needs a TLB as large
 //!   as the pages it looks at.
 //! - Accessed and dirty bits, write protection of single host entries, `mprotect`, partial
-//!   `munmap`, anonymous memory, copy on write, swap, migration.
+//!   `munmap`, anonymous memory, copy on write, swap.
 //! - `FOLL_LONGTERM` refuses nothing and migrates nothing; it is remembered as the pin's purpose.
 //!
 //! # Example
@@ -110,15 +123,20 @@ mod access;
 mod address;
 mod audit;
 mod chunk;
+mod direct_map;
 mod error;
 mod folio;
 mod frames;
 mod guest;
+mod gunyah;
 mod gup;
 mod host_mmu;
 mod host_touch;
+mod iommu;
 mod machine;
+mod migrate;
 mod object;
+mod pkvm;
 mod plant;
 mod process;
 mod reshape;
@@ -137,14 +155,17 @@ pub use error::Error;
 pub use folio::{Counts, GUP_PIN_COUNTING_BIAS, LockOwner};
 pub use frames::Contents;
 pub use guest::{Exit, GuestFault, Op, Ran, Request, Side, Vcpu, VcpuId};
+pub use gunyah::{MEM_RECLAIM, Memparcel, Transfer};
 pub use gup::{GupFast, GupStep, Holder, PinKind};
 pub use host_mmu::HostPte;
 pub use host_touch::{HostExit, HostFault, Sigbus};
+pub use iommu::IommuFault;
 pub use machine::{Config, Machine};
 pub use object::Backing;
+pub use pkvm::{Ask, Component, PageState, PkvmFail, PkvmResult};
 pub use plant::Plant;
 pub use process::{Thread, View};
 pub use rmp::{Asid, FirmwareFail, RmpEntry, RmpFail, RmpOwner, RmpResult, RmpSize, RmpUpdate};
-pub use slab::{ObjectId, PinId, ProcessId, VmId};
+pub use slab::{DomainId, ObjectId, PinId, ProcessId, VmId};
 pub use tdp::{Resolved, Spte};
 pub use vm::Bound;

@@ -23,11 +23,19 @@ pub enum Plant {
     KeptValidated,
     /// A guest's access is let through though stage 2 and the RMP disagree about its size.
     NoSizeCheck,
+    /// GUP-fast does not look whether a page is pinned exclusively.
+    GupFastIgnoresExclusive,
+    /// A change of pKVM's tables that fails half-way is left half-way.
+    HalfDonation,
+    /// What the host loses under pKVM stays open to its devices.
+    IommuForgotten,
+    /// pKVM's hypervisor gives pages to the host as they are.
+    NotScrubbed,
 }
 
 impl Plant {
     /// Every plant.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 13] = [
         Self::SkipFlush,
         Self::StaleGup,
         Self::StaleSequence,
@@ -37,6 +45,10 @@ impl Plant {
         Self::LargeOverAssigned,
         Self::KeptValidated,
         Self::NoSizeCheck,
+        Self::GupFastIgnoresExclusive,
+        Self::HalfDonation,
+        Self::IommuForgotten,
+        Self::NotScrubbed,
     ];
 }
 

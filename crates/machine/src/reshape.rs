@@ -97,7 +97,7 @@ impl Machine {
     }
 
     /// Refuses unless the page cache holds the only references of the folio of `pfn`.
-    fn check_only_cached(&self, pfn: Pfn) -> Result<(), Error> {
+    pub(crate) fn check_only_cached(&self, pfn: Pfn) -> Result<(), Error> {
         let counts = self.counts(pfn)?;
         match (counts.mapcount, counts.foreign()) {
             (0, 0) => Ok(()),

@@ -34,13 +34,13 @@ impl Machine {
             process.table.hash(state);
         }
         for (id, vm) in self.vms.iter() {
-            (id, &vm.slots, vm.invalidating, vm.snp).hash(state);
+            (id, &vm.slots, vm.invalidating, vm.snp, vm.protected).hash(state);
             vm.table.hash(state);
             for vcpu in &vm.vcpus {
                 (&vcpu.program, vcpu.next).hash(state);
             }
         }
-        (&self.pins, &self.plants).hash(state);
+        (&self.pins, &self.domains, &self.plants).hash(state);
         self.protection.hash(state);
     }
 

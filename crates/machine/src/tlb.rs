@@ -106,6 +106,17 @@ impl Tlb {
         }
     }
 
+    /// Forgets whatever leads to a frame, at whichever page: a flush by what stage 2 or the IOMMU
+    /// translates to.
+    pub(crate) fn forget_frame(&mut self, pfn: Pfn) {
+        for slot in 0..self.entries.len() {
+            let cached = self.entries[slot];
+            if cached.tag != NOTHING && cached.pfn == pfn {
+                self.drop_entry(slot);
+            }
+        }
+    }
+
     /// What it remembers: page number, whether it is the private one, and translation, in no
     /// order that means anything.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, bool, Translation)> {

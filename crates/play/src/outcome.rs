@@ -2,7 +2,9 @@
 
 use std::error::Error as _;
 
-use polder::machine::{AccessCheck, Discrepancy, Exit, FirmwareFail, HostExit, Refused, RmpFail};
+use polder::machine::{
+    AccessCheck, Discrepancy, Exit, FirmwareFail, HostExit, PkvmFail, Refused, RmpFail,
+};
 use polder::units::PAGE_SIZE;
 use polder::{Error, GuestExit, MemoryFault, Refusal};
 
@@ -214,6 +216,9 @@ impl From<Refused> for Outcome {
             AccessCheck::InstructionSize => Is::InstructionSize,
             AccessCheck::Validated => Is::NotValidated,
             AccessCheck::Vmsa => Is::Failed,
+            AccessCheck::HostStage2 => Is::HostAbort,
+            AccessCheck::Iommu => Is::Iommu,
+            AccessCheck::DirectMap => Is::NoDirectMap,
         };
         Self::new(is, refused.to_string())
     }
@@ -229,6 +234,21 @@ impl From<RmpFail> for Outcome {
             RmpFail::Overlap => Is::FailOverlap,
             RmpFail::SizeMismatch => Is::FailSizeMismatch,
             RmpFail::BadAddress => Is::FailBadAddress,
+        };
+        Self::new(is, fail.to_string())
+    }
+}
+
+impl From<PkvmFail> for Outcome {
+    fn from(fail: PkvmFail) -> Self {
+        let is = match fail {
+            PkvmFail::Undefined => Is::Undefined,
+            PkvmFail::Permission => Is::Eperm,
+            PkvmFail::NotFound => Is::Enoent,
+            PkvmFail::Busy => Is::Ebusy,
+            PkvmFail::NoMemory => Is::Enomem,
+            PkvmFail::NotAsked => Is::NotAsked,
+            PkvmFail::Input => Is::FailInput,
         };
         Self::new(is, fail.to_string())
     }
@@ -256,6 +276,7 @@ impl From<HostExit> for Outcome {
             HostExit::Fault(_) => Is::NotPinned,
             HostExit::Wait { .. } => Is::Locked,
             HostExit::Sigbus { .. } | HostExit::Segv { .. } => Is::Denied,
+            HostExit::Pinned { .. } => Is::Pinned,
             HostExit::Refused(refused) => return refused.into(),
             HostExit::Invalid(error) => return error.into(),
         };
@@ -281,7 +302,9 @@ impl From<polder::machine::Error> for Outcome {
             Machine::NoMemory { .. } => Is::NoMemory,
             Machine::NoSlot { .. } => Is::Unbound,
             Machine::Beyond { .. } | Machine::OutOfBounds { .. } => Is::Beyond,
-            Machine::NoSnp => Is::Undefined,
+            Machine::NoSnp | Machine::NoPkvm | Machine::Protected { .. } => Is::Undefined,
+            Machine::Pkvm(fail) => return fail.into(),
+            Machine::Iommu(_) => Is::Iommu,
             _ => Is::Failed,
         };
         Self::new(is, error.to_string())

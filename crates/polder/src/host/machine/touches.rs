@@ -61,6 +61,7 @@ impl MachineHost {
                     retries -= 1;
                     crate::sync::sleep(IN_USE_PAUSE);
                 }
+                Err(HostExit::Pinned { .. }) => unreachable!("a touch is no pin"),
                 Err(HostExit::Segv { .. } | HostExit::Refused(_)) => {
                     return Err(polder_linux::Touched { offset }.into());
                 }
