@@ -69,6 +69,8 @@ pub struct ConversionRequest {
     pub contents: Contents,
     /// The VM whose wish it is; all, where the VMM decides for them.
     pub by: Option<VmId>,
+    /// Whether the guest itself asked, by a hypercall of its own.
+    pub by_guest: bool,
 }
 
 /// How a conversion began.
@@ -91,11 +93,12 @@ impl Engine {
     /// Claims the pages for a conversion.
     ///
     /// # Errors
-    /// Refused beyond the object, for contents that platform and host can't offer, for a page in
+    /// Refused beyond the object, for what only the guest decides
+    /// ([`Platform::guest_decides`](crate::Platform::guest_decides)), for contents that platform and host can't offer, for a page in
     /// quarantine, and for a pinned page that would become private: nothing has been unmapped
     /// then. Busy where another operation holds a page.
     pub fn convert(&mut self, request: &ConversionRequest) -> Result<Start, Blocked> {
-        let &ConversionRequest { ref ranges, to, contents, by } = request;
+        let &ConversionRequest { ref ranges, to, contents, by, by_guest } = request;
         for &range in ranges {
             self.check_bounds(range)?;
         }
@@ -112,6 +115,11 @@ impl Engine {
             self.grant(by, ranges, &parts);
             return Ok(Start::AlreadySo);
         }
+        if self.config.platform.guest_decides() && !by_guest {
+            let (page, platform) = (parts[0].start(), self.config.platform);
+            return Err(Refusal::GuestDecides { page, platform }.into());
+        }
+        self.check_granules(&parts)?;
         if to == Visibility::Private && !self.plants.has(Bug::PinsForgotten) {
             for &part in &parts {
                 self.check_pins(part)?;
@@ -131,10 +139,16 @@ impl Engine {
         let rmp = self.config.platform.has_rmp();
         // Where hardware has the last word, the guest keeps no mapping of what the pages were:
         // the RMP is asked when a TLB is filled, and not again (AMD APM volume 2, 15.36.10).
-        let from_guest = each().filter(|_| rmp || !to_private).map(Step::UnmapGuest);
+        // Under pKVM the guest keeps its mapping, which is right for both.
+        let zaps = !self.config.platform.hypervisor_keeps_stage2();
+        let from_guest = each().filter(|_| zaps && (rmp || !to_private)).map(Step::UnmapGuest);
         let from_host = each().filter(|_| to_private).map(Step::UnmapHost);
-        let cut_off = from_host.chain(from_guest);
-        let check = each().filter(|_| to_private).map(Step::CheckReferences);
+        let late = to_private && self.plants.has(Bug::DmaUnmappedLate);
+        let from_devices = if to_private { self.dma_steps(parts, to) } else { Vec::new() };
+        let (early, after) =
+            if late { (Vec::new(), from_devices) } else { (from_devices, Vec::new()) };
+        let cut_off = early.into_iter().chain(from_host).chain(from_guest);
+        let check = each().filter(|_| to_private).map(Step::CheckReferences).chain(after);
         let protect = each().filter(|_| !rmp).map(|part| Step::Protect(part, to));
         let protect = protect.chain(self.rmp_steps(parts, to));
         let none = core::iter::empty;
@@ -152,7 +166,8 @@ impl Engine {
             each()
                 .filter(|&part| !to_private && self.may_have_markers(part))
                 .map(Step::UnmapHost)
-                .chain(each().filter(|_| self.frees(how)).map(Step::Free)),
+                .chain(each().filter(|_| self.frees(how)).map(Step::Free))
+                .chain(if to_private { Vec::new() } else { self.dma_steps(parts, to) }),
         )
     }
 

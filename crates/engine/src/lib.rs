@@ -37,11 +37,13 @@ mod binding;
 mod convert;
 mod copy;
 mod discard;
+mod dma;
 mod error;
 #[cfg(feature = "explore")]
 mod explore;
 mod fault;
 mod merge;
+mod move_pages;
 mod operation;
 mod page_map;
 mod pin;
@@ -49,6 +51,7 @@ mod plant;
 mod platform;
 mod populate;
 mod prefault;
+mod preload;
 mod range_set;
 mod rmp;
 mod step;
@@ -68,11 +71,13 @@ pub use convert::{
 };
 pub use copy::Copying;
 pub use discard::{Cleared, Clearing, Discard};
+pub use dma::{Attached, Attaching, DeviceId};
 pub use error::{Errno, Refusal};
 #[cfg(feature = "explore")]
 pub use fault::InFlight;
 pub use fault::{Answer, GuestAccess, GuestAnswer, MemoryFault, Response, TouchAnswer, View};
 pub use merge::{Merged, Merging};
+pub use move_pages::{MoveUnmapped, MoveUnpinned, Moved, Moving};
 pub use operation::{Activity, Blocked, OpId, Operation, Stage, Undoing};
 pub use page_map::{PageFacts, PageMap, PageReader, Population, Visibility};
 pub use pin::{Holder, PinId, PinKind};
@@ -80,6 +85,7 @@ pub use pin::{Holder, PinId, PinKind};
 pub use plant::Bug;
 pub use platform::{Contents, Platform};
 pub use populate::{Published, Writing};
+pub use preload::{Filling, Preloaded, Preparing};
 pub use range_set::RangeSet;
 pub use rmp::{LargeRmpEntry, NotLarge, can_install_large_rmp_entry};
 pub use step::Step;
@@ -119,6 +125,8 @@ pub struct Engine {
     operations: Vec<Record>,
     in_flight: Vec<InFlight>,
     pins: Pins,
+    /// Devices that have what is shared mapped.
+    devices: Vec<dma::Device>,
     /// Pages in whose place a view holds a poison marker, by view.
     markers: [RangeSet; 2],
     /// Pages that are owed for good: their source failed.
@@ -127,6 +135,8 @@ pub struct Engine {
     quarantine: RangeSet,
     /// The bug planted in it; none, but where a checker is checked.
     plants: plant::Plants,
+    /// The guest has begun: nobody but the guest puts anything onto its private pages.
+    launched: bool,
     /// The last id given out, to operations, answers and pins alike.
     last_id: u64,
 }
@@ -153,6 +163,8 @@ impl Engine {
             operations: Vec::new(),
             in_flight: Vec::new(),
             pins: Pins::default(),
+            devices: Vec::new(),
+            launched: false,
             markers: <[RangeSet; 2]>::default(),
             failed: RangeSet::default(),
             quarantine: RangeSet::default(),

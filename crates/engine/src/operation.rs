@@ -45,6 +45,12 @@ pub enum Activity {
     Discard,
     /// Merging RMP entries.
     Merge,
+    /// Moving pages to other memory.
+    Move,
+    /// Mapping what is shared for a device.
+    Attach,
+    /// Taking it away from a device.
+    Detach,
 }
 
 impl fmt::Display for Activity {
@@ -54,6 +60,9 @@ impl fmt::Display for Activity {
             Self::Population => f.write_str("population"),
             Self::Discard => f.write_str("discard"),
             Self::Merge => f.write_str("merge"),
+            Self::Move => f.write_str("move"),
+            Self::Attach => f.write_str("device that is being attached"),
+            Self::Detach => f.write_str("device that is being detached"),
         }
     }
 }

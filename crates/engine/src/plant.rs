@@ -54,6 +54,14 @@ pub enum Bug {
     PinsForgotten,
     /// A touch of a page whose contents are to come is answered.
     OwedShown,
+    /// What a VMM wishes counts as granted, where the guest decides.
+    WantedIsGranted,
+    /// A device keeps what becomes private until references were looked for.
+    DmaUnmappedLate,
+    /// A device keeps what becomes private.
+    DmaForgotten,
+    /// Pages are moved while they are mapped.
+    MovedMapped,
 }
 
 /// Which bug is planted.

@@ -69,6 +69,12 @@ pub enum Error {
     /// pKVM's hypervisor did not do it.
     #[error(transparent)]
     Pkvm(#[from] crate::PkvmFail),
+    /// Another's pin is in the way of a pin, or this one's would be in the way of another's.
+    #[error("pfn {} can't be pinned so: {} of {} has it", .by.pfn, .by.pin, .by.process)]
+    Pinned {
+        /// Who has it.
+        by: crate::Holder,
+    },
     /// The IOMMU translates no such access.
     #[error(transparent)]
     Iommu(#[from] crate::IommuFault),

@@ -166,6 +166,12 @@ impl Frames {
         }
     }
 
+    /// Makes what a frame contains a guest's private memory.
+    pub(crate) fn encrypt(&mut self, cipher: Cipher, pfn: Pfn) {
+        let kept = self.kept_mut(pfn);
+        cipher.apply(pfn, 0, kept);
+    }
+
     /// Makes one frame contain what another does.
     pub(crate) fn copy(&mut self, from: Pfn, to: Pfn) {
         match &mut self.store {

@@ -14,12 +14,12 @@
 
 use alloc::vec::Vec;
 
-use polder_units::{PAGE_SHIFT, Pfn, PfnRange};
+use polder_units::{Level, PAGE_SHIFT, PageRange, Pfn, PfnRange};
 
 use crate::access::Access;
 use crate::chunk::{self, chunks, chunks_mut};
 use crate::table::index;
-use crate::{Error, HostExit, HostPte, Machine, PinId, Plant, ProcessId, Vpn, VpnRange};
+use crate::{Error, HostExit, HostPte, Machine, ObjectId, PinId, Plant, ProcessId, Vpn, VpnRange};
 
 /// How long a pin is meant to last.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -172,6 +172,34 @@ impl Machine {
             }
         }
         Ok(self.add_pin(process, kind, pages, false)?)
+    }
+
+    /// Pins pages of an object for a process, by no mapping of its (`memfd_pin_folios()`, mm/gup.c).
+    /// Holes are allocated.
+    ///
+    /// # Errors
+    /// [`Error::Beyond`] the object's end; [`Error::NoMemory`]; [`Error::Pinned`] as
+    /// [`Machine::pin_user_pages`]. Nothing is pinned then.
+    pub fn pin_object_pages(
+        &mut self,
+        process: ProcessId,
+        object: ObjectId,
+        range: PageRange,
+        kind: PinKind,
+    ) -> Result<PinId, Error> {
+        self.object_range(object, range)?;
+        let mut pages = Vec::new();
+        for page in range.frames() {
+            let pfn = match self.backing(object, page)? {
+                Some(backing) => backing.pfn,
+                None => self.allocate(object, page, Level::Size4K)?,
+            };
+            if let Some(by) = self.pin_conflict(kind, pfn) {
+                return Err(Error::Pinned { by });
+            }
+            pages.push(pfn);
+        }
+        self.add_pin(process, kind, pages, false)
     }
 
     /// Releases a pin (`unpin_user_pages()`); a folio that only it held is freed.

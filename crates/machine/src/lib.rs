@@ -70,7 +70,7 @@
 //! - Of pKVM and the IOMMU: entries above 4K; the heads of `pkvm.rs` and `iommu.rs` have it all.
 //! - A device without a domain (`dma_read`, `dma_write`) goes by what it pinned: an IOMMU in
 //!   passthrough.
-//! - Of SNP: VMPLs but 0, launch and attestation, page swap and move; the head of `rmp.rs` has it
+//! - Of SNP: VMPLs but 0, attestation, page swap and move; the head of `rmp.rs` has it
 //!   all.
 //! - Memory order: a step sees all earlier ones. Torn words and store buffers do not exist.
 //! - An access of many pages is one step, and so is a range that is unmapped, poisoned or pinned

@@ -25,6 +25,7 @@ use polder_engine::{
 };
 use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
+use crate::dma::Devices;
 use crate::host::views::Views;
 use crate::host::{Host, Smashed};
 use crate::statistics::Counters;
@@ -46,9 +47,12 @@ pub(crate) struct Driver {
     changed: Condvar,
     pub(crate) host: Box<dyn Host>,
     pub(crate) counters: Counters,
+    pub(crate) devices: Devices,
     /// After how long a waiter asks again by itself: a claim whose thread died is released by
     /// whoever asks.
     pub(crate) ask_again: Duration,
+    /// A guest has touched its memory.
+    begun: AtomicBool,
     /// Who is told what happens.
     pub(crate) watch: OnceLock<Arc<dyn Watch>>,
 }
@@ -124,7 +128,9 @@ impl Driver {
             changed: Condvar::new(),
             host,
             counters: Counters::default(),
+            devices: Devices::default(),
             ask_again: ASK_AGAIN,
+            begun: AtomicBool::new(false),
             watch: OnceLock::new(),
         }
     }
@@ -153,7 +159,7 @@ impl Driver {
     }
 
     /// Tells who watches how far an operation has come.
-    fn reached<S>(&self, operation: Operation<S>, stage: Reached) -> Operation<S> {
+    pub(crate) fn reached<S>(&self, operation: Operation<S>, stage: Reached) -> Operation<S> {
         self.tell(Moment::Reached(stage));
         operation
     }
@@ -214,12 +220,12 @@ impl Driver {
         &self,
         find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
         (to, contents): (Visibility, Contents),
-        by: Option<VmId>,
+        (by, by_guest): (Option<VmId>, bool),
         on_busy: OnBusy,
     ) -> Result<Option<Converted>, Error> {
         let claim = |engine: &mut Engine| {
             let ranges = find(engine)?;
-            engine.convert(&ConversionRequest { ranges, to, contents, by })
+            engine.convert(&ConversionRequest { ranges, to, contents, by, by_guest })
         };
         let conversion = match self.claim(on_busy, claim)? {
             Start::AlreadySo => return Ok(None),
@@ -238,6 +244,27 @@ impl Driver {
         Ok(Some(converted))
     }
 
+    /// The same, counted. How many pages changed.
+    pub(crate) fn convert_counted(
+        &self,
+        find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
+        (to, contents): (Visibility, Contents),
+        by: (Option<VmId>, bool),
+        on_busy: OnBusy,
+    ) -> Result<PageCount, Error> {
+        match self.convert(find, (to, contents), by, on_busy) {
+            Ok(converted) => {
+                let pages = converted.map_or(PageCount::ZERO, |converted| converted.pages);
+                self.counters.converted(to, pages);
+                Ok(pages)
+            }
+            Err(error) => {
+                self.counters.refused();
+                Err(error)
+            }
+        }
+    }
+
     /// Takes a slot away, from the host first: that may take long, and fail, and until it is done
     /// the slot is there, its faults are answered, and what is granted meets its wishes. No other
     /// slot may change meanwhile.
@@ -252,9 +279,17 @@ impl Driver {
         Ok(())
     }
 
-    /// Drops the contents of pages.
-    pub(crate) fn discard(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
-        let discard = self.claim(on_busy, |engine| engine.discard(range))?;
+    /// Drops the contents of pages; whether the guest itself asked.
+    pub(crate) fn discard(
+        &self,
+        range: PageRange,
+        by_guest: bool,
+        on_busy: OnBusy,
+    ) -> Result<(), Error> {
+        let discard = self.claim(on_busy, |engine| match by_guest {
+            true => engine.discard_for_guest(range),
+            false => engine.discard(range),
+        })?;
         let discard = self.reached(discard, Reached::Claimed);
         self.drain(&discard);
         let discard = self.reached(discard, Reached::Drained);
@@ -329,6 +364,9 @@ impl Driver {
         stop: impl Fn() -> bool,
     ) -> Result<Option<MemoryFault>, Error> {
         self.counters.guest_fault();
+        if !self.begun.swap(true, Ordering::Relaxed) {
+            self.engine().launch();
+        }
         let ask = |engine: &mut Engine| engine.guest_fault(vm, access);
         self.answer_guest(ask, stop, |range| self.host.map_guest(vm, access, range))
     }
@@ -413,7 +451,7 @@ impl Driver {
     }
 
     /// Waits for the answers and copies in flight on what an operation claims.
-    fn drain<S>(&self, operation: &Operation<S>) {
+    pub(crate) fn drain<S>(&self, operation: &Operation<S>) {
         let mut engine = self.engine();
         while !engine.is_drained(operation) {
             self.wait(&mut engine);
@@ -421,13 +459,16 @@ impl Driver {
     }
 
     /// Takes all steps of a stage and goes on to the next.
-    fn perform<S: Stage>(&self, operation: Operation<S>) -> Result<Operation<S::Next>, Error> {
+    pub(crate) fn perform<S: Stage>(
+        &self,
+        operation: Operation<S>,
+    ) -> Result<Operation<S::Next>, Error> {
         let mut engine = self.engine();
         let mut step = engine.next_step(&operation);
         while let Some(now) = step {
             drop(engine);
             self.tell(Moment::Step(now));
-            if let Err(error) = self.host.take(now) {
+            if let Err(error) = self.take(now) {
                 self.tell(Moment::Failed(now));
                 return Err(self.fail(operation, error));
             }
@@ -437,8 +478,13 @@ impl Driver {
         Ok(engine.advance(operation))
     }
 
+    /// Takes a step: on the host, or with a device.
+    fn take(&self, step: Step) -> Result<(), Error> {
+        self.devices.take(step).unwrap_or_else(|| self.host.take(step))
+    }
+
     /// Undoes an operation of our own because of `error`; returns what to tell the caller.
-    fn fail<S: Stage>(&self, operation: Operation<S>, error: Error) -> Error {
+    pub(crate) fn fail<S: Stage>(&self, operation: Operation<S>, error: Error) -> Error {
         let operation = self.engine().undo(operation);
         match self.undo(operation) {
             pages if pages.is_empty() => error,
@@ -467,7 +513,7 @@ impl Driver {
     fn undo_step(&self, step: Step) -> bool {
         let cuts_off = matches!(step, Step::Quarantine(_));
         for tried in 1..=UNDO_TRIES {
-            match self.host.take(step) {
+            match self.take(step) {
                 Ok(()) => return true,
                 Err(error) if tried < UNDO_TRIES && (cuts_off || error.may_pass()) => {
                     crate::sync::sleep(UNDO_PAUSE);
@@ -476,6 +522,12 @@ impl Driver {
             }
         }
         false
+    }
+
+    /// What a conversion can do at best for what is in the pages.
+    pub(crate) fn keeps_most(&self, to: Visibility) -> Contents {
+        let config = *self.engine().config();
+        config.platform.keeps_most(to, config.in_place)
     }
 
     /// Moves bytes between the host and shared pages. All runs are found, checked and claimed in

@@ -28,12 +28,14 @@
 #[doc = include_str!("../../../README.md")]
 struct Readme;
 
+mod dma;
 mod driver;
 mod error;
 mod faults;
 mod host;
 mod host_view;
 mod memory;
+mod move_pages;
 mod pin;
 mod prefault;
 mod statistics;
@@ -52,6 +54,7 @@ pub use polder_machine as machine;
 /// The numbers of guest memory, each a type of its own.
 pub use polder_units as units;
 
+pub use dma::{Device, Dma, SimulatedDevice};
 pub use error::Error;
 pub use host::{HostKind, Vm};
 pub use host_view::HostView;

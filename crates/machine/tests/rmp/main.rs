@@ -7,6 +7,7 @@ mod contents;
 mod conversion;
 mod instructions;
 mod large;
+mod launch;
 #[path = "../numbers/mod.rs"]
 mod numbers;
 mod oracle;

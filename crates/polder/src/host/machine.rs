@@ -14,6 +14,9 @@
 //! Unlike on a memfd, every reference to a page can be counted here: a conversion to private finds
 //! pins that the engine has not given, and names their holder.
 
+mod device;
+mod migrate;
+mod pkvm;
 mod rmp;
 mod stage2;
 mod touches;
@@ -28,6 +31,8 @@ use polder_machine::{
 };
 use polder_units::{Gfn, GfnRange, Level, PageCount, PageIndex, PageRange, Pfn, PfnRange};
 
+pub(crate) use self::device::MachineDevice;
+use self::pkvm::Pkvm;
 use self::rmp::Rmp;
 use super::views::Views;
 use super::{Host, Smashed, Vm, failed};
@@ -57,6 +62,8 @@ pub(crate) struct MachineHost {
     vms: Mutex<BTreeMap<VmId, Attached>>,
     /// Of an SNP guest's memory.
     rmp: Option<Rmp>,
+    /// Of a protected VM's memory under pKVM.
+    pkvm: Option<Pkvm>,
     events: Mutex<Events>,
     /// A touch was queued, or the fault threads are nudged.
     queued: Condvar,
@@ -131,6 +138,10 @@ impl MachineHost {
         if rmp.is_some() {
             machine.enable_snp();
         }
+        let pkvm = platform.hypervisor_keeps_stage2().then(Pkvm::default);
+        if pkvm.is_some() {
+            machine.enable_pkvm();
+        }
         let object = machine.create_object(pages).map_err(refused)?;
         let process = machine.create_process().map_err(refused)?;
         for _ in 1..CPUS {
@@ -147,6 +158,7 @@ impl MachineHost {
             pages,
             vms: Mutex::default(),
             rmp,
+            pkvm,
             events: Mutex::default(),
             queued: Condvar::new(),
             answered: Condvar::new(),
@@ -199,7 +211,11 @@ impl MachineHost {
     }
 
     /// Takes the pages out of stage 2 of every VM.
+    /// There is nothing that the host could take out where a hypervisor keeps it.
     fn unmap_guest(&self, range: PageRange) -> Result<(), Error> {
+        if self.is_pkvm() {
+            return Ok(());
+        }
         let mut machine = self.lock();
         let gfns: Vec<_> = machine.gfns_of(self.object, range).collect();
         gfns.into_iter()
@@ -259,6 +275,7 @@ impl MachineHost {
 
     /// Drops the memory of pages. Nobody has them mapped after that, and no marker is left.
     fn free(&self, range: PageRange) -> Result<(), Error> {
+        self.take_relinquished(range)?;
         self.unmap_guest(range)?;
         self.unmap_host(range)?;
         let folios: Vec<_> = {
@@ -328,8 +345,11 @@ impl Host for MachineHost {
             Step::Smash(range) => self.smash_all(range),
             Step::Merge(range) => self.merge(range),
             Step::Thaw(range) => self.thaw(range),
-            // No hardware but the RMP tells private from shared.
-            Step::Protect(..) | Step::Publish(_) => Ok(()),
+            Step::Protect(range, to) => self.answer_guest(range, to),
+            Step::Move(range) => self.move_folios(range),
+            Step::Launch(range) => self.launch(range),
+            Step::Publish(_) => Ok(()),
+            Step::MapDma(..) | Step::UnmapDma(..) => unreachable!("the driver's: {step}"),
         }
     }
 
@@ -342,6 +362,7 @@ impl Host for MachineHost {
             return Err(Error::WrongVm { host: super::HostKind::Machine });
         };
         let vm = match &self.rmp {
+            None if self.is_pkvm() => self.lock().create_pkvm_vm(),
             None => self.lock().create_vm(),
             Some(_) => {
                 let asid = rmp::asid(id)?;
@@ -359,6 +380,7 @@ impl Host for MachineHost {
         if self.is_snp() {
             self.check_owner(id)?;
         }
+        self.own_by_pkvm(id, attached.vm)?;
         self.lock().bind(attached.vm, gfn, self.object, pages).map_err(refused)?;
         self.own(id, attached.vm)?;
         let gfns = GfnRange::new(gfn, pages.count()).expect("the engine has checked");
@@ -369,10 +391,12 @@ impl Host for MachineHost {
     fn unbind(&self, id: VmId, slot: Slot) -> Result<(), Error> {
         let mut vms = self.vms.lock();
         let Some(attached) = vms.get_mut(&id) else { return Ok(()) };
-        let Some(gfns) = attached.slots.remove(&slot) else { return Ok(()) };
+        let Some(&gfns) = attached.slots.get(&slot) else { return Ok(()) };
+        self.check_none_donated(attached.vm, gfns)?;
+        attached.slots.remove(&slot);
         let mut machine = self.lock();
         let gone = machine.unbind(attached.vm, gfns.start());
-        let zapped = machine.tdp_zap(attached.vm, gfns);
+        let zapped = if self.is_pkvm() { Ok(false) } else { machine.tdp_zap(attached.vm, gfns) };
         assert!(gone.is_ok() && zapped.is_ok(), "the slot was there: {gone:?}, {zapped:?}");
         Ok(())
     }
