@@ -145,10 +145,10 @@ impl Engine {
         let from_host = each().filter(|_| to_private).map(Step::UnmapHost);
         let late = to_private && self.plants.has(Bug::DmaUnmappedLate);
         let from_devices = if to_private { self.dma_steps(parts, to) } else { Vec::new() };
-        let (early, after) =
+        let (early, late) =
             if late { (Vec::new(), from_devices) } else { (from_devices, Vec::new()) };
         let cut_off = early.into_iter().chain(from_host).chain(from_guest);
-        let check = each().filter(|_| to_private).map(Step::CheckReferences).chain(after);
+        let check = each().filter(|_| to_private).map(Step::CheckReferences);
         let protect = each().filter(|_| !rmp).map(|part| Step::Protect(part, to));
         let protect = protect.chain(self.rmp_steps(parts, to));
         let none = core::iter::empty;
@@ -167,7 +167,7 @@ impl Engine {
                 .filter(|&part| !to_private && self.may_have_markers(part))
                 .map(Step::UnmapHost)
                 .chain(each().filter(|_| self.frees(how)).map(Step::Free))
-                .chain(if to_private { Vec::new() } else { self.dma_steps(parts, to) }),
+                .chain(if to_private { late } else { self.dma_steps(parts, to) }),
         )
     }
 

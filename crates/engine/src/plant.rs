@@ -56,7 +56,7 @@ pub enum Bug {
     OwedShown,
     /// What a VMM wishes counts as granted, where the guest decides.
     WantedIsGranted,
-    /// A device keeps what becomes private until references were looked for.
+    /// A device keeps what becomes private until references were looked for and hardware was told.
     DmaUnmappedLate,
     /// A device keeps what becomes private.
     DmaForgotten,

@@ -9,7 +9,7 @@ use core::hash::{Hash, Hasher};
 use polder_units::{Gfn, Pfn};
 
 use crate::tlb::guest_tag;
-use crate::{Machine, Side, Thread, VcpuId, VmId, Vpn};
+use crate::{DomainId, Machine, Side, Thread, VcpuId, VmId, Vpn};
 
 impl Machine {
     /// The frame that a thread's TLB has for a page, however stale.
@@ -22,6 +22,16 @@ impl Machine {
     pub fn remembered_by_guest(&self, vcpu: VcpuId, gfn: Gfn, side: Side) -> Option<Pfn> {
         let state = self.vms.get(vcpu.vm).ok()?.vcpus.get(usize::from(vcpu.index))?;
         state.tlb.hit(guest_tag(gfn.get(), side == Side::Private), false)
+    }
+
+    /// The frame that a domain's IOTLB has for a device's page, however stale.
+    pub fn remembered_by_device(&self, domain: DomainId, gfn: Gfn) -> Option<Pfn> {
+        self.domains.get(domain).ok()?.iotlb.hit(gfn.get(), false)
+    }
+
+    /// The first word of a frame, whoever may reach it: what a checker looks for secrets in.
+    pub fn word_of(&self, pfn: Pfn) -> u64 {
+        self.frames.read_u64(pfn, 0)
     }
 
     /// Hashes everything but what the CPUs remember.

@@ -24,6 +24,7 @@ mod host;
 mod kept;
 mod merge;
 mod operation;
+mod pkvm;
 mod points;
 mod private;
 mod rmp;
@@ -109,6 +110,8 @@ pub struct World {
     taken: rmp::Taken,
     failures: u8,
     deaths: u8,
+    /// Memory that was free could not be used: hardware has it for a guest.
+    kept_by_guest: bool,
     /// How many actors from each one on do the same work as it.
     alike: [u8; MOST],
     /// What is told of the last step; of a search, nothing.
@@ -150,6 +153,7 @@ impl World {
             taken: rmp::Taken::default(),
             failures: setup.failures,
             deaths: setup.deaths,
+            kept_by_guest: false,
             told: None,
             alike: start::alike(&setup),
             setup,
@@ -231,11 +235,16 @@ impl World {
             | Task::PrivateWrite(..) => self.guest_access(actor, task),
             Task::Split(page) | Task::Collapse(page) => self.lock_folio(actor, page),
             Task::OtherWrite(page, value) => self.other_write(actor, page, value),
+            Task::Want(page, to) => self.want(actor, page, to),
+            Task::DmaWrite(page, value) => self.dma_write(actor, page, value),
+            Task::PinExclusive(_) => self.gup_slow(actor),
+            Task::HypervisorFails(nth) => self.hypervisor_fails(actor, nth),
             Task::Hold(page, large) => self.hold(actor, page, large),
             Task::HostRead(page) | Task::HostWrite(page, _) => self.touch(actor, task, page),
             Task::Convert { .. }
             | Task::Populate { .. }
             | Task::Discard { .. }
+            | Task::Move { .. }
             | Task::Merge { .. } => self.claim(actor, task),
             Task::CopyOut(page) | Task::CopyIn(page, _) => self.claim_copy(actor, page),
             Task::Pin(page) => self.pin(actor, page),
@@ -264,6 +273,7 @@ impl World {
             }
             Stage::GuestGive(answer, mapped) => self.guest_give(actor, answer, mapped),
             Stage::Give(answer, level) => self.give(actor, answer, level),
+            Stage::Donate(answer) => self.donate(actor, answer),
             Stage::SizeAsk => self.size_ask(actor),
             Stage::SizeLook(answer) => self.size_look(actor, answer),
             Stage::SizeSmash(answer, head) => self.size_smash(actor, answer, head),
@@ -377,7 +387,12 @@ impl System for World {
     }
 
     fn take(&mut self, actor: usize, way: u8) -> Result<(), Violation> {
-        self.go_on(actor, way)
+        self.go_on(actor, way)?;
+        if self.kept_by_guest {
+            let what = "memory that was free is a guest's still, and can't be used";
+            return Err(Violation::new("INV-9", what));
+        }
+        Ok(())
     }
 
     fn check(&self) -> Result<(), Violation> {
