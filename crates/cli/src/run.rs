@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::HostKind;
 use polder::units::{ByteSize, Level};
+use polder::{HostKind, Platform};
 use polder_vmm::guest::Program;
 use polder_vmm::{Accelerator, Config, Conversion, End, Failure, Progress, Report, Supervision};
 use serde_json::json;
@@ -26,6 +26,7 @@ Examples:
   polder run --memory 8G --vcpus 4        larger
   polder run --json | jq .guest           for programs
   polder run --guest spin --timeout 2     a guest that never ends
+  polder run --platform pkvm              a protected VM, on the simulated machine
 
 Exit status: 0 every check passed, 1 one failed or the guest did not end, 2 it could not be run,
 130 interrupted.")]
@@ -33,6 +34,9 @@ pub(crate) struct Arguments {
     /// Where the memory lives
     #[arg(long, value_enum, default_value_t = Host::Auto)]
     host: Host,
+    /// For which kind of VM: all but plain on the simulated machine only
+    #[arg(long, value_enum, default_value_t = Kind::Plain)]
+    platform: Kind,
     /// The guest's memory: 16M to 1T
     #[arg(long, value_name = "SIZE", default_value = "64M")]
     memory: ByteSize,
@@ -72,6 +76,30 @@ enum Host {
     Machine,
 }
 
+/// Kinds of VM.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// An ordinary VM: the VMM decides what is private
+    Plain,
+    /// KVM's software-protected type
+    SwProtected,
+    /// SEV-SNP: an RMP has the last word
+    Snp,
+    /// A protected VM under pKVM: the guest alone shares its pages
+    Pkvm,
+}
+
+impl Kind {
+    fn platform(self) -> Platform {
+        match self {
+            Self::Plain => Platform::Plain,
+            Self::SwProtected => Platform::SwProtected,
+            Self::Snp => Platform::Snp,
+            Self::Pkvm => Platform::Pkvm,
+        }
+    }
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Guest {
     /// Converts and checks its memory
@@ -93,8 +121,10 @@ fn page_size(text: &str) -> Result<Level, String> {
 }
 
 /// The host to run on, and why it is not the one that is tried first.
-fn choose(host: Host) -> (HostKind, Option<Trouble>) {
+fn choose(host: Host, kind: Kind) -> (HostKind, Option<Trouble>) {
     match host {
+        // What no machine here has is simulated: that is what was asked for.
+        Host::Auto if kind != Kind::Plain => (HostKind::Machine, None),
         Host::Memfd => (HostKind::Memfd, None),
         Host::GuestMemfd => (HostKind::GuestMemfd, None),
         Host::Machine => (HostKind::Machine, None),
@@ -106,12 +136,13 @@ fn choose(host: Host) -> (HostKind, Option<Trouble>) {
 }
 
 pub(crate) fn main(arguments: &Arguments) -> ExitCode {
-    let (host, instead) = choose(arguments.host);
+    let (host, instead) = choose(arguments.host, arguments.platform);
     if let Some(instead) = instead.as_ref().filter(|_| !arguments.json) {
         output::note(&format!("note: this runs on the simulated machine, because {instead}"));
     }
     let config = Config {
         host,
+        platform: arguments.platform.platform(),
         memory: arguments.memory,
         vcpus: arguments.vcpus,
         seed: arguments.seed,
@@ -240,6 +271,7 @@ fn to_json(
         "host": host.to_string(),
         "accelerator": report.accelerator.to_string(),
         "conversion_by": report.conversion_by.to_string(),
+        "platform": arguments.platform.platform().to_string(),
         "private_memory": report.private_memory,
         "vcpus": arguments.vcpus,
         "memory_bytes": arguments.memory.get(),

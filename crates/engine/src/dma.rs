@@ -8,6 +8,10 @@
 //! A device is told in equal pieces, its *granule*, because an IOMMU takes away only what it was
 //! given as a whole (`VFIO_TYPE1v2_IOMMU`: an unmapping may not cut a mapping). A conversion that
 //! would cut one is refused.
+//!
+//! # Holes
+//! A conversion to shared that drops contents has dropped them by the time that a device is told: a
+//! device that fails then leaves the pages in quarantine.
 
 use alloc::vec;
 use alloc::vec::Vec;

@@ -166,6 +166,7 @@ impl MachineVcpu {
         if !self.driver.engine().config().platform.guest_decides() {
             return answer().map_err(GuestExit::Failed);
         }
+        self.driver.ask(|engine| engine.pages_of(self.vm, gfns))?;
         let mut refusals = 0;
         loop {
             for gfn in gfns.frames() {

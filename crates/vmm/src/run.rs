@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polder::units::{ByteSize, Gfn, GfnRange, Gpa, PAGE_BYTES, PageRange};
-use polder::{Contents, Delays, HostKind, Memory, OnBusy, Visibility, VmId};
+use polder::{Contents, Delays, HostKind, Memory, OnBusy, Platform, Visibility, VmId};
 
 use crate::RunError;
 use crate::guest::{Chunk, Image, Program, Transport};
@@ -20,6 +20,8 @@ use crate::vcpu::Ran;
 pub struct Config {
     /// On which host.
     pub host: HostKind,
+    /// For which kind of VM; on a host of real memory, the one that it serves.
+    pub platform: Platform,
     /// The guest's memory.
     pub memory: ByteSize,
     /// How many vCPUs.
@@ -93,7 +95,11 @@ fn run_on_machine(
     config: &Config,
     supervise: impl FnMut(Progress) -> Supervision,
 ) -> Result<Report, RunError> {
-    let conversions = Conversions::KeepContents;
+    // A conversion of an SNP guest's memory loses what is in it.
+    let conversions = match config.platform {
+        Platform::Snp => Conversions::LoseContents,
+        Platform::Plain | Platform::SwProtected | Platform::Pkvm => Conversions::KeepContents,
+    };
     let scenario = &scenario(config, conversions)?;
     let (memory, id) = bound(config, conversions, polder::Vm::Machine).map_err(RunError::Memory)?;
     memory.settle().map_err(RunError::Memory)?;
@@ -113,7 +119,7 @@ fn bound(
     vm: polder::Vm,
 ) -> Result<(Memory, VmId), polder::Error> {
     let pages = config.memory.pages().expect("the scenario's memory is whole pages");
-    let memory = Memory::builder(pages).host(config.host);
+    let memory = Memory::builder(pages).host(config.host).platform(config.platform);
     let memory = match conversions {
         Conversions::KeepContents => memory.owed().build()?,
         Conversions::LoseContents => memory.build()?,

@@ -15,7 +15,7 @@
 //!
 //! # Holes
 //! What the API has no words for yet has no row: an event instead of a wait, a slot without a
-//! private side, huge pages, exclusive pins, preload and moving. A row that needs two threads to meet tries often enough that they do, and fails if they don't.
+//! private side, huge pages, exclusive pins. A row that needs two threads to meet tries often enough that they do, and fails if they don't.
 
 mod cases;
 mod host;
@@ -56,11 +56,17 @@ pub enum Section {
     Population,
     /// Mapping for a guest ahead of its touches.
     Prefault,
+    /// Devices that have what is shared mapped.
+    Devices,
+    /// Bytes before the guest begins, and pages that move.
+    Move,
+    /// A protected VM under pKVM.
+    Pkvm,
 }
 
 impl Section {
     /// Every section, in the table's order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 12] = [
         Self::Create,
         Self::Bind,
         Self::HostView,
@@ -70,6 +76,9 @@ impl Section {
         Self::Exits,
         Self::Population,
         Self::Prefault,
+        Self::Devices,
+        Self::Move,
+        Self::Pkvm,
     ];
 }
 
@@ -85,6 +94,9 @@ impl fmt::Display for Section {
             Self::Exits => "exits",
             Self::Population => "population",
             Self::Prefault => "prefault",
+            Self::Devices => "devices",
+            Self::Move => "preload and move",
+            Self::Pkvm => "pkvm",
         })
     }
 }

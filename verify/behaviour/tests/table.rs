@@ -107,3 +107,18 @@ fn population() {
 fn prefault() {
     section(Section::Prefault);
 }
+
+#[test]
+fn devices() {
+    section(Section::Devices);
+}
+
+#[test]
+fn preload_and_move() {
+    section(Section::Move);
+}
+
+#[test]
+fn pkvm() {
+    section(Section::Pkvm);
+}

@@ -9,6 +9,10 @@ use polder::{Bug, Platform};
 
 use crate::Host;
 
+const KERNEL_MOVES: &str = "where pages lie is the kernel's affair on this host";
+const NO_DEVICE: &str =
+    "no device with an IOMMU is to be had here: what a domain is told is another row";
+
 /// How often a run is looked at before it counts as hung; some twenty times a second.
 const LOOKS: u32 = 20 * 30;
 
@@ -17,7 +21,8 @@ pub fn hosts() -> &'static [&'static dyn Host] {
     const PLAIN: &dyn Host = &machine::Machine::new(Platform::Plain);
     const PROTECTED: &dyn Host = &machine::Machine::new(Platform::SwProtected);
     const SNP: &dyn Host = &machine::Machine::new(Platform::Snp);
-    &[&memfd::Memfd, &guest_memfd::GuestMemfd, PLAIN, PROTECTED, SNP]
+    const PKVM: &dyn Host = &machine::Machine::new(Platform::Pkvm);
+    &[&memfd::Memfd, &guest_memfd::GuestMemfd, PLAIN, PROTECTED, SNP, PKVM]
 }
 
 /// The simulated machine with a bug of its own: no column of the table, but what its rows are

@@ -13,7 +13,7 @@
 //! are of 4K.
 
 use polder_engine::{Refusal, Visibility, VmId};
-use polder_machine::{Ask, Machine, PkvmFail};
+use polder_machine::{Ask, Component, Machine, PageState, PkvmFail};
 use polder_units::{Gfn, GfnRange, Level, PageIndex, PageRange};
 
 use super::stage2::Tried;
@@ -26,6 +26,13 @@ use crate::sync::Mutex;
 pub(super) struct Pkvm {
     /// The VM that the memory's pages are donated to: the first that it was bound to.
     owner: Mutex<Option<(VmId, polder_machine::VmId)>>,
+}
+
+/// Whether the host reaches what a guest has at a frame.
+fn is_shared(machine: &Machine, gfn: Gfn, vm: polder_machine::VmId) -> bool {
+    let spte = machine.spte(vm, gfn).ok().flatten();
+    let state = spte.map(|spte| machine.page_state(Component::Host, spte.pfn));
+    matches!(state, Some(Ok((state, _))) if state != PageState::NoPage)
 }
 
 impl MachineHost {
@@ -103,7 +110,11 @@ impl MachineHost {
                 }
                 // Done already, or on a way back that had not come so far.
                 (Some((Ask::Share | Ask::Unshare, _)), _) => Ok(()),
-                (Some((Ask::Relinquish, _)) | None, _) => Err(PkvmFail::NotAsked),
+                // Nothing was done about it, and on a way back nothing is to be undone.
+                (Some((Ask::Relinquish, _)) | None, to) => match is_shared(machine, gfn, vm) {
+                    shared if shared == (to == Shared) => Ok(()),
+                    _ => Err(PkvmFail::NotAsked),
+                },
             };
             answered.map_err(fail)
         })
