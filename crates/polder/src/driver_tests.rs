@@ -229,6 +229,7 @@ impl Set {
             platform,
             in_place: true,
             host_view_level: Level::Size4K,
+            backing: polder_engine::Backing::ANY,
             initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
         };
         let unbinding = Arc::new(Unbinding::default());
@@ -457,6 +458,7 @@ fn an_access_to_a_slot_that_has_just_gone_is_unbound_and_nothing_else() {
         platform: Platform::Plain,
         in_place: true,
         host_view_level: Level::Size4K,
+        backing: polder_engine::Backing::ANY,
         initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
     };
     let unbinding = Arc::new(Unbinding::default());

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use polder_engine::{
-    Binding, Config, Contents, Engine, GuestAccess, Holder, MemoryFault, PageFacts, PinKind,
-    Platform, Population, Refusal, Slot, Visibility, VmId, Wish,
+    Backing, Binding, Config, Contents, Engine, GuestAccess, Holder, MemoryFault, PageFacts,
+    PinKind, Platform, Population, Refusal, Slot, Visibility, VmId, Wish,
 };
 use polder_machine::{ObjectId, ProcessId};
 use polder_units::{
@@ -113,6 +113,7 @@ impl Builder {
             platform: self.platform,
             in_place: self.host.is_in_place(),
             host_view_level: Level::Size4K,
+            backing: Backing::ANY,
             initial: self.initial,
         };
         Memory::over(Driver::new(config, host))

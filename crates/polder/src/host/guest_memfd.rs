@@ -268,6 +268,10 @@ impl Host for GuestMemfdHost {
             // The kernel takes frames from the guest when it is told what they become; references
             // from outside are to the shared side, which is freed; nothing is ever owed.
             Step::UnmapGuest(_) | Step::CheckReferences(_) | Step::Publish(_) => Ok(()),
+            Step::PrepareSplit(_)
+            | Step::SplitFolio(_)
+            | Step::MergeFolio(_)
+            | Step::ReleaseTables(_) => unreachable!("this host splits no folios"),
             Step::Assign(_)
             | Step::Unassign(_)
             | Step::Reassign(_)

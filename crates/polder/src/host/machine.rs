@@ -328,6 +328,10 @@ impl Host for MachineHost {
             Step::Smash(range) => self.smash_all(range),
             Step::Merge(range) => self.merge(range),
             Step::Thaw(range) => self.thaw(range),
+            Step::PrepareSplit(_)
+            | Step::SplitFolio(_)
+            | Step::MergeFolio(_)
+            | Step::ReleaseTables(_) => unreachable!("its folios are the kernel's to split"),
             // No hardware but the RMP tells private from shared.
             Step::Protect(..) | Step::Publish(_) => Ok(()),
         }

@@ -60,6 +60,10 @@ impl Host for MemfdHost {
             // that was written is ready.
             Step::UnmapGuest(_) | Step::CheckReferences(_) => Ok(()),
             Step::Protect(..) | Step::Publish(_) => Ok(()),
+            Step::PrepareSplit(_)
+            | Step::SplitFolio(_)
+            | Step::MergeFolio(_)
+            | Step::ReleaseTables(_) => unreachable!("this host splits no folios"),
             Step::Assign(_)
             | Step::Unassign(_)
             | Step::Reassign(_)
