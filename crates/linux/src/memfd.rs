@@ -93,14 +93,7 @@ impl Memfd {
         let map = || {
             // SAFETY: a new mapping at an address of the kernel's choice touches no other.
             unsafe {
-                rustix::mm::mmap(
-                    any,
-                    length,
-                    protection,
-                    MapFlags::SHARED,
-                    &self.fd,
-                    bytes.start(),
-                )
+                rustix::mm::mmap(any, length, protection, MapFlags::SHARED, &self.fd, bytes.start())
             }
         };
         let base = call.make(map)?;
@@ -123,6 +116,14 @@ impl Memfd {
     /// # Errors
     /// Of `lseek`.
     pub fn existing(&self) -> Result<Vec<PageRange>, Error> {
+        PageRange::between(0, self.pages.get()).map_or(Ok(Vec::new()), |all| self.existing_in(all))
+    }
+
+    /// Those of a range.
+    ///
+    /// # Errors
+    /// Of `lseek`.
+    pub fn existing_in(&self, range: PageRange) -> Result<Vec<PageRange>, Error> {
         let call = Call::new("lseek");
         let seek = |to| match call.attempt(|| rustix::fs::seek(&self.fd, to)) {
             Ok(offset) => Ok(Some(offset)),
@@ -130,10 +131,14 @@ impl Memfd {
             Err(errno) => Err(call.error(errno)),
         };
         let mut runs = Vec::new();
-        let mut from = 0;
+        let mut from = range.bytes().start();
         while let Some(start) = seek(SeekFrom::Data(from))? {
             let Some(end) = seek(SeekFrom::Hole(start))? else { break };
-            runs.extend(PageRange::from_bytes(start, end - start).ok());
+            let run = PageRange::from_bytes(start, end - start).ok();
+            if run.is_some_and(|run| run.start().get() >= range.end()) {
+                break;
+            }
+            runs.extend(run.and_then(|run| run.intersection(range)));
             from = end;
         }
         Ok(runs)

@@ -95,9 +95,8 @@ impl View {
         let view = Self { base, length, memfd: Arc::clone(memfd) };
         view.keep_from_children()?;
         // SAFETY: the mapping is ours; the advice changes no contents.
-        let advise = || unsafe {
-            rustix::mm::madvise(view.base.as_ptr(), length, Advice::LinuxHugepage)
-        };
+        let advise =
+            || unsafe { rustix::mm::madvise(view.base.as_ptr(), length, Advice::LinuxHugepage) };
         Call::new("madvise(MADV_HUGEPAGE)").make(advise)?;
         Ok(view)
     }
@@ -135,7 +134,8 @@ impl View {
                 if done == 0 { Ok(()) } else { Err(call::last()) }
             })?;
             let first = (start >> PAGE_SHIFT) as u64;
-            for (page, _) in (first..).zip(&flags[..length >> PAGE_SHIFT]).filter(|it| it.1 & 1 == 1)
+            for (page, _) in
+                (first..).zip(&flags[..length >> PAGE_SHIFT]).filter(|it| it.1 & 1 == 1)
             {
                 let Some(one) = PageRange::between(page, page + 1) else { continue };
                 match runs.last_mut().and_then(|last| Some((last.append(one)?, last))) {
