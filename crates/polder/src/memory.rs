@@ -27,7 +27,7 @@ use crate::statistics::Statistics;
 use crate::sync::RwLock;
 use crate::vcpu::MachineVcpu;
 use crate::watch::Watch;
-use crate::{HostView, PageSize, Pin};
+use crate::{HostView, HugePool, PageSize, Pin};
 
 /// What to do when another operation holds a part of the range.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -39,13 +39,14 @@ pub enum OnBusy {
 }
 
 /// How to make a [`Memory`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Builder {
     pages: PageCount,
     host: HostKind,
     platform: Platform,
     initial: PageFacts,
     page_size: PageSize,
+    pool: Option<HugePool>,
 }
 
 impl Builder {
@@ -68,6 +69,11 @@ impl Builder {
     /// reached by [`Memory::read`] and [`Memory::write`]. See `docs/huge-pages.md`.
     pub fn page_size(self, page_size: PageSize) -> Self {
         Self { page_size, ..self }
+    }
+
+    /// Of this pool's huge pages, on the simulated machine; else a pool is made that is just enough.
+    pub fn pool(self, pool: &HugePool) -> Self {
+        Self { pool: Some(pool.clone()), ..self }
     }
 
     /// Every page's contents are owed until [`Memory::populate`] brings them, or
@@ -120,7 +126,13 @@ impl Builder {
                 Box::new(MemfdHost::new(self.pages, owed, page_size)?) as Box<dyn Host>
             }
             HostKind::GuestMemfd => Box::new(GuestMemfdHost::new(self.pages, self.initial)?),
-            HostKind::Machine => Box::new(MachineHost::new(self.pages, self.platform)?),
+            HostKind::Machine => Box::new(match page_size.reserved() {
+                None => MachineHost::new(self.pages, self.platform)?,
+                Some(level) => {
+                    let pool = self.pool.as_ref();
+                    MachineHost::of_huge_pages(self.pages, self.platform, level, pool)?
+                }
+            }),
         };
         let config = Config {
             pages: self.pages,
@@ -192,6 +204,7 @@ impl Memory {
             host: HostKind::Memfd,
             platform: Platform::Plain,
             page_size: PageSize::Small,
+            pool: None,
             initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
         }
     }
