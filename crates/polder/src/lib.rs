@@ -34,6 +34,7 @@ mod faults;
 mod host;
 mod host_view;
 mod huge_pool;
+pub mod kvm;
 mod memory;
 mod page_size;
 mod pin;
