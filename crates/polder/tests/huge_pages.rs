@@ -223,7 +223,7 @@ fn convert_for_ever() {
     for round in 0u32.. {
         let range = pages(u64::from(round % 7) * 512, u64::from(round % 7) * 512 + 700);
         for kind in [Visibility::Shared, Visibility::Private] {
-            to(&memory, range, kind).unwrap();
+            to(&memory, range, kind).expect("nobody is in the way");
         }
     }
 }
@@ -232,7 +232,7 @@ fn convert_for_ever() {
 fn simulated(size: PageSize, count: u32, platform: Platform) -> Memory {
     let pages = if size == PageSize::Huge1G { 512 * 512 } else { 512 };
     let builder = Memory::builder(PageCount::from(count * pages)).host(HostKind::Machine);
-    builder.platform(platform).page_size(size).build().unwrap()
+    builder.platform(platform).page_size(size).build().expect("the machine has all it takes")
 }
 
 #[test]

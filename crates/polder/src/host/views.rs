@@ -194,7 +194,7 @@ impl MemfdViews {
 
     /// Makes those pages zeros that exist.
     fn zero(&self, range: PageRange) -> Result<(), Error> {
-        const ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+        static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
         let existing = match self.memfd.granule() {
             Level::Size4K => self.memfd.existing_in(range)?,
             // A hole in a file of those is not told of; the page is reserved.
