@@ -178,6 +178,18 @@ impl Engine {
         }
     }
 
+    /// Whether a touch of the host view would be let through as things are, or would wait.
+    pub fn is_shown(&self, page: PageIndex) -> bool {
+        if self.check_bounds(PageRange::one(page)).is_err() {
+            return false;
+        }
+        let around = self.granules(PageRange::one(page));
+        let private = |facts: PageFacts| facts.visibility == Visibility::Private;
+        self.first_page(around, private).is_none()
+            && self.quarantine.first_in(around).is_none()
+            && self.failed.first_in(around).is_none()
+    }
+
     /// Answers an access of a guest that its stage-2 tables don't let through.
     pub fn guest_fault(&mut self, vm: VmId, access: GuestAccess) -> GuestAnswer {
         let gfns = GfnRange::one(access.gfn);

@@ -292,7 +292,8 @@ impl Driver {
         }
         let writing = self.reached(writing, Reached::Written);
         let published = self.reached(self.perform(writing)?, Reached::Published);
-        match self.engine().finish_population(published) {
+        let answer = self.engine().finish_population(published);
+        match answer {
             Some(answer) => self.show_populated(answer),
             // What a view can map as a whole alone is not whole yet.
             None => self.released(),

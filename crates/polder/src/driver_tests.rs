@@ -214,7 +214,10 @@ impl Set {
         let pages = PageCount::new(PAGES).unwrap();
         let (host, guest_view): (Box<dyn Host>, _) = match kind {
             HostKind::Memfd => {
-                let host = require(Facility::Userfault, MemfdHost::new(pages, false))?;
+                let host = require(
+                    Facility::Userfault,
+                    MemfdHost::new(pages, false, crate::PageSize::Small),
+                )?;
                 let guest_view = host.guest_view();
                 (Box::new(host), Some(guest_view))
             }

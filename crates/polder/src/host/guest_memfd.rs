@@ -42,7 +42,7 @@ use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 use super::views::{MemfdViews, Views, outside};
 use super::{Host, HostKind, Vm, map_ahead, total};
 use crate::sync::Mutex;
-use crate::{Error, Vcpu};
+use crate::{Error, PageSize, Vcpu};
 
 pub(crate) struct GuestMemfdHost {
     views: MemfdViews,
@@ -181,7 +181,7 @@ impl GuestMemfdHost {
                 way_out: "have the guest copy them from shared pages, or use --host memfd",
             });
         }
-        let views = MemfdViews::new("polder-shared", pages, false)?;
+        let views = MemfdViews::new("polder-shared", pages, false, PageSize::Small)?;
         let mut state = State {
             vms: BTreeMap::new(),
             owner: None,

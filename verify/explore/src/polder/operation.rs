@@ -155,7 +155,7 @@ impl World {
             return self.turn_back(actor, op);
         }
         let pages = range(start, end);
-        self.allocate(pages);
+        self.allocate(pages)?;
         self.act(Act::Fill { pages, offset: half * 4, len: 4, token: value }).well();
         let which = if half == 0 { "first" } else { "second" };
         self.say(|| format!("writes the {which} half of pages {pages}"));
@@ -288,7 +288,7 @@ impl World {
     pub(super) fn write_late(&mut self, actor: usize, half: u8) -> Result<(), Violation> {
         let Some(Task::Populate { start, end, value }) = self.task(actor) else { return Ok(()) };
         let pages = range(start, end);
-        self.allocate(pages);
+        self.allocate(pages)?;
         self.act(Act::Fill { pages, offset: half * 4, len: 4, token: value }).well();
         self.say(|| format!("writes half {half} of pages {pages}"));
         if half == 0 {
