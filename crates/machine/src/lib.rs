@@ -43,6 +43,7 @@
 //! - **An IOMMU**: domains with page tables, faults, and an IOTLB that stays stale until flushed.
 //! - **The direct map**, which frames can be taken out of; **migration** of folios; **exclusive
 //!   pins**, beside a kernel without them.
+//! - **A pool of huge pages**, and the tables that a split of one takes: see [`Machine::fill_pool`].
 //! - **Memory that runs out**, by size or by [`Machine::fail_allocation`].
 //! - **Bugs**, when planted: see [`Plant`].
 //!
@@ -66,7 +67,7 @@
 //! | a count of ours below what is held | a panic |
 //!
 //! # What is not modelled
-//! - Shadow or nested roots, huge-page pool: later parts.
+//! - Shadow or nested roots: later parts.
 //! - Of pKVM and the IOMMU: entries above 4K; the heads of `pkvm.rs` and `iommu.rs` have it all.
 //! - A device without a domain (`dma_read`, `dma_write`) goes by what it pinned: an IOMMU in
 //!   passthrough.
@@ -138,6 +139,7 @@ mod migrate;
 mod object;
 mod pkvm;
 mod plant;
+mod pool;
 mod process;
 mod reshape;
 mod rmp;
@@ -164,6 +166,7 @@ pub use machine::{Config, Machine};
 pub use object::Backing;
 pub use pkvm::{Ask, Component, PageState, PkvmFail, PkvmResult};
 pub use plant::Plant;
+pub use pool::PoolCounts;
 pub use process::{Thread, View};
 pub use rmp::{Asid, FirmwareFail, RmpEntry, RmpFail, RmpOwner, RmpResult, RmpSize, RmpUpdate};
 pub use slab::{DomainId, ObjectId, PinId, ProcessId, VmId};

@@ -11,6 +11,7 @@ use crate::gup::Pin;
 use crate::iommu::Domain;
 use crate::object::Object;
 use crate::plant::Plants;
+use crate::pool::Pool;
 use crate::process::Process;
 use crate::slab::Slab;
 use crate::table::space;
@@ -62,6 +63,7 @@ pub struct Machine {
     pub(crate) domains: Slab<DomainId, Domain>,
     /// How many of the pins are exclusive.
     pub(crate) exclusive: u32,
+    pub(crate) pool: Pool,
     pub(crate) protection: Protection,
     pub(crate) plants: Plants,
     pub(crate) sequence: Sequence,
@@ -99,6 +101,7 @@ impl Machine {
             pins: Slab::new(),
             domains: Slab::new(),
             exclusive: 0,
+            pool: Pool::default(),
             protection: Protection::default(),
             plants: Plants::default(),
             sequence: Sequence::FIRST,

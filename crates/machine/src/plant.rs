@@ -31,11 +31,13 @@ pub enum Plant {
     IommuForgotten,
     /// pKVM's hypervisor gives pages to the host as they are.
     NotScrubbed,
+    /// A huge page is back in its pool with the first of its frames that comes back.
+    ReturnedEarly,
 }
 
 impl Plant {
     /// Every plant.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::SkipFlush,
         Self::StaleGup,
         Self::StaleSequence,
@@ -49,6 +51,7 @@ impl Plant {
         Self::HalfDonation,
         Self::IommuForgotten,
         Self::NotScrubbed,
+        Self::ReturnedEarly,
     ];
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polder::units::{ByteSize, Gfn, GfnRange, Gpa, PAGE_BYTES, PageRange};
-use polder::{Contents, Delays, HostKind, Memory, OnBusy, Platform, Visibility, VmId};
+use polder::{Contents, Delays, HostKind, Memory, OnBusy, PageSize, Platform, Visibility, VmId};
 
 use crate::RunError;
 use crate::guest::{Chunk, Image, Program, Transport};
@@ -24,6 +24,8 @@ pub struct Config {
     pub platform: Platform,
     /// The guest's memory.
     pub memory: ByteSize,
+    /// Made of which pages.
+    pub page_size: PageSize,
     /// How many vCPUs.
     pub vcpus: u32,
     /// Decides the guest's patterns and ranges.
@@ -120,6 +122,7 @@ fn bound(
 ) -> Result<(Memory, VmId), polder::Error> {
     let pages = config.memory.pages().expect("the scenario's memory is whole pages");
     let memory = Memory::builder(pages).host(config.host).platform(config.platform);
+    let memory = memory.page_size(config.page_size);
     let memory = match conversions {
         Conversions::KeepContents => memory.owed().build()?,
         Conversions::LoseContents => memory.build()?,
@@ -164,6 +167,10 @@ fn report(
         memory: memory.statistics(),
         facts: memory.facts(all).map_err(RunError::Memory)?,
         touched: memory.existing().map_err(RunError::Memory)?,
+        page_size: memory.page_size(),
+        levels: memory.levels(),
+        reshaped: memory.reshaped(),
+        pool: memory.pool(),
     })
 }
 

@@ -62,11 +62,13 @@ pub enum Section {
     Move,
     /// A protected VM under pKVM.
     Pkvm,
+    /// What the kernel's own selftests assert, through the kernel's interface.
+    Selftests,
 }
 
 impl Section {
     /// Every section, in the table's order.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Create,
         Self::Bind,
         Self::HostView,
@@ -79,6 +81,7 @@ impl Section {
         Self::Devices,
         Self::Move,
         Self::Pkvm,
+        Self::Selftests,
     ];
 }
 
@@ -97,6 +100,7 @@ impl fmt::Display for Section {
             Self::Devices => "devices",
             Self::Move => "preload and move",
             Self::Pkvm => "pkvm",
+            Self::Selftests => "the kernel's selftests",
         })
     }
 }

@@ -122,3 +122,8 @@ fn preload_and_move() {
 fn pkvm() {
     section(Section::Pkvm);
 }
+
+#[test]
+fn selftests() {
+    section(Section::Selftests);
+}

@@ -14,6 +14,7 @@ mod pkvm;
 mod population;
 mod prefault;
 mod rmp;
+mod selftests;
 mod together;
 
 use crate::{Case, Section};
@@ -39,7 +40,7 @@ pub(crate) use together::DENIED_WHILE_FAILING;
 
 /// Every row, in the table's order within a section.
 pub fn cases() -> impl Iterator<Item = &'static Case> {
-    let files: [&[Case]; 15] = [
+    let files: [&[Case]; 16] = [
         create::CASES,
         bind::CASES,
         host_view::CASES,
@@ -55,6 +56,7 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
         devices::CASES,
         moves::CASES,
         pkvm::CASES,
+        selftests::CASES,
     ];
     files.into_iter().flatten()
 }

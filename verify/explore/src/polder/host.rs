@@ -58,12 +58,17 @@ impl World {
     }
 
     /// Gives memory to the pages of a range that have none.
-    pub(super) fn allocate(&mut self, range: PageRange) {
-        if self.has_hole(range) {
-            let done = self.act(Act::Allocate(range));
-            // There is memory enough. What a bug has left to a guest can be given to nobody.
-            self.kept_by_guest |= !done.is_well();
+    ///
+    /// # Errors
+    /// Where the RMP still has it for somebody: it was freed too early.
+    pub(super) fn allocate(&mut self, range: PageRange) -> Result<(), Violation> {
+        if self.has_hole(range)
+            && let Done::Refused(refused) = self.act(Act::Allocate(range))
+        {
+            let what = format!("no memory for pages {range}, which was free: {refused}");
+            return Err(Violation::new("INV-9", what));
         }
+        Ok(())
     }
 
     /// Whether a page of a range has no memory.

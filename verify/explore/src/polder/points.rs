@@ -109,6 +109,10 @@ pub(super) const STAGES: &[&str] = &[
     "take from a device",
     "donate",
     "launch",
+    "prepare",
+    "split",
+    "merge folio",
+    "release",
 ];
 
 /// The number of a stage, which is one of [`STAGES`].
@@ -136,6 +140,10 @@ fn stage_of(step: Step) -> u8 {
         Step::MapDma(..) => 44,
         Step::UnmapDma(..) => 45,
         Step::Launch(_) => 47,
+        Step::PrepareSplit(_) => 48,
+        Step::SplitFolio(_) => 49,
+        Step::MergeFolio(_) => 50,
+        Step::ReleaseTables(_) => 51,
     }
 }
 

@@ -10,13 +10,12 @@ use crate::Error;
 impl MachineHost {
     /// Moves the folios of a range, which nobody has mapped.
     pub(super) fn move_folios(&self, range: PageRange) -> Result<(), Error> {
-        let folios: Vec<(PageIndex, Backing)> = {
-            let machine = self.lock();
-            let folios = machine.folios(self.object, range).map_err(refused)?.collect();
-            folios
-        };
+        let machine = self.lock();
+        let folios = machine.folios(self.object, range).map_err(refused)?;
+        let folios: Vec<(PageIndex, Backing)> = folios.collect();
+        let geometry = machine.geometry();
+        drop(machine);
         for &(first, Backing { level, .. }) in &folios {
-            let geometry = self.lock().geometry();
             if !range.contains_range(PageRange::enclosing(first, level, geometry)) {
                 let page = first.max(range.start());
                 return Err(Refusal::FolioPart { page, level }.into());
