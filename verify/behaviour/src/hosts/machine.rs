@@ -151,11 +151,13 @@ const ITS_OWN: &str = "contents are the guest's own: they are kept, and zeros ar
 const HAS: &str = "what a protected guest shares it has: sharing gives it the page first";
 const SHARES_WHOLE: &str = "a protected guest shares what it has, and pages whose contents are owed it \
     waits for: the row shares them first";
+const NO_SELFTESTS: &str = "the kernel's selftests have the VMM convert, or begin with shared memory, \
+    and a protected VM's memory is its own";
 const ONE_OWNER: &str =
     "pKVM's hypervisor gives a page to one guest: a second VM's bind is refused";
 
 /// What holds for a protected VM's memory under pKVM.
-const PKVM: &[Reason] = &reasons::<40, 53>([
+const PKVM: &[Reason] = &reasons::<39, 52>([
     (cases::LOST, IN_PLACE),
     (cases::IMPLICIT, EITHER),
     (cases::MISMATCH, EITHER),
@@ -201,7 +203,6 @@ const PKVM: &[Reason] = &reasons::<40, 53>([
         "while others are owed, a guest's first touches of what was prefaulted come to nobody",
         GUEST_FREES,
     ),
-    ("the fault for an access of the other kind says what was wanted", EITHER),
 ]);
 
 impl Host for Machine {
@@ -215,6 +216,7 @@ impl Host for Machine {
 
     fn lacks(&self, section: Section) -> Option<&'static str> {
         match (section, self.platform) {
+            (Section::Selftests, Platform::Pkvm) => Some(NO_SELFTESTS),
             (Section::Population, Platform::Pkvm) => Some(SHARES_WHOLE),
             (Section::Discard, Platform::Pkvm) => Some(GUEST_FREES),
             (Section::Rmp, Platform::Snp) | (Section::Pkvm, Platform::Pkvm) => None,
