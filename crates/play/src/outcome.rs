@@ -149,6 +149,9 @@ fn refusal(refusal: &Refusal) -> (Is, Option<u64>, Option<String>) {
         Refusal::SourceFailed { page } => on(Is::SourceFailed, page),
         Refusal::Whole { page } => on(Is::Whole, page),
         Refusal::Quarantined { page } => on(Is::Quarantined, page),
+        Refusal::GuestDecides { page, .. } => on(Is::NotAsked, page),
+        Refusal::Launched { page } => on(Is::Launched, page),
+        Refusal::Unmovable { page, .. } => on(Is::Unmovable, page),
         Refusal::Contents { .. } => (Is::Contents, None, None),
         Refusal::SlotTaken { .. } => (Is::SlotTaken, None, None),
         Refusal::GfnsTaken { .. } => (Is::GfnsTaken, None, None),
@@ -168,6 +171,7 @@ impl From<Error> for Outcome {
             Error::Quarantined { .. } => (Is::Quarantined, None, None),
             Error::Machine(error) => (Self::from(*error).is, None, None),
             Error::Rmp { page, fail } => (Self::from(*fail).is, Some(page.get()), None),
+            Error::Pkvm { page, fail } => (Self::from(*fail).is, Some(page.get()), None),
             Error::Firmware { page, .. } => (Is::Failed, Some(page.get()), None),
             Error::NotOffered { .. } | Error::Missing { .. } | Error::OneVm { .. } => {
                 (Is::NotOffered, None, None)
