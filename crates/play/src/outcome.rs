@@ -245,7 +245,9 @@ impl From<Exit> for Outcome {
         match exit {
             Exit::Fault(_) => Self::new(Is::Stage2Fault, exit.to_string()),
             Exit::Refused(refused) => refused.into(),
-            Exit::Request(_) | Exit::Halted => Self::new(Is::Failed, exit.to_string()),
+            Exit::PageFault(_) | Exit::Intercept(_) | Exit::Request(_) | Exit::Halted => {
+                Self::new(Is::Failed, exit.to_string())
+            }
         }
     }
 }
