@@ -44,6 +44,7 @@
 //!   again.
 //! - **SEV-SNP**, if enabled: the reverse map table, its instructions with every result, access
 //!   checks and ciphertext. See `docs/snp.md`.
+//! - **A pool of huge pages**, and the tables that a split of one takes: see [`Machine::fill_pool`].
 //! - **Memory that runs out**, by size or by [`Machine::fail_allocation`].
 //! - **Bugs**, when planted: see [`Plant`].
 //!
@@ -63,7 +64,7 @@
 //!
 //! # What is not modelled
 //! - pKVM's ownership: [`Path`] names the accesses that it will check. No IOMMU tables (a device
-//!   writes where it pinned), direct map, huge-page pool: later parts.
+//!   writes where it pinned), direct map: later parts.
 //! - Of SNP: VMPLs but 0, launch and attestation, page swap and move; the head of `rmp.rs` has it
 //!   all.
 //! - Memory order: a step sees all earlier ones. Torn words and store buffers do not exist.
@@ -133,6 +134,7 @@ mod mmu;
 mod nested;
 mod object;
 mod plant;
+mod pool;
 mod process;
 mod reshape;
 mod rmp;
@@ -161,6 +163,7 @@ pub use mmu::{PageFault, Touch};
 pub use nested::Intercept;
 pub use object::Backing;
 pub use plant::Plant;
+pub use pool::PoolCounts;
 pub use process::{Thread, View};
 pub use rmp::{Asid, FirmwareFail, RmpEntry, RmpFail, RmpOwner, RmpResult, RmpSize, RmpUpdate};
 pub use root::{L2, Root};

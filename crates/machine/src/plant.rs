@@ -29,11 +29,13 @@ pub enum Plant {
     CopyForgotten,
     /// A load of CR3 does not read tables again that are out of sync.
     StaleShadow,
+    /// A huge page is back in its pool with the first of its frames that comes back.
+    ReturnedEarly,
 }
 
 impl Plant {
     /// Every plant.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::SkipFlush,
         Self::StaleGup,
         Self::StaleSequence,
@@ -46,6 +48,7 @@ impl Plant {
         Self::AccessedSet,
         Self::CopyForgotten,
         Self::StaleShadow,
+        Self::ReturnedEarly,
     ];
 }
 
