@@ -55,6 +55,18 @@ pub enum Error {
     /// A signal, or a kick, came before a page was done.
     #[error("interrupted before a page was done; call again")]
     Interrupted,
+    /// Pages of a space that the vCPU's root does not translate.
+    #[error(
+        "{asked} addresses were asked for, and the vCPU's root ({root}) translates {translates} ones"
+    )]
+    OtherRoot {
+        /// The space that was asked for.
+        asked: polder_units::AddressSpace,
+        /// The root.
+        root: String,
+        /// The space that the root translates.
+        translates: polder_units::AddressSpace,
+    },
     /// A VM that was never attached to this memory.
     #[error("the VM is not attached to this memory")]
     NoSuchVm,
@@ -107,6 +119,10 @@ impl Error {
     pub fn way_out(&self) -> Option<&'static str> {
         match self {
             Self::Missing { way_out, .. } | Self::NotOffered { way_out, .. } => Some(way_out),
+            Self::OtherRoot { .. } => Some(
+                "name pages of the space that the root translates, or have its tables searched \
+                 (Memory::prefault_reverse)",
+            ),
             Self::Host(error) => match error.errno {
                 polder_linux::Errno::NOMEM | polder_linux::Errno::FBIG => {
                     Some("ask for less memory, or free some")
@@ -137,7 +153,9 @@ impl Error {
             Self::NotSimulated | Self::NoSuchVm | Self::OneVm { .. } => Errno::EINVAL,
             Self::WrongVcpu => Errno::EINVAL,
             Self::Interrupted => Errno::EINTR,
-            Self::Missing { .. } | Self::NotOffered { .. } => Errno::EOPNOTSUPP,
+            Self::Missing { .. } | Self::NotOffered { .. } | Self::OtherRoot { .. } => {
+                Errno::EOPNOTSUPP
+            }
             Self::Rmp { fail: polder_machine::RmpFail::InUse, .. } => Errno::EAGAIN,
             Self::Machine(
                 polder_machine::Error::Locked { .. } | polder_machine::Error::Mapped { .. },

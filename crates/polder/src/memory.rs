@@ -469,7 +469,7 @@ impl Memory {
         visibility: Visibility,
     ) -> Result<Option<MemoryFault>, Error> {
         let access = GuestAccess { gfn: gpa.gfn(), visibility };
-        let fault = self.driver.guest_fault(vm, access, || true)?;
+        let fault = self.driver.guest_fault(vm, access, None, || true)?;
         if fault.is_some() {
             return Ok(fault);
         }

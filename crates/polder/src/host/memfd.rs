@@ -20,12 +20,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use polder_engine::{Slot, Step, Visibility, VmId};
+use polder_engine::{Slot, Step, VmId};
 use polder_linux::{KvmSlot, can_pre_fault};
 use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
 use super::views::{MemfdViews, Views};
-use super::{Host, HostKind, Vm, map_ahead};
+use super::{Host, HostKind, Shown, Vm, map_ahead};
 use crate::sync::Mutex;
 use crate::{Error, Vcpu};
 
@@ -103,11 +103,11 @@ impl Host for MemfdHost {
         &self,
         _: VmId,
         _: Vcpu<'_>,
-        (gfns, _): (GfnRange, Visibility),
+        shown: Shown,
         range: PageRange,
-    ) -> Result<u64, Error> {
+    ) -> Result<(u64, u64), Error> {
         self.views.show(range)?;
-        Ok(gfns.end())
+        Ok((shown.gfns.end(), 0))
     }
 
     /// KVM touches the guest view: where a page was lost there since (a discard, reclaim), and that
