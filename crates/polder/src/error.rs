@@ -123,6 +123,9 @@ impl Error {
                 "name pages of the space that the root translates, or have its tables searched \
                  (Memory::prefault_reverse)",
             ),
+            Self::Host(error) if error.call == "mlock" => {
+                Some("raise the limit of locked memory (ulimit -l), or run as root")
+            }
             Self::Host(error) => match error.errno {
                 polder_linux::Errno::NOMEM | polder_linux::Errno::FBIG => {
                     Some("ask for less memory, or free some")

@@ -244,6 +244,15 @@ impl Memory {
         self.driver.unbind(vm, slot)
     }
 
+    /// Keeps the guest's view of the memory from being reclaimed or swapped (`mlock`), and has all of
+    /// it there. The memory of a guest_memfd and of the simulated machine never is.
+    ///
+    /// # Errors
+    /// [`Error::Host`]: `ENOMEM` and `EPERM` beyond the limit of locked memory (`ulimit -l`).
+    pub fn lock(&self) -> Result<(), Error> {
+        self.driver.host.lock_memory()
+    }
+
     /// Every binding.
     pub fn bindings(&self) -> Vec<(VmId, Slot, Binding)> {
         let engine = self.driver.engine();

@@ -90,7 +90,8 @@ impl Rig {
         let mut found = (Vec::new(), Vec::new());
         self.memory
             .simulated(|machine, _, _| {
-                for page in 0..PAGES {
+                // Not those of the tables.
+                for page in 0..TOP {
                     if let Some(spte) = machine.mapped(vcpu, page).unwrap() {
                         found.0.push(page);
                         found.1.extend(spte.accessed.then_some(page));

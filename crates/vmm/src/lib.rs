@@ -8,6 +8,7 @@
 //! - [`Vm`]: a VM whose guest does what it is told, on memory that somebody else made.
 
 mod accesses;
+mod ahead;
 mod device;
 pub mod doctor;
 mod error;
@@ -25,10 +26,11 @@ mod vcpu;
 mod vm;
 
 pub use accesses::{Accepting, Accesses, Changed, Rescinded};
+pub use ahead::Prefault;
 pub use error::RunError;
 pub use intruder::Way;
 pub use kvm::{Conversion, check_kvm};
-pub use report::{Accelerator, End, Failure, Progress, Report, Supervision};
+pub use report::{Accelerator, Ahead, End, Failure, Progress, Report, Supervision};
 pub use requests::{Next, Requests};
 pub use roots::GuestRoot;
 pub use run::{Config, run};

@@ -16,6 +16,19 @@ pub struct Progress {
     pub exits: u64,
     /// What happened to the memory.
     pub memory: Statistics,
+    /// How far memory is mapped ahead, before the guest starts.
+    pub ahead: Option<Ahead>,
+}
+
+/// How much memory was mapped ahead of a guest, in pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Ahead {
+    /// Those done.
+    pub done: u64,
+    /// Those that were to be.
+    pub of: u64,
+    /// Of those done, those that the guest's own tables do not map.
+    pub skipped: u64,
 }
 
 /// What a supervisor says.
@@ -187,4 +200,6 @@ pub struct Report {
     pub facts: Vec<(PageRange, PageFacts)>,
     /// The pages that were touched.
     pub touched: Vec<PageRange>,
+    /// What was mapped ahead.
+    pub ahead: Option<Ahead>,
 }

@@ -120,6 +120,10 @@ impl Host for MemfdHost {
         if can_pre_fault(&fd) { map_ahead(vcpu, gfns) } else { Ok(gfns.end()) }
     }
 
+    fn lock_memory(&self) -> Result<(), Error> {
+        Ok(self.views.guest_view().lock()?)
+    }
+
     fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {
         self.views.settle(failed)
     }

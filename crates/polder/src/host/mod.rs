@@ -178,6 +178,11 @@ pub(crate) trait Host: Send + Sync {
         [0; 3]
     }
 
+    /// Keeps the guest view from being reclaimed.
+    fn lock_memory(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Stops watching the guest's touches: nothing is owed any more but `failed`, for good.
     fn settle(&self, failed: &[PageRange]) -> Result<(), Error>;
 
