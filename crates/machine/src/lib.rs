@@ -159,7 +159,7 @@ pub use gup::{GupFast, GupStep, Holder, PinKind};
 pub use host_mmu::HostPte;
 pub use host_touch::{HostExit, HostFault, Sigbus};
 pub use machine::{Config, Machine};
-pub use mmu::{PageFault, Touch};
+pub use mmu::{Alias, PageFault, Touch};
 pub use nested::Intercept;
 pub use object::Backing;
 pub use plant::Plant;

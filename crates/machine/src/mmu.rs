@@ -4,6 +4,8 @@
 //! direct root, the guest's own tables for the others. Mapping does nothing if either has changed
 //! since: an invalidation came, the guest wrote to a table, the vCPU has another root.
 
+use alloc::vec::Vec;
+
 use polder_units::{Gfn, GfnRange, Level, PAGE_SHIFT};
 
 use crate::guest_table::{GuestMemory, Pte, Stopped, Untranslated, Walk};
@@ -23,6 +25,15 @@ pub enum Touch {
     /// Nobody touches it yet: mapped as for a read, and not called accessed, neither in the entry
     /// nor in the guest's tables.
     Prefault,
+}
+
+/// Guest frames, and where a guest's tables show them: from the page with this number on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Alias {
+    /// The first page, by its number in the space that the root translates.
+    pub page: u64,
+    /// The frames.
+    pub gfns: GfnRange,
 }
 
 /// How a page of an indirect root's space was found.
@@ -135,34 +146,30 @@ impl Machine {
         }
     }
 
-    /// The pages of the space that the vCPU's root translates at which the guest's tables show guest
-    /// frames of `gfns`, as runs of page numbers: a walk of all of its tables, each entry looked at
-    /// (which is what it costs: what the guest has mapped, not what was asked for). Tables that can't
-    /// be read show nothing.
+    /// Where the guest's tables show guest frames of `gfns` in the space that the vCPU's root
+    /// translates: a walk of all of its tables, each entry looked at (which is what it costs: what
+    /// the guest has mapped, not what was asked for). Tables that can't be read show nothing.
     ///
     /// # Errors
     /// [`Error::TooManyEntries`] after `most` entries: a guest can have tables lead to each other.
-    pub fn aliases(
-        &self,
-        vcpu: VcpuId,
-        gfns: GfnRange,
-        most: u64,
-    ) -> Result<alloc::vec::Vec<(u64, u64)>, Error> {
+    pub fn aliases(&self, vcpu: VcpuId, gfns: GfnRange, most: u64) -> Result<Vec<Alias>, Error> {
         let Some(table) = self.root(vcpu)?.table() else {
-            return Ok(alloc::vec![(gfns.start().get(), gfns.end())]);
+            return Ok(alloc::vec![Alias { page: gfns.start().get(), gfns }]);
         };
         let memory = self.guest_memory(vcpu.vm)?;
-        let mut runs: alloc::vec::Vec<(u64, u64)> = alloc::vec::Vec::new();
+        let mut runs: Vec<Alias> = Vec::new();
         let mut budget = most;
         let all = memory.each(table, &mut budget, &mut |page, gfn, pages| {
             let start = gfn.get().max(gfns.start().get());
             let end = (gfn.get() + pages).min(gfns.end());
-            if start < end {
-                let at = page + (start - gfn.get());
-                match runs.last_mut() {
-                    Some(last) if last.1 == at => last.1 += end - start,
-                    _ => runs.push((at, at + (end - start))),
+            let Some(here) = GfnRange::between(start, end) else { return };
+            let at = page + (start - gfn.get());
+            let follows = |last: &Alias| last.page + last.gfns.count().get() == at;
+            match runs.last_mut().filter(|last| follows(last)) {
+                Some(last) if last.gfns.append(here).is_some() => {
+                    last.gfns = last.gfns.append(here).unwrap_or(here);
                 }
+                _ => runs.push(Alias { page: at, gfns: here }),
             }
         });
         if all { Ok(runs) } else { Err(Error::TooManyEntries { most }) }

@@ -1,7 +1,7 @@
 //! What roots do, a sentence a test.
 
 use polder_machine::{
-    Config, Error, Exit, Intercept, L2, Machine, Op, Plant, Pte, Ran, Root, Side, Touch,
+    Alias, Config, Error, Exit, Intercept, L2, Machine, Op, Plant, Pte, Ran, Root, Side, Touch,
     Untranslated,
 };
 use polder_units::{AddressSpace, Gfn, GfnRange, Gpa, Level, PageCount, PageIndex, PageRange};
@@ -355,7 +355,10 @@ fn where_a_guest_frame_shows_is_found_from_its_tables_within_a_limit() {
     rig.pte(2, 2, 36, Pte::ALL | Pte::LARGE);
     let vcpu = rig.vcpus[0];
     let gfns = GfnRange::between(36, 38).unwrap();
-    assert_eq!(rig.machine.aliases(vcpu, gfns, 1 << 20), Ok(vec![(4, 6), (8, 10)]));
+    assert_eq!(
+        rig.machine.aliases(vcpu, gfns, 1 << 20),
+        Ok(vec![Alias { page: 4, gfns }, Alias { page: 8, gfns }])
+    );
     assert_eq!(rig.machine.aliases(vcpu, gfns, 100), Err(Error::TooManyEntries { most: 100 }));
     // A table that is all levels of itself has 2^26 pages.
     for index in 0..4 {
