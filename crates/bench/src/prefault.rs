@@ -155,7 +155,7 @@ fn touches(size: Size) -> Result<[Row; 2], BenchError> {
         row.note = note;
         row
     };
-    let size_of = |pages: u64| format!("{}M", pages * PAGE_SIZE >> 20);
+    let size_of = |pages: u64| format!("{}M", (pages * PAGE_SIZE) >> 20);
     let note = format!("its baseline touched {}", size_of(size.unmapped));
     let case = format!("4k: first touch of {}, prefaulted", size_of(size.pages));
     Ok([

@@ -250,12 +250,16 @@ fn a_guest_that_changes_its_tables_and_roots_meanwhile_loses_nothing() {
                 let mut round = 0u64;
                 while !stop.load(Ordering::Relaxed) {
                     // Page 4 shows frame 4 or 5, or nothing; and frame 12 goes and comes back.
-                    let bits = if round % 3 == 0 { 0 } else { Pte::ALL };
+                    let bits = if round.is_multiple_of(3) { 0 } else { Pte::ALL };
                     let entry = Pte::new(gfn(4 + round % 2), bits).0.to_le_bytes();
                     let at = Gpa::new((TOP + 3) * PAGE_SIZE + 4 * 8);
                     other.write(at, Visibility::Private, &entry).unwrap();
                     rig.memory.discard(pages(12, 13), OnBusy::Wait).unwrap();
-                    let to = if round % 2 == 0 { Visibility::Shared } else { Visibility::Private };
+                    let to = if round.is_multiple_of(2) {
+                        Visibility::Shared
+                    } else {
+                        Visibility::Private
+                    };
                     let contents = Contents::Preserve;
                     rig.memory.convert(pages(16, 24), to, contents, OnBusy::Wait).unwrap();
                     round += 1;

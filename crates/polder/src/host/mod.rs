@@ -78,7 +78,7 @@ pub enum Vm {
     /// A new VM of the simulated machine.
     Machine,
     /// The same on a CPU without two-dimensional paging: where its guest has page tables
-    /// ([`MachineVcpu::set_cr3`](crate::MachineVcpu::set_cr3)), these are shadowed. Not of SNP.
+    /// ([`MachineVcpu::carry_out`](crate::MachineVcpu::carry_out)), these are shadowed. Not of SNP.
     MachineWithoutTdp,
 }
 
