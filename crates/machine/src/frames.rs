@@ -58,16 +58,6 @@ pub(crate) struct Frames {
     free: Free,
 }
 
-/// What is not in the table is zeros.
-fn copy<T: Clone>(table: &mut Table<T>, from: Pfn, to: Pfn) {
-    let contents = table.get(from.get()).map(|found| found.entry.clone());
-    table.drain(to.get(), to.get() + 1, |_| ());
-    if let Some(contents) = contents {
-        let added = table.insert(to.get(), Level::Size4K, contents);
-        assert!(added.is_ok(), "the contents of pfn {to} were just dropped");
-    }
-}
-
 /// Where in what a frame keeps `len` bytes at `offset` of the page lie, run by run.
 fn runs(kept: usize, offset: u64, len: usize) -> impl Iterator<Item = (usize, usize, usize)> {
     let mut done = 0;
@@ -157,6 +147,17 @@ impl Frames {
         }
     }
 
+    /// Makes a frame contain what another one does.
+    pub(crate) fn copy(&mut self, from: Pfn, to: Pfn) {
+        let mut bytes = [0; PAGE];
+        let kept = self.kept(from).map_or(0, <[u8]>::len);
+        self.read(from, 0, &mut bytes[..kept]);
+        match kept {
+            0 => self.zero(to, PageCount::ONE),
+            kept => self.write(to, 0, &bytes[..kept]),
+        }
+    }
+
     /// Makes `count` frames from `pfn` on contain zeros.
     pub(crate) fn zero(&mut self, pfn: Pfn, count: PageCount) {
         let (start, end) = (pfn.get(), pfn.get() + count.get());
@@ -170,14 +171,6 @@ impl Frames {
     pub(crate) fn encrypt(&mut self, cipher: Cipher, pfn: Pfn) {
         let kept = self.kept_mut(pfn);
         cipher.apply(pfn, 0, kept);
-    }
-
-    /// Makes one frame contain what another does.
-    pub(crate) fn copy(&mut self, from: Pfn, to: Pfn) {
-        match &mut self.store {
-            Store::Bytes(table) => copy(table, from, to),
-            Store::Symbolic(table) => copy(table, from, to),
-        }
     }
 
     /// Takes the lowest free block of `level`, as it is; `None` if there is none.

@@ -86,7 +86,8 @@ impl Machine {
         }
         for (number, pfn) in (gfn.get()..).zip(frames) {
             let table = &mut self.domains.get_mut(domain)?.table;
-            let added = table.insert(number, Level::Size4K, TdpEntry { pfn, writable: true });
+            let entry = TdpEntry { pfn, writable: true, accessed: true, dirty: true };
+            let added = table.insert(number, Level::Size4K, entry);
             assert!(added.is_ok(), "nothing was mapped there a moment ago");
             if let Some(pkvm) = &mut self.protection.pkvm {
                 *pkvm.dma.entry(pfn.get()).or_default() += 1;
@@ -184,7 +185,7 @@ impl Machine {
             return Ok(pfn);
         }
         let entry = state.table.get(gfn.get()).map(|found| *found.entry);
-        let TdpEntry { pfn, writable } = entry.ok_or(Error::Iommu(access))?;
+        let TdpEntry { pfn, writable, .. } = entry.ok_or(Error::Iommu(access))?;
         self.protection.check(&Access::device(pfn, write))?;
         // What a read was let into, a write may be refused: it has to come here again.
         let writable =

@@ -382,7 +382,7 @@ impl Machine {
                 }
                 state.table.drain(gfn.get(), gfn.get() + 1, |_| ());
                 if let Some(pfn) = wanted {
-                    let entry = TdpEntry { pfn, writable: true };
+                    let entry = TdpEntry { pfn, writable: true, accessed: true, dirty: true };
                     let added = state.table.insert(gfn.get(), Level::Size4K, entry);
                     assert!(added.is_ok(), "stage 2 at gfn {gfn} was just emptied");
                 }

@@ -31,13 +31,19 @@ pub enum Plant {
     IommuForgotten,
     /// pKVM's hypervisor gives pages to the host as they are.
     NotScrubbed,
+    /// A prefault calls what it maps accessed.
+    AccessedSet,
+    /// A page that others have, too, is written to without a copy.
+    CopyForgotten,
+    /// A load of CR3 does not read tables again that are out of sync.
+    StaleShadow,
     /// A huge page is back in its pool with the first of its frames that comes back.
     ReturnedEarly,
 }
 
 impl Plant {
     /// Every plant.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 17] = [
         Self::SkipFlush,
         Self::StaleGup,
         Self::StaleSequence,
@@ -51,6 +57,9 @@ impl Plant {
         Self::HalfDonation,
         Self::IommuForgotten,
         Self::NotScrubbed,
+        Self::AccessedSet,
+        Self::CopyForgotten,
+        Self::StaleShadow,
         Self::ReturnedEarly,
     ];
 }

@@ -39,7 +39,8 @@ impl Vcpu<'_> {
             return Ok(Err(PkvmFail::Undefined));
         };
         let Some(page) = pkvm.guest(self.vm, gfn) else {
-            return Err(Exit::Fault(GuestFault { gfn, write: false, side: Side::Private }));
+            let (page, side) = (gfn.get(), Side::Private);
+            return Err(Exit::Fault(GuestFault { gfn, page, write: false, side }));
         };
         if page.state != from {
             return Ok(Err(PkvmFail::Permission));

@@ -6,6 +6,7 @@ mod memfd;
 
 use polder::machine::Plant;
 use polder::{Bug, Platform};
+use polder_vmm::GuestRoot;
 
 use crate::Host;
 
@@ -22,7 +23,9 @@ pub fn hosts() -> &'static [&'static dyn Host] {
     const PROTECTED: &dyn Host = &machine::Machine::new(Platform::SwProtected);
     const SNP: &dyn Host = &machine::Machine::new(Platform::Snp);
     const PKVM: &dyn Host = &machine::Machine::new(Platform::Pkvm);
-    &[&memfd::Memfd, &guest_memfd::GuestMemfd, PLAIN, PROTECTED, SNP, PKVM]
+    const SHADOW: &dyn Host = &machine::Machine::on(GuestRoot::Shadow);
+    const NESTED: &dyn Host = &machine::Machine::on(GuestRoot::Nested);
+    &[&memfd::Memfd, &guest_memfd::GuestMemfd, PLAIN, PROTECTED, SNP, PKVM, SHADOW, NESTED]
 }
 
 /// The simulated machine with a bug of its own: no column of the table, but what its rows are
