@@ -24,8 +24,8 @@
 //!   **quarantined**: refused to everybody, for good, and reported.
 //!
 //! # Holes
-//! Pins are searched one by one and operations are kept in a list: both are meant for as many
-//! entries as there are threads and devices, not for millions.
+//! Who holds pins, and operations, are kept in lists: both are meant for as many entries as there
+//! are threads and devices, not for millions. How many pins a holder has does not matter.
 
 #![no_std]
 
@@ -52,6 +52,7 @@ mod prefault;
 mod range_set;
 mod rmp;
 mod step;
+mod sync;
 mod wanted;
 
 #[cfg(test)]
@@ -75,7 +76,7 @@ pub use fault::{Answer, GuestAccess, GuestAnswer, MemoryFault, Response, TouchAn
 pub use merge::{Merged, Merging};
 pub use operation::{Activity, Blocked, OpId, Operation, Stage, Undoing};
 pub use page_map::{PageFacts, PageMap, PageReader, Population, Visibility};
-pub use pin::{Holder, PinId, PinKind};
+pub use pin::{AskEngine, Holder, Local, PinId, PinKind, Pinner};
 #[cfg(feature = "plant")]
 pub use plant::Bug;
 pub use platform::{Contents, Platform};
@@ -152,7 +153,7 @@ impl Engine {
             wishes: wanted::Wishes::default(),
             operations: Vec::new(),
             in_flight: Vec::new(),
-            pins: Pins::default(),
+            pins: Pins::new(),
             markers: <[RangeSet; 2]>::default(),
             failed: RangeSet::default(),
             quarantine: RangeSet::default(),
@@ -190,6 +191,11 @@ impl Engine {
     /// Whether nothing is in flight: no operation, no answer, no copy.
     pub fn is_idle(&self) -> bool {
         self.operations.is_empty() && self.in_flight.is_empty()
+    }
+
+    /// All pages.
+    fn all(&self) -> PageRange {
+        PageRange::between(0, self.config.pages.get()).expect("an object has pages")
     }
 
     fn next_id(&mut self) -> u64 {

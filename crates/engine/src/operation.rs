@@ -15,10 +15,12 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 use core::marker::PhantomData;
+use core::ops::{Deref, DerefMut};
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use polder_units::{PageIndex, PageRange};
 
+use crate::pin::PinGate;
 use crate::plant::{Bug, Plants};
 use crate::step::Undo;
 use crate::{Contents, Engine, Refusal, Step, View, Visibility, VmId};
@@ -45,6 +47,17 @@ pub enum Activity {
     Discard,
     /// Merging RMP entries.
     Merge,
+}
+
+impl Activity {
+    /// Whether it takes pages from who may have pinned them. What is owed or private has no pin.
+    pub(crate) fn needs_unpinned(self) -> bool {
+        match self {
+            Self::Conversion { to, .. } => to == Visibility::Private,
+            Self::Discard => true,
+            Self::Population | Self::Merge => false,
+        }
+    }
 }
 
 impl fmt::Display for Activity {
@@ -132,7 +145,38 @@ pub(crate) struct Record {
     /// The pages that it changes; a part of the claims.
     pub(crate) parts: Vec<PageRange>,
     progress: Progress,
+    /// Whether pins of what it changes were looked for since it claimed it, and none was found.
+    pub(crate) unpinned: bool,
     pub(crate) abandoned: Arc<AtomicBool>,
+}
+
+/// An operation that has ended. Dropped, it lets its pages be pinned again, as what they are by
+/// then in the page map.
+pub(crate) struct Ended {
+    record: Record,
+    gate: Option<PinGate>,
+}
+
+impl Deref for Ended {
+    type Target = Record;
+
+    fn deref(&self) -> &Record {
+        &self.record
+    }
+}
+
+impl DerefMut for Ended {
+    fn deref_mut(&mut self) -> &mut Record {
+        &mut self.record
+    }
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        if let Some(gate) = &self.gate {
+            self.record.claims.iter().for_each(|&claim| gate.open(claim));
+        }
+    }
 }
 
 /// The steps of an operation, stage by stage.
@@ -191,6 +235,7 @@ impl Record {
     pub(crate) fn fingerprint<H: core::hash::Hasher>(&self, state: &mut H) {
         use core::hash::Hash;
         (self.activity, &self.claims, &self.parts, &self.progress).hash(state);
+        self.unpinned.hash(state);
         self.is_abandoned().hash(state);
     }
 
@@ -238,7 +283,12 @@ impl Engine {
         let id = OpId(self.next_id());
         let abandoned = Arc::new(AtomicBool::new(false));
         let lease = Lease(Arc::clone(&abandoned));
-        self.operations.push(Record { id, activity, claims, parts, progress, abandoned });
+        if !self.plants.has(Bug::PinnedWhileDrained) {
+            claims.iter().for_each(|&claim| self.pins.close(claim));
+        }
+        let unpinned = !activity.needs_unpinned();
+        let record = Record { id, activity, claims, parts, progress, unpinned, abandoned };
+        self.operations.push(record);
         Operation::new(id, lease)
     }
 
@@ -279,10 +329,13 @@ impl Engine {
     /// of [`Engine::step_taken`] or [`Engine::undo`] the step counts as perhaps taken.
     ///
     /// # Panics
-    /// If the operation is not drained: no mapping may be touched before.
+    /// If the operation is not drained, or pins were not looked for ([`Engine::look_for_pins`]): no
+    /// mapping may be touched before.
     pub fn next_step<S: Stage>(&mut self, operation: &Operation<S>) -> Option<Step> {
         let drained = self.is_drained(operation) || self.plants.has(Bug::OneTableUnclaimed);
         assert!(drained, "a step was asked for before the range was drained");
+        let unpinned = self.record(operation.id).unpinned;
+        assert!(unpinned, "a step was asked for before pins were looked for");
         match &mut self.record_mut(operation.id).progress {
             Progress::Forward { program, taken, issued } => {
                 let step = (*taken < program.stage_ends[S::INDEX]).then(|| program.steps[*taken]);
@@ -353,22 +406,25 @@ impl Engine {
         assert_eq!(self.next_undo(&operation), None, "there is more to undo");
         // Markers may have been lifted on the way. They stay in the set: lifting one that isn't
         // there is harmless, forgetting one that is would deny a shared page.
-        let record = self.end(operation.id);
+        let mut record = self.end(operation.id);
         if let (Activity::Conversion { to, .. }, true) = (record.activity, self.plants.one_table())
         {
             record.parts.iter().for_each(|&part| self.pages.set_visibility(part, to.other()));
         }
-        let Progress::Back { quarantined, .. } = record.progress else {
+        let Progress::Back { quarantined, .. } = &mut record.progress else {
             unreachable!("its handle would be of another type")
         };
+        let quarantined = core::mem::take(quarantined);
         for &range in &quarantined {
             self.quarantine.insert(range);
+            self.pins.close(range);
         }
         quarantined
     }
 
-    /// Ends an operation whose last stage is over. Returns what it was.
-    pub(crate) fn finish<S>(&mut self, operation: &Operation<S>) -> Record {
+    /// Ends an operation whose last stage is over. Returns what it was: to be kept until the page
+    /// map says what the pages have become.
+    pub(crate) fn finish<S>(&mut self, operation: &Operation<S>) -> Ended {
         self.end(operation.id)
     }
 
@@ -379,9 +435,11 @@ impl Engine {
         }
     }
 
-    fn end(&mut self, id: OpId) -> Record {
+    fn end(&mut self, id: OpId) -> Ended {
         let at = self.operations.iter().position(|record| record.id == id);
-        self.operations.swap_remove(at.expect("a handle's operation is in flight"))
+        let record = self.operations.swap_remove(at.expect("a handle's operation is in flight"));
+        let gate = (!self.plants.has(Bug::PinnedWhileDrained)).then(|| self.pins.gate());
+        Ended { record, gate }
     }
 
     pub(crate) fn record(&self, id: OpId) -> &Record {
@@ -391,7 +449,7 @@ impl Engine {
             .expect("a handle's operation is in flight")
     }
 
-    fn record_mut(&mut self, id: OpId) -> &mut Record {
+    pub(crate) fn record_mut(&mut self, id: OpId) -> &mut Record {
         self.operations
             .iter_mut()
             .find(|record| record.id == id)

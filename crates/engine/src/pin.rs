@@ -1,12 +1,40 @@
 //! Pins: a device or a thread says that it uses pages, and by which name it is to be asked.
+//!
+//! A holder pins without the engine's lock ([`Pinner`]): it counts the pin first, and looks
+//! afterwards whether the pages may be pinned. An operation does it the other way round: it claims
+//! its pages, which closes the [gate](gate) for them, and looks for pins afterwards
+//! ([`Engine::look_for_pins`]). So one of the two always sees the other. Each holder counts for
+//! itself: that is how a refusal can name it, and why two holders share no counter.
+//!
+//! | file | what |
+//! |---|---|
+//! | `gate` | which pages can't be pinned without asking |
+//! | `counts` | how many pins a holder has of each page |
+//! | `local` | pins that stay with their thread, which cost no atomic instruction |
+//! | `pinner` | how a holder pins |
+
+mod counts;
+mod gate;
+mod local;
+mod pinner;
 
 use alloc::borrow::Cow;
-use alloc::collections::BTreeMap;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::fmt;
 
 use polder_units::PageRange;
 
-use crate::{Blocked, Engine, PageFacts, Population, Refusal, Visibility};
+use self::counts::Counts;
+use self::gate::Gate;
+use self::local::Places;
+use self::pinner::{Held, Shared};
+use crate::plant::Bug;
+use crate::sync::{AtomicU32, Ordering, fence};
+use crate::{Blocked, Engine, Operation, PageFacts, Population, Refusal, Stage, Visibility};
+
+pub use local::Local;
+pub use pinner::{AskEngine, Pinner};
 
 /// How long a pin is meant to be held (Linux `Documentation/core-api/pin_user_pages.rst`).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -43,35 +71,139 @@ impl fmt::Display for Holder {
     }
 }
 
-/// Names a pin; never used twice.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct PinId(u64);
-
-#[derive(Clone, Debug)]
-#[cfg_attr(feature = "explore", derive(Hash))]
-struct Pin {
+/// Pins that a [`Holder`] has taken by [`Engine::pin`]; to be given back by [`Engine::unpin`], once.
+#[must_use = "the pages stay pinned until it is given back"]
+#[derive(PartialEq, Eq, Hash, Debug)]
+#[cfg_attr(feature = "explore", derive(Clone, Copy))]
+pub struct PinId {
+    holder: u64,
     range: PageRange,
-    kind: PinKind,
-    holder: Holder,
+}
+
+impl PinId {
+    /// The pages.
+    pub fn range(&self) -> PageRange {
+        self.range
+    }
 }
 
 /// All pins held.
-#[derive(Clone, Default, Debug)]
-pub(crate) struct Pins(BTreeMap<PinId, Pin>);
+pub(crate) struct Pins {
+    shared: Arc<Shared>,
+    /// By whom, in the order in which they came. Who has no pin and no [`Pinner`] is forgotten when
+    /// the next one comes.
+    holders: Vec<(u64, Arc<Held>)>,
+    /// Whether some of them have ever counted on a barrier.
+    barrier: bool,
+}
 
-#[cfg(feature = "explore")]
 impl Pins {
-    pub(crate) fn place_of(&self, id: PinId) -> usize {
-        self.0.keys().take_while(|&&other| other != id).count()
+    pub(crate) fn new() -> Self {
+        let shared = Shared { gate: Gate::new(), waiting: AtomicU32::new(0) };
+        Self { shared: Arc::new(shared), holders: Vec::new(), barrier: false }
     }
 
+    /// Nobody pins these pages without asking, from here on. Pins are to be looked for after it.
+    pub(crate) fn close(&self, range: PageRange) {
+        self.shared.gate.close(range);
+    }
+
+    /// To open what was closed, by whoever has the engine.
+    pub(crate) fn gate(&self) -> PinGate {
+        PinGate(Arc::clone(&self.shared))
+    }
+
+    fn held(&self, id: u64) -> &Held {
+        let found = self.holders.iter().find(|(other, _)| *other == id);
+        &found.expect("who holds a pin is known").1
+    }
+
+    #[cfg(feature = "explore")]
+    pub(crate) fn place_of(&self, pin: PinId) -> (usize, PageRange) {
+        let before = self.holders.iter().take_while(|(id, _)| *id != pin.holder);
+        (before.count(), pin.range)
+    }
+
+    #[cfg(feature = "explore")]
     pub(crate) fn fingerprint<H: core::hash::Hasher>(&self, state: &mut H) {
-        self.0.values().for_each(|pin| core::hash::Hash::hash(pin, state));
-        core::hash::Hash::hash(&u64::MAX, state);
+        use core::hash::Hash;
+        for (_, held) in &self.holders {
+            (&held.holder, held.kind, held.counts.pinned()).hash(state);
+        }
+        u64::MAX.hash(state);
+    }
+}
+
+/// What pages can be pinned without asking.
+pub(crate) struct PinGate(Arc<Shared>);
+
+impl PinGate {
+    /// What was closed may be pinned again.
+    pub(crate) fn open(&self, range: PageRange) {
+        self.0.gate.open(range);
+    }
+}
+
+/// A copy of its own, for a search; pinners stay with the original.
+impl Clone for Pins {
+    fn clone(&self) -> Self {
+        let waiting = AtomicU32::new(0);
+        let shared = Shared { gate: self.shared.gate.clone(), waiting };
+        let copy = |held: &Held| Held {
+            holder: held.holder.clone(),
+            kind: held.kind,
+            counts: held.counts.clone(),
+            places: None,
+        };
+        let holders = self.holders.iter().map(|(id, held)| (*id, Arc::new(copy(held))));
+        Self { shared: Arc::new(shared), holders: holders.collect(), barrier: false }
+    }
+}
+
+impl fmt::Debug for Pins {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let holders = self.holders.iter().map(|(_, held)| (&held.holder, held.kind));
+        f.debug_list().entries(holders).finish()
     }
 }
 
 impl Engine {
+    /// A holder that pins without the engine's lock.
+    pub fn pinner(&mut self, holder: Holder, kind: PinKind) -> Pinner {
+        let held = self.add_holder(holder, kind, None).1;
+        Pinner {
+            shared: Arc::clone(&self.pins.shared),
+            reader: self.reader(),
+            held,
+            barrier: false,
+        }
+    }
+
+    /// A holder that pins by [`Pinner::pin_here`], and never for long. `barrier`: every operation
+    /// that may meet a pin passes one before it looks ([`Engine::needs_barrier`]); a pin is cheaper
+    /// then.
+    pub fn pinner_here(&mut self, holder: Holder, barrier: bool) -> Pinner {
+        self.pins.barrier |= barrier;
+        let held = self.add_holder(holder, PinKind::Short, Some(Places::new())).1;
+        Pinner { shared: Arc::clone(&self.pins.shared), reader: self.reader(), held, barrier }
+    }
+
+    fn add_holder(
+        &mut self,
+        holder: Holder,
+        kind: PinKind,
+        places: Option<Places>,
+    ) -> (u64, Arc<Held>) {
+        let all = self.all();
+        let gone = |held: &Arc<Held>| Arc::strong_count(held) == 1 && held.first_in(all).is_none();
+        self.pins.holders.retain(|(_, held)| !gone(held));
+        let counts = Counts::new(self.config.pages, self.config.geometry);
+        let held = Arc::new(Held { holder, kind, counts, places });
+        let id = self.next_id();
+        self.pins.holders.push((id, Arc::clone(&held)));
+        (id, held)
+    }
+
     /// Pins pages, which must be shared: they stay shared until [`Engine::unpin`].
     ///
     /// # Errors
@@ -84,29 +216,88 @@ impl Engine {
         holder: Holder,
     ) -> Result<PinId, Blocked> {
         self.check_host_access(range)?;
-        let id = PinId(self.next_id());
-        self.pins.0.insert(id, Pin { range, kind, holder });
-        Ok(id)
+        let same = |held: &Held| held.kind == kind && held.holder == holder;
+        let known = self.pins.holders.iter().find(|(_, held)| same(held));
+        let (id, held) = match known {
+            Some((id, held)) => (*id, Arc::clone(held)),
+            None => self.add_holder(holder, kind, None),
+        };
+        held.counts.add(range);
+        Ok(PinId { holder: id, range })
     }
 
     /// Gives a pin back.
+    pub fn unpin(&mut self, pin: PinId) {
+        self.pins.held(pin.holder).counts.remove(pin.range);
+    }
+
+    /// Pins pages for a holder that could not do so by itself.
     ///
     /// # Errors
-    /// [`Refusal::NoSuchPin`] if it was given back before.
-    pub fn unpin(&mut self, id: PinId) -> Result<(), Refusal> {
-        self.pins.0.remove(&id).map(|_| ()).ok_or(Refusal::NoSuchPin)
+    /// As [`Engine::pin`].
+    pub fn pin_as(&mut self, pinner: &Pinner, range: PageRange) -> Result<(), Blocked> {
+        self.check_host_access(range)?;
+        pinner.held.counts.add(range);
+        Ok(())
+    }
+
+    /// [`Engine::pin_as`] for [`Pinner::pin_here`].
+    ///
+    /// # Errors
+    /// As [`Engine::pin`].
+    pub fn pin_here_as<'a>(
+        &mut self,
+        pinner: &'a Pinner,
+        thread: usize,
+        range: PageRange,
+    ) -> Result<Local<'a>, Blocked> {
+        self.check_host_access(range)?;
+        Ok(pinner.note(thread, range))
+    }
+
+    /// Whether somebody pins counting on it that between claiming pages and looking for pins of
+    /// them ([`Engine::look_for_pins`]) every processor passes a barrier (`membarrier(2)`).
+    pub fn needs_barrier(&self) -> bool {
+        self.pins.barrier
+    }
+
+    /// Notes that somebody waits for pins to go, and is to be told of each that does; or that he
+    /// does no more.
+    pub fn wait_for_unpin(&mut self, waits: bool) {
+        let waiting = &self.pins.shared.waiting;
+        match waits {
+            true => waiting.fetch_add(1, Ordering::SeqCst),
+            false => waiting.fetch_sub(1, Ordering::SeqCst),
+        };
+        fence(Ordering::SeqCst);
+    }
+
+    /// Looks for pins of what the operation changes, which it has claimed: none comes any more, so
+    /// where there is none now, there will be none. To be asked before its first step, and after a
+    /// barrier where one is needed ([`Engine::needs_barrier`]).
+    ///
+    /// # Errors
+    /// [`Refusal::Pinned`], naming the first page. It may be somebody who finds that the pages are
+    /// claimed and goes: asking a few times more is worth the while.
+    pub fn look_for_pins<S: Stage>(&mut self, operation: &Operation<S>) -> Result<(), Refusal> {
+        if !self.plants.has(Bug::PinsForgotten) {
+            let record = self.record(operation.id());
+            if record.activity.needs_unpinned() {
+                record.parts.iter().try_for_each(|&part| self.check_pins(part))?;
+            }
+        }
+        self.record_mut(operation.id()).unpinned = true;
+        Ok(())
     }
 
     /// Refuses a range that holds a pinned page, naming the first.
     pub(crate) fn check_pins(&self, range: PageRange) -> Result<(), Refusal> {
-        let held =
-            self.pins.0.values().filter_map(|pin| Some((pin.range.intersection(range)?, pin)));
-        match held.min_by_key(|(part, _)| part.start()) {
-            Some((part, pin)) => Err(Refusal::Pinned {
-                page: part.start(),
-                kind: pin.kind,
-                holder: pin.holder.clone(),
-            }),
+        let holders = self.pins.holders.iter();
+        let first = holders.filter_map(|(_, held)| Some((held.first_in(range)?, held)));
+        match first.min_by_key(|&(page, _)| page) {
+            Some((page, held)) => {
+                Err(Refusal::Pinned { page, kind: held.kind, holder: held.holder.clone() })
+            }
             None => Ok(()),
         }
     }

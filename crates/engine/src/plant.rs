@@ -52,6 +52,8 @@ pub enum Bug {
     MarkersForgotten,
     /// A conversion does not look for pins.
     PinsForgotten,
+    /// Pages that an operation has claimed can be pinned by who does not ask the engine.
+    PinnedWhileDrained,
     /// A touch of a page whose contents are to come is answered.
     OwedShown,
 }

@@ -55,6 +55,7 @@ fn stage<S: Stage>(
     taken: &mut Vec<Step>,
     fail: &mut Option<usize>,
 ) -> Result<Operation<S::Next>, Vec<Step>> {
+    engine.look_for_pins(&operation).unwrap();
     let mut step = engine.next_step(&operation);
     while let Some(now) = step {
         taken.push(now);

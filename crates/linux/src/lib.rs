@@ -10,6 +10,7 @@
 //! | [`pre_fault()`], [`can_pre_fault`] | `KVM_PRE_FAULT_MEMORY` |
 //! | [`Vcpu`] | `KVM_RUN` |
 //! | [`Nudge`], [`wait()`], [`spawn`] | `eventfd(2)`, `poll(2)`, threads |
+//! | [`barrier`] | `membarrier(2)` |
 //! | [`sigbus`] | `sigaction(2)` of SIGBUS |
 //!
 //! # Rules
@@ -33,6 +34,7 @@ mod guest_memfd;
 #[cfg(feature = "inject")]
 pub mod inject;
 mod kvm;
+mod membarrier;
 mod memfd;
 mod pre_fault;
 pub mod sigbus;
@@ -46,6 +48,7 @@ use polder_units::ByteRange;
 
 pub use guest_memfd::{GuestMemfd, PrivateMemory, set_private};
 pub use kvm::KvmSlot;
+pub use membarrier::{barrier, can_barrier};
 pub use memfd::Memfd;
 pub use pre_fault::{can_pre_fault, pre_fault};
 pub use rustix::io::Errno;

@@ -39,6 +39,12 @@ const ASK_AGAIN: Duration = Duration::from_millis(20);
 const UNDO_TRIES: u32 = 100;
 const UNDO_PAUSE: Duration = Duration::from_millis(1);
 
+/// How often pins are looked for before they refuse an operation, and how long is waited in between
+/// once others had their turn so often.
+const PIN_LOOKS: u32 = 40;
+const PIN_YIELDS: u32 = 20;
+const PIN_PAUSE: Duration = Duration::from_micros(50);
+
 pub(crate) struct Driver {
     engine: Mutex<Engine>,
     /// A thread panicked while it held the lock: the engine may be half-changed.
@@ -226,8 +232,7 @@ impl Driver {
             Start::Claimed(conversion) => conversion,
         };
         let conversion = self.reached(conversion, Reached::Claimed);
-        self.drain(&conversion);
-        let conversion = self.reached(conversion, Reached::Drained);
+        let conversion = self.reached(self.drain(conversion)?, Reached::Drained);
         let unmapped = self.reached(self.perform(conversion)?, Reached::Unmapped);
         let unpinned = self.reached(self.perform(unmapped)?, Reached::Unpinned);
         let reshaped = self.reached(self.perform(unpinned)?, Reached::Reshaped);
@@ -256,8 +261,7 @@ impl Driver {
     pub(crate) fn discard(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
         let discard = self.claim(on_busy, |engine| engine.discard(range))?;
         let discard = self.reached(discard, Reached::Claimed);
-        self.drain(&discard);
-        let discard = self.reached(discard, Reached::Drained);
+        let discard = self.reached(self.drain(discard)?, Reached::Drained);
         let cleared = self.reached(self.perform(discard)?, Reached::Cleared);
         self.engine().finish_discard(cleared);
         self.released();
@@ -272,8 +276,7 @@ impl Driver {
         pages.into_iter().try_for_each(|page| {
             let merge = self.claim(on_busy, |engine| engine.merge(page))?;
             let merge = self.reached(merge, Reached::Claimed);
-            self.drain(&merge);
-            let merge = self.reached(merge, Reached::Drained);
+            let merge = self.reached(self.drain(merge)?, Reached::Drained);
             let merged = self.perform(merge)?;
             self.engine().finish_merge(merged);
             self.released();
@@ -285,8 +288,7 @@ impl Driver {
     pub(crate) fn populate(&self, range: PageRange, bytes: &[u8]) -> Result<(), Error> {
         let writing = self.claim(OnBusy::Wait, |engine| engine.populate(range))?;
         let writing = self.reached(writing, Reached::Claimed);
-        self.drain(&writing);
-        let writing = self.reached(writing, Reached::Drained);
+        let writing = self.reached(self.drain(writing)?, Reached::Drained);
         if let Err(error) = self.host.views().write(range.start().offset(), bytes) {
             return Err(self.fail(writing, error));
         }
@@ -412,12 +414,33 @@ impl Driver {
         })
     }
 
-    /// Waits for the answers and copies in flight on what an operation claims.
-    fn drain<S>(&self, operation: &Operation<S>) {
+    /// Looks for pins of what an operation claims that were taken without the lock, and waits for
+    /// the answers and copies in flight on it. Pins that are found are waited for a little: of
+    /// those that pass by themselves, somebody copies a few bytes, or has found that he came too
+    /// late; no other comes any more.
+    fn drain<S: Stage>(&self, operation: Operation<S>) -> Result<Operation<S>, Error> {
         let mut engine = self.engine();
-        while !engine.is_drained(operation) {
+        if engine.needs_barrier() {
+            drop(engine);
+            polder_linux::barrier();
+            engine = self.engine();
+        }
+        let mut tried = 0;
+        while let Err(refusal) = engine.look_for_pins(&operation) {
+            drop(engine);
+            tried += 1;
+            match tried {
+                PIN_LOOKS.. => return Err(self.fail(operation, refusal.into())),
+                PIN_YIELDS.. => crate::sync::sleep(PIN_PAUSE),
+                _ => crate::sync::yield_now(),
+            }
+            engine = self.engine();
+        }
+        while !engine.is_drained(&operation) {
             self.wait(&mut engine);
         }
+        drop(engine);
+        Ok(operation)
     }
 
     /// Takes all steps of a stage and goes on to the next.

@@ -172,7 +172,7 @@ impl Views for Troubled {
         self.host.views().touch_from(file, offset, count)
     }
 
-    fn host_view(&self) -> Option<*mut u8> {
+    fn host_view(&self) -> Option<&std::sync::Arc<polder_linux::View>> {
         self.host.views().host_view()
     }
 

@@ -21,7 +21,7 @@ impl HostView<'_> {
     /// Where the object's page 0 is, if the view is memory of this process (not on the simulated
     /// machine). Valid while the memory lives; what is there changes at any time.
     pub fn as_ptr(self) -> Option<*mut u8> {
-        self.views.host_view()
+        self.views.host_view().map(|view| view.as_ptr())
     }
 
     /// Its length in bytes.

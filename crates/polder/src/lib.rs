@@ -31,6 +31,7 @@ struct Readme;
 mod driver;
 mod error;
 mod faults;
+pub mod guest_memory;
 mod host;
 mod host_view;
 mod memory;
@@ -51,6 +52,8 @@ pub use polder_engine::{
 pub use polder_machine as machine;
 /// The numbers of guest memory, each a type of its own.
 pub use polder_units as units;
+/// The crate whose traits [`guest_memory`] has, in the version that it has them of.
+pub use vm_memory;
 
 pub use error::Error;
 pub use host::{HostKind, Vm};

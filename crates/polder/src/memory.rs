@@ -454,7 +454,7 @@ impl Memory {
     pub fn pin(&self, range: PageRange, kind: PinKind, holder: Holder) -> Result<Pin<'_>, Error> {
         let pinned = |engine: &mut Engine| engine.pin(range, kind, holder.clone());
         let id = self.driver.claim(OnBusy::Wait, pinned)?;
-        Ok(Pin { memory: self, id, range })
+        Ok(Pin { memory: self, id: Some(id), range })
     }
 
     /// Says what a guest's access that KVM gave up on means (`KVM_EXIT_MMIO` without a device,

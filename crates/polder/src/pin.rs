@@ -11,7 +11,8 @@ use crate::Memory;
 #[must_use = "dropping it unpins the pages"]
 pub struct Pin<'a> {
     pub(crate) memory: &'a Memory,
-    pub(crate) id: PinId,
+    /// Until it is given back.
+    pub(crate) id: Option<PinId>,
     pub(crate) range: PageRange,
 }
 
@@ -25,9 +26,8 @@ impl Pin<'_> {
 impl Drop for Pin<'_> {
     fn drop(&mut self) {
         let driver = &self.memory.driver;
-        if let Some(mut engine) = driver.try_engine() {
-            // A pin is given back once, here.
-            let _ = engine.unpin(self.id);
+        if let (Some(mut engine), Some(id)) = (driver.try_engine(), self.id.take()) {
+            engine.unpin(id);
         }
         driver.released();
     }

@@ -7,7 +7,7 @@ use alloc::boxed::Box;
 use core::ops::Range;
 
 use super::facts::{Change, FACTS};
-use super::sync::{AtomicU64, Ordering, zeroed_words};
+use crate::sync::{AtomicU64, Ordering, zeroed_words};
 
 /// Of a large page: its pages differ, or are about to. Its bits of [`FACTS`] are 0 then.
 pub(super) const MIXED: u8 = 0b0100;

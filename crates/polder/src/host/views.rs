@@ -53,8 +53,8 @@ pub(crate) trait Views: Send + Sync {
     /// Has the kernel read a file into the host view.
     fn touch_from(&self, file: BorrowedFd<'_>, offset: u64, count: usize) -> Result<usize, Error>;
 
-    /// Where the host view is, if it is memory of this process.
-    fn host_view(&self) -> Option<*mut u8>;
+    /// The host view, if it is memory of this process.
+    fn host_view(&self) -> Option<&Arc<View>>;
 
     /// The page at an address in the guest view, if that is memory of this process.
     fn guest_page(&self, address: usize) -> Option<PageIndex>;
@@ -304,8 +304,8 @@ impl Views for MemfdViews {
         Ok(self.host.view().read_from(file, offset, count)?)
     }
 
-    fn host_view(&self) -> Option<*mut u8> {
-        Some(self.host.view().as_ptr())
+    fn host_view(&self) -> Option<&Arc<View>> {
+        Some(self.host.view())
     }
 
     fn guest_page(&self, address: usize) -> Option<PageIndex> {

@@ -2,8 +2,8 @@
 
 use polder_explored_engine::{
     Clearing, Contents, ConversionRequest, Draining, Engine, Merging, OpId, Operation, Protected,
-    Published, Reshaped, Response, Settled, Stage as OpStage, Start, Step, Unmapped, Unpinned,
-    Visibility, Writing,
+    Published, Refusal, Reshaped, Response, Settled, Stage as OpStage, Start, Step, Unmapped,
+    Unpinned, Visibility, Writing,
 };
 
 use super::act::Act;
@@ -71,6 +71,22 @@ fn go_on(
     None
 }
 
+/// Looks for pins that came without the engine's lock.
+fn look_for_pins(engine: &mut Engine, task: Task, op: OpId) -> Result<(), Refusal> {
+    fn look<S: OpStage>(engine: &mut Engine, op: OpId) -> Result<(), Refusal> {
+        let operation = engine.resume::<S>(op);
+        let found = engine.look_for_pins(&operation);
+        engine.park(operation);
+        found
+    }
+    match task {
+        Task::Convert { .. } => look::<Draining>(engine, op),
+        Task::Populate { .. } => look::<Writing>(engine, op),
+        Task::Merge { .. } => look::<Merging>(engine, op),
+        _ => look::<Clearing>(engine, op),
+    }
+}
+
 /// In how many holds of the machine's lock a host takes a step; unmapping flushes in one more.
 /// What it does about the RMP is as many as the entries make it.
 fn parts_of(step: Step) -> u8 {
@@ -126,6 +142,7 @@ impl World {
     pub(super) fn drained(&mut self, actor: usize, op: OpId) -> Result<(), Violation> {
         let Some(task) = self.task(actor) else { return Ok(()) };
         self.say(|| "no answer is in flight".into());
+        self.engine(|engine| look_for_pins(engine, task, op)).expect("none came since the claim");
         match task {
             Task::Populate { .. } if self.setup.slips(Slip::PublishBeforeBytes) => {
                 self.next_step(actor, task, op, 0, false)
