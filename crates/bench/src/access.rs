@@ -5,13 +5,15 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kvm_ioctls::Kvm;
 use polder::guest_memory::GuestMemory;
-use polder::units::{Gfn, PageCount, PageRange};
-use polder::{Holder, Memory, OnBusy, Slot};
+use polder::units::{Gfn, PAGE_SIZE, PageCount, PageRange};
+use polder::{Contents, Holder, Memory, OnBusy, Slot, Visibility};
+use polder_vmm::RunError;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::turns::compare;
-use crate::{Bench, Progress, Row};
+use crate::{Bench, BenchError, Measured, Progress, Row};
 
 pub(crate) const BENCH: Bench =
     Bench { name: "access", about: "reads of guest memory through the vm-memory traits", run };
@@ -29,10 +31,10 @@ const CASES: &[(&str, usize, usize)] = &[
     ("1M slice", 1 << 20, MEMORY),
 ];
 
-fn run(progress: &mut dyn FnMut(Progress)) -> Vec<Row> {
+fn run(progress: &mut dyn FnMut(Progress)) -> Measured {
     let theirs: GuestMemoryMmap =
         GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("64M of memory");
-    let (ours, _memory) = polder();
+    let ours = polder()?;
     let bytes = vec![7; MEMORY];
     theirs.write_slice(&bytes, GuestAddress(0)).expect("it is as large");
     ours.write_slice(&bytes, GuestAddress(0)).expect("it is shared");
@@ -43,20 +45,23 @@ fn run(progress: &mut dyn FnMut(Progress)) -> Vec<Row> {
         });
         Row::of_costs(case.into(), "vm-memory's mmap", "ns", costs)
     };
-    CASES.iter().enumerate().map(case).collect()
+    Ok(CASES.iter().enumerate().map(case).collect())
 }
 
-/// Shared memory on a memfd, as `vm-memory` sees it. No VM runs.
-fn polder() -> (GuestMemory, Arc<Memory>) {
-    let pages = PageCount::new(MEMORY as u64 / 4096).expect("few pages");
-    let memory = Memory::builder(pages).shared().build().expect("a memfd and a userfaultfd");
-    let memory = Arc::new(memory);
-    let kvm = kvm_ioctls::Kvm::new().expect("/dev/kvm");
-    let vm = memory.attach(Arc::new(kvm.create_vm().expect("a VM"))).expect("a VM of KVM's");
-    let all = PageRange::between(0, pages.get()).expect("not empty");
-    memory.bind(vm, Slot(0), Gfn::from(0), all).expect("the first slot");
-    let guest = memory.guest_memory(vm, Holder::new("a device"), OnBusy::Wait);
-    (guest.expect("a slot is bound"), memory)
+/// Shared memory on a memfd, as `vm-memory` sees it. No VM runs. A page after it is private, so that
+/// the memory is not all of one kind, and each read has to look closer.
+fn polder() -> Result<GuestMemory, BenchError> {
+    let pages = MEMORY as u64 / PAGE_SIZE;
+    let object = PageCount::new(pages + 1).expect("few pages");
+    let memory = Arc::new(Memory::builder(object).shared().build()?);
+    let kvm = |error: kvm_ioctls::Error| RunError::Kvm(error.into());
+    let vm = Kvm::new().and_then(|kvm| kvm.create_vm()).map_err(kvm)?;
+    let vm = memory.attach(Arc::new(vm))?;
+    let all = PageRange::between(0, pages).expect("not empty");
+    let last = PageRange::between(pages, pages + 1).expect("one page");
+    memory.convert(last, Visibility::Private, Contents::Preserve, OnBusy::Wait)?;
+    memory.bind(vm, Slot(0), Gfn::from(0), all)?;
+    Ok(memory.guest_memory(vm, Holder::new("a device"), OnBusy::Wait)?)
 }
 
 /// Reads that take turns among the places of a buffer, in an order that no prefetcher knows.

@@ -34,6 +34,7 @@ mod faults;
 pub mod guest_memory;
 mod host;
 mod host_view;
+pub mod kvm;
 mod memory;
 mod pin;
 mod prefault;

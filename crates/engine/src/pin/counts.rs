@@ -227,7 +227,7 @@ mod tests {
 
     fn range() -> impl Strategy<Value = PageRange> {
         (0..PAGES, 1..PAGES).prop_map(|(start, count)| {
-            PageRange::between(start.into(), (start + count).min(PAGES).into()).unwrap()
+            PageRange::between(start.into(), (start + count).min(PAGES).into()).expect("not empty")
         })
     }
 
@@ -237,7 +237,7 @@ mod tests {
             acts in prop::collection::vec((range(), any::<bool>()), 0..40),
             asked in prop::collection::vec(range(), 1..20),
         ) {
-            let counts = Counts::new(PAGES.into(), Geometry::new(4, 4).unwrap());
+            let counts = Counts::new(PAGES.into(), Geometry::new(4, 4).expect("powers of two"));
             let mut held: Vec<PageRange> = vec![];
             for (range, pin) in acts {
                 if pin {
