@@ -1,5 +1,7 @@
 //! The traits of `vm-memory`: what a slice is refused for, what it holds, and who is told.
 
+#![expect(clippy::unwrap_used, reason = "a failing test may panic anywhere")]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
