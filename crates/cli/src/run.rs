@@ -8,7 +8,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use polder::HostKind;
 use polder::units::{ByteSize, Level};
 use polder_vmm::guest::Program;
-use polder_vmm::{Accelerator, Config, Conversion, End, Failure, Progress, Report, Supervision};
+use polder_vmm::{
+    Accelerator, Config, Conversion, End, Failure, Progress, Report, Supervision,
+    VirtqueueStatistics,
+};
 use serde_json::json;
 
 use crate::trouble::Trouble;
@@ -261,6 +264,9 @@ fn to_json(
         },
         "seconds": seconds,
     });
+    if let Some(VirtqueueStatistics { chains, bytes, refused }) = report.virtqueue {
+        object["virtqueue"] = json!({ "chains": chains, "bytes": bytes, "refused": refused });
+    }
     if let Some(instead) = instead {
         object["simulated_because"] = json!(instead);
     }
@@ -287,6 +293,10 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
             "\x20 private      none: this KVM can't keep memory private; all of it is shared\n"
         }
     };
+    let virtqueue = report.virtqueue.map_or(String::new(), |done| {
+        let VirtqueueStatistics { chains, bytes, refused } = done;
+        format!("\x20 virtqueue    {chains} chains, {bytes} bytes written; {refused} refused\n")
+    });
     let pages = arguments.memory.pages().unwrap_or_default();
     format!(
         "{verdict}: {ended}; {passed} checks passed, {failed} failed in {seconds:.1} s\n\
@@ -297,6 +307,7 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
          \x20 requests by  {conversion_by}\n\
          \x20 conversions  {to_shared} to shared, {to_private} to private, {converted} pages; \
          {refused} refused\n\
+         {virtqueue}\
          \x20 faults       {guest} of the guest, {mapped} of the host mapped, {denied} denied\n\
          \n{picture}",
         ended = ended(arguments, report.end),

@@ -215,6 +215,84 @@ fn a_vm_without_slots_has_no_guest_memory() {
     assert_eq!(refused, Refusal::NoSlots { vm: VmId(7) }.into());
 }
 
+/// What the `virtio-queue` crate's device side holds of a chain is pinned as long as it holds it.
+#[test]
+fn a_chain_of_a_virtqueue_is_in_the_way_of_a_conversion() {
+    use virtio_queue::{Queue, QueueT};
+    let Some(rig) = Rig::new() else { return };
+    let guest = rig.guest("virtio-blk");
+    let mut queue = Queue::new(16).unwrap();
+    queue.set_size(16);
+    queue.try_set_desc_table_address(at(0)).unwrap();
+    queue.try_set_avail_ring_address(at(1)).unwrap();
+    queue.try_set_used_ring_address(at(2)).unwrap();
+    queue.set_ready(true);
+    // Two descriptors: 64 bytes at page 0x104 to be read, 64 at page 0x108 to be written.
+    for (index, gpa, flags) in [(0, at(0x104), 1_u64), (1, at(0x108), 2)] {
+        let place = GuestAddress(16 * index);
+        let rest = 64 | flags << 32 | (1 - index) << 48;
+        guest.write_slice(&[gpa.0.to_le_bytes(), rest.to_le_bytes()].concat(), place).unwrap();
+    }
+    guest.write_slice(&[5; 64], at(0x104)).unwrap();
+    guest.write_obj(1_u16, GuestAddress(4096 + 2)).unwrap();
+    let chain = queue.pop_descriptor_chain(&guest).unwrap();
+    let head = chain.head_index();
+    let mut reader = chain.clone().reader(&guest).unwrap();
+    let mut writer = chain.writer(&guest).unwrap();
+    assert!(!rig.converts(pages(4, 5)), "the reader is there");
+    let refused = rig.to(pages(8, 9), Visibility::Private).unwrap_err();
+    assert!(refused.to_string().contains("page 0x8 is pinned (short) by virtio-blk"), "{refused}");
+    let bytes: [u8; 64] = reader.read_obj().unwrap();
+    writer.write_obj(bytes).unwrap();
+    drop((reader, writer));
+    queue.add_used(&guest, head, 64).unwrap();
+    assert_eq!(guest.read_obj::<u16>(GuestAddress(2 * 4096 + 2)).unwrap(), 1, "the used index");
+    assert_eq!(guest.read_obj::<[u8; 64]>(at(0x108)).unwrap(), [5; 64]);
+    assert!(rig.converts(pages(4, 9)), "the chain is done");
+
+    rig.to(pages(4, 5), Visibility::Private).unwrap();
+    guest.write_obj(2_u16, GuestAddress(4096 + 2)).unwrap();
+    let chain = queue.pop_descriptor_chain(&guest).unwrap();
+    assert!(chain.reader(&guest).is_err(), "a page of it is private");
+}
+
+/// A kernel that the `linux-loader` crate loads.
+#[test]
+fn an_elf_image_is_loaded_into_shared_memory_and_refused_into_private() {
+    use linux_loader::loader::{Elf, KernelLoader};
+    let Some(rig) = Rig::new() else { return };
+    let guest = rig.guest("linux-loader");
+    let image = elf(0x10_2000, &[0x90; 100]);
+    let load = || {
+        Elf::load(guest.regions(), None, &mut std::io::Cursor::new(&image), None)
+    };
+    let loaded = load().unwrap();
+    assert_eq!(loaded.kernel_load, GuestAddress(0x10_2000));
+    assert_eq!(guest.read_obj::<[u8; 100]>(GuestAddress(0x10_2000)).unwrap(), [0x90; 100]);
+    assert!(rig.converts(pages(0, 64)), "nothing is held");
+    rig.to(pages(2, 3), Visibility::Private).unwrap();
+    assert!(load().is_err());
+}
+
+/// A 64-bit ELF image with one segment of `bytes`, to be loaded and entered at `at`.
+fn elf(at: u64, bytes: &[u8]) -> Vec<u8> {
+    let mut image = vec![0; 64 + 56];
+    let mut put = |place: usize, bytes: &[u8]| image[place..place + bytes.len()].copy_from_slice(bytes);
+    put(0, b"\x7fELF\x02\x01\x01");
+    // Executable, x86-64, version, entry, program headers at 64: one of 56 bytes.
+    put(16, &[2, 0, 62, 0, 1, 0, 0, 0]);
+    put(24, &at.to_le_bytes());
+    put(32, &64_u64.to_le_bytes());
+    put(52, &[64, 0, 56, 0, 1, 0]);
+    // PT_LOAD, readable and executable: offset, virtual and physical address, sizes.
+    put(64, &[1, 0, 0, 0, 5, 0, 0, 0]);
+    for (place, value) in [(72, 120), (80, at), (88, at), (96, bytes.len() as u64), (104, bytes.len() as u64)] {
+        put(place, &value.to_le_bytes());
+    }
+    image.extend_from_slice(bytes);
+    image
+}
+
 /// INV-1 and INV-7 under load: what is in a slice is shared as long as the slice is there, and its
 /// bytes are those of its page.
 #[test]

@@ -21,6 +21,7 @@ mod run;
 pub mod scenario;
 mod threads;
 mod vcpu;
+mod virtqueue;
 mod vm;
 
 pub use accesses::{Accepting, Accesses, Changed, Rescinded};
@@ -30,4 +31,5 @@ pub use kvm::{Conversion, check_kvm};
 pub use report::{Accelerator, End, Failure, Progress, Report, Supervision};
 pub use requests::{Next, Requests};
 pub use run::{Config, run};
+pub use virtqueue::VirtqueueStatistics;
 pub use vm::{Ended, IdleVcpu, Vm};

@@ -115,6 +115,10 @@ impl<'a> Interpreter<'a> {
                 let found = self.device(request, &device)?;
                 self.compare(index, request, i64::from(expect.code()).cast_unsigned(), found)
             }
+            Op::Notify { queue, size, expect } => {
+                let answer = self.request(number::NOTIFY, [queue.get(), size, 0, 0, 0])?;
+                self.compare(index, queue, i64::from(expect.code()).cast_unsigned(), answer)
+            }
             Op::Probe { gpa, pages, expect } => {
                 let readable = u64::from(expect == HostAccess::Readable);
                 let answer = self.request(number::PROBE, [gpa.get(), pages, readable, 0, 0])?;

@@ -8,6 +8,7 @@ use polder_linux::Exit;
 
 use crate::intruder::Way;
 use crate::kvm::Conversion;
+use crate::virtqueue::VirtqueueStatistics;
 
 /// What a supervisor is told, some twenty times a second.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -183,6 +184,8 @@ pub struct Report {
     pub checks_failed: u64,
     /// What happened to the memory.
     pub memory: Statistics,
+    /// What the device on the virtqueue did, where there is one.
+    pub virtqueue: Option<VirtqueueStatistics>,
     /// What every page is in the end.
     pub facts: Vec<(PageRange, PageFacts)>,
     /// The pages that were touched.

@@ -1,5 +1,6 @@
 //! What becomes of a guest's requests.
 
+use polder::guest_memory::GuestMemory;
 use polder::units::GfnRange;
 use polder::{Memory, OnBusy, VmId};
 
@@ -8,6 +9,7 @@ use crate::guest::{Request, RequestError};
 use crate::intruder::Intruder;
 use crate::report::Failure;
 use crate::scenario::Outcome;
+use crate::virtqueue::{Virtqueue, VirtqueueStatistics};
 
 /// The most pages that one request has the host try: what it costs is the host's time.
 const MOST_PROBED: u64 = 4096;
@@ -36,6 +38,8 @@ pub struct Requests<'a> {
     memory: &'a Memory,
     vm: VmId,
     intruder: Intruder<'a>,
+    /// None where no device can point to the memory.
+    virtqueue: Option<Virtqueue>,
 }
 
 impl<'a> Requests<'a> {
@@ -44,7 +48,17 @@ impl<'a> Requests<'a> {
     /// # Errors
     /// Of opening `/dev/zero`, which the host reads from when it tries a page.
     pub fn new(memory: &'a Memory, vm: VmId) -> std::io::Result<Self> {
-        Ok(Self { memory, vm, intruder: Intruder::new(memory, vm)? })
+        Ok(Self { memory, vm, intruder: Intruder::new(memory, vm)?, virtqueue: None })
+    }
+
+    /// With a device on a virtqueue in this guest memory.
+    pub(crate) fn with_virtqueue(self, guest: GuestMemory) -> Self {
+        Self { virtqueue: Some(Virtqueue::new(guest)), ..self }
+    }
+
+    /// What the device on the virtqueue has done.
+    pub(crate) fn virtqueue(&self) -> Option<VirtqueueStatistics> {
+        self.virtqueue.as_ref().map(Virtqueue::statistics)
     }
 
     /// The memory that the requests are about.
@@ -70,6 +84,10 @@ impl<'a> Requests<'a> {
             }
             Ok(Request::Doorbell { request }) => {
                 Next::Answer(i64::from(device::ring(self.memory, self.vm, request).code()))
+            }
+            Ok(Request::Notify { queue, size }) => {
+                let notified = self.virtqueue.as_ref().map(|it| it.notify(queue, size));
+                Next::Answer(i64::from(notified.unwrap_or(Outcome::Unsupported).code()))
             }
             Ok(Request::Done { checks_passed }) => Next::Done { checks_passed },
             Ok(Request::Failed { op, gpa, expected, found, checks_passed }) => Next::Failed {

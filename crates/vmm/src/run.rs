@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polder::units::{ByteSize, Gfn, GfnRange, Gpa, PAGE_BYTES, PageRange};
-use polder::{Contents, Delays, HostKind, Memory, OnBusy, Visibility, VmId};
+use polder::{Contents, Delays, Holder, HostKind, Memory, OnBusy, Visibility, VmId};
 
 use crate::RunError;
 use crate::guest::{Chunk, Image, Program, Transport};
@@ -46,11 +46,15 @@ pub fn run(
     }
 }
 
-fn scenario(config: &Config, conversions: Conversions) -> Result<Scenario, ScenarioError> {
+fn scenario(
+    config: &Config,
+    conversions: Conversions,
+    virtqueue: bool,
+) -> Result<Scenario, ScenarioError> {
     let vcpus =
         u8::try_from(config.vcpus).map_err(|_| ScenarioError::Vcpus { vcpus: config.vcpus })?;
     let (memory, seed) = (config.memory.get(), config.seed);
-    Scenario::generate(&scenario::Config { memory, vcpus, seed, conversions })
+    Scenario::generate(&scenario::Config { memory, vcpus, seed, conversions, virtqueue })
 }
 
 fn run_on_kvm(
@@ -58,11 +62,11 @@ fn run_on_kvm(
     supervise: impl FnMut(Progress) -> Supervision,
 ) -> Result<Report, RunError> {
     // What can't be is told before anything is asked of KVM.
-    scenario(config, Conversions::KeepContents)?;
+    scenario(config, Conversions::KeepContents, true)?;
     let kvm = kvm::open()?;
     let transport = kvm::transport(&kvm)?;
     let (vm, conversions) = kvm::create_vm_for(&kvm, config.host)?;
-    let scenario = &scenario(config, conversions)?;
+    let scenario = &scenario(config, conversions, true)?;
     let image = Image::new(scenario, config.program, transport)?;
     let vm_of_memory = Arc::clone(&vm).into();
     let (memory, id) = bound(config, conversions, vm_of_memory).map_err(RunError::Memory)?;
@@ -79,14 +83,16 @@ fn run_on_kvm(
     let vcpus = vcpus.collect::<Result<Vec<_>, RunError>>()?;
     let churn = scenario.layout().churn;
     let private = (conversions.initial() == Visibility::Private).then_some(churn);
+    let device = memory.guest_memory(id, Holder::new("the device on a virtqueue"), OnBusy::Wait);
     let threads = Threads::new(&memory, id, private)?;
+    let threads = threads.with_virtqueue(device.map_err(RunError::Memory)?);
     let ended = threads.run_on_kvm(vcpus, supervise)?;
     let conversion_by = match transport {
         Transport::Port => Conversion::Port,
         Transport::Vmcall | Transport::Vmmcall => Conversion::Hypercall,
     };
     let least = least_checks(config, scenario);
-    report(&memory, (Accelerator::Kvm, conversion_by), ended, (scenario, least))
+    report(&threads, (Accelerator::Kvm, conversion_by), ended, (scenario, least))
 }
 
 fn run_on_machine(
@@ -94,7 +100,7 @@ fn run_on_machine(
     supervise: impl FnMut(Progress) -> Supervision,
 ) -> Result<Report, RunError> {
     let conversions = Conversions::KeepContents;
-    let scenario = &scenario(config, conversions)?;
+    let scenario = &scenario(config, conversions, false)?;
     let (memory, id) = bound(config, conversions, polder::Vm::Machine).map_err(RunError::Memory)?;
     memory.settle().map_err(RunError::Memory)?;
     let vcpus = (0..config.vcpus).map(|_| memory.machine_vcpu(id));
@@ -103,7 +109,7 @@ fn run_on_machine(
     let programs = scenario.programs();
     let ended = threads.run_on_machine(vcpus, config.program, programs, supervise)?;
     let by = (Accelerator::Machine, Conversion::Hypercall);
-    report(&memory, by, ended, (scenario, least_checks(config, scenario)))
+    report(&threads, by, ended, (scenario, least_checks(config, scenario)))
 }
 
 /// Memory as the scenario has it, bound to a VM; its contents are owed where a host can have that.
@@ -111,7 +117,7 @@ fn bound(
     config: &Config,
     conversions: Conversions,
     vm: polder::Vm,
-) -> Result<(Memory, VmId), polder::Error> {
+) -> Result<(Arc<Memory>, VmId), polder::Error> {
     let pages = config.memory.pages().expect("the scenario's memory is whole pages");
     let memory = Memory::builder(pages).host(config.host);
     let memory = match conversions {
@@ -122,6 +128,7 @@ fn bound(
     if let Some(most) = config.delays {
         memory.watch(Arc::new(Delays::new(config.seed, most)));
     }
+    let memory = Arc::new(memory);
     let id = memory.attach(vm)?;
     let ram = scenario::ram(config.memory.get()).into_iter().flatten();
     kvm::bind(&memory, id, ram)?;
@@ -137,11 +144,12 @@ fn least_checks(config: &Config, scenario: &Scenario) -> u64 {
 }
 
 fn report(
-    memory: &Memory,
+    threads: &Threads<'_>,
     (accelerator, conversion_by): (Accelerator, Conversion),
     (mut end, ran): (End, Vec<Ran>),
     (scenario, least): (&Scenario, u64),
 ) -> Result<Report, RunError> {
+    let memory = threads.memory();
     // The guest says how many, and may say anything.
     let passed = ran.iter().fold(0u64, |sum, ran| sum.saturating_add(ran.checks_passed));
     if end == End::Ok && passed < least {
@@ -156,6 +164,7 @@ fn report(
         checks_passed: passed,
         checks_failed: u64::from(matches!(end, End::Failed(Failure::Check { .. }))),
         memory: memory.statistics(),
+        virtqueue: threads.virtqueue(),
         facts: memory.facts(all).map_err(RunError::Memory)?,
         touched: memory.existing().map_err(RunError::Memory)?,
     })

@@ -6,6 +6,7 @@ use std::thread::{Builder, Thread};
 use std::time::Duration;
 
 use kvm_ioctls::VcpuFd;
+use polder::guest_memory::GuestMemory;
 use polder::units::{Gfn, GfnRange};
 use polder::{MachineVcpu, Memory, VmId};
 use polder_linux::Kicker;
@@ -19,6 +20,7 @@ use crate::report::{End, Failure, Progress, Supervision};
 use crate::requests::Requests;
 use crate::scenario::Op;
 use crate::vcpu::{self, Ran};
+use crate::virtqueue::VirtqueueStatistics;
 
 /// How often a supervisor is asked.
 const SUPERVISE: Duration = Duration::from_millis(50);
@@ -86,6 +88,21 @@ impl<'a> Threads<'a> {
             stop: AtomicBool::new(false),
             accepting: Accepting::default(),
         })
+    }
+
+    /// With a device on a virtqueue in this guest memory.
+    pub(crate) fn with_virtqueue(self, guest: GuestMemory) -> Self {
+        Self { requests: self.requests.with_virtqueue(guest), ..self }
+    }
+
+    /// The memory.
+    pub(crate) fn memory(&self) -> &'a Memory {
+        self.memory
+    }
+
+    /// What the device on the virtqueue has done.
+    pub(crate) fn virtqueue(&self) -> Option<VirtqueueStatistics> {
+        self.requests.virtqueue()
     }
 
     /// Runs vCPUs of KVM.

@@ -3,7 +3,7 @@
 //! | op | word 0 | 1 | 2 | 3 | 4 | 5 | 6 |
 //! |---|---|---|---|---|---|---|---|
 //! | fill, check | code | gpa | len | offset | seed | factor | invert |
-//! | convert, probe | code | gpa | pages | third argument | expected answer | number | |
+//! | convert, notify, probe | code | gpa | pages | third argument | expected answer | number | |
 //! | device | code | request | id | source | len | destination | expected outcome |
 //! | churn | code | gpa | len | seed | until | | |
 //! | load, store | code | gpa | value | | | | |
@@ -53,6 +53,9 @@ pub(super) fn encode(op: &Op) -> [u64; 8] {
             };
             let done = answer(Outcome::Done);
             (code::REQUEST, [gpa.get(), pages, expect, done, number::PROBE, 0, 0])
+        }
+        Op::Notify { queue, size, expect } => {
+            (code::REQUEST, [queue.get(), size, 0, answer(expect), number::NOTIFY, 0, 0])
         }
         Op::Device { request, id, source, len, destination, expect } => {
             let [id, source, len, destination, _] =

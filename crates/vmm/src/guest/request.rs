@@ -13,8 +13,9 @@
 //! | 0x102 | done | checks passed | | | | |
 //! | 0x103 | failed | op index | gpa | expected | found | checks passed |
 //! | 0x104 | exception | vector | rip | cr2 | error code | |
+//! | 0x105 | notify | gpa of a virtqueue | descriptors | | | |
 //!
-//! The last three are final: the VMM stops the vCPU. Resumed nevertheless, it says the same again.
+//! Done, failed and exception are final: the VMM stops the vCPU. Resumed nevertheless, it says the same again.
 //!
 //! All of this is an allegation: a hostile guest puts anything in its registers. Only
 //! [`Request::parse`] and [`DeviceRequest::parse`] make a checked type of it. What they can't know
@@ -50,6 +51,8 @@ pub mod number {
     pub const FAILED: u64 = 0x103;
     /// An exception was taken.
     pub const EXCEPTION: u64 = 0x104;
+    /// Have the device look at its virtqueue.
+    pub const NOTIFY: u64 = 0x105;
 }
 
 /// A request that makes sense, though perhaps not for memory that exists.
@@ -73,6 +76,13 @@ pub enum Request {
     Doorbell {
         /// The request's address, a multiple of 8.
         request: Gpa,
+    },
+    /// The device is to look at the virtqueue at this address.
+    Notify {
+        /// Its descriptors' address.
+        queue: Gpa,
+        /// How many descriptors it has, as the guest says.
+        size: u64,
     },
     /// The program ended.
     Done {
@@ -227,6 +237,7 @@ impl Request {
                 return Err(RequestError::Doorbell { gpa: Gpa::new(a) });
             }
             number::DOORBELL => Self::Doorbell { request: Gpa::new(a) },
+            number::NOTIFY => Self::Notify { queue: Gpa::new(a), size: b },
             number::DONE => Self::Done { checks_passed: a },
             number::FAILED => {
                 Self::Failed { op: a, gpa: Gpa::new(b), expected: c, found: d, checks_passed: e }

@@ -21,6 +21,7 @@ mod layout;
 mod op;
 mod random;
 mod refusal;
+mod virtqueue;
 #[cfg(test)]
 mod tests;
 

@@ -146,6 +146,17 @@ pub enum Op {
         /// The outcome.
         expect: Outcome,
     },
+    /// Notifies the device of the virtqueue of `size` descriptors at `queue`, laid out as a legacy
+    /// device's: it does all chains that are available there. Counts one check if the answer is
+    /// `expect`; on a failure the address is `queue` and found is the answer, sign-extended.
+    Notify {
+        /// The descriptors.
+        queue: Gpa,
+        /// How many.
+        size: u64,
+        /// The answer.
+        expect: Outcome,
+    },
     /// Asks the host to try each page right now, by its API and by a touch of the raw pointer.
     /// Counts one check if all were as expected (the answer is 0); else it fails with found the
     /// answer and expected 0.
@@ -210,7 +221,8 @@ impl Op {
             Self::Device { request, .. } => (request, DeviceRequest::BYTES),
             Self::Load { gpa, .. } | Self::Store { gpa, .. } => (gpa, WORD),
             Self::SetFlag { gpa } | Self::WaitFlag { gpa } => (gpa, WORD),
-            Self::Convert { .. } | Self::Probe { .. } | Self::Done => return None,
+            Self::Convert { .. } | Self::Notify { .. } | Self::Probe { .. } => return None,
+            Self::Done => return None,
         })
     }
 }
