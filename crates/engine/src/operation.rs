@@ -235,7 +235,6 @@ impl Record {
     pub(crate) fn fingerprint<H: core::hash::Hasher>(&self, state: &mut H) {
         use core::hash::Hash;
         (self.activity, &self.claims, &self.parts, &self.progress).hash(state);
-        self.unpinned.hash(state);
         self.is_abandoned().hash(state);
     }
 

@@ -56,7 +56,8 @@ impl Virtqueue {
     /// Does all chains that are available in the queue of `size` descriptors at `base`.
     pub(crate) fn notify(&self, base: Gpa, size: u64) -> Outcome {
         let mut kept = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = kept.as_ref().filter(|(at, queue)| (*at, u64::from(queue.size())) == (base, size));
+        let known =
+            kept.as_ref().filter(|(at, queue)| (*at, u64::from(queue.size())) == (base, size));
         if known.is_none() {
             let Some(queue) = queue_at(base, size) else { return Outcome::Invalid };
             *kept = Some((base, queue));

@@ -15,7 +15,7 @@ fn scenario(memory: u64, vcpus: u8, seed: u64) -> Scenario {
         conversions: Conversions::KeepContents,
         virtqueue: true,
     })
-        .unwrap()
+    .unwrap()
 }
 
 /// Words by address. Of the pages of an area only one word is kept, each page's another.
