@@ -302,6 +302,7 @@ fn what_does_not_fit_is_refused() {
             vcpus,
             seed: 0,
             conversions: Conversions::KeepContents,
+            virtqueue: true,
         })
         .unwrap_err()
     };
