@@ -20,10 +20,11 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use polder_units::{PageIndex, PageRange};
 
+use crate::folio::Reshape;
 use crate::pin::PinGate;
 use crate::plant::{Bug, Plants};
 use crate::step::Undo;
-use crate::{Contents, Engine, Refusal, Step, View, Visibility, VmId};
+use crate::{Config, Contents, Engine, Refusal, Step, View, Visibility, VmId};
 
 /// Names an operation; never used twice.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -144,6 +145,9 @@ pub(crate) struct Record {
     pub(crate) claims: Vec<PageRange>,
     /// The pages that it changes; a part of the claims.
     pub(crate) parts: Vec<PageRange>,
+    /// The pages that a conversion was asked for; a part of the claims, too.
+    pub(crate) asked: Vec<PageRange>,
+    pub(crate) reshape: Reshape,
     progress: Progress,
     /// Whether pins of what it changes were looked for since it claimed it, and none was found.
     pub(crate) unpinned: bool,
@@ -234,12 +238,12 @@ impl Record {
     #[cfg(feature = "explore")]
     pub(crate) fn fingerprint<H: core::hash::Hasher>(&self, state: &mut H) {
         use core::hash::Hash;
-        (self.activity, &self.claims, &self.parts, &self.progress).hash(state);
+        (self.activity, &self.claims, &self.parts, &self.progress, &self.reshape).hash(state);
         self.is_abandoned().hash(state);
     }
 
     /// Turns it round: from here on its steps are those that undo what was done.
-    fn turn_back(&mut self, plants: Plants) {
+    fn turn_back(&mut self, plants: Plants, config: &Config) {
         let Progress::Forward { program, taken, issued } = &self.progress else { return };
         let failing = *issued && !plants.has(Bug::SkippedFailed);
         let reached = taken + usize::from(failing);
@@ -250,8 +254,9 @@ impl Record {
                 Undo::Nothing => {}
                 Undo::Step(undo) => back.push(undo),
                 Undo::Impossible => {
-                    back.push(Step::Quarantine(step.range()));
-                    quarantined.push(step.range());
+                    let range = config.granules(step.range());
+                    back.push(Step::Quarantine(range));
+                    quarantined.push(range);
                 }
             }
         }
@@ -285,8 +290,10 @@ impl Engine {
         if !self.plants.has(Bug::PinnedWhileDrained) {
             claims.iter().for_each(|&claim| self.pins.close(claim));
         }
+        let (asked, reshape) = (Vec::new(), Reshape::default());
         let unpinned = !activity.needs_unpinned();
-        let record = Record { id, activity, claims, parts, progress, unpinned, abandoned };
+        let record =
+            Record { id, activity, claims, parts, asked, reshape, progress, unpinned, abandoned };
         self.operations.push(record);
         Operation::new(id, lease)
     }
@@ -308,7 +315,7 @@ impl Engine {
             self.operations.iter_mut().find_map(|record| Some((record.claim_on(range)?, record)));
         let Some((held, record)) = met else { return Ok(()) };
         if record.is_abandoned() && !self.plants.has(Bug::AbandonedForgotten) {
-            record.turn_back(self.plants);
+            record.turn_back(self.plants, &self.config);
             return Err(Blocked::Abandoned(Operation::new(record.id, record.lease())));
         }
         Err(Blocked::Busy(Refusal::Busy { range, by: record.activity, held }))
@@ -369,8 +376,8 @@ impl Engine {
 
     /// Turns an operation round, at any stage.
     pub fn undo<S: Stage>(&mut self, operation: Operation<S>) -> Operation<Undoing> {
-        let plants = self.plants;
-        self.record_mut(operation.id).turn_back(plants);
+        let (plants, config) = (self.plants, self.config);
+        self.record_mut(operation.id).turn_back(plants, &config);
         Operation::new(operation.id, operation.lease)
     }
 
@@ -386,6 +393,7 @@ impl Engine {
     /// quarantined, which is the next step. What is in quarantine is neither given nor taken by the
     /// steps after that.
     pub fn undo_taken(&mut self, operation: &Operation<Undoing>, done: bool) {
+        let config = self.config;
         match &mut self.record_mut(operation.id).progress {
             Progress::Back { steps, taken, quarantined } => {
                 let step = steps[*taken];
@@ -394,8 +402,9 @@ impl Engine {
                     let rest = steps.split_off(*taken);
                     steps.extend(rest.into_iter().flat_map(|step| step.without(range)));
                 } else if !done {
-                    steps.insert(*taken, Step::Quarantine(step.range()));
-                    quarantined.push(step.range());
+                    let range = config.granules(step.range());
+                    steps.insert(*taken, Step::Quarantine(range));
+                    quarantined.push(range);
                 }
             }
             Progress::Forward { .. } => unreachable!("its handle would be of another type"),
