@@ -40,6 +40,7 @@ mod pin;
 mod prefault;
 mod statistics;
 mod sync;
+mod unpinned;
 mod vcpu;
 mod watch;
 
@@ -60,7 +61,7 @@ pub use error::Error;
 pub use host::{HostKind, Vm};
 pub use host_view::HostView;
 pub use memory::{Builder, Memory, OnBusy};
-pub use pin::Pin;
+pub use pin::{DeadPin, Pin, Pinner};
 pub use prefault::{Prefaulted, Vcpu};
 pub use statistics::{RmpStatistics, Statistics};
 pub use vcpu::{GuestExit, MachineVcpu};
