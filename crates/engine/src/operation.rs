@@ -235,7 +235,6 @@ impl Record {
     pub(crate) fn fingerprint<H: core::hash::Hasher>(&self, state: &mut H) {
         use core::hash::Hash;
         (self.activity, &self.claims, &self.parts, &self.progress).hash(state);
-        self.unpinned.hash(state);
         self.is_abandoned().hash(state);
     }
 
@@ -332,7 +331,9 @@ impl Engine {
     /// If the operation is not drained, or pins were not looked for ([`Engine::look_for_pins`]): no
     /// mapping may be touched before.
     pub fn next_step<S: Stage>(&mut self, operation: &Operation<S>) -> Option<Step> {
-        let drained = self.is_drained(operation) || self.plants.has(Bug::OneTableUnclaimed);
+        let given = [Bug::OneTableUnclaimed, Bug::DeniedWhileClaimed];
+        let given = given.into_iter().any(|bug| self.plants.has(bug));
+        let drained = given || self.is_drained(operation);
         assert!(drained, "a step was asked for before the range was drained");
         let unpinned = self.record(operation.id).unpinned;
         assert!(unpinned, "a step was asked for before pins were looked for");

@@ -144,8 +144,12 @@ impl Pins {
     #[cfg(feature = "explore")]
     pub(crate) fn fingerprint<H: core::hash::Hasher>(&self, state: &mut H) {
         use core::hash::Hash;
+        // Who has no pin is as good as not there.
         for (_, held) in &self.holders {
-            (&held.holder, held.kind, held.counts.pinned()).hash(state);
+            let pinned = held.counts.pinned();
+            if !pinned.is_empty() {
+                (&held.holder, held.kind, pinned).hash(state);
+            }
         }
         u64::MAX.hash(state);
         for pin in &self.exclusive {

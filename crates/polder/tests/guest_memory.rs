@@ -242,12 +242,12 @@ fn a_chain_of_a_virtqueue_is_in_the_way_of_a_conversion() {
     assert!(!rig.converts(pages(4, 5)), "the reader is there");
     let refused = rig.to(pages(8, 9), Visibility::Private).unwrap_err();
     assert!(refused.to_string().contains("page 0x8 is pinned (short) by virtio-blk"), "{refused}");
-    let bytes: [u8; 64] = reader.read_obj().unwrap();
+    let bytes: [u64; 8] = reader.read_obj().unwrap();
     writer.write_obj(bytes).unwrap();
     drop((reader, writer));
     queue.add_used(&guest, head, 64).unwrap();
     assert_eq!(guest.read_obj::<u16>(GuestAddress(2 * 4096 + 2)).unwrap(), 1, "the used index");
-    assert_eq!(guest.read_obj::<[u8; 64]>(at(0x108)).unwrap(), [5; 64]);
+    assert_eq!(guest.read_obj::<[u8; 32]>(at(0x108)).unwrap(), [5; 32]);
     assert!(rig.converts(pages(4, 9)), "the chain is done");
 
     rig.to(pages(4, 5), Visibility::Private).unwrap();
@@ -263,12 +263,10 @@ fn an_elf_image_is_loaded_into_shared_memory_and_refused_into_private() {
     let Some(rig) = Rig::new() else { return };
     let guest = rig.guest("linux-loader");
     let image = elf(0x10_2000, &[0x90; 100]);
-    let load = || {
-        Elf::load(guest.regions(), None, &mut std::io::Cursor::new(&image), None)
-    };
+    let load = || Elf::load(guest.regions(), None, &mut std::io::Cursor::new(&image), None);
     let loaded = load().unwrap();
     assert_eq!(loaded.kernel_load, GuestAddress(0x10_2000));
-    assert_eq!(guest.read_obj::<[u8; 100]>(GuestAddress(0x10_2000)).unwrap(), [0x90; 100]);
+    assert_eq!(guest.read_obj::<[u8; 32]>(GuestAddress(0x10_2000)).unwrap(), [0x90; 32]);
     assert!(rig.converts(pages(0, 64)), "nothing is held");
     rig.to(pages(2, 3), Visibility::Private).unwrap();
     assert!(load().is_err());
@@ -277,7 +275,8 @@ fn an_elf_image_is_loaded_into_shared_memory_and_refused_into_private() {
 /// A 64-bit ELF image with one segment of `bytes`, to be loaded and entered at `at`.
 fn elf(at: u64, bytes: &[u8]) -> Vec<u8> {
     let mut image = vec![0; 64 + 56];
-    let mut put = |place: usize, bytes: &[u8]| image[place..place + bytes.len()].copy_from_slice(bytes);
+    let mut put =
+        |place: usize, bytes: &[u8]| image[place..place + bytes.len()].copy_from_slice(bytes);
     put(0, b"\x7fELF\x02\x01\x01");
     // Executable, x86-64, version, entry, program headers at 64: one of 56 bytes.
     put(16, &[2, 0, 62, 0, 1, 0, 0, 0]);
@@ -286,7 +285,9 @@ fn elf(at: u64, bytes: &[u8]) -> Vec<u8> {
     put(52, &[64, 0, 56, 0, 1, 0]);
     // PT_LOAD, readable and executable: offset, virtual and physical address, sizes.
     put(64, &[1, 0, 0, 0, 5, 0, 0, 0]);
-    for (place, value) in [(72, 120), (80, at), (88, at), (96, bytes.len() as u64), (104, bytes.len() as u64)] {
+    for (place, value) in
+        [(72, 120), (80, at), (88, at), (96, bytes.len() as u64), (104, bytes.len() as u64)]
+    {
         put(place, &value.to_le_bytes());
     }
     image.extend_from_slice(bytes);

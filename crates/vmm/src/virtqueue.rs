@@ -56,7 +56,8 @@ impl Virtqueue {
     /// Does all chains that are available in the queue of `size` descriptors at `base`.
     pub(crate) fn notify(&self, base: Gpa, size: u64) -> Outcome {
         let mut kept = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = kept.as_ref().filter(|(at, queue)| (*at, u64::from(queue.size())) == (base, size));
+        let known =
+            kept.as_ref().filter(|(at, queue)| (*at, u64::from(queue.size())) == (base, size));
         if known.is_none() {
             let Some(queue) = queue_at(base, size) else { return Outcome::Invalid };
             *kept = Some((base, queue));
@@ -112,11 +113,11 @@ impl Virtqueue {
 /// the next page the used ring. `None` if there is no such size, or no such address.
 fn queue_at(base: Gpa, size: u64) -> Option<Queue> {
     let mut queue = Queue::new(SIZE_MAX).ok()?;
+    queue.try_set_size(u16::try_from(size).ok()?).ok()?;
     let available = base.checked_add(16 * size)?;
     // Flags, index, a ring of words of 2 bytes, and an event.
     let end = available.checked_add(2 * (3 + size))?;
     let used = end.get().checked_next_multiple_of(PAGE_SIZE)?;
-    queue.try_set_size(u16::try_from(size).ok()?).ok()?;
     let address = |gpa: u64| polder::vm_memory::GuestAddress(gpa);
     queue.try_set_desc_table_address(address(base.get())).ok()?;
     queue.try_set_avail_ring_address(address(available.get())).ok()?;
@@ -127,7 +128,55 @@ fn queue_at(base: Gpa, size: u64) -> Option<Queue> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use polder::units::{Gfn, PageCount, PageRange};
+    use polder::{Contents, Holder, Memory, OnBusy, Slot, Visibility};
+    use polder_require::{Facility, require};
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// Four pages, of which the last is private; and of them as a device sees them.
+    fn memory() -> Option<(Arc<Memory>, Virtqueue)> {
+        let memory = Memory::builder(PageCount::from(4)).shared().build();
+        let memory = Arc::new(require(Facility::Userfault, memory)?);
+        let vm = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm());
+        let vm = memory.attach(Arc::new(require(Facility::Kvm, vm)?)).unwrap();
+        let pages = |start, end| PageRange::between(start, end).unwrap();
+        memory.bind(vm, Slot(0), Gfn::from(0), pages(0, 4)).unwrap();
+        let private = (pages(3, 4), Visibility::Private);
+        memory.convert(private.0, private.1, Contents::Preserve, OnBusy::Wait).unwrap();
+        let guest = memory.guest_memory(vm, Holder::new("a device"), OnBusy::Wait).unwrap();
+        Some((memory, Virtqueue::new(guest)))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// Whatever a guest writes to its ring, the device comes to an end, and holds nothing.
+        #[test]
+        fn a_ring_of_any_words_ends(
+            words in prop::collection::vec(
+                prop_oneof![0..0x5000_u64, any::<u64>(), (0..4_u64, 0..8_u64).prop_map(|(flags, next)|
+                    64 | flags << 32 | next << 48)],
+                40,
+            ),
+            (base, size) in prop_oneof![Just((0, 8)), Just((0, 16)), any::<(u64, u64)>()],
+            again in 1..4,
+        ) {
+            let Some((memory, device)) = memory() else { return Ok(()) };
+            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            let vm = memory.bindings()[0].0;
+            memory.write(vm, Gpa::new(0), &bytes).unwrap();
+            for _ in 0..again {
+                let _ = device.notify(Gpa::new(base), size);
+            }
+            let all = PageRange::between(0, 4).unwrap();
+            let private = Visibility::Private;
+            let pages = memory.convert(all, private, Contents::Preserve, OnBusy::Refuse);
+            prop_assert_eq!(pages, Ok(PageCount::from(3)));
+        }
+    }
 
     #[test]
     fn a_queue_is_of_a_size_and_at_an_address_that_a_guest_can_have() {

@@ -192,7 +192,7 @@ mod tests {
             conversions: Conversions::LoseContents,
             virtqueue: true,
         })
-            .unwrap()
+        .unwrap()
     }
 
     #[test]

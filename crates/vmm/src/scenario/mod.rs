@@ -21,9 +21,9 @@ mod layout;
 mod op;
 mod random;
 mod refusal;
-mod virtqueue;
 #[cfg(test)]
 mod tests;
+mod virtqueue;
 
 pub use generate::{Config, Conversions, Scenario, ScenarioError};
 pub use layout::{BOOT_END, Layout, MEMORY_MAX, MEMORY_MIN, MMIO_END, MMIO_START, VCPUS_MAX, ram};

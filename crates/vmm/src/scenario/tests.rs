@@ -15,7 +15,7 @@ fn scenario(memory: u64, vcpus: u8, seed: u64) -> Scenario {
         conversions: Conversions::KeepContents,
         virtqueue: true,
     })
-        .unwrap()
+    .unwrap()
 }
 
 /// Words by address. Of the pages of an area only one word is kept, each page's another.
@@ -302,6 +302,7 @@ fn what_does_not_fit_is_refused() {
             vcpus,
             seed: 0,
             conversions: Conversions::KeepContents,
+            virtqueue: true,
         })
         .unwrap_err()
     };
