@@ -139,7 +139,11 @@ impl Engine {
 
     /// Refuses pins of pages that become private, and of others that would be cut off with them:
     /// of a folio that is to be split, and of a granule that the host view may have mapped.
-    fn check_pins_around(&self, parts: &[PageRange], reshape: &Reshape) -> Result<(), Refusal> {
+    pub(crate) fn check_pins_around(
+        &self,
+        parts: &[PageRange],
+        reshape: &Reshape,
+    ) -> Result<(), Refusal> {
         for &part in parts {
             self.check_pins(part)?;
             let around = self.granules(part);

@@ -81,7 +81,7 @@ pub use level::{LevelLimits, Limit};
 pub use merge::{Merged, Merging};
 pub use operation::{Activity, Blocked, OpId, Operation, Stage, Undoing};
 pub use page_map::{PageFacts, PageMap, PageReader, Population, Visibility};
-pub use pin::{AskEngine, Holder, Local, PinId, PinKind, Pinner};
+pub use pin::{AskEngine, Holder, Local, PinId, PinKind, Pinner, WaitFor, Waiting};
 #[cfg(feature = "plant")]
 pub use plant::Bug;
 pub use platform::{Contents, Platform};

@@ -12,8 +12,10 @@
 //! | `counts` | how many pins a holder has of each page |
 //! | `local` | pins that stay with their thread, which cost no atomic instruction |
 //! | `pinner` | how a holder pins |
+//! | `exclusive` | pins that exclude every other, and waiting for pins to go |
 
 mod counts;
+mod exclusive;
 mod gate;
 mod local;
 mod pinner;
@@ -26,13 +28,18 @@ use core::fmt;
 use polder_units::PageRange;
 
 use self::counts::Counts;
+use self::exclusive::{Exclusive, Waiter};
 use self::gate::Gate;
 use self::local::Places;
 use self::pinner::{Held, Shared};
+use crate::operation::Record;
 use crate::plant::Bug;
 use crate::sync::{AtomicU32, Ordering, fence};
-use crate::{Blocked, Engine, Operation, PageFacts, Population, Refusal, Stage, Visibility};
+use crate::{
+    Activity, Blocked, Engine, Operation, PageFacts, Population, Refusal, Stage, Visibility,
+};
 
+pub use exclusive::{WaitFor, Waiting};
 pub use local::Local;
 pub use pinner::{AskEngine, Pinner};
 
@@ -43,6 +50,9 @@ pub enum PinKind {
     Short,
     /// For as long as a device is set up (`FOLL_LONGTERM`).
     LongTerm,
+    /// With no other pin of any kind beside it, for as long as it is held (`FOLL_EXCLUSIVE`, as
+    /// it was proposed).
+    Exclusive,
 }
 
 impl fmt::Display for PinKind {
@@ -50,6 +60,7 @@ impl fmt::Display for PinKind {
         f.pad(match self {
             Self::Short => "short",
             Self::LongTerm => "long-term",
+            Self::Exclusive => "exclusive",
         })
     }
 }
@@ -76,6 +87,7 @@ impl fmt::Display for Holder {
 #[derive(PartialEq, Eq, Hash, Debug)]
 #[cfg_attr(feature = "explore", derive(Clone, Copy))]
 pub struct PinId {
+    /// Whose it is; of an exclusive pin, its own id.
     holder: u64,
     range: PageRange,
 }
@@ -95,12 +107,20 @@ pub(crate) struct Pins {
     holders: Vec<(u64, Arc<Held>)>,
     /// Whether some of them have ever counted on a barrier.
     barrier: bool,
+    exclusive: Vec<Exclusive>,
+    waiting: Vec<Waiter>,
 }
 
 impl Pins {
     pub(crate) fn new() -> Self {
         let shared = Shared { gate: Gate::new(), waiting: AtomicU32::new(0) };
-        Self { shared: Arc::new(shared), holders: Vec::new(), barrier: false }
+        Self {
+            shared: Arc::new(shared),
+            holders: Vec::new(),
+            barrier: false,
+            exclusive: Vec::new(),
+            waiting: Vec::new(),
+        }
     }
 
     /// Nobody pins these pages without asking, from here on. Pins are to be looked for after it.
@@ -135,6 +155,12 @@ impl Pins {
             }
         }
         u64::MAX.hash(state);
+        for pin in &self.exclusive {
+            (pin.range, &pin.holder).hash(state);
+        }
+        u64::MAX.hash(state);
+        self.waiting.iter().for_each(|waiter| waiter.fingerprint(state));
+        u64::MAX.hash(state);
     }
 }
 
@@ -160,7 +186,13 @@ impl Clone for Pins {
             places: None,
         };
         let holders = self.holders.iter().map(|(id, held)| (*id, Arc::new(copy(held))));
-        Self { shared: Arc::new(shared), holders: holders.collect(), barrier: false }
+        Self {
+            shared: Arc::new(shared),
+            holders: holders.collect(),
+            barrier: false,
+            exclusive: self.exclusive.clone(),
+            waiting: self.waiting.clone(),
+        }
     }
 }
 
@@ -208,18 +240,24 @@ impl Engine {
         (id, held)
     }
 
-    /// Pins pages, which must be shared: they stay shared until [`Engine::unpin`].
+    /// Pins pages, which must be shared: they stay shared until [`Engine::unpin`]. Exclusive pins
+    /// are taken by [`Engine::pin_exclusive`].
     ///
     /// # Errors
-    /// Refused beyond the object, for a page that is private, owed or in quarantine; busy where an
-    /// operation holds a page.
+    /// Refused beyond the object, for a page that is private, owed or in quarantine, and by an
+    /// exclusive pin; busy where an operation holds a page, or somebody waits for its pins to go.
+    ///
+    /// # Panics
+    /// For [`PinKind::Exclusive`].
     pub fn pin(
         &mut self,
         range: PageRange,
         kind: PinKind,
         holder: Holder,
     ) -> Result<PinId, Blocked> {
+        assert_ne!(kind, PinKind::Exclusive, "that takes a look for other pins");
         self.check_host_access(range)?;
+        self.check_waiting(range)?;
         let same = |held: &Held| held.kind == kind && held.holder == holder;
         let known = self.pins.holders.iter().find(|(_, held)| same(held));
         let (id, held) = match known {
@@ -232,7 +270,14 @@ impl Engine {
 
     /// Gives a pin back.
     pub fn unpin(&mut self, pin: PinId) {
-        self.pins.held(pin.holder).counts.remove(pin.range);
+        let pins = &mut self.pins;
+        match pins.exclusive.iter().position(|exclusive| exclusive.id == pin.holder) {
+            Some(at) => {
+                pins.exclusive.swap_remove(at);
+                pins.gate().open(pin.range);
+            }
+            None => pins.held(pin.holder).counts.remove(pin.range),
+        }
     }
 
     /// Pins pages for a holder that could not do so by itself.
@@ -241,6 +286,7 @@ impl Engine {
     /// As [`Engine::pin`].
     pub fn pin_as(&mut self, pinner: &Pinner, range: PageRange) -> Result<(), Blocked> {
         self.check_host_access(range)?;
+        self.check_waiting(range)?;
         pinner.held.counts.add(range);
         Ok(())
     }
@@ -256,6 +302,7 @@ impl Engine {
         range: PageRange,
     ) -> Result<Local<'a>, Blocked> {
         self.check_host_access(range)?;
+        self.check_waiting(range)?;
         Ok(pinner.note(thread, range))
     }
 
@@ -267,7 +314,7 @@ impl Engine {
 
     /// Notes that somebody waits for pins to go, and is to be told of each that does; or that he
     /// does no more.
-    pub fn wait_for_unpin(&mut self, waits: bool) {
+    fn wait_for_unpin(&mut self, waits: bool) {
         let waiting = &self.pins.shared.waiting;
         match waits {
             true => waiting.fetch_add(1, Ordering::SeqCst),
@@ -285,9 +332,11 @@ impl Engine {
     /// claimed and goes: asking a few times more is worth the while.
     pub fn look_for_pins<S: Stage>(&mut self, operation: &Operation<S>) -> Result<(), Refusal> {
         if !self.plants.has(Bug::PinsForgotten) {
-            let record = self.record(operation.id());
-            if record.activity.needs_unpinned() {
-                record.parts.iter().try_for_each(|&part| self.check_pins(part))?;
+            let Record { activity, parts, reshape, .. } = self.record(operation.id());
+            match activity {
+                Activity::Discard => parts.iter().try_for_each(|&part| self.check_pins(part))?,
+                activity if activity.needs_unpinned() => self.check_pins_around(parts, reshape)?,
+                _ => {}
             }
         }
         self.record_mut(operation.id()).unpinned = true;
@@ -298,9 +347,13 @@ impl Engine {
     pub(crate) fn check_pins(&self, range: PageRange) -> Result<(), Refusal> {
         let holders = self.pins.holders.iter();
         let first = holders.filter_map(|(_, held)| Some((held.first_in(range)?, held)));
-        match first.min_by_key(|&(page, _)| page) {
-            Some((page, held)) => {
-                Err(Refusal::Pinned { page, kind: held.kind, holder: held.holder.clone() })
+        let counted = first.map(|(page, held)| (page, held.kind, &held.holder));
+        let exclusive = self.pins.exclusive.iter().filter_map(|pin| {
+            Some((pin.range.intersection(range)?.start(), PinKind::Exclusive, &pin.holder))
+        });
+        match counted.chain(exclusive).min_by_key(|&(page, ..)| page) {
+            Some((page, kind, holder)) => {
+                Err(Refusal::Pinned { page, kind, holder: holder.clone() })
             }
             None => Ok(()),
         }

@@ -54,6 +54,8 @@ pub enum Bug {
     PinsForgotten,
     /// Pages that an operation has claimed can be pinned by who does not ask the engine.
     PinnedWhileDrained,
+    /// An exclusive pin is granted without a look at pins that were taken without the lock.
+    ExclusiveUnchecked,
     /// A touch of a page whose contents are to come is answered.
     OwedShown,
     /// A folio is split though all of it is converted.

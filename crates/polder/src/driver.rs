@@ -19,9 +19,9 @@ use std::time::Duration;
 mod tests;
 
 use polder_engine::{
-    Answer, Blocked, Config, Contents, ConversionRequest, Converted, Copying, Engine, GuestAccess,
-    GuestAnswer, MemoryFault, Operation, Refusal, Response, Slot, Stage, Start, Step, Undoing,
-    Visibility, VmId,
+    Activity, Answer, Blocked, Config, Contents, ConversionRequest, Converted, Copying, Engine,
+    GuestAccess, GuestAnswer, MemoryFault, Operation, Refusal, Response, Slot, Stage, Start, Step,
+    Undoing, Visibility, VmId,
 };
 use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
@@ -29,8 +29,9 @@ use crate::host::views::Views;
 use crate::host::{Host, Smashed};
 use crate::statistics::Counters;
 use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::unpinned::Patience;
 use crate::watch::{Moment, Reached, Watch};
-use crate::{Error, OnBusy, Vcpu};
+use crate::{DeadPin, Error, OnBusy, Vcpu};
 
 /// [`Driver::ask_again`], as a rule.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
@@ -39,17 +40,11 @@ const ASK_AGAIN: Duration = Duration::from_millis(20);
 const UNDO_TRIES: u32 = 100;
 const UNDO_PAUSE: Duration = Duration::from_millis(1);
 
-/// How often pins are looked for before they refuse an operation, and how long is waited in between
-/// once others had their turn so often.
-const PIN_LOOKS: u32 = 40;
-const PIN_YIELDS: u32 = 20;
-const PIN_PAUSE: Duration = Duration::from_micros(50);
-
 pub(crate) struct Driver {
     engine: Mutex<Engine>,
     /// A thread panicked while it held the lock: the engine may be half-changed.
     broken: AtomicBool,
-    changed: Condvar,
+    pub(crate) changed: Condvar,
     pub(crate) host: Box<dyn Host>,
     pub(crate) counters: Counters,
     /// After how long a waiter asks again by itself: a claim whose thread died is released by
@@ -57,11 +52,13 @@ pub(crate) struct Driver {
     pub(crate) ask_again: Duration,
     /// Who is told what happens.
     pub(crate) watch: OnceLock<Arc<dyn Watch>>,
+    /// Pins that were given back because their holder's thread panicked.
+    pub(crate) dead_pins: Mutex<Vec<DeadPin>>,
 }
 
 /// The engine, locked.
 pub(crate) struct Locked<'a> {
-    engine: MutexGuard<'a, Engine>,
+    pub(crate) engine: MutexGuard<'a, Engine>,
     broken: &'a AtomicBool,
     /// Whether the thread was unwinding already, and so does not panic because of the engine.
     unwinding: bool,
@@ -132,6 +129,7 @@ impl Driver {
             counters: Counters::default(),
             ask_again: ASK_AGAIN,
             watch: OnceLock::new(),
+            dead_pins: Mutex::default(),
         }
     }
 
@@ -167,7 +165,18 @@ impl Driver {
     /// Waits until a claim was released, or for a while.
     fn wait(&self, locked: &mut Locked<'_>) {
         self.tell(Moment::Waits);
-        self.changed.wait_for(&mut locked.engine, self.ask_again);
+        self.wait_for(locked, self.ask_again);
+    }
+
+    /// Waits until a claim was released, or so long.
+    pub(crate) fn wait_for(&self, locked: &mut Locked<'_>, at_most: Duration) {
+        self.changed.wait_for(&mut locked.engine, at_most);
+        assert!(!self.broken.load(Ordering::Relaxed), "the engine broke an invariant of its own");
+    }
+
+    /// Does something with the engine's lock given up.
+    pub(crate) fn without<'a>(&'a self, locked: &mut Locked<'a>, act: impl FnOnce()) {
+        MutexGuard::unlocked(&mut locked.engine, act);
         assert!(!self.broken.load(Ordering::Relaxed), "the engine broke an invariant of its own");
     }
 
@@ -202,8 +211,10 @@ impl Driver {
                 Err(Blocked::Refused(refusal)) => return Err(refusal.into()),
                 Err(Blocked::Busy(refusal)) => match on_busy {
                     OnBusy::Refuse => return Err(refusal.into()),
-                    OnBusy::Wait if stop() => return Err(Error::Interrupted),
-                    OnBusy::Wait => self.wait(&mut engine),
+                    OnBusy::Wait | OnBusy::WaitForPins { .. } if stop() => {
+                        return Err(Error::Interrupted);
+                    }
+                    OnBusy::Wait | OnBusy::WaitForPins { .. } => self.wait(&mut engine),
                 },
                 Err(Blocked::Abandoned(operation)) => {
                     drop(engine);
@@ -214,9 +225,24 @@ impl Driver {
         }
     }
 
+    /// Converts pages, as [`Self::convert_now`]; where pins are in the way and are to be waited
+    /// for, once they are gone.
+    pub(crate) fn convert(
+        &self,
+        find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
+        (to, contents): (Visibility, Contents),
+        by: Option<VmId>,
+        on_busy: OnBusy,
+    ) -> Result<Option<Converted>, Error> {
+        let activity = Activity::Conversion { to, contents, by };
+        self.unpinned(on_busy, activity, &find, || {
+            self.convert_now(&find, (to, contents), by, on_busy)
+        })
+    }
+
     /// Converts pages: all of them, or none. The pages are found and claimed in one hold of the
     /// lock, so that no slot can move under the request.
-    pub(crate) fn convert(
+    fn convert_now(
         &self,
         find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
         (to, contents): (Visibility, Contents),
@@ -257,8 +283,14 @@ impl Driver {
         Ok(())
     }
 
-    /// Drops the contents of pages.
+    /// Drops the contents of pages; where pins are in the way and are to be waited for, once they
+    /// are gone.
     pub(crate) fn discard(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
+        let find = |_: &Engine| Ok(vec![range]);
+        self.unpinned(on_busy, Activity::Discard, find, || self.discard_now(range, on_busy))
+    }
+
+    fn discard_now(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
         let discard = self.claim(on_busy, |engine| engine.discard(range))?;
         let discard = self.reached(discard, Reached::Claimed);
         let discard = self.reached(self.drain(discard)?, Reached::Drained);
@@ -423,26 +455,15 @@ impl Driver {
     }
 
     /// Looks for pins of what an operation claims that were taken without the lock, and waits for
-    /// the answers and copies in flight on it. Pins that are found are waited for a little: of
-    /// those that pass by themselves, somebody copies a few bytes, or has found that he came too
-    /// late; no other comes any more.
+    /// the answers and copies in flight on it.
     fn drain<S: Stage>(&self, operation: Operation<S>) -> Result<Operation<S>, Error> {
-        let mut engine = self.engine();
-        if engine.needs_barrier() {
-            drop(engine);
-            polder_linux::barrier();
-            engine = self.engine();
-        }
-        let mut tried = 0;
+        let mut engine = self.pass_barrier();
+        let mut patience = Patience::short();
         while let Err(refusal) = engine.look_for_pins(&operation) {
-            drop(engine);
-            tried += 1;
-            match tried {
-                PIN_LOOKS.. => return Err(self.fail(operation, refusal.into())),
-                PIN_YIELDS.. => crate::sync::sleep(PIN_PAUSE),
-                _ => crate::sync::yield_now(),
+            if !self.wait_for_unpin(&mut engine, &mut patience) {
+                drop(engine);
+                return Err(self.fail(operation, refusal.into()));
             }
-            engine = self.engine();
         }
         while !engine.is_drained(&operation) {
             self.wait(&mut engine);

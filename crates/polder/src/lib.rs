@@ -42,6 +42,7 @@ mod pin;
 mod prefault;
 mod statistics;
 mod sync;
+mod unpinned;
 mod vcpu;
 mod watch;
 
@@ -66,7 +67,7 @@ pub use host_view::HostView;
 pub use huge_pool::HugePool;
 pub use memory::{Builder, Memory, OnBusy};
 pub use page_size::{PageSize, UnknownPageSize};
-pub use pin::Pin;
+pub use pin::{DeadPin, Pin, Pinner};
 pub use prefault::{Prefaulted, Vcpu};
 pub use statistics::{RmpStatistics, Statistics};
 pub use vcpu::{GuestExit, MachineVcpu};

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use polder_engine::pool::PoolCounts;
 use polder_engine::{
@@ -27,7 +28,7 @@ use crate::statistics::Statistics;
 use crate::sync::RwLock;
 use crate::vcpu::MachineVcpu;
 use crate::watch::Watch;
-use crate::{HostView, HugePool, PageSize, Pin};
+use crate::{DeadPin, HostView, HugePool, PageSize, Pin, Pinner};
 
 /// What to do when another operation holds a part of the range.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -36,6 +37,15 @@ pub enum OnBusy {
     Wait,
     /// Fail with [`Refusal::Busy`].
     Refuse,
+    /// Wait until it has ended; and where pins are in the way, until they are gone, which no new
+    /// ones come between. [`Refusal::Pinned`] names who has not let go of his in time.
+    ///
+    /// Whoever holds a pin and waits for another one of the same range waits for himself: in the
+    /// end both fail.
+    WaitForPins {
+        /// How long to wait for pins, at most.
+        at_most: Duration,
+    },
 }
 
 /// How to make a [`Memory`].
@@ -507,13 +517,54 @@ impl Memory {
     }
 
     /// Pins pages of the object, which must be shared: they stay shared until the pin is dropped.
+    /// Waits for operations. Who pins often takes a [`Memory::pinner`].
     ///
     /// # Errors
-    /// [`Refusal::Private`] and the other refusals, naming the page.
+    /// [`Refusal::Private`] and the other refusals, naming the page; [`Refusal::Pinned`] by an
+    /// exclusive pin, and for one by any other.
     pub fn pin(&self, range: PageRange, kind: PinKind, holder: Holder) -> Result<Pin<'_>, Error> {
-        let pinned = |engine: &mut Engine| engine.pin(range, kind, holder.clone());
-        let id = self.driver.claim(OnBusy::Wait, pinned)?;
-        Ok(Pin { memory: self, id: Some(id), range })
+        self.pin_or(range, kind, holder, OnBusy::Wait)
+    }
+
+    /// [`Memory::pin`] that does `on_busy` where an operation is in the way; or, of an exclusive
+    /// pin, another pin.
+    ///
+    /// # Errors
+    /// As [`Memory::pin`], and [`Refusal::Busy`].
+    pub fn pin_or(
+        &self,
+        range: PageRange,
+        kind: PinKind,
+        holder: Holder,
+        on_busy: OnBusy,
+    ) -> Result<Pin<'_>, Error> {
+        let id = match kind {
+            PinKind::Exclusive => self.driver.pin_exclusive(range, &holder, on_busy)?,
+            PinKind::Short | PinKind::LongTerm => {
+                self.driver.claim(on_busy, |engine| engine.pin(range, kind, holder.clone()))?
+            }
+        };
+        Ok(Pin::by_id(&self.driver, id, (kind, holder)))
+    }
+
+    /// A holder that pins often: without the engine's lock, where nothing is in the way.
+    ///
+    /// # Errors
+    /// [`Error::NotOffered`] for [`PinKind::Exclusive`].
+    pub fn pinner(&self, kind: PinKind, holder: Holder) -> Result<Pinner<'_>, Error> {
+        if kind == PinKind::Exclusive {
+            return Err(Error::NotOffered {
+                what: "an exclusive pin needs a look at all others",
+                way_out: "take each by Memory::pin",
+            });
+        }
+        let pinner = self.driver.engine().pinner(holder, kind);
+        Ok(Pinner { driver: &self.driver, pinner })
+    }
+
+    /// The pins that were given back because their holder's thread panicked, the last few of them.
+    pub fn pins_of_the_dead(&self) -> Vec<DeadPin> {
+        self.driver.dead_pins.lock().clone()
     }
 
     /// Says what a guest's access that KVM gave up on means (`KVM_EXIT_MMIO` without a device,
