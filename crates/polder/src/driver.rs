@@ -44,7 +44,7 @@ pub(crate) struct Driver {
     engine: Mutex<Engine>,
     /// A thread panicked while it held the lock: the engine may be half-changed.
     broken: AtomicBool,
-    pub(crate) changed: Condvar,
+    changed: Condvar,
     pub(crate) host: Box<dyn Host>,
     pub(crate) counters: Counters,
     /// After how long a waiter asks again by itself: a claim whose thread died is released by
@@ -58,7 +58,7 @@ pub(crate) struct Driver {
 
 /// The engine, locked.
 pub(crate) struct Locked<'a> {
-    pub(crate) engine: MutexGuard<'a, Engine>,
+    engine: MutexGuard<'a, Engine>,
     broken: &'a AtomicBool,
     /// Whether the thread was unwinding already, and so does not panic because of the engine.
     unwinding: bool,
@@ -171,12 +171,6 @@ impl Driver {
     /// Waits until a claim was released, or so long.
     pub(crate) fn wait_for(&self, locked: &mut Locked<'_>, at_most: Duration) {
         self.changed.wait_for(&mut locked.engine, at_most);
-        assert!(!self.broken.load(Ordering::Relaxed), "the engine broke an invariant of its own");
-    }
-
-    /// Does something with the engine's lock given up.
-    pub(crate) fn without<'a>(&'a self, locked: &mut Locked<'a>, act: impl FnOnce()) {
-        MutexGuard::unlocked(&mut locked.engine, act);
         assert!(!self.broken.load(Ordering::Relaxed), "the engine broke an invariant of its own");
     }
 
@@ -460,9 +454,9 @@ impl Driver {
         let mut engine = self.pass_barrier();
         let mut patience = Patience::short();
         while let Err(refusal) = engine.look_for_pins(&operation) {
-            if !self.wait_for_unpin(&mut engine, &mut patience) {
-                drop(engine);
-                return Err(self.fail(operation, refusal.into()));
+            match self.wait_for_unpin(engine, &mut patience) {
+                Some(again) => engine = again,
+                None => return Err(self.fail(operation, refusal.into())),
             }
         }
         while !engine.is_drained(&operation) {

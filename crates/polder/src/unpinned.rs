@@ -73,24 +73,24 @@ impl Driver {
         self.engine()
     }
 
-    /// Lets a little time pass, with the lock given up; `false` when patience is at its end.
+    /// Lets a little time pass, with the lock given up; `None` when patience is at its end.
     pub(crate) fn wait_for_unpin<'a>(
         &'a self,
-        engine: &mut Locked<'a>,
+        mut engine: Locked<'a>,
         patience: &mut Patience,
-    ) -> bool {
+    ) -> Option<Locked<'a>> {
         patience.looked += 1;
         if let (Some(deadline), YIELDS..) = (patience.deadline, patience.looked) {
-            let Some(left) = deadline.left() else { return false };
-            self.wait_for(engine, left.min(LOOK_AGAIN));
-            return true;
+            self.wait_for(&mut engine, deadline.left()?.min(LOOK_AGAIN));
+            return Some(engine);
         }
+        drop(engine);
         match patience.looked {
-            LOOKS.. => return false,
-            YIELDS.. => self.without(engine, || crate::sync::sleep(PAUSE)),
-            _ => self.without(engine, crate::sync::yield_now),
+            LOOKS.. => return None,
+            YIELDS.. => crate::sync::sleep(PAUSE),
+            _ => crate::sync::yield_now(),
         }
-        true
+        Some(self.engine())
     }
 
     /// Makes an attempt; if pins are in its way and `on_busy` says so, again once they are gone.
@@ -115,9 +115,9 @@ impl Driver {
         let closed = Closed { driver: self, waiting: Some(waiting) };
         let mut engine = self.pass_barrier();
         while let Some(refusal) = closed.waiting.as_ref().and_then(|it| engine.still_pinned(it)) {
-            if !self.wait_for_unpin(&mut engine, &mut patience) {
-                drop(engine);
-                return Err(refusal.into());
+            match self.wait_for_unpin(engine, &mut patience) {
+                Some(again) => engine = again,
+                None => return Err(refusal.into()),
             }
         }
         drop(engine);
@@ -144,9 +144,13 @@ impl Driver {
             };
             closed.waiting = Some(waiting);
             let passes = matches!(refusal, Refusal::Pinned { .. } | Refusal::Busy { .. });
-            if !passes || !self.wait_for_unpin(&mut engine, &mut patience) {
+            if !passes {
                 drop(engine);
                 return Err(refusal.into());
+            }
+            match self.wait_for_unpin(engine, &mut patience) {
+                Some(again) => engine = again,
+                None => return Err(refusal.into()),
             }
         }
         unreachable!("the wait goes on until it is over")
