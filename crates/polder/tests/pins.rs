@@ -5,9 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use polder::units::{PageCount, PageRange};
-use polder::{
-    Contents, Error, Holder, HostKind, Memory, OnBusy, PinKind, Refusal, Visibility,
-};
+use polder::{Contents, Error, Holder, HostKind, Memory, OnBusy, PinKind, Refusal, Visibility};
 
 use PinKind::{Exclusive, LongTerm, Short};
 use Visibility::{Private, Shared};
@@ -45,7 +43,10 @@ fn a_holder_pins_and_unpins_and_is_named() {
     assert_eq!(all(), Err(pinned(3, Short, "virtio-blk")));
     drop(first);
     assert_eq!(all(), Err(pinned(5, LongTerm, "virtio-net")));
-    assert_eq!(memory.discard(pages(15, 16), OnBusy::Wait), Err(pinned(15, LongTerm, "virtio-net")));
+    assert_eq!(
+        memory.discard(pages(15, 16), OnBusy::Wait),
+        Err(pinned(15, LongTerm, "virtio-net"))
+    );
     to(&memory, pages(0, 5), Private, OnBusy::Wait).unwrap();
     assert_eq!(second.range(), pages(5, 16));
     drop(second);
@@ -176,19 +177,18 @@ fn no_pin_is_beside_an_exclusive_one_and_no_pinned_page_is_private() {
     let memory = memory();
     // Plain pins of each page, and from bit 32 on exclusive ones.
     let held: Vec<AtomicU64> = (0..16).map(|_| AtomicU64::new(0)).collect();
-    let (stop, exclusives, plains) =
-        (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    let (stop, exclusives, plains) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
     std::thread::scope(|scope| {
-        for offset in 0..2_u64 {
+        for offset in 0..2_usize {
             let (memory, held, stop, exclusives) = (&memory, &held, &stop, &exclusives);
             scope.spawn(move || {
                 let mut at = offset;
                 while !stop.load(Ordering::Relaxed) {
                     at = (at * 5 + 3) % 13;
                     let holder = Holder::new("a hypervisor");
-                    let pin = memory.pin(pages(at, at + 3), Exclusive, holder);
+                    let pin = memory.pin(pages(at as u64, at as u64 + 3), Exclusive, holder);
                     let Ok(pin) = pin else { continue };
-                    for page in &held[at as usize..at as usize + 3] {
+                    for page in &held[at..at + 3] {
                         assert_eq!(page.fetch_add(1 << 32, Ordering::SeqCst), 0, "nobody else");
                         page.fetch_sub(1 << 32, Ordering::SeqCst);
                     }
@@ -197,17 +197,18 @@ fn no_pin_is_beside_an_exclusive_one_and_no_pinned_page_is_private() {
                 }
             });
         }
-        for offset in 0..2_u64 {
+        for offset in 0..2_usize {
             let (memory, held, stop, plains) = (&memory, &held, &stop, &plains);
             scope.spawn(move || {
                 let queue = memory.pinner(Short, Holder::new("a queue")).unwrap();
                 let mut at = offset;
                 while !stop.load(Ordering::Relaxed) {
                     at = (at * 5 + 1) % 16;
-                    let Ok(pin) = queue.pin(pages(at, at + 1), OnBusy::Wait) else { continue };
-                    let page = &held[at as usize];
+                    let range = pages(at as u64, at as u64 + 1);
+                    let Ok(pin) = queue.pin(range, OnBusy::Wait) else { continue };
+                    let page = &held[at];
                     assert_eq!(page.fetch_add(1, Ordering::SeqCst) >> 32, 0, "no exclusive pin");
-                    let facts = memory.facts(pages(at, at + 1)).unwrap();
+                    let facts = memory.facts(range).unwrap();
                     assert_eq!(facts[0].1.visibility, Shared);
                     page.fetch_sub(1, Ordering::SeqCst);
                     drop(pin);
