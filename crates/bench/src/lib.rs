@@ -19,6 +19,7 @@ mod access;
 mod here;
 mod machine;
 mod map;
+mod prefault;
 mod turns;
 
 use serde::Serialize;
@@ -95,7 +96,7 @@ pub struct Report {
 }
 
 /// Every bench.
-pub const ALL: &[Bench] = &[map::BENCH, machine::BENCH, access::BENCH];
+pub const ALL: &[Bench] = &[map::BENCH, machine::BENCH, access::BENCH, prefault::BENCH];
 
 /// No bench has this name.
 #[derive(Debug, thiserror::Error)]
