@@ -16,6 +16,7 @@
 //!   measured at the size of the case is measured at another, and the note says at which.
 
 mod here;
+mod hugepages;
 mod machine;
 mod map;
 mod turns;
@@ -94,7 +95,7 @@ pub struct Report {
 }
 
 /// Every bench.
-pub const ALL: &[Bench] = &[map::BENCH, machine::BENCH];
+pub const ALL: &[Bench] = &[hugepages::BENCH, map::BENCH, machine::BENCH];
 
 /// No bench has this name.
 #[derive(Debug, thiserror::Error)]

@@ -153,6 +153,7 @@ impl Scenario {
                 op,
                 Op::Fill { .. }
                     | Op::Store { .. }
+                    | Op::Roam { .. }
                     | Op::SetFlag { .. }
                     | Op::WaitFlag { .. }
                     | Op::Done
