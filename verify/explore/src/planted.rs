@@ -214,7 +214,7 @@ pub const ALL: &[PlantedBug] = &[
         "of a folio that is split or merged the rest is not claimed",
         EngineBug::NeighboursUnclaimed,
         "folios",
-        "INV-2",
+        "INV-4",
     ),
     engine(
         "reshaped-while-pinned",
