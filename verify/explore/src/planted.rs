@@ -68,6 +68,9 @@ impl PlantedBug {
         if (setup.first_gfn, setup.slot_pages) != (setup.first_page, setup.pages) {
             return Err("its slot does not show all pages from the first on".into());
         }
+        if setup.pooled {
+            return Err("its huge pages have two pages or four".into());
+        }
         // In a scenario no step is made to fail and no thread dies, and a huge page has 512 pages.
         let held = Setup { held: true, huge: false, failures: 0, deaths: 0, ..setup };
         let found = search::shortest(&World::new(&held), SHORTEST_AMONG, &mut |_, _| true);
