@@ -19,6 +19,7 @@ mod here;
 mod hugepages;
 mod machine;
 mod map;
+mod prefault;
 mod turns;
 
 use serde::Serialize;
@@ -95,7 +96,7 @@ pub struct Report {
 }
 
 /// Every bench.
-pub const ALL: &[Bench] = &[hugepages::BENCH, map::BENCH, machine::BENCH];
+pub const ALL: &[Bench] = &[hugepages::BENCH, map::BENCH, machine::BENCH, prefault::BENCH];
 
 /// No bench has this name.
 #[derive(Debug, thiserror::Error)]
