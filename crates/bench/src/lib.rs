@@ -17,6 +17,7 @@
 
 mod access;
 mod here;
+mod hugepages;
 mod machine;
 mod map;
 mod prefault;
@@ -96,7 +97,8 @@ pub struct Report {
 }
 
 /// Every bench.
-pub const ALL: &[Bench] = &[map::BENCH, machine::BENCH, access::BENCH, prefault::BENCH];
+pub const ALL: &[Bench] =
+    &[access::BENCH, hugepages::BENCH, map::BENCH, machine::BENCH, prefault::BENCH];
 
 /// No bench has this name.
 #[derive(Debug, thiserror::Error)]

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use polder::units::{ByteSize, PAGE_SIZE, PageCount, PageRange};
+use polder::units::{ByteSize, Level, PAGE_SIZE, PageCount, PageRange};
 use polder::{PageFacts, Visibility};
 
 const COLUMNS: u64 = 64;
@@ -40,6 +40,7 @@ pub(crate) fn draw(
     pages: PageCount,
     facts: &[(PageRange, PageFacts)],
     touched: &[PageRange],
+    folios: &[(PageRange, Level)],
 ) -> String {
     let per_cell = pages.get().div_ceil(COLUMNS * ROWS).next_power_of_two();
     let mut cells = Vec::new();
@@ -61,6 +62,12 @@ pub(crate) fn draw(
         let offset = ByteSize::new(row * COLUMNS * per_cell * PAGE_SIZE).to_string();
         let glyphs: String = glyphs.iter().collect();
         let _ = writeln!(picture, "  {offset:>6} {glyphs}");
+        if folios.iter().any(|(_, level)| *level > Level::Size4K) {
+            let first = row * COLUMNS * per_cell;
+            let cells = (0..glyphs.chars().count() as u64).map(|cell| first + cell * per_cell);
+            let levels: String = cells.map(|at| letter(at, at + per_cell, folios)).collect();
+            let _ = writeln!(picture, "         {levels}");
+        }
     }
     let size = |pages: u64| ByteSize::new(pages * PAGE_SIZE);
     let _ = writeln!(
@@ -72,6 +79,18 @@ pub(crate) fn draw(
         size(per_cell),
     );
     picture
+}
+
+/// The level of the smallest folio in the pages `[start..end)`, as a letter.
+fn letter(start: u64, end: u64, folios: &[(PageRange, Level)]) -> char {
+    let first = folios.partition_point(|(run, _)| run.end() <= start);
+    let within = folios[first..].iter().take_while(|(run, _)| run.start().get() < end);
+    match within.map(|(_, level)| *level).min() {
+        Some(Level::Size1G) => 'G',
+        Some(Level::Size2M) => 'M',
+        Some(Level::Size4K) => 'k',
+        None => ' ',
+    }
 }
 
 /// The runs of equal visibility in the pages `[start..end)`, and how many pages of each were
@@ -112,11 +131,14 @@ mod tests {
             (range(8, 16), facts(Visibility::Private)),
         ];
         let touched = [range(0, 7), range(9, 10)];
-        let picture = draw(PageCount::from(1024), &runs, &touched);
+        let picture = draw(PageCount::from(1024), &runs, &touched, &[]);
         assert!(picture.starts_with("       0 █▒█·"), "{picture}");
         assert!(picture.contains("private 24K   ░ shared 8K"), "{picture}");
-        let picture = draw(PageCount::from(16), &runs, &touched);
+        let picture = draw(PageCount::from(16), &runs, &touched, &[]);
         assert!(picture.starts_with("       0 █████░░··█······\n"), "{picture}");
         assert!(picture.contains("untouched 32K"), "{picture}");
+        let folios = [(range(0, 8), Level::Size2M), (range(8, 16), Level::Size4K)];
+        let picture = draw(PageCount::from(16), &runs, &touched, &folios);
+        assert!(picture.contains("\n         MMMMMMMMkkkkkkkk\n"), "{picture}");
     }
 }

@@ -415,7 +415,7 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
         mapped = memory.host_faults,
         denied = memory.denied,
         levels = levels(arguments, report),
-        picture = picture::draw(pages, &report.facts, &report.touched),
+        picture = picture::draw(pages, &report.facts, &report.touched, &report.folios),
     )
 }
 

@@ -168,6 +168,22 @@ fn misbehaving_guests_end_and_are_named() {
 }
 
 #[test]
+fn memory_of_huge_pages_is_reported_with_its_levels_splits_and_pool() {
+    let huge = output("run --json --host machine --memory 16M --page-size 2m --guest triple-fault");
+    let report = json(&huge);
+    assert_eq!(report["page_size"], "2m", "{report}");
+    let levels = |level| report["levels"][level].as_u64().expect("a count");
+    assert_eq!(levels("4k") + 512 * levels("2m"), 4096, "{report}");
+    assert_eq!(report["pool"]["total"], 8);
+    assert!(report["splits"].is_u64() && report["merges"].is_u64(), "{report}");
+    let text = output("run --host machine --memory 16M --page-size 2m --guest triple-fault");
+    let text = String::from_utf8_lossy(&text.stdout).into_owned();
+    assert!(text.contains("MMMM") && text.contains("pool "), "{text}");
+    let small = output("run --json --host machine --memory 16M --guest triple-fault");
+    assert!(json(&small)["pool"].is_null());
+}
+
+#[test]
 fn an_interrupt_ends_the_run_with_a_report() {
     if !can_run() {
         return;
@@ -194,7 +210,9 @@ fn impossible_arguments_are_refused_with_a_way_out() {
         ("--vcpus 0", "1 to 4"),
         ("--vcpus 5000", "1 to 4"),
         ("--vcpus many", "invalid value"),
-        ("--page-size 2m", "4k is"),
+        ("--page-size 3m", "4k, thp, 2m or 1g"),
+        ("--host machine --page-size thp", "--page-size 2m or 1g"),
+        ("--host machine --memory 17M --page-size 2m", "multiple of the page size"),
         ("--host abacus", "possible values"),
         ("--seed -1", "--help"),
         ("--timeout soon", "invalid value"),

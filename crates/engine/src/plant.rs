@@ -66,6 +66,8 @@ pub enum Bug {
     ReshapedWhilePinned,
     /// The level of a mapping is that of the folio, also where its pages are of two kinds.
     StaleLevel,
+    /// A population of some pages of a folio counts for all of it: they are in the page cache.
+    FolioPopulated,
     /// A huge page that its last unpin has given back is given back again.
     ReturnedTwice,
     /// Taking a page back that was not used loses the promise it was taken on.

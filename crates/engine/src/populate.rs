@@ -70,6 +70,10 @@ impl Engine {
     pub fn finish_population(&mut self, population: Operation<Published>) -> Option<Answer> {
         let record = self.finish(&population);
         self.pages.set_population(record.parts[0], Population::Whole);
+        if self.plants.has(Bug::FolioPopulated) {
+            let all = PageRange::between(0, self.config.pages.get()).expect("an object has pages");
+            self.pages.set_population(all, Population::Whole);
+        }
         let shown = self.whole_granules(record.claims[0])?;
         Some(self.answer(View::Guest, shown, Response::Map))
     }

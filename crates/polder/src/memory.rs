@@ -676,6 +676,15 @@ impl Memory {
         of_host.unwrap_or_else(|| self.driver.engine().folio_counts())
     }
 
+    /// The runs of pages whose folios are of one level; none of memory whose folios the kernel
+    /// splits and collapses by itself.
+    pub fn folios(&self) -> Vec<(PageRange, Level)> {
+        match self.driver.host.levels() {
+            Some(_) => Vec::new(),
+            None => self.driver.engine().folio_runs(),
+        }
+    }
+
     /// How often folios were split, and merged.
     pub fn reshaped(&self) -> ReshapedCounts {
         self.driver.engine().reshaped()

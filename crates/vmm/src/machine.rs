@@ -131,6 +131,7 @@ impl<'a> Interpreter<'a> {
             }
             Op::Store { gpa, value } => self.store(gpa, value).map(|()| 0),
             Op::Churn { gpa, len, seed, until } => self.churn(index, (gpa, len), seed, until),
+            Op::Roam { gpa, len, count, seed } => self.roam((gpa, len), count, seed).map(|()| 0),
             Op::SetFlag { gpa } => self.store(gpa, 1).map(|()| 0),
             Op::WaitFlag { gpa } => {
                 while self.load(gpa)? == 0 {
@@ -141,6 +142,17 @@ impl<'a> Interpreter<'a> {
             }
             Op::Done => Ok(0),
         }
+    }
+
+    fn roam(&self, (gpa, len): (Gpa, u64), count: u64, mut seed: u64) -> Result<(), Stop> {
+        for _ in 0..count {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            self.go_on()?;
+            self.load(Gpa::new(gpa.get() + (seed & crate::guest::mask(len))))?;
+        }
+        Ok(())
     }
 
     fn churn(

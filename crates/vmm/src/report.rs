@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use polder::units::{Gfn, Gpa, PageIndex, PageRange};
+use polder::units::{Gfn, Gpa, Level, PageIndex, PageRange};
 use polder::{
     FolioCounts, MemoryFault, PageFacts, PageSize, PoolCounts, ReshapedCounts, Statistics,
 };
@@ -209,6 +209,8 @@ pub struct Report {
     pub page_size: PageSize,
     /// How many folios of each level there were in the end.
     pub levels: FolioCounts,
+    /// Where they are, in runs of one level; empty where the kernel alone knows.
+    pub folios: Vec<(PageRange, Level)>,
     /// How often they were split and merged.
     pub reshaped: ReshapedCounts,
     /// What their pool had in the end, while the guest's memory was held.

@@ -247,6 +247,7 @@ fn report(
         touched: memory.existing().map_err(RunError::Memory)?,
         page_size: memory.page_size(),
         levels: memory.levels(),
+        folios: memory.folios(),
         reshaped: memory.reshaped(),
         pool: memory.pool(),
         ahead: None,

@@ -27,7 +27,13 @@ pub trait Host: Sync {
 
     /// Why a whole section does not apply to it.
     fn lacks(&self, section: Section) -> Option<&'static str> {
-        (section == Section::Rmp).then_some("only memory of an SNP guest has an RMP")
+        match (section, self.kind()) {
+            (Section::Rmp, _) => Some("only memory of an SNP guest has an RMP"),
+            (Section::HugePages, HostKind::GuestMemfd) => {
+                Some("the kernel's guest_memfd has pages of 4K only")
+            }
+            _ => None,
+        }
     }
 
     /// The cases that do not apply to it, by name, each with the reason.

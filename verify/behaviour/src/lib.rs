@@ -48,6 +48,8 @@ pub enum Section {
     Discard,
     /// Private to shared and back.
     Conversion,
+    /// Huge pages, split and merged.
+    HugePages,
     /// SEV-SNP's reverse map table.
     Rmp,
     /// Guest accesses that end in the VMM.
@@ -62,12 +64,13 @@ pub enum Section {
 
 impl Section {
     /// Every section, in the table's order.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Create,
         Self::Bind,
         Self::HostView,
         Self::Discard,
         Self::Conversion,
+        Self::HugePages,
         Self::Rmp,
         Self::Exits,
         Self::Population,
@@ -84,6 +87,7 @@ impl fmt::Display for Section {
             Self::HostView => "host view",
             Self::Discard => "discard",
             Self::Conversion => "conversion",
+            Self::HugePages => "huge pages",
             Self::Rmp => "rmp",
             Self::Exits => "exits",
             Self::Population => "population",

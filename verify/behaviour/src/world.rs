@@ -28,6 +28,11 @@ impl<'a> World<'a> {
         Self(host)
     }
 
+    /// Which host.
+    pub fn kind(&self) -> polder::HostKind {
+        self.0.kind()
+    }
+
     /// Builds memory of the host; that it is refused is the case's affair.
     ///
     /// # Errors

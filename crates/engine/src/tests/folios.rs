@@ -47,6 +47,13 @@ fn sharing_a_page_splits_along_the_path_alone_and_prepares_that_first() {
         ]
     );
     assert_eq!(counts(&engine), [4, 3, 1]);
+    let levels = [(pages(0, 4), 2), (pages(4, 8), 4), (pages(8, 16), 2), (pages(16, 32), 1)];
+    let levels = levels.map(|(run, level)| match level {
+        1 => (run, Level::Size1G),
+        2 => (run, Level::Size2M),
+        _ => (run, Level::Size4K),
+    });
+    assert_eq!(engine.folio_runs(), levels);
     assert_eq!(engine.reshaped(), ReshapedCounts { splits: 2, merges: 0 });
     assert_eq!(preserve(&mut engine, pages(6, 7), Visibility::Shared).len(), 2, "no more");
 }

@@ -51,7 +51,7 @@ pub(super) fn interpreter(
         fill: a.create_label(),
         check: a.create_label(),
     };
-    let codes: [(i32, Emit); 10] = [
+    let codes: [(i32, Emit); 11] = [
         (code::FILL, fill_op),
         (code::CHECK, check_op),
         (code::REQUEST, request_op),
@@ -62,6 +62,7 @@ pub(super) fn interpreter(
         (code::SET_FLAG, set_flag_op),
         (code::WAIT_FLAG, wait_flag_op),
         (code::DONE, done_op),
+        (code::ROAM, roam_op),
     ];
     let mut targets = codes.map(|_| a.create_label());
 
@@ -182,6 +183,32 @@ fn churn_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
     a.mov(rax, word(4))?;
     a.cmp(qword_ptr(rax), 0)?;
     a.je(pass)?;
+    a.jmp(labels.next)
+}
+
+/// Places are of Marsaglia's xorshift64: 13, 7, 17.
+fn roam_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    let mut each = a.create_label();
+    for (register, index) in [(r9, 2), (rcx, 3), (r8, 4)] {
+        a.mov(register, word(index))?;
+    }
+    a.test(rcx, rcx)?;
+    a.je(labels.next)?;
+    a.set_label(&mut each)?;
+    for (shift, left) in [(13, true), (7, false), (17, true)] {
+        a.mov(rax, r8)?;
+        if left {
+            a.shl(rax, shift)?;
+        } else {
+            a.shr(rax, shift)?;
+        }
+        a.xor(r8, rax)?;
+    }
+    a.mov(rax, r8)?;
+    a.and(rax, r9)?;
+    a.mov(rbx, qword_ptr(rdi + rax))?;
+    a.dec(rcx)?;
+    a.jne(each)?;
     a.jmp(labels.next)
 }
 

@@ -6,6 +6,7 @@
 //! | convert, notify, probe | code | gpa | pages | third argument | expected answer | number | |
 //! | device | code | request | id | source | len | destination | expected outcome |
 //! | churn | code | gpa | len | seed | until | | |
+//! | roam | code | gpa | mask | count | seed | | |
 //! | load, store | code | gpa | value | | | | |
 //! | set flag, wait flag | code | gpa | | | | | |
 //!
@@ -31,6 +32,7 @@ pub(super) mod code {
     pub(in crate::guest) const SET_FLAG: i32 = 8;
     pub(in crate::guest) const WAIT_FLAG: i32 = 9;
     pub(in crate::guest) const DONE: i32 = 10;
+    pub(in crate::guest) const ROAM: i32 = 11;
 }
 
 /// The record of an op.
@@ -67,12 +69,20 @@ pub(super) fn encode(op: &Op) -> [u64; 8] {
         Op::Churn { gpa, len, seed, until } => {
             (code::CHURN, [gpa.get(), len, seed, until.get(), 0, 0, 0])
         }
+        Op::Roam { gpa, len, count, seed } => {
+            (code::ROAM, [gpa.get(), mask(len), count, seed, 0, 0, 0])
+        }
         Op::SetFlag { gpa } => (code::SET_FLAG, [gpa.get(), 0, 0, 0, 0, 0, 0]),
         Op::WaitFlag { gpa } => (code::WAIT_FLAG, [gpa.get(), 0, 0, 0, 0, 0, 0]),
         Op::Done => (code::DONE, [0; 7]),
     };
     let [a, b, c, d, e, f, g] = words;
     [u64::from(code.cast_unsigned()), a, b, c, d, e, f, g]
+}
+
+/// Where words may be in a length that is a power of two.
+pub(crate) const fn mask(len: u64) -> u64 {
+    len.wrapping_sub(1) & !7
 }
 
 fn piece(gpa: Gpa, len: u64, pattern: Pattern) -> [u64; 7] {

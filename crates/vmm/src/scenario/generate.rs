@@ -156,6 +156,7 @@ impl Scenario {
                 op,
                 Op::Fill { .. }
                     | Op::Store { .. }
+                    | Op::Roam { .. }
                     | Op::SetFlag { .. }
                     | Op::WaitFlag { .. }
                     | Op::Done

@@ -114,6 +114,18 @@ pub enum Op {
         /// What to expect.
         pattern: Pattern,
     },
+    /// Reads `count` words at random places of `[gpa..gpa + len)`, whose order `seed` decides. No
+    /// check.
+    Roam {
+        /// The first byte.
+        gpa: Gpa,
+        /// The length in bytes: a power of two.
+        len: u64,
+        /// How many words.
+        count: u64,
+        /// Of the order; not 0.
+        seed: u64,
+    },
     /// Asks that `pages` pages from `gpa` on become private or shared, contents kept
     /// where the host can (`KVM_HC_MAP_GPA_RANGE`). Whatever the arguments, they are passed on as they are. Counts one
     /// check if the answer is `expect`. On a failure found is the answer, sign-extended.
@@ -217,7 +229,7 @@ impl Op {
     pub const fn touched(&self) -> Option<(Gpa, u64)> {
         Some(match *self {
             Self::Fill { gpa, len, .. } | Self::Check { gpa, len, .. } => (gpa, len),
-            Self::Churn { gpa, len, .. } => (gpa, len),
+            Self::Churn { gpa, len, .. } | Self::Roam { gpa, len, .. } => (gpa, len),
             Self::Device { request, .. } => (request, DeviceRequest::BYTES),
             Self::Load { gpa, .. } | Self::Store { gpa, .. } => (gpa, WORD),
             Self::SetFlag { gpa } | Self::WaitFlag { gpa } => (gpa, WORD),

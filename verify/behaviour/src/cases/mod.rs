@@ -8,6 +8,7 @@ mod discard;
 mod exits;
 mod guest_conversion;
 mod host_view;
+mod huge_pages;
 mod population;
 mod prefault;
 mod rmp;
@@ -26,13 +27,14 @@ pub(crate) use conversion::{AUDIT, DISAGREE, GUP, QUARANTINE, REFERENCED, STEP_F
 pub(crate) use exits::{FAILED, MISMATCH, PLAIN_VM, QUARANTINE_EXIT};
 pub(crate) use guest_conversion::IMPLICIT;
 pub(crate) use host_view::{CHILD, OTHER, STRAY};
+pub(crate) use huge_pages::SPLIT as SPLIT_FOLIOS;
 pub(crate) use population::{CONTINUE_FAILS, PLAIN_FAULTS};
 pub(crate) use prefault::{FAILED_STOPS, OWED_STOPS, STILL_OWED, UNTOLD};
 pub(crate) use together::DENIED_WHILE_FAILING;
 
 /// Every row, in the table's order within a section.
 pub fn cases() -> impl Iterator<Item = &'static Case> {
-    let files: [&[Case]; 13] = [
+    let files: [&[Case]; 14] = [
         create::CASES,
         bind::CASES,
         host_view::CASES,
@@ -41,6 +43,7 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
         conversion::CASES,
         contents::CASES,
         together::CASES,
+        huge_pages::CASES,
         rmp::CASES,
         exits::CASES,
         population::CASES,

@@ -163,7 +163,13 @@ impl Host for Machine {
             return Some(ROOT);
         }
         let snp = self.platform == Platform::Snp;
-        (section == Section::Rmp && !snp).then_some("only memory of an SNP guest has an RMP")
+        match section {
+            Section::Rmp if !snp => Some("only memory of an SNP guest has an RMP"),
+            Section::HugePages if snp => {
+                Some("its contents are not preserved; its large entries are in section rmp")
+            }
+            _ => None,
+        }
     }
 
     fn not_applicable(&self) -> &'static [(&'static str, &'static str)] {

@@ -35,6 +35,10 @@ impl Host for Memfd {
         &[
             (cases::IMPLICIT, SAME_ACCESS),
             (cases::MISMATCH, SAME_ACCESS),
+            (
+                cases::SPLIT_FOLIOS,
+                "a part of the kernel's huge page is mapped, or shown by the API; none is split",
+            ),
             (cases::LOST, "memory is converted in place: every treatment of contents is on offer"),
             (
                 cases::REFERENCED,

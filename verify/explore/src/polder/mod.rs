@@ -18,6 +18,7 @@ mod check;
 mod configs;
 mod copy;
 mod fault;
+mod folio;
 mod guest;
 mod hardware;
 mod host;
@@ -87,6 +88,8 @@ struct Promised {
     given: Pages,
     /// How often each is pinned by the library.
     pins: [u8; 8],
+    /// Of memory of a pool, the level of the folio that each page is to be of.
+    folios: [u8; 8],
 }
 
 /// A state of the product and all that is at work on it.
@@ -135,6 +138,7 @@ impl World {
             unknown: private,
             accepted: if setup.accepted { all } else { 0 },
             given: if setup.accepted { all } else { 0 },
+            folios: [folio::first(&setup); 8],
             ..Promised::default()
         };
         Self {

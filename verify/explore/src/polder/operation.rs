@@ -227,6 +227,9 @@ impl World {
                     Visibility::Shared => self.promised.private &= !pages,
                 }
                 self.converted(pages & !already, to);
+                if pages & !already != 0 {
+                    self.reshaped(pages, to);
+                }
                 if contents == Contents::Zero {
                     self.promised.owed &= !(pages & !already);
                     self.promised.unknown &= !(pages & !already);
@@ -414,11 +417,9 @@ impl World {
             Step::Assign(_) | Step::Unassign(_) | Step::Reassign(_) | Step::Smash(_) => {
                 self.perform_rmp(step, part)
             }
-            Step::PrepareSplit(_)
-            | Step::SplitFolio(_)
-            | Step::MergeFolio(_)
-            | Step::ReleaseTables(_) => {
-                unreachable!("no setup has the engine split folios: {step}")
+            Step::SplitFolio(range) | Step::MergeFolio(range) if self.any_pinned(range) => {
+                let what = format!("the folio of pages {range} is reshaped, and one is pinned");
+                Err(Violation::new("INV-7", what))
             }
             Step::Merge(range) => self.perform_merge(range, part),
             Step::Thaw(range) => self.perform_thaw(range, part, 0),
@@ -463,15 +464,18 @@ impl World {
             }
             (Step::Assign(_) | Step::Unassign(_) | Step::Reassign(_) | Step::Smash(_), _)
             | (Step::Merge(_) | Step::Thaw(_), _) => unreachable!("one for the RMP: {step}"),
-            (
-                Step::PrepareSplit(_)
-                | Step::SplitFolio(_)
-                | Step::MergeFolio(_)
-                | Step::ReleaseTables(_),
-                _,
-            ) => unreachable!("one for folios: {step}"),
+            (Step::PrepareSplit(folio), _) => self.act(Act::PrepareSplit(folio)).is_well(),
+            (Step::SplitFolio(folio), _) => self.act(Act::SplitFolio(folio)).is_well(),
+            (Step::MergeFolio(folio), _) => self.act(Act::MergeFolio(folio)).is_well(),
+            (Step::ReleaseTables(folio), _) => self.act(Act::ReleaseTables(folio)).is_well(),
             (Step::Quarantine(range), _) => self.answer_host(Response::Poison, range),
         }
+    }
+
+    /// Whether the library pins a page of a range.
+    fn any_pinned(&self, range: polder_units::PageRange) -> bool {
+        let pages = set(range);
+        (0..8).any(|page| self.promised.pins[page] > 0 && pages & 1 << page != 0)
     }
 
     fn unmap_host(&mut self, range: polder_units::PageRange) -> bool {

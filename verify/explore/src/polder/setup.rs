@@ -21,6 +21,8 @@ pub struct Setup {
     pub geometry: Geometry,
     /// Whether the object begins as one 2M folio, and not with a folio for each page.
     pub huge: bool,
+    /// Whether that is of a pool, of the largest level that fits, and split by the engine.
+    pub pooled: bool,
     /// What every page is at first.
     pub initial: Visibility,
     /// Whether its pages have memory at first that an SNP guest was given and has accepted.
