@@ -11,6 +11,7 @@ use polder_vmm::guest::Program;
 use polder_vmm::{Accelerator, Config, Conversion, End, Failure, Progress, Report, Supervision};
 use serde_json::json;
 
+use crate::control::Control;
 use crate::trouble::Trouble;
 use crate::{interrupt, output, picture};
 
@@ -123,7 +124,11 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
         },
         delays: arguments.delays.map(|micros| Duration::from_micros(micros.into())),
     };
-    let mut supervisor = match Supervisor::new(arguments) {
+    let control = Control::listen();
+    if let (Err(why), false) = (&control, arguments.json) {
+        output::note(&format!("note: `polder explain` can't reach this run: {why}"));
+    }
+    let mut supervisor = match Supervisor::new(arguments, control.ok()) {
         Ok(supervisor) => supervisor,
         Err(error) => {
             return Trouble::new(&error, None).print(arguments.json);
@@ -149,19 +154,24 @@ struct Supervisor {
     start: Instant,
     timeout: Duration,
     line: ProgressBar,
+    control: Option<Control>,
 }
 
 impl Supervisor {
-    fn new(arguments: &Arguments) -> std::io::Result<Self> {
+    fn new(arguments: &Arguments, control: Option<Control>) -> std::io::Result<Self> {
         interrupt::hear()?;
         // On standard error, and only where that is a terminal.
         let line = if arguments.json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
         let style = ProgressStyle::with_template("{spinner} {elapsed} {msg}");
         line.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
-        Ok(Self { start: now(), timeout: Duration::from_secs(arguments.timeout), line })
+        let timeout = Duration::from_secs(arguments.timeout);
+        Ok(Self { start: now(), timeout, line, control })
     }
 
-    fn look(&mut self, progress: Progress) -> Supervision {
+    fn look(&mut self, progress: Progress<'_>) -> Supervision {
+        if let Some(control) = &mut self.control {
+            control.serve(progress.of, progress.vm, self.start.elapsed());
+        }
         let memory = progress.memory;
         self.line.set_message(format!(
             "{} exits, {} conversions, {} refused, {} touches denied",

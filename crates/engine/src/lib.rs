@@ -38,9 +38,11 @@ mod convert;
 mod copy;
 mod discard;
 mod error;
+mod explain;
 #[cfg(feature = "explore")]
 mod explore;
 mod fault;
+mod history;
 mod merge;
 mod operation;
 mod page_map;
@@ -69,9 +71,11 @@ pub use convert::{
 pub use copy::Copying;
 pub use discard::{Cleared, Clearing, Discard};
 pub use error::{Errno, Refusal};
+pub use explain::{Clause, Explanation, Held, LevelLimit, Pinned, Shown};
 #[cfg(feature = "explore")]
 pub use fault::InFlight;
 pub use fault::{Answer, GuestAccess, GuestAnswer, MemoryFault, Response, TouchAnswer, View};
+pub use history::{Came, Past};
 pub use merge::{Merged, Merging};
 pub use operation::{Activity, Blocked, OpId, Operation, Stage, Undoing};
 pub use page_map::{PageFacts, PageMap, PageReader, Population, Visibility};
@@ -125,6 +129,8 @@ pub struct Engine {
     failed: RangeSet,
     /// Pages whose undo failed; neither side may touch them again.
     quarantine: RangeSet,
+    /// The last operations that ended or were refused.
+    history: history::History,
     /// The bug planted in it; none, but where a checker is checked.
     plants: plant::Plants,
     /// The last id given out, to operations, answers and pins alike.
@@ -156,6 +162,7 @@ impl Engine {
             markers: <[RangeSet; 2]>::default(),
             failed: RangeSet::default(),
             quarantine: RangeSet::default(),
+            history: history::History::default(),
             plants: plant::Plants::default(),
             last_id: 0,
             config,

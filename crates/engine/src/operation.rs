@@ -19,6 +19,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use polder_units::{PageIndex, PageRange};
 
+use crate::history::Came;
 use crate::plant::{Bug, Plants};
 use crate::step::Undo;
 use crate::{Contents, Engine, Refusal, Step, View, Visibility, VmId};
@@ -132,6 +133,8 @@ pub(crate) struct Record {
     /// The pages that it changes; a part of the claims.
     pub(crate) parts: Vec<PageRange>,
     progress: Progress,
+    /// Why it failed, if that is known.
+    why: Option<Refusal>,
     pub(crate) abandoned: Arc<AtomicBool>,
 }
 
@@ -173,6 +176,11 @@ enum Progress {
 }
 
 impl Record {
+    /// Whether it is on its way back.
+    pub(crate) fn is_undoing(&self) -> bool {
+        matches!(self.progress, Progress::Back { .. })
+    }
+
     pub(crate) fn is_abandoned(&self) -> bool {
         self.abandoned.load(Ordering::Acquire)
     }
@@ -238,7 +246,8 @@ impl Engine {
         let id = OpId(self.next_id());
         let abandoned = Arc::new(AtomicBool::new(false));
         let lease = Lease(Arc::clone(&abandoned));
-        self.operations.push(Record { id, activity, claims, parts, progress, abandoned });
+        let why = None;
+        self.operations.push(Record { id, activity, claims, parts, progress, why, abandoned });
         Operation::new(id, lease)
     }
 
@@ -320,6 +329,11 @@ impl Engine {
         Operation::new(operation.id, operation.lease)
     }
 
+    /// Notes what it is that an operation which is being undone failed for.
+    pub fn note_reason(&mut self, operation: &Operation<Undoing>, why: Refusal) {
+        self.record_mut(operation.id).why = Some(why);
+    }
+
     /// The step to take next on the way back, or `None` when all is undone.
     pub fn next_undo(&self, operation: &Operation<Undoing>) -> Option<Step> {
         match &self.record(operation.id).progress {
@@ -364,12 +378,19 @@ impl Engine {
         for &range in &quarantined {
             self.quarantine.insert(range);
         }
+        let came = match quarantined.is_empty() {
+            true => Came::Undone(record.why),
+            false => Came::Quarantined,
+        };
+        self.history.note(record.activity, &record.claims, &came);
         quarantined
     }
 
     /// Ends an operation whose last stage is over. Returns what it was.
     pub(crate) fn finish<S>(&mut self, operation: &Operation<S>) -> Record {
-        self.end(operation.id)
+        let record = self.end(operation.id);
+        self.history.note(record.activity, &record.claims, &Came::Done);
+        record
     }
 
     /// Notes that a view holds no markers on these pages any more.

@@ -2,6 +2,7 @@
 
 mod bindings;
 mod conversion;
+mod explain;
 mod oracle;
 mod population;
 mod rmp;
@@ -9,7 +10,7 @@ mod rmp;
 use std::vec;
 use std::vec::Vec;
 
-use polder_units::{Geometry, Level, PageCount, PageIndex, PageRange};
+use polder_units::{Geometry, Gfn, Level, PageCount, PageIndex, PageRange};
 
 use super::*;
 

@@ -14,7 +14,7 @@ use polder::machine::{
 use polder::units::{GfnRange, PAGE_SIZE, PageIndex, PageRange};
 use polder::{Holder, MachineVcpu, OnBusy, Pin, Slot, Visibility};
 use polder_vmm::scenario::Op;
-use polder_vmm::{End, Failure, Supervision};
+use polder_vmm::{End, Failure, Progress, Supervision};
 
 use crate::names::{Is, Kind};
 use crate::outcome::{Outcome, Stop};
@@ -310,7 +310,7 @@ impl Worker<'_> {
             ));
         }
         let run = |op: Op| -> Acted<End> {
-            let supervise = |_| match self.world.is_over() {
+            let supervise = |_: Progress<'_>| match self.world.is_over() {
                 true => Supervision::TimeOut,
                 false => Supervision::GoOn,
             };

@@ -30,6 +30,7 @@ struct Readme;
 
 mod driver;
 mod error;
+mod explain;
 mod faults;
 mod host;
 mod host_view;
@@ -54,6 +55,7 @@ pub use polder_machine as machine;
 pub use polder_units as units;
 
 pub use error::Error;
+pub use explain::{BindingOf, ClaimOf, Explanation, HostState, Limit, PastOf, PinOf, RmpOf};
 pub use host::{HostKind, Vm};
 pub use host_view::HostView;
 pub use memory::{Builder, Memory, OnBusy};

@@ -3,19 +3,23 @@
 use std::fmt;
 
 use polder::units::{Gfn, Gpa, PageIndex, PageRange};
-use polder::{MemoryFault, PageFacts, Statistics};
+use polder::{Memory, MemoryFault, PageFacts, Statistics, VmId};
 use polder_linux::Exit;
 
 use crate::intruder::Way;
 use crate::kvm::Conversion;
 
 /// What a supervisor is told, some twenty times a second.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Progress {
+#[derive(Clone, Copy, Debug)]
+pub struct Progress<'a> {
     /// Exits of the guest that were handled.
     pub exits: u64,
     /// What happened to the memory.
     pub memory: Statistics,
+    /// The memory, to be asked.
+    pub of: &'a Memory,
+    /// What it calls the guest's VM.
+    pub vm: VmId,
 }
 
 /// What a supervisor says.

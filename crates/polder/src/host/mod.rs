@@ -12,9 +12,10 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 use polder_engine::{GuestAccess, Slot, Step, Visibility, VmId};
 use polder_linux::Errno;
-use polder_units::{Gfn, GfnRange, PageCount, PageRange};
+use polder_units::{Gfn, GfnRange, PageCount, PageIndex, PageRange};
 
 use self::views::Views;
+use crate::explain::HostFacts;
 use crate::{Error, Vcpu};
 
 /// Which host.
@@ -146,6 +147,12 @@ pub(crate) trait Host: Send + Sync {
     /// How many pages of memory it takes up, on all sides.
     fn resident(&self) -> Result<PageCount, Error> {
         Ok(total(&self.existing()?))
+    }
+
+    /// What it has of a page.
+    fn explain(&self, page: PageIndex) -> Result<HostFacts, Error> {
+        let memory = self.existing()?.iter().any(|run| run.contains(page));
+        Ok(HostFacts { memory, ..HostFacts::default() })
     }
 
     /// The simulated machine, on that host.

@@ -9,7 +9,7 @@ use polder::machine::{
 use polder::units::{Gpa, Level, PAGE_SIZE, PageIndex, PageRange};
 use polder::{Bug, GuestExit, HostKind, Memory, MemoryFault, Platform, Visibility, VmId};
 use polder_vmm::scenario::Op;
-use polder_vmm::{Accepting, Accesses, Ended, IdleVcpu, Supervision, Vm};
+use polder_vmm::{Accepting, Accesses, Ended, IdleVcpu, Progress, Supervision, Vm};
 
 use super::LOOKS;
 use crate::host::{Guest, Host, Inside, Trouble};
@@ -219,7 +219,7 @@ impl Guest for MachineGuest {
 
     fn run(&self, memory: (&Memory, VmId), programs: &[Vec<Op>]) -> Ended {
         let mut looks = 0;
-        let supervise = |_| {
+        let supervise = |_: Progress<'_>| {
             looks += 1;
             if looks < LOOKS { Supervision::GoOn } else { Supervision::TimeOut }
         };

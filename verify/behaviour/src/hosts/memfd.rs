@@ -8,7 +8,7 @@ use polder::units::{Gpa, PAGE_SIZE, PageIndex, PageRange};
 use polder::{HostKind, Memory, MemoryFault, Visibility, VmId};
 use polder_require::Facility;
 use polder_vmm::scenario::Op;
-use polder_vmm::{End, Ended, Failure, IdleVcpu, RunError, Supervision, Vm};
+use polder_vmm::{End, Ended, Failure, IdleVcpu, Progress, RunError, Supervision, Vm};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
@@ -187,7 +187,7 @@ impl Guest for Vm {
 
     fn run(&self, memory: (&Memory, VmId), programs: &[Vec<Op>]) -> Ended {
         let mut looks = 0;
-        let supervise = |_| {
+        let supervise = |_: Progress<'_>| {
             looks += 1;
             if looks < LOOKS { Supervision::GoOn } else { Supervision::TimeOut }
         };
