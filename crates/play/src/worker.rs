@@ -162,7 +162,7 @@ impl Worker<'_> {
             Verb::Release { name } => self.release(name),
             Verb::GupFast { place, name } => self.gup_fast(*place, name),
             Verb::Pvalidate { place, size, validate } => self.pvalidate(*place, *size, *validate),
-            Verb::Resume { .. } | Verb::Look(_) | Verb::Audit => {
+            Verb::Resume { .. } | Verb::Look(_) | Verb::Explain { .. } | Verb::Audit => {
                 Err(Stop::new(Is::Failed, "the player does this, not an actor"))
             }
             other => self.kernel(other),
