@@ -22,6 +22,8 @@ pub enum Facility {
     SharedGuestMemfd,
     /// The pages of any file counted (`cachestat`).
     Cachestat,
+    /// A process that may look into another of the same user (ptrace).
+    Ptrace,
 }
 
 impl Facility {
@@ -34,6 +36,7 @@ impl Facility {
             Self::PrivateMemory => "private-memory",
             Self::SharedGuestMemfd => "shared-guest-memfd",
             Self::Cachestat => "cachestat",
+            Self::Ptrace => "ptrace",
         }
     }
 

@@ -15,7 +15,7 @@ use seccompiler::{
 };
 
 use super::LOOKS;
-use crate::host::{Guest, Host, Trouble};
+use crate::host::{Guest, Host, Trouble, Way};
 use crate::{Skipped, cases};
 
 /// The memfd host.
@@ -118,6 +118,14 @@ impl Host for Memfd {
         // Bit 63: the page is present (Documentation/admin-guide/mm/pagemap.rst).
         let present = entries.chunks_exact(8).map(|entry| entry[7] & 0x80 != 0);
         range.frames().zip(present).filter(|(_, present)| *present).map(|(page, _)| page).collect()
+    }
+
+    fn reaches(&self, way: Way) -> bool {
+        match way {
+            Way::Pointer | Way::SystemCall | Way::Api => false,
+            Way::Mem { host_view } | Way::Traced { host_view } => !host_view,
+            Way::Descriptor => true,
+        }
     }
 
     fn inherited(&self, memory: &Memory) -> Vec<String> {
