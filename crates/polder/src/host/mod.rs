@@ -38,6 +38,12 @@ impl HostKind {
 
     /// Whether private and shared pages are the same memory, so that a conversion can keep what is
     /// in them ([`Contents::Preserve`](crate::Contents::Preserve)) where the platform can, too.
+    ///
+    /// ```
+    /// # use polder::HostKind;
+    /// assert!(HostKind::Memfd.is_in_place() && !HostKind::GuestMemfd.is_in_place());
+    /// assert_eq!("machine".parse(), Ok(HostKind::Machine));
+    /// ```
     pub const fn is_in_place(self) -> bool {
         match self {
             Self::Memfd | Self::Machine => true,
