@@ -2,8 +2,10 @@
 
 use std::fmt::{self, Write};
 
-use polder_engine::{Came, Clause, LevelLimit, Population, View, Visibility, VmId};
-use polder_units::{Gpa, Level, PageIndex};
+use polder_engine::{
+    Came, Clause, Held, LevelLimit, Past, Pinned, Population, Shown, View, Visibility, VmId,
+};
+use polder_units::{GfnRange, Gpa, Level, PageIndex, PageRange};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, HostKind, Memory};
@@ -166,40 +168,12 @@ impl Memory {
     /// # Ok::<_, polder::Error>(())
     /// ```
     pub fn explain(&self, page: PageIndex) -> Result<Explanation, Error> {
-        let (config, known) = self.driver.ask(|engine| {
-            engine.check_bounds(polder_units::PageRange::one(page))?;
-            Ok((*engine.config(), engine.explain(page)))
+        let (in_place, known) = self.driver.ask(|engine| {
+            engine.check_bounds(PageRange::one(page))?;
+            Ok((engine.config().in_place, engine.explain(page)))
         })?;
         let facts = self.driver.host.explain(page)?;
-        let rmp = facts.rmp.map(|entry| RmpOf {
-            assigned: entry.assigned,
-            level: level_of(entry).to_string(),
-            validated: entry.validated,
-            gfn: entry.gfn.get(),
-        });
-        let bindings = known.shown.iter().map(|shown| BindingOf {
-            vm: shown.vm.0,
-            slot: shown.slot.0,
-            gpa: shown.gfn.gpa().get(),
-            wanted: shown.wanted.to_string(),
-            limit: limit(shown.limit, &facts),
-            mapped_at: facts
-                .stage2
-                .iter()
-                .find(|(vm, _)| *vm == shown.vm)
-                .map(|(_, level)| level.to_string()),
-        });
-        let past = known.past.iter().map(|past| PastOf {
-            sequence: past.sequence,
-            did: past.activity.to_string(),
-            pages: past.range.to_string(),
-            came: came(&past.came).to_owned(),
-            why: match &past.came {
-                Came::Undone(why) => why.as_ref().map(ToString::to_string),
-                Came::Refused(why) => Some(why.to_string()),
-                Came::Done | Came::Quarantined => None,
-            },
-        });
+        let markers = known.markers.iter().map(|view| view_name(*view).to_owned());
         Ok(Explanation {
             page: page.get(),
             offset: page.offset(),
@@ -207,33 +181,14 @@ impl Memory {
             population: known.facts.population.to_string(),
             source_failed: known.failed,
             quarantined: known.quarantined,
-            denied_in: known.markers.iter().map(|view| view_name(*view).to_owned()).collect(),
-            bindings: bindings.collect(),
+            denied_in: markers.collect(),
+            bindings: known.shown.iter().map(|shown| BindingOf::new(shown, &facts)).collect(),
             host_view: limit(known.host_view, &HostFacts::default()),
-            claim: known.held.map(|held| ClaimOf {
-                by: held.by.to_string(),
-                pages: held.range.to_string(),
-                undoing: held.undoing,
-                abandoned: held.abandoned,
-            }),
+            claim: known.held.map(ClaimOf::from),
             in_flight: known.in_flight as u64,
-            pins: known
-                .pins
-                .iter()
-                .map(|pin| PinOf {
-                    kind: pin.kind.to_string(),
-                    holder: pin.holder.to_string(),
-                    pages: pin.range.to_string(),
-                })
-                .collect(),
-            host: HostState {
-                name: self.host_name(config.in_place),
-                memory: facts.memory,
-                folio: facts.folio.map(|level| level.to_string()),
-                rmp,
-                references: facts.references,
-            },
-            last_operations: past.collect(),
+            pins: known.pins.iter().map(PinOf::from).collect(),
+            host: HostState::new(self.host_name(in_place), facts),
+            last_operations: known.past.iter().map(PastOf::from).collect(),
         })
     }
 
@@ -242,7 +197,7 @@ impl Memory {
     /// # Errors
     /// [`Refusal::Unbound`](crate::Refusal::Unbound) where no slot is.
     pub fn explain_gpa(&self, vm: VmId, gpa: Gpa) -> Result<Explanation, Error> {
-        let runs = self.pages_of(vm, polder_units::GfnRange::one(gpa.gfn()))?;
+        let runs = self.pages_of(vm, GfnRange::one(gpa.gfn()))?;
         let page = runs.first().map(|run| run.start()).expect("one frame is one page");
         self.explain(page)
     }
@@ -257,19 +212,76 @@ impl Memory {
     }
 }
 
+impl BindingOf {
+    fn new(shown: &Shown, facts: &HostFacts) -> Self {
+        let stage2 = facts.stage2.iter().find(|(vm, _)| *vm == shown.vm);
+        Self {
+            vm: shown.vm.0,
+            slot: shown.slot.0,
+            gpa: shown.gfn.gpa().get(),
+            wanted: shown.wanted.to_string(),
+            limit: limit(shown.limit, facts),
+            mapped_at: stage2.map(|(_, level)| level.to_string()),
+        }
+    }
+}
+
+impl From<Held> for ClaimOf {
+    fn from(held: Held) -> Self {
+        let Held { by, range, undoing, abandoned } = held;
+        Self { by: by.to_string(), pages: range.to_string(), undoing, abandoned }
+    }
+}
+
+impl From<&Pinned> for PinOf {
+    fn from(pin: &Pinned) -> Self {
+        Self {
+            kind: pin.kind.to_string(),
+            holder: pin.holder.to_string(),
+            pages: pin.range.to_string(),
+        }
+    }
+}
+
+impl HostState {
+    fn new(name: String, facts: HostFacts) -> Self {
+        Self {
+            name,
+            memory: facts.memory,
+            folio: facts.folio.map(|level| level.to_string()),
+            rmp: facts.rmp.map(|entry| RmpOf {
+                assigned: entry.assigned,
+                level: level_of(entry).to_string(),
+                validated: entry.validated,
+                gfn: entry.gfn.get(),
+            }),
+            references: facts.references,
+        }
+    }
+}
+
+impl From<&Past> for PastOf {
+    fn from(past: &Past) -> Self {
+        let (came, why) = match &past.came {
+            Came::Done => ("done", None),
+            Came::Undone(why) => ("undone", why.as_ref()),
+            Came::Quarantined => ("quarantined", None),
+            Came::Refused(why) => ("refused", Some(why)),
+        };
+        Self {
+            sequence: past.sequence,
+            did: past.activity.to_string(),
+            pages: past.range.to_string(),
+            came: came.to_owned(),
+            why: why.map(ToString::to_string),
+        }
+    }
+}
+
 fn view_name(view: View) -> &'static str {
     match view {
         View::Host => "host",
         View::Guest => "guest",
-    }
-}
-
-fn came(came: &Came) -> &'static str {
-    match came {
-        Came::Done => "done",
-        Came::Undone(_) => "undone",
-        Came::Quarantined => "quarantined",
-        Came::Refused(_) => "refused",
     }
 }
 
@@ -328,12 +340,23 @@ impl Explanation {
 
 impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "page {:#x} (offset {:#x}), on host {}",
-            self.page, self.offset, self.host.name
-        )?;
-        let mut line = |name: &str, text: &str| writeln!(f, "  {name:<11} {text}");
+        let Self { page, offset, host, .. } = self;
+        writeln!(f, "page {page:#x} (offset {offset:#x}), on host {}", host.name)?;
+        let lines = self.state().chain(self.seen_by()).chain(self.backed_by());
+        lines.chain(self.held_by()).try_for_each(|(name, text)| writeln!(f, "  {name:<11} {text}"))
+    }
+}
+
+/// A line that is told: its name, and what it says.
+type Line = (String, String);
+
+fn line(name: &str, text: impl Into<String>) -> Line {
+    (name.to_owned(), text.into())
+}
+
+impl Explanation {
+    /// What it is, and what that means for who wants something of it.
+    fn state(&self) -> impl Iterator<Item = Line> {
         let mut state = format!("{}, {}", self.granted, self.population);
         for (is, word) in [
             (self.source_failed, ", its source failed"),
@@ -341,76 +364,81 @@ impl fmt::Display for Explanation {
         ] {
             state.push_str(if is { word } else { "" });
         }
-        line("state", &state)?;
-        match self.host_access() {
-            Some(why) => line("host access", &format!("refused: {why}"))?,
-            None => line("host access", "allowed")?,
-        }
-        match self.in_use() {
-            Some(why) => line("conversion", &format!("to private is refused: {why}"))?,
-            None => line("conversion", "nothing that Polder knows of is in the way")?,
-        }
-        for binding in &self.bindings {
-            let mut text = format!(
-                "slot {} at gpa {:#x}; wants {}; {}",
-                binding.slot, binding.gpa, binding.wanted, binding.limit
-            );
+        let access = match self.host_access() {
+            Some(why) => format!("refused: {why}"),
+            None => "allowed".to_owned(),
+        };
+        let conversion = match self.in_use() {
+            Some(why) => format!("to private is refused: {why}"),
+            None => "nothing that Polder knows of is in the way".to_owned(),
+        };
+        [line("state", state), line("host access", access), line("conversion", conversion)]
+            .into_iter()
+    }
+
+    /// Who sees it, and how large at most.
+    fn seen_by(&self) -> impl Iterator<Item = Line> {
+        let bindings = self.bindings.iter().map(|binding| {
+            let BindingOf { slot, gpa, wanted, limit, .. } = binding;
+            let mut text = format!("slot {slot} at gpa {gpa:#x}; wants {wanted}; {limit}");
             if binding.wanted != self.granted {
                 text.push_str("; its wish is unmet");
             }
             if let Some(level) = &binding.mapped_at {
                 let _ = write!(text, "; stage 2 has it at {level}");
             }
-            line(&format!("VM {}", binding.vm), &text)?;
-        }
-        if self.bindings.is_empty() {
-            line("VM", "no VM sees it")?;
-        }
-        let denied = if self.denied_in.is_empty() {
-            String::new()
-        } else {
-            format!("; a marker denies it in the {} view", self.denied_in.join(" and the "))
+            line(&format!("VM {}", binding.vm), text)
+        });
+        let nobody = self.bindings.is_empty().then(|| line("VM", "no VM sees it"));
+        let denied = match self.denied_in.is_empty() {
+            true => String::new(),
+            false => {
+                format!("; a marker denies it in the {} view", self.denied_in.join(" and the "))
+            }
         };
-        line("host view", &format!("{}{denied}", self.host_view))?;
-        let mut memory = if self.host.memory { "yes" } else { "none yet" }.to_owned();
-        if let Some(folio) = &self.host.folio {
-            let _ = write!(memory, ", in a folio of {folio}");
+        let host_view = line("host view", format!("{}{denied}", self.host_view));
+        bindings.chain(nobody).chain([host_view])
+    }
+
+    /// What the host has of it.
+    fn backed_by(&self) -> impl Iterator<Item = Line> {
+        let HostState { memory, folio, rmp, references, .. } = &self.host;
+        let mut text = if *memory { "yes" } else { "none yet" }.to_owned();
+        if let Some(folio) = folio {
+            let _ = write!(text, ", in a folio of {folio}");
         }
-        line("memory", &memory)?;
-        if let Some(rmp) = &self.host.rmp {
+        let rmp = rmp.iter().map(|rmp| {
+            let validated = if rmp.validated { "validated" } else { "not validated" };
             let text = match rmp.assigned {
-                true => format!(
-                    "assigned, {}, gfn {:#x}, {}",
-                    rmp.level,
-                    rmp.gfn,
-                    if rmp.validated { "validated" } else { "not validated" }
-                ),
+                true => format!("assigned, {}, gfn {:#x}, {validated}", rmp.level, rmp.gfn),
                 false => "not assigned".to_owned(),
             };
-            line("rmp entry", &text)?;
-        }
-        if let Some(claim) = &self.claim {
+            line("rmp entry", text)
+        });
+        let references = references.iter().map(|who| line("reference", who.as_str()));
+        [line("memory", text)].into_iter().chain(rmp).chain(references)
+    }
+
+    /// Who holds it now, and who did.
+    fn held_by(&self) -> impl Iterator<Item = Line> {
+        let claim = self.claim.iter().map(|claim| {
             let how = match (claim.abandoned, claim.undoing) {
                 (true, _) => ", abandoned: the next who meets it undoes it",
                 (false, true) => ", being undone",
                 (false, false) => "",
             };
-            line("claim", &format!("{} of pages {}{how}", claim.by, claim.pages))?;
-        }
-        if self.in_flight > 0 {
-            line("in flight", &format!("{} answers and copies", self.in_flight))?;
-        }
-        for pin in &self.pins {
-            line("pin", &format!("{}, by {}, of pages {}", pin.kind, pin.holder, pin.pages))?;
-        }
-        for who in &self.host.references {
-            line("reference", who)?;
-        }
-        for past in &self.last_operations {
-            let why = past.why.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
-            let PastOf { sequence, did, pages, came, .. } = past;
-            line("last", &format!("#{sequence} {did} of pages {pages}: {came}{why}"))?;
-        }
-        Ok(())
+            line("claim", format!("{} of pages {}{how}", claim.by, claim.pages))
+        });
+        let in_flight = (self.in_flight > 0)
+            .then(|| line("in flight", format!("{} answers and copies", self.in_flight)));
+        let pins = self.pins.iter().map(|pin| {
+            line("pin", format!("{}, by {}, of pages {}", pin.kind, pin.holder, pin.pages))
+        });
+        let past = self.last_operations.iter().map(|past| {
+            let PastOf { sequence, did, pages, came, why } = past;
+            let why = why.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
+            line("last", format!("#{sequence} {did} of pages {pages}: {came}{why}"))
+        });
+        claim.chain(in_flight).chain(pins).chain(past)
     }
 }
