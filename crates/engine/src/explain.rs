@@ -1,8 +1,7 @@
 //! Why a page is as it is: all that the engine knows of one page, and which clause keeps it from being
 //! mapped by a larger one.
 //!
-//! The levels told here are those of the answers to faults ([`crate::fault`]), by the same rule; a
-//! test compares the two.
+//! The levels are those of the answers to faults ([`Engine::level_limits`]); a test compares the two.
 
 use alloc::vec::Vec;
 use core::fmt;
@@ -11,18 +10,25 @@ use polder_units::{Gfn, Level, PageIndex, PageRange};
 
 use crate::history::Past;
 use crate::{
-    Activity, Binding, Engine, Holder, PageFacts, PinKind, Population, Slot, View, Visibility, VmId,
+    Activity, Binding, Engine, Holder, Limit, PageFacts, PinKind, Population, Slot, View,
+    Visibility, VmId,
 };
 
-/// What limits the level at which a page can be mapped (INV-5).
+/// What limits the level at which a page can be mapped (INV-5): a [`Limit`], in full.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Clause {
+    /// The folio that the page lies in is of this level.
+    Folio(Level),
+    /// The hardware's entry for its frame is of this level.
+    HardwareEntry(Level),
     /// Guest frames and page indices are not congruent modulo the level.
     Alignment,
-    /// The larger page does not lie in the binding, or in the object, as a whole.
+    /// The larger page does not lie in the binding as a whole.
     Fit,
     /// The view maps no larger pages.
     View,
+    /// The larger page does not lie in the object as a whole.
+    End,
     /// A page of the larger one is of the other kind: this is the first.
     Visibility {
         /// That page.
@@ -37,7 +43,7 @@ pub enum Clause {
         page: PageIndex,
     },
     /// An operation has a part of the larger page.
-    Claim {
+    Operation {
         /// What it is doing.
         by: Activity,
         /// What it has.
@@ -53,30 +59,33 @@ pub enum Clause {
 impl fmt::Display for Clause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Folio(level) => write!(f, "its folio is of {level}"),
+            Self::HardwareEntry(level) => write!(f, "the entry of its frame is of {level}"),
             Self::Alignment => f.write_str("guest frames and pages are not aligned alike"),
             Self::Fit => f.write_str("the binding ends within the larger page"),
             Self::View => f.write_str("the view maps no larger pages"),
+            Self::End => f.write_str("the object ends within the larger page"),
             Self::Visibility { page, is } => write!(f, "page {page} is {is}"),
             Self::Population { page } => {
                 write!(f, "of page {page} the contents are owed, or of this one, and not of both")
             }
-            Self::Claim { by, range } => write!(f, "a {by} holds pages {range}"),
+            Self::Operation { by, range } => write!(f, "a {by} holds pages {range}"),
             Self::Quarantine { page } => write!(f, "page {page} is in quarantine"),
         }
     }
 }
 
 impl Clause {
-    /// Its name, in a word.
-    pub const fn name(self) -> &'static str {
+    /// Which of the limits it is.
+    pub const fn limit(self) -> Limit {
         match self {
-            Self::Alignment => "alignment",
-            Self::Fit => "fit",
-            Self::View => "view",
-            Self::Visibility { .. } => "visibility",
-            Self::Population { .. } => "population",
-            Self::Claim { .. } => "claim",
-            Self::Quarantine { .. } => "quarantine",
+            Self::Folio(_) => Limit::Folio,
+            Self::HardwareEntry(_) => Limit::HardwareEntry,
+            Self::Alignment | Self::Fit => Limit::Binding,
+            Self::View => Limit::View,
+            Self::End | Self::Visibility { .. } | Self::Population { .. } => Limit::Visibility,
+            Self::Operation { .. } => Limit::Operation,
+            Self::Quarantine { .. } => Limit::Quarantine,
         }
     }
 }
@@ -184,8 +193,7 @@ impl Engine {
             in_flight: self.in_flight.iter().filter(|one| one.range().contains(page)).count(),
             pins: self.pins.on(page),
             shown: shown.collect(),
-            host_view: self
-                .limit(page, |level| (level > self.config.host_view_level).then_some(Clause::View)),
+            host_view: self.limit(View::Host, page, None),
             past: self.history.of(page),
         }
     }
@@ -195,50 +203,56 @@ impl Engine {
         let gfn = Gfn::new(binding.gfns().start().get() + into).expect("a frame of the binding");
         let wishes = self.wishes_of(vm, slot, PageRange::one(page));
         let wanted = wishes.first().map_or(self.pages.get(page).visibility, |wish| wish.wanted);
-        let geometry = self.config.geometry;
-        let limit = self.limit(page, |level| {
-            let around = PageRange::enclosing(page, level, geometry);
-            if level > binding.congruent() {
-                Some(Clause::Alignment)
-            } else {
-                (!binding.pages().contains_range(around)).then_some(Clause::Fit)
-            }
-        });
+        let limit = self.limit(View::Guest, page, Some(binding));
         Shown { vm, slot, gfn, wanted, limit }
     }
 
-    /// The largest level at which the page can be mapped where `elsewhere` says what else is in the
-    /// way of a level.
-    fn limit(&self, page: PageIndex, elsewhere: impl Fn(Level) -> Option<Clause>) -> LevelLimit {
-        let mut level = Level::Size4K;
-        for next in Level::ALL.into_iter().filter(|&next| next > Level::Size4K) {
-            match elsewhere(next).or_else(|| self.in_the_way(page, next)) {
-                Some(clause) => return LevelLimit { level, by: Some(clause) },
-                None => level = next,
+    /// The level at which a page can be mapped, and what keeps it from the next.
+    fn limit(&self, view: View, page: PageIndex, binding: Option<&Binding>) -> LevelLimit {
+        let limits = self.level_limits(view, page, binding);
+        let level = limits.level();
+        let larger = Level::ALL.into_iter().find(|&larger| larger > level);
+        let by = limits.limiting().zip(larger).map(|(limit, larger)| {
+            let around = PageRange::enclosing(page, larger, self.config.geometry);
+            match limit {
+                Limit::Folio => Clause::Folio(limits.of(Limit::Folio)),
+                Limit::HardwareEntry => Clause::HardwareEntry(limits.of(Limit::HardwareEntry)),
+                Limit::Visibility => self.not_uniform(page, around),
+                Limit::Operation => self.held_in(around),
+                Limit::Quarantine => {
+                    let first = self.quarantine.first_in(around);
+                    Clause::Quarantine { page: first.unwrap_or(page) }
+                }
+                Limit::Binding => match binding {
+                    Some(binding) if larger > binding.congruent() => Clause::Alignment,
+                    _ => Clause::Fit,
+                },
+                Limit::View => Clause::View,
             }
-        }
-        LevelLimit { level, by: None }
+        });
+        LevelLimit { level, by }
     }
 
-    /// What of the object keeps the page around `page` from being mapped at a level.
-    fn in_the_way(&self, page: PageIndex, level: Level) -> Option<Clause> {
-        let around = PageRange::enclosing(page, level, self.config.geometry);
+    /// In what the pages around a page are not like it.
+    fn not_uniform(&self, page: PageIndex, around: PageRange) -> Clause {
         if self.check_bounds(around).is_err() {
-            return Some(Clause::Fit);
+            return Clause::End;
         }
         let facts = self.pages.get(page);
         let other_kind = |other: PageFacts| other.visibility != facts.visibility;
         if let Some(page) = self.first_page(around, other_kind) {
-            return Some(Clause::Visibility { page, is: facts.visibility.other() });
+            return Clause::Visibility { page, is: facts.visibility.other() };
         }
-        let other_population = |other: PageFacts| other.population != facts.population;
-        if let Some(page) = self.first_page(around, other_population) {
-            return Some(Clause::Population { page });
-        }
+        let other = self.first_page(around, |other| other.population != facts.population);
+        Clause::Population { page: other.unwrap_or(page) }
+    }
+
+    /// The operation that has a part of these pages.
+    fn held_in(&self, around: PageRange) -> Clause {
         let held = self.operations.iter().find_map(|record| {
-            Some(Clause::Claim { by: record.activity, range: record.claim_on(around)? })
+            Some(Clause::Operation { by: record.activity, range: record.claim_on(around)? })
         });
-        held.or_else(|| self.quarantine.first_in(around).map(|page| Clause::Quarantine { page }))
+        held.expect("an operation limits the level")
     }
 }
 

@@ -33,7 +33,7 @@ pub struct Explanation {
     /// Who sees it.
     pub bindings: Vec<BindingOf>,
     /// How large the host view can map it.
-    pub host_view: Limit,
+    pub host_view: MappingLimit,
     /// The operation that holds it.
     pub claim: Option<ClaimOf>,
     /// How many answers to faults and copies are in flight on it.
@@ -58,18 +58,17 @@ pub struct BindingOf {
     /// What the binding wishes it to be.
     pub wanted: String,
     /// How large it can be mapped there.
-    pub limit: Limit,
+    pub limit: MappingLimit,
     /// At which level stage 2 has it, where that is known.
     pub mapped_at: Option<String>,
 }
 
 /// The largest level at which a page can be mapped, and what keeps it from the next.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Limit {
+pub struct MappingLimit {
     /// The level: `4K`, `2M` or `1G`.
     pub level: String,
-    /// Which clause limits it: `alignment`, `fit`, `view`, `visibility`, `population`, `claim`,
-    /// `quarantine`, `folio` or `rmp`; none for the largest level.
+    /// Which [limit](crate::Limit) it is; none for the largest level.
     pub clause: Option<String>,
     /// The clause in full.
     pub why: Option<String>,
@@ -293,20 +292,24 @@ fn level_of(entry: polder_machine::RmpEntry) -> Level {
 }
 
 /// The engine's limit, or the host's where that is lower.
-fn limit(limit: LevelLimit, facts: &HostFacts) -> Limit {
-    let LevelLimit { level, by } = limit;
-    let folio = facts.folio.filter(|folio| *folio < level);
-    let rmp = facts.rmp.filter(|entry| entry.assigned).map(level_of);
-    let rmp = rmp.filter(|rmp| *rmp < folio.unwrap_or(level));
-    let (level, clause, why) = match (rmp, folio) {
-        (Some(rmp), _) => (rmp, Some("rmp"), Some(format!("its rmp entry is of {rmp}"))),
-        (None, Some(folio)) => (folio, Some("folio"), Some(format!("its folio is of {folio}"))),
-        (None, None) => (level, by.map(Clause::name), by.map(|clause| clause.to_string())),
-    };
-    Limit { level: level.to_string(), clause: clause.map(ToOwned::to_owned), why }
+fn limit(limit: LevelLimit, facts: &HostFacts) -> MappingLimit {
+    let entry = facts.rmp.filter(|entry| entry.assigned).map(level_of).map(Clause::HardwareEntry);
+    let folio = facts.folio.map(Clause::Folio);
+    let LevelLimit { mut level, mut by } = limit;
+    for clause in [folio, entry].into_iter().flatten() {
+        let (Clause::Folio(most) | Clause::HardwareEntry(most)) = clause else { continue };
+        if most < level {
+            (level, by) = (most, Some(clause));
+        }
+    }
+    MappingLimit {
+        level: level.to_string(),
+        clause: by.map(|clause| clause.limit().to_string()),
+        why: by.map(|clause| clause.to_string()),
+    }
 }
 
-impl fmt::Display for Limit {
+impl fmt::Display for MappingLimit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} at most", self.level)?;
         match (&self.clause, &self.why) {

@@ -56,7 +56,7 @@ impl HostView<'_> {
     /// ```
     /// # use polder::{HostKind, Memory, units::PageCount};
     /// # let builder = Memory::builder(PageCount::from(2u32)).host(HostKind::Machine);
-    /// let memory = builder.build()?;
+    /// let memory = builder.clone().build()?;
     /// assert!(memory.host_view().touch_read(0, &mut [0]).is_err(), "private");
     /// let memory = builder.shared().build()?;
     /// memory.host_view().touch_write(0x1000, b"hello")?;

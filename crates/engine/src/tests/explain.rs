@@ -36,7 +36,7 @@ fn the_clause_that_limits_the_level_is_named() {
     assert_eq!(host, LevelLimit { level: Level::Size4K, by: Some(Clause::View) });
 
     let discard = engine.discard(pages(9, 10)).unwrap();
-    let held = Clause::Claim { by: Activity::Discard, range: pages(9, 10) };
+    let held = Clause::Operation { by: Activity::Discard, range: pages(9, 10) };
     assert_eq!(limit(&engine, 8), LevelLimit { level: Level::Size4K, by: Some(held) });
     let told = engine.explain(page(9)).held.unwrap();
     assert_eq!((told.by, told.undoing, told.abandoned), (Activity::Discard, false, false));
