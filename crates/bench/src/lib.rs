@@ -18,6 +18,7 @@
 mod here;
 mod machine;
 mod map;
+mod prefault;
 mod turns;
 
 use serde::Serialize;
@@ -94,7 +95,7 @@ pub struct Report {
 }
 
 /// Every bench.
-pub const ALL: &[Bench] = &[map::BENCH, machine::BENCH];
+pub const ALL: &[Bench] = &[map::BENCH, machine::BENCH, prefault::BENCH];
 
 /// No bench has this name.
 #[derive(Debug, thiserror::Error)]

@@ -191,12 +191,13 @@ impl<'a> Threads<'a> {
         }
     }
 
-    fn progress(&self) -> Progress<'_> {
+    pub(crate) fn progress(&self) -> Progress<'_> {
         Progress {
             exits: self.exits.load(Ordering::Relaxed),
             memory: self.memory.statistics(),
             of: self.memory,
             vm: self.vm,
+            ahead: None,
         }
     }
 
