@@ -21,6 +21,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use polder_units::{PageIndex, PageRange};
 
 use crate::folio::Reshape;
+use crate::history::Came;
 use crate::pin::PinGate;
 use crate::plant::{Bug, Plants};
 use crate::step::Undo;
@@ -151,6 +152,8 @@ pub(crate) struct Record {
     progress: Progress,
     /// Whether pins of what it changes were looked for since it claimed it, and none was found.
     pub(crate) unpinned: bool,
+    /// Why it failed, if that is known.
+    why: Option<Refusal>,
     pub(crate) abandoned: Arc<AtomicBool>,
 }
 
@@ -221,6 +224,11 @@ enum Progress {
 }
 
 impl Record {
+    /// Whether it is on its way back.
+    pub(crate) fn is_undoing(&self) -> bool {
+        matches!(self.progress, Progress::Back { .. })
+    }
+
     pub(crate) fn is_abandoned(&self) -> bool {
         self.abandoned.load(Ordering::Acquire)
     }
@@ -290,10 +298,20 @@ impl Engine {
         if !self.plants.has(Bug::PinnedWhileDrained) {
             claims.iter().for_each(|&claim| self.pins.close(claim));
         }
-        let (asked, reshape) = (Vec::new(), Reshape::default());
+        let (asked, reshape, why) = (Vec::new(), Reshape::default(), None);
         let unpinned = !activity.needs_unpinned();
-        let record =
-            Record { id, activity, claims, parts, asked, reshape, progress, unpinned, abandoned };
+        let record = Record {
+            id,
+            activity,
+            claims,
+            parts,
+            asked,
+            reshape,
+            progress,
+            unpinned,
+            why,
+            abandoned,
+        };
         self.operations.push(record);
         Operation::new(id, lease)
     }
@@ -381,6 +399,11 @@ impl Engine {
         Operation::new(operation.id, operation.lease)
     }
 
+    /// Notes what it is that an operation which is being undone failed for.
+    pub fn note_reason(&mut self, operation: &Operation<Undoing>, why: Refusal) {
+        self.record_mut(operation.id).why = Some(why);
+    }
+
     /// The step to take next on the way back, or `None` when all is undone.
     pub fn next_undo(&self, operation: &Operation<Undoing>) -> Option<Step> {
         match &self.record(operation.id).progress {
@@ -429,13 +452,20 @@ impl Engine {
             self.quarantine.insert(range);
             self.pins.close(range);
         }
+        let came = match quarantined.is_empty() {
+            true => Came::Undone(record.why.take()),
+            false => Came::Quarantined,
+        };
+        self.history.note(record.activity, &record.claims, &came);
         quarantined
     }
 
     /// Ends an operation whose last stage is over. Returns what it was: to be kept until the page
     /// map says what the pages have become.
     pub(crate) fn finish<S>(&mut self, operation: &Operation<S>) -> Ended {
-        self.end(operation.id)
+        let record = self.end(operation.id);
+        self.history.note(record.activity, &record.claims, &Came::Done);
+        record
     }
 
     /// Notes that a view holds no markers on these pages any more.

@@ -25,7 +25,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 
-use polder_units::PageRange;
+use polder_units::{PageCount, PageIndex, PageRange};
 
 use self::counts::Counts;
 use self::exclusive::{Exclusive, Waiter};
@@ -36,7 +36,7 @@ use crate::operation::Record;
 use crate::plant::Bug;
 use crate::sync::{AtomicU32, Ordering, fence};
 use crate::{
-    Activity, Blocked, Engine, Operation, PageFacts, Population, Refusal, Stage, Visibility,
+    Activity, Blocked, Engine, Operation, PageFacts, Pinned, Population, Refusal, Stage, Visibility,
 };
 
 pub use exclusive::{WaitFor, Waiting};
@@ -99,6 +99,9 @@ impl PinId {
     }
 }
 
+/// How far a holder's pages are followed around one that is asked about.
+const FOLLOWED: u64 = 1024;
+
 /// All pins held.
 pub(crate) struct Pins {
     shared: Arc<Shared>,
@@ -109,10 +112,12 @@ pub(crate) struct Pins {
     barrier: bool,
     exclusive: Vec<Exclusive>,
     waiting: Vec<Waiter>,
+    /// The pages of the object.
+    pages: u64,
 }
 
 impl Pins {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(pages: PageCount) -> Self {
         let shared = Shared { gate: Gate::new(), waiting: AtomicU32::new(0) };
         Self {
             shared: Arc::new(shared),
@@ -120,6 +125,7 @@ impl Pins {
             barrier: false,
             exclusive: Vec::new(),
             waiting: Vec::new(),
+            pages: pages.get(),
         }
     }
 
@@ -131,6 +137,34 @@ impl Pins {
     /// To open what was closed, by whoever has the engine.
     pub(crate) fn gate(&self) -> PinGate {
         PinGate(Arc::clone(&self.shared))
+    }
+
+    /// Those on a page, a holder's together: with the run of pages around it that he has pinned, as
+    /// far as it is followed.
+    pub(crate) fn on(&self, page: PageIndex) -> Vec<Pinned> {
+        let counted = self.holders.iter().filter_map(|(_, held)| {
+            let pinned = |page: u64| {
+                let one = PageRange::between(page, page + 1)?;
+                held.first_in(one)
+            };
+            pinned(page.get())?;
+            let mut run = [page.get(), page.get() + 1];
+            while run[0] > 0 && run[1] - run[0] < FOLLOWED && pinned(run[0] - 1).is_some() {
+                run[0] -= 1;
+            }
+            while run[1] < self.pages && run[1] - run[0] < FOLLOWED && pinned(run[1]).is_some() {
+                run[1] += 1;
+            }
+            let range = PageRange::between(run[0], run[1])?;
+            Some(Pinned { range, kind: held.kind, holder: held.holder.clone() })
+        });
+        let exclusive = self.exclusive.iter().filter(|pin| pin.range.contains(page));
+        let exclusive = exclusive.map(|pin| Pinned {
+            range: pin.range,
+            kind: PinKind::Exclusive,
+            holder: pin.holder.clone(),
+        });
+        counted.chain(exclusive).collect()
     }
 
     fn held(&self, id: u64) -> &Held {
@@ -192,6 +226,7 @@ impl Clone for Pins {
             barrier: false,
             exclusive: self.exclusive.clone(),
             waiting: self.waiting.clone(),
+            pages: self.pages,
         }
     }
 }
