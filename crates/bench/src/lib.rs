@@ -15,6 +15,7 @@
 //! - Both do the same work and are given their input in the same way. A baseline that could not be
 //!   measured at the size of the case is measured at another, and the note says at which.
 
+mod convert;
 mod here;
 mod machine;
 mod map;
@@ -91,7 +92,7 @@ pub struct Report {
 }
 
 /// Every bench.
-pub const ALL: &[Bench] = &[map::BENCH, machine::BENCH];
+pub const ALL: &[Bench] = &[map::BENCH, machine::BENCH, convert::BENCH];
 
 /// No bench has this name.
 #[derive(Debug, thiserror::Error)]

@@ -21,11 +21,27 @@ pub(crate) fn compare(turn: Duration, baseline: Work, polder: Work) -> Costs {
     Costs { baseline: median(of_a), polder: median(of_b) }
 }
 
+/// The nanoseconds of two works that take turns, each of which sees to its own preparation and says
+/// what its operation took.
+pub(crate) fn alternate<E>(
+    mut baseline: impl FnMut() -> Result<f64, E>,
+    mut polder: impl FnMut() -> Result<f64, E>,
+) -> Result<Costs, E> {
+    // Once to warm up.
+    (baseline()?, polder()?);
+    let (mut of_a, mut of_b) = ([0.0; TURNS], [0.0; TURNS]);
+    for (of_a, of_b) in of_a.iter_mut().zip(&mut of_b) {
+        *of_a = baseline()?;
+        *of_b = polder()?;
+    }
+    Ok(Costs { baseline: median(of_a), polder: median(of_b) })
+}
+
 /// How many operations take about `turn`. Finding out also warms up.
 fn count_for(turn: Duration, work: Work) -> u32 {
     let mut count: u32 = 1;
     loop {
-        let took = time(work, count);
+        let took = time(|| work(count));
         if took >= turn / 2 || count > u32::MAX / 2 {
             return count;
         }
@@ -34,12 +50,13 @@ fn count_for(turn: Duration, work: Work) -> u32 {
 }
 
 fn nanoseconds_each(work: Work, count: u32) -> f64 {
-    time(work, count).as_secs_f64() * 1e9 / f64::from(count)
+    time(|| work(count)).as_secs_f64() * 1e9 / f64::from(count)
 }
 
-fn time(work: Work, count: u32) -> Duration {
+/// How long something takes.
+pub(crate) fn time(work: impl FnOnce()) -> Duration {
     let start = now();
-    work(count);
+    work();
     start.elapsed()
 }
 
