@@ -31,8 +31,11 @@ pub struct Bench {
     /// What it measures, in a line.
     pub about: &'static str,
     /// Measures; tells how far it is while it does.
-    pub run: fn(&mut dyn FnMut(Progress)) -> Result<Vec<Row>, BenchError>,
+    pub run: fn(&mut dyn FnMut(Progress)) -> Measured,
 }
+
+/// The rows of a bench, or why there are none.
+pub type Measured = Result<Vec<Row>, BenchError>;
 
 /// How far a bench is.
 #[derive(Clone, Debug)]
