@@ -44,6 +44,9 @@ pub(crate) struct Driver {
     /// A thread panicked while it held the lock: the engine may be half-changed.
     broken: AtomicBool,
     changed: Condvar,
+    /// Whether the fault thread keeps touches that have to wait for a claim. Changed with the
+    /// engine locked, as claims are: who has released one sees whether somebody waits for it.
+    touches_wait: AtomicBool,
     pub(crate) host: Box<dyn Host>,
     pub(crate) counters: Counters,
     /// After how long a waiter asks again by itself: a claim whose thread died is released by
@@ -122,6 +125,7 @@ impl Driver {
             engine: Mutex::new(Engine::new(config)),
             broken: AtomicBool::new(false),
             changed: Condvar::new(),
+            touches_wait: AtomicBool::new(false),
             host,
             counters: Counters::default(),
             ask_again: ASK_AGAIN,
@@ -134,10 +138,17 @@ impl Driver {
         self.try_engine().expect("the engine broke an invariant of its own")
     }
 
-    /// Tells those who wait that a claim was released.
+    /// Tells those who wait that a claim was released. Not with the engine locked.
     pub(crate) fn released(&self) {
         self.changed.notify_all();
-        self.host.views().nudge();
+        if self.touches_wait.load(Ordering::Relaxed) {
+            self.host.views().nudge();
+        }
+    }
+
+    /// Notes whether touches have to wait for a claim.
+    pub(crate) fn note_waiting(&self, _engine: &Locked<'_>, touches_wait: bool) {
+        self.touches_wait.store(touches_wait, Ordering::Relaxed);
     }
 
     /// Tells those who wait in a call, and not the fault threads.
