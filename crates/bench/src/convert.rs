@@ -5,14 +5,13 @@
 //! same kind (a memfd's, watched by a userfaultfd) with as many pages mapped, in a process that has
 //! the same VM. A conversion of all of it to private is timed; the way back is told in the note.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use polder::{Contents, HostKind, Memory, OnBusy, Slot, Visibility};
-use polder_linux::{Memfd, Userfault, View};
 use polder_units::{PageCount, PageIndex, PageRange};
 use polder_vmm::Vm;
 
+use crate::bare::Bare;
 use crate::turns::{alternate, time};
 use crate::{Bench, BenchError, Measured, Progress, Row};
 
@@ -76,11 +75,11 @@ fn run(cases: &[Case], progress: &mut dyn FnMut(Progress)) -> Measured {
 }
 
 fn measure(vm: &Vm, case: &Case) -> Result<Row, BenchError> {
-    let bare = Bare::new(case)?;
+    let bare = Bare::new(case.object, false)?;
     let polder = Converted::new(vm, case)?;
     let mut back = Vec::new();
     let costs = alternate(
-        || bare.cut_off(case),
+        || cut_off(&bare, case),
         || {
             let (to_private, to_shared) = polder.to_and_fro(case)?;
             back.push(to_shared);
@@ -98,31 +97,15 @@ fn each(case: &Case, all: Duration) -> f64 {
     all.as_secs_f64() * 1e9 / f64::from(case.times)
 }
 
-/// A memfd, its trusted view and a watched one, without Polder.
-struct Bare {
-    trusted: View,
-    host: Userfault,
-}
-
-impl Bare {
-    fn new(case: &Case) -> Result<Self, BenchError> {
-        let memfd = Arc::new(Memfd::new("bench", PageCount::from(case.object))?);
-        let trusted = View::new(&memfd)?;
-        let host = Userfault::new(Arc::new(View::new(&memfd)?))?;
-        host.watch(PageRange::between(0, case.object.into()).expect("an object has pages"))?;
-        Ok(Self { trusted, host })
+/// Cuts the host view off from all pages of a case, by the bare system call.
+fn cut_off(bare: &Bare, case: &Case) -> Result<f64, BenchError> {
+    for page in case.mapped() {
+        bare.host_view().read(page.offset(), &mut [0]).map_err(polder::Error::from)?;
     }
-
-    fn cut_off(&self, case: &Case) -> Result<f64, BenchError> {
-        for page in case.mapped() {
-            self.trusted.populate(PageRange::one(page))?;
-            self.host.resume(PageRange::one(page))?;
-        }
-        let mut all = Ok(());
-        let took = time(|| all = case.ranges().try_for_each(|range| self.host.view().zap(range)));
-        all?;
-        Ok(each(case, took))
-    }
+    let mut all = Ok(());
+    let took = time(|| all = case.ranges().try_for_each(|range| bare.host_view().zap(range)));
+    all?;
+    Ok(each(case, took))
 }
 
 /// The same with Polder.
@@ -153,5 +136,27 @@ impl Converted {
             all.map(|()| each(case, took))
         };
         Ok((convert(Visibility::Private)?, convert(Visibility::Shared)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tests::{Facility, found};
+
+    #[test]
+    fn what_is_converted_lies_in_the_object_and_is_measured() {
+        for case in CASES {
+            assert_eq!(case.ranges().count(), case.times as usize, "{}", case.name);
+            let pages: u64 = case.ranges().map(|range| range.count().get()).sum();
+            assert_eq!(pages, case.all().count().get(), "{}", case.name);
+        }
+        let small = [
+            Case { name: "1 page", pages: 1, times: 4, every: 1, object: 64 },
+            Case { name: "16 pages", pages: 16, times: 2, every: 4, object: 64 },
+        ];
+        let Some(rows) = found(Facility::Kvm, run(&small, &mut |_| ())) else { return };
+        assert_eq!(rows.len(), 2);
+        assert!(rows.iter().all(|row| row.polder_value > 0.0 && row.note.contains("back")));
     }
 }

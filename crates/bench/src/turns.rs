@@ -65,6 +65,24 @@ fn now() -> Instant {
     Instant::now()
 }
 
+/// The median of any number of values.
+pub(crate) fn median_of(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    quantile(&mut values, 50)
+}
+
+/// Median, the value that 99% are not above, and the largest, in words.
+pub(crate) fn quantiles(mut values: Vec<f64>) -> String {
+    let [p50, p99, most] = [50, 99, 100].map(|percent| quantile(&mut values, percent));
+    format!("p50 {p50:.1}, p99 {p99:.1}, max {most:.1}")
+}
+
+fn quantile(values: &mut [f64], percent: usize) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let at = (values.len() * percent).div_ceil(100).saturating_sub(1);
+    values.get(at).copied().unwrap_or(f64::NAN)
+}
+
 fn median(mut values: [f64; TURNS]) -> f64 {
     values.sort_by(f64::total_cmp);
     values[TURNS / 2]
@@ -79,6 +97,13 @@ mod tests {
         let mut values = [2.0; TURNS];
         values[0] = 1e9;
         assert!((median(values) - 2.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn quantiles_are_values_that_occurred() {
+        let values: Vec<f64> = (1..=200).map(f64::from).collect();
+        assert_eq!(quantiles(values), "p50 100.0, p99 198.0, max 200.0");
+        assert_eq!(quantiles(vec![7.0]), "p50 7.0, p99 7.0, max 7.0");
     }
 
     #[test]

@@ -155,6 +155,8 @@ impl Scenario {
                     | Op::Store { .. }
                     | Op::SetFlag { .. }
                     | Op::WaitFlag { .. }
+                    | Op::Time { .. }
+                    | Op::StandStill { .. }
                     | Op::Done
             )
         };
