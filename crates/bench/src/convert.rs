@@ -8,12 +8,12 @@
 use std::time::Duration;
 
 use polder::{Contents, HostKind, Memory, OnBusy, Slot, Visibility};
-use polder_units::{PageCount, PageIndex, PageRange};
+use polder_units::{PAGE_SIZE, PageCount, PageRange};
 use polder_vmm::Vm;
 
 use crate::bare::Bare;
-use crate::turns::{alternate, time};
-use crate::{Bench, BenchError, Measured, Progress, Row};
+use crate::turns::{TURNS, median_of, time};
+use crate::{Bench, BenchError, Costs, Measured, Progress, Row};
 
 pub(crate) const BENCH: Bench = Bench {
     name: "convert",
@@ -29,6 +29,8 @@ struct Case {
     /// The pages of a conversion.
     pages: u32,
     /// How many such conversions, one after the other, are timed at once.
+    at_once: u32,
+    /// How many times so many, in a turn.
     times: u32,
     /// Every how many pages one is mapped in the host view before.
     every: usize,
@@ -37,31 +39,40 @@ struct Case {
 }
 
 const CASES: [Case; 4] = [
-    Case { name: "1 page", pages: 1, times: 512, every: 1, object: 1 << 14 },
-    Case { name: "512 pages", pages: 512, times: 8, every: 1, object: 1 << 14 },
-    Case { name: "1g", pages: 1 << 18, times: 1, every: 512, object: 1 << 18 },
-    Case { name: "1g in 1t", pages: 1 << 18, times: 1, every: 512, object: 1 << 28 },
+    Case { name: "1 page", pages: 1, at_once: 64, times: 8, every: 1, object: 1 << 14 },
+    Case { name: "512 pages", pages: 512, at_once: 1, times: 8, every: 1, object: 1 << 14 },
+    Case { name: "1g", pages: 1 << 18, at_once: 1, times: 1, every: 512, object: 1 << 18 },
+    Case { name: "1g in 1t", pages: 1 << 18, at_once: 1, times: 1, every: 512, object: 1 << 28 },
 ];
 
 impl Case {
     /// All that is converted.
     fn all(&self) -> PageRange {
-        let count = self.pages * self.times;
+        let count = self.pages * self.at_once * self.times;
         let start = (self.object - count) / 2;
         PageRange::between(start.into(), (start + count).into()).expect("a part of the object")
     }
 
-    fn ranges(&self) -> impl Iterator<Item = PageRange> {
-        let starts = (self.all().start().get()..).step_by(self.pages as usize);
+    /// The pages of each conversion, by what is timed at once.
+    fn ranges(&self) -> Vec<Vec<PageRange>> {
+        let all = self.all();
         let pages = u64::from(self.pages);
-        let ranges = starts.take(self.times as usize);
-        ranges.filter_map(move |start| PageRange::between(start, start + pages))
+        let starts = (all.start().get()..all.end()).step_by(self.pages as usize);
+        let ranges = starts.filter_map(|start| PageRange::between(start, start + pages));
+        let ranges: Vec<PageRange> = ranges.collect();
+        ranges.chunks(self.at_once as usize).map(<[_]>::to_vec).collect()
     }
 
-    /// The pages that are mapped before.
-    fn mapped(&self) -> impl Iterator<Item = PageIndex> {
+    /// Has the pages that are to be mapped in a host view touched there.
+    fn touch<E>(&self, mut touch: impl FnMut(u64) -> Result<(), E>) -> Result<(), E> {
         let all = self.all();
-        (all.start().get()..all.end()).step_by(self.every).filter_map(PageIndex::new)
+        let mut pages = (all.start().get()..all.end()).step_by(self.every);
+        pages.try_for_each(|page| touch(page * PAGE_SIZE))
+    }
+
+    /// Nanoseconds of each conversion, of a time for as many as are timed at once.
+    fn each(&self, took: Duration) -> f64 {
+        took.as_secs_f64() * 1e9 / f64::from(self.at_once)
     }
 }
 
@@ -74,69 +85,52 @@ fn run(cases: &[Case], progress: &mut dyn FnMut(Progress)) -> Measured {
     cases.iter().enumerate().map(tell).collect()
 }
 
+/// Measures a case, range by range in turns: what else the machine does meets both alike.
 fn measure(vm: &Vm, case: &Case) -> Result<Row, BenchError> {
     let bare = Bare::new(case.object, false)?;
-    let polder = Converted::new(vm, case)?;
-    let mut back = Vec::new();
-    let costs = alternate(
-        || cut_off(&bare, case),
-        || {
-            let (to_private, to_shared) = polder.to_and_fro(case)?;
-            back.push(to_shared);
-            Ok(to_private)
-        },
-    )?;
+    let memory = Memory::builder(PageCount::from(case.object)).shared().build()?;
+    let id = vm.attach(&memory)?;
+    // A slot of a terabyte costs a KVM without TDP gigabytes; what is converted is enough.
+    memory.bind(id, Slot(0), Vm::RAM.gfn(), case.all())?;
+    let convert = |ranges: &[PageRange], to| {
+        timed(ranges, |range| {
+            memory.convert(range, to, Contents::Preserve, OnBusy::Refuse).map(drop)
+        })
+    };
+
+    let ranges = case.ranges();
+    let [mut of_bare, mut to_private, mut to_shared] = [(); 3].map(|()| Vec::new());
+    for turn in 0..=TURNS {
+        case.touch(|offset| bare.host_view().read(offset, &mut [0]))
+            .map_err(polder::Error::from)?;
+        case.touch(|offset| memory.host_view().touch_read(offset, &mut [0]))?;
+        for ranges in &ranges {
+            let bare = timed(ranges, |range| bare.host_view().zap(range))?;
+            let polder = convert(ranges, Visibility::Private)?;
+            let back = convert(ranges, Visibility::Shared)?;
+            // The first turn warms up.
+            if turn > 0 {
+                of_bare.push(case.each(bare));
+                to_private.push(case.each(polder));
+                to_shared.push(case.each(back));
+            }
+        }
+    }
+    let costs = Costs { baseline: median_of(&of_bare), polder: median_of(&to_private) };
     let mut row = Row::of_costs(case.name.to_owned(), BARE, "ns", costs);
-    back.sort_by(f64::total_cmp);
-    row.note = format!("back to shared: {:.0} ns, without a system call", back[back.len() / 2]);
+    let back = median_of(&to_shared);
+    row.note = format!("back to shared: {back:.0} ns, without a system call");
     Ok(row)
 }
 
-/// The time for each conversion of a case, in nanoseconds.
-fn each(case: &Case, all: Duration) -> f64 {
-    all.as_secs_f64() * 1e9 / f64::from(case.times)
-}
-
-/// Cuts the host view off from all pages of a case, by the bare system call.
-fn cut_off(bare: &Bare, case: &Case) -> Result<f64, BenchError> {
-    for page in case.mapped() {
-        bare.host_view().read(page.offset(), &mut [0]).map_err(polder::Error::from)?;
-    }
-    let mut all = Ok(());
-    let took = time(|| all = case.ranges().try_for_each(|range| bare.host_view().zap(range)));
-    all?;
-    Ok(each(case, took))
-}
-
-/// The same with Polder.
-struct Converted {
-    memory: Memory,
-}
-
-impl Converted {
-    fn new(vm: &Vm, case: &Case) -> Result<Self, BenchError> {
-        let memory = Memory::builder(PageCount::from(case.object)).shared().build()?;
-        let id = vm.attach(&memory)?;
-        // A slot of a terabyte costs a KVM without TDP gigabytes; what is converted is enough.
-        memory.bind(id, Slot(0), Vm::RAM.gfn(), case.all())?;
-        Ok(Self { memory })
-    }
-
-    fn to_and_fro(&self, case: &Case) -> Result<(f64, f64), BenchError> {
-        for page in case.mapped() {
-            self.memory.host_view().touch_read(page.offset(), &mut [0])?;
-        }
-        let convert = |to| {
-            let mut all = Ok(());
-            let each_range = |range| {
-                let converted = self.memory.convert(range, to, Contents::Preserve, OnBusy::Refuse);
-                converted.map(drop)
-            };
-            let took = time(|| all = case.ranges().try_for_each(each_range));
-            all.map(|()| each(case, took))
-        };
-        Ok((convert(Visibility::Private)?, convert(Visibility::Shared)?))
-    }
+/// How long it takes to do something with each range.
+fn timed<E>(
+    ranges: &[PageRange],
+    work: impl FnMut(PageRange) -> Result<(), E>,
+) -> Result<Duration, E> {
+    let mut done = Ok(());
+    let took = time(|| done = ranges.iter().copied().try_for_each(work));
+    done.map(|()| took)
 }
 
 #[cfg(test)]
@@ -147,13 +141,14 @@ mod tests {
     #[test]
     fn what_is_converted_lies_in_the_object_and_is_measured() {
         for case in CASES {
-            assert_eq!(case.ranges().count(), case.times as usize, "{}", case.name);
-            let pages: u64 = case.ranges().map(|range| range.count().get()).sum();
+            let ranges = case.ranges();
+            assert_eq!(ranges.len(), case.times as usize, "{}", case.name);
+            let pages: u64 = ranges.iter().flatten().map(|range| range.count().get()).sum();
             assert_eq!(pages, case.all().count().get(), "{}", case.name);
         }
         let small = [
-            Case { name: "1 page", pages: 1, times: 4, every: 1, object: 64 },
-            Case { name: "16 pages", pages: 16, times: 2, every: 4, object: 64 },
+            Case { name: "1 page", pages: 1, at_once: 2, times: 2, every: 1, object: 64 },
+            Case { name: "16 pages", pages: 16, at_once: 1, times: 2, every: 4, object: 64 },
         ];
         let Some(rows) = found(Facility::Kvm, run(&small, &mut |_| ())) else { return };
         assert_eq!(rows.len(), 2);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::Costs;
 
 /// The turns of which the median is told; odd.
-const TURNS: usize = 11;
+pub(crate) const TURNS: usize = 11;
 
 /// Something to time: it does its operation this many times.
 pub(crate) type Work<'a> = &'a mut dyn FnMut(u32);
