@@ -43,7 +43,7 @@ impl Bare {
         }
         let thread = polder_linux::spawn("bare-faults", {
             let shared = Arc::clone(&shared);
-            move || while !shared.stop.load(Ordering::Acquire) && shared.serve().is_ok() {}
+            move || shared.run()
         })?;
         Ok(Self { memfd, shared, thread: Some(thread) })
     }
@@ -72,6 +72,13 @@ impl Bare {
 }
 
 impl Shared {
+    fn run(&self) {
+        let mut served = Ok(());
+        while served.is_ok() && !self.stop.load(Ordering::Acquire) {
+            served = self.serve();
+        }
+    }
+
     /// Answers the touches that wait, or waits for one.
     fn serve(&self) -> Result<(), Error> {
         use std::os::fd::AsFd;

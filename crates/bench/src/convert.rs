@@ -105,8 +105,16 @@ fn measure(vm: &Vm, case: &Case) -> Result<Row, BenchError> {
             .map_err(polder::Error::from)?;
         case.touch(|offset| memory.host_view().touch_read(offset, &mut [0]))?;
         for ranges in &ranges {
-            let bare = timed(ranges, |range| bare.host_view().zap(range))?;
-            let polder = convert(ranges, Visibility::Private)?;
+            let alone = || timed(ranges, |range| bare.host_view().zap(range));
+            let (bare, polder);
+            // Who comes first finds the caches cold.
+            if turn % 2 == 0 {
+                bare = alone()?;
+                polder = convert(ranges, Visibility::Private)?;
+            } else {
+                polder = convert(ranges, Visibility::Private)?;
+                bare = alone()?;
+            }
             let back = convert(ranges, Visibility::Shared)?;
             // The first turn warms up.
             if turn > 0 {

@@ -28,7 +28,8 @@ pub(crate) fn alternate<E>(
     mut polder: impl FnMut() -> Result<f64, E>,
 ) -> Result<Costs, E> {
     // Once to warm up.
-    (baseline()?, polder()?);
+    baseline()?;
+    polder()?;
     let (mut of_a, mut of_b) = ([0.0; TURNS], [0.0; TURNS]);
     for (of_a, of_b) in of_a.iter_mut().zip(&mut of_b) {
         *of_a = baseline()?;

@@ -163,10 +163,15 @@ impl Driver {
         }
     }
 
-    /// Tells who watches how far an operation has come.
-    fn reached<S>(&self, operation: Operation<S>, stage: Reached) -> Operation<S> {
+    /// Tells who watches how far an operation has come, without the engine, which others have
+    /// meanwhile.
+    fn reached<'a>(&'a self, engine: Locked<'a>, stage: Reached) -> Locked<'a> {
+        if self.watch.get().is_none() {
+            return engine;
+        }
+        drop(engine);
         self.tell(Moment::Reached(stage));
-        operation
+        self.engine()
     }
 
     /// Waits until a claim was released, or for a while.
@@ -236,15 +241,14 @@ impl Driver {
             Start::AlreadySo => return Ok(None),
             Start::Claimed(conversion) => conversion,
         };
-        let conversion = self.reached(conversion, Reached::Claimed);
-        self.drain(&conversion);
-        let conversion = self.reached(conversion, Reached::Drained);
-        let unmapped = self.reached(self.perform(conversion)?, Reached::Unmapped);
-        let unpinned = self.reached(self.perform(unmapped)?, Reached::Unpinned);
-        let reshaped = self.reached(self.perform(unpinned)?, Reached::Reshaped);
-        let protected = self.reached(self.perform(reshaped)?, Reached::Protected);
-        let settled = self.reached(self.perform(protected)?, Reached::Settled);
-        let converted = self.engine().finish_conversion(settled);
+        let engine = self.drain(&conversion);
+        let (engine, unmapped) = self.perform(engine, conversion, Reached::Unmapped)?;
+        let (engine, unpinned) = self.perform(engine, unmapped, Reached::Unpinned)?;
+        let (engine, reshaped) = self.perform(engine, unpinned, Reached::Reshaped)?;
+        let (engine, protected) = self.perform(engine, reshaped, Reached::Protected)?;
+        let (mut engine, settled) = self.perform(engine, protected, Reached::Settled)?;
+        let converted = engine.finish_conversion(settled);
+        drop(engine);
         self.released();
         Ok(Some(converted))
     }
@@ -266,11 +270,10 @@ impl Driver {
     /// Drops the contents of pages.
     pub(crate) fn discard(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
         let discard = self.claim(on_busy, |engine| engine.discard(range))?;
-        let discard = self.reached(discard, Reached::Claimed);
-        self.drain(&discard);
-        let discard = self.reached(discard, Reached::Drained);
-        let cleared = self.reached(self.perform(discard)?, Reached::Cleared);
-        self.engine().finish_discard(cleared);
+        let engine = self.drain(&discard);
+        let (mut engine, cleared) = self.perform(engine, discard, Reached::Cleared)?;
+        engine.finish_discard(cleared);
+        drop(engine);
         self.released();
         Ok(())
     }
@@ -282,11 +285,10 @@ impl Driver {
         let pages = self.engine().mergeable(range);
         pages.into_iter().try_for_each(|page| {
             let merge = self.claim(on_busy, |engine| engine.merge(page))?;
-            let merge = self.reached(merge, Reached::Claimed);
-            self.drain(&merge);
-            let merge = self.reached(merge, Reached::Drained);
-            let merged = self.perform(merge)?;
-            self.engine().finish_merge(merged);
+            let engine = self.drain(&merge);
+            let (mut engine, merged) = self.take_steps(engine, merge)?;
+            engine.finish_merge(merged);
+            drop(engine);
             self.released();
             Ok(())
         })
@@ -295,15 +297,14 @@ impl Driver {
     /// Fills pages that are owed with `bytes`, and zeros after them.
     pub(crate) fn populate(&self, range: PageRange, bytes: &[u8]) -> Result<(), Error> {
         let writing = self.claim(OnBusy::Wait, |engine| engine.populate(range))?;
-        let writing = self.reached(writing, Reached::Claimed);
-        self.drain(&writing);
-        let writing = self.reached(writing, Reached::Drained);
+        drop(self.drain(&writing));
         if let Err(error) = self.host.views().write(range.start().offset(), bytes) {
             return Err(self.fail(writing, error));
         }
-        let writing = self.reached(writing, Reached::Written);
-        let published = self.reached(self.perform(writing)?, Reached::Published);
-        let answer = self.engine().finish_population(published);
+        self.tell(Moment::Reached(Reached::Written));
+        let (mut engine, published) = self.perform(self.engine(), writing, Reached::Published)?;
+        let answer = engine.finish_population(published);
+        drop(engine);
         let (view, response, range) = (answer.view(), answer.response(), answer.range());
         let mut given = Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
         // Should it fail, whoever waits is answered one by one.
@@ -424,18 +425,40 @@ impl Driver {
     }
 
     /// Waits for the answers and copies in flight on what an operation claims.
-    fn drain<S>(&self, operation: &Operation<S>) {
+    fn drain<S>(&self, operation: &Operation<S>) -> Locked<'_> {
+        self.tell(Moment::Reached(Reached::Claimed));
         let mut engine = self.engine();
         while !engine.is_drained(operation) {
             self.wait(&mut engine);
         }
+        self.reached(engine, Reached::Drained)
     }
 
-    /// Takes all steps of a stage and goes on to the next.
-    fn perform<S: Stage>(&self, operation: Operation<S>) -> Result<Operation<S::Next>, Error> {
-        let mut engine = self.engine();
+    /// Takes all steps of a stage, and tells that the next one is reached.
+    fn perform<'a, S: Stage>(
+        &'a self,
+        engine: Locked<'a>,
+        operation: Operation<S>,
+        next: Reached,
+    ) -> Result<(Locked<'a>, Operation<S::Next>), Error> {
+        let (engine, operation) = self.take_steps(engine, operation)?;
+        Ok((self.reached(engine, next), operation))
+    }
+
+    /// Takes all steps of a stage. The engine is let go of only where the host has something to do:
+    /// a conversion of one page takes no longer than its system call and as much again.
+    fn take_steps<'a, S: Stage>(
+        &'a self,
+        mut engine: Locked<'a>,
+        operation: Operation<S>,
+    ) -> Result<(Locked<'a>, Operation<S::Next>), Error> {
+        let watched = self.watch.get().is_some();
         let mut step = engine.next_step(&operation);
         while let Some(now) = step {
+            if !watched && !self.host.has_to_take(now) {
+                step = engine.step_taken(&operation);
+                continue;
+            }
             drop(engine);
             self.tell(Moment::Step(now));
             if let Err(error) = self.host.take(now) {
@@ -445,7 +468,8 @@ impl Driver {
             engine = self.engine();
             step = engine.step_taken(&operation);
         }
-        Ok(engine.advance(operation))
+        let operation = engine.advance(operation);
+        Ok((engine, operation))
     }
 
     /// Undoes an operation of our own because of `error`; returns what to tell the caller.

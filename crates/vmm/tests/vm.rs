@@ -72,8 +72,8 @@ fn a_guest_times_its_reads_and_how_long_it_stood_still() {
         let at = |bytes| Gpa::new(Vm::RAM.get() + bytes);
         // The log is in the last page, the flag in its last word.
         let (log, until) = (at(7 * PAGE_SIZE), at(8 * PAGE_SIZE - WORD));
-        let words = |count| {
-            let mut bytes = vec![0u8; count * 8];
+        let words = |count: usize| {
+            let mut bytes = vec![0; count * 8];
             memory.read(id, log, &mut bytes).expect("shared");
             let words = bytes.chunks_exact(8);
             words.map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect::<Vec<_>>()

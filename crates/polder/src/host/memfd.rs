@@ -71,6 +71,10 @@ impl Host for MemfdHost {
         }
     }
 
+    fn has_to_take(&self, step: Step) -> bool {
+        matches!(step, Step::UnmapHost(_) | Step::Free(_) | Step::Quarantine(_))
+    }
+
     fn views(&self) -> &dyn Views {
         &self.views
     }
