@@ -43,7 +43,9 @@ impl Engine {
         if self.plants.has(Bug::ExistsWhileClaimed) && self.is_claimed(range) {
             return Err(Refusal::Whole { page: range.start() }.into());
         }
-        self.check_claims(range)?;
+        // Nobody may map a part of a granule meanwhile.
+        let granules = self.granules(range);
+        self.check_claims(granules)?;
         let platform = self.config.platform;
         let private = |facts: PageFacts| facts.visibility == Visibility::Private;
         if !platform.host_fills_private()
@@ -59,17 +61,31 @@ impl Engine {
             return Err(Refusal::SourceFailed { page }.into());
         }
         let program = Program::default().stage([Step::Publish(range)].into_iter());
-        Ok(self.begin(Activity::Population, vec![range], vec![range], program))
+        Ok(self.begin(Activity::Population, vec![granules], vec![range], program))
     }
 
     /// Makes the population true: from here on the pages are seen, and nothing takes them back.
     /// Returns an answer that lets whoever waits in the guest view go on, all at once; should it
-    /// fail, they are answered one by one.
-    pub fn finish_population(&mut self, population: Operation<Published>) -> Answer {
+    /// fail, they are answered one by one. `None` if no granule is whole yet.
+    pub fn finish_population(&mut self, population: Operation<Published>) -> Option<Answer> {
         let record = self.finish(&population);
-        let range = record.parts[0];
-        self.pages.set_population(range, Population::Whole);
-        self.answer(View::Guest, range, Response::Map)
+        self.pages.set_population(record.parts[0], Population::Whole);
+        let shown = self.whole_granules(record.claims[0])?;
+        Some(self.answer(View::Guest, shown, Response::Map))
+    }
+
+    /// What is left of a range of granules without the first and the last, if those are not whole.
+    fn whole_granules(&self, range: PageRange) -> Option<PageRange> {
+        let (granule, geometry) = (self.config.backing.granule, self.config.geometry);
+        let last = range.frames().next_back().unwrap_or(range.start());
+        [range.start(), last].into_iter().try_fold(range, |left, page| {
+            let around = PageRange::enclosing(page, granule, geometry);
+            let owed = |facts: PageFacts| facts.population == Population::Owed;
+            match self.first_page(around, owed) {
+                None => Some(left),
+                Some(_) => left.without(around).into_iter().flatten().next(),
+            }
+        })
     }
 
     /// Says that the contents of pages will not come: whoever touches one is denied from now on,

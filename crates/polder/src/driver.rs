@@ -305,11 +305,19 @@ impl Driver {
         let (mut engine, published) = self.perform(self.engine(), writing, Reached::Published)?;
         let answer = engine.finish_population(published);
         drop(engine);
+        match answer {
+            Some(answer) => self.show_populated(answer),
+            // What a view can map as a whole alone is not whole yet.
+            None => self.released(),
+        }
+        Ok(())
+    }
+
+    fn show_populated(&self, answer: Answer) {
         let (view, response, range) = (answer.view(), answer.response(), answer.range());
         let mut given = Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
         // Should it fail, whoever waits is answered one by one.
         given.done(self.host.views().answer(view, response, range).is_ok());
-        Ok(())
     }
 
     /// Says that the contents of pages will not come.

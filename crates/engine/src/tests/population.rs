@@ -11,7 +11,7 @@ fn a_population_is_seen_whole_or_not_at_all() {
     assert!(matches!(engine.populate(pages(3, 5)), Err(Blocked::Busy(_))));
     let published = stage(&mut engine, writing, &mut Vec::new(), &mut None).unwrap();
     assert!(waits(&mut engine, page(0)), "it is published, not shown");
-    let shown = engine.finish_population(published);
+    let shown = engine.finish_population(published).unwrap();
     assert_eq!((shown.view(), shown.range()), (View::Guest, pages(0, 4)));
     engine.answered(shown, None);
     let answer = now(engine.touch(View::Host, page(0)));

@@ -82,8 +82,7 @@ impl World {
     pub(super) fn answer_host(&mut self, response: Response, range: PageRange) -> bool {
         match response {
             Response::Map => {
-                self.allocate(range);
-                self.act(Act::MapHost(range)).is_well()
+                self.allocate(range).is_ok() && self.act(Act::MapHost(range)).is_well()
             }
             Response::Poison => {
                 let done = self.act(Act::Poison(range));

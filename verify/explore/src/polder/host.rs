@@ -58,10 +58,17 @@ impl World {
     }
 
     /// Gives memory to the pages of a range that have none.
-    pub(super) fn allocate(&mut self, range: PageRange) {
-        if self.has_hole(range) {
-            self.act(Act::Allocate(range)).well();
+    ///
+    /// # Errors
+    /// Where the RMP still has it for somebody: it was freed too early.
+    pub(super) fn allocate(&mut self, range: PageRange) -> Result<(), Violation> {
+        if self.has_hole(range)
+            && let Done::Refused(refused) = self.act(Act::Allocate(range))
+        {
+            let what = format!("no memory for pages {range}, which was free: {refused}");
+            return Err(Violation::new("INV-9", what));
         }
+        Ok(())
     }
 
     /// Whether a page of a range has no memory.
