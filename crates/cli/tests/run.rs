@@ -236,7 +236,7 @@ fn impossible_arguments_are_refused_with_a_way_out() {
         ("--vcpus 0", "1 to 4"),
         ("--vcpus 5000", "1 to 4"),
         ("--vcpus many", "whole number"),
-        ("--page-size 2m", "4k is"),
+        ("--page-size 8k", "4k, thp, 2m or 1g"),
         ("--host abacus", "one of auto, memfd"),
         ("--seed -1", "whole number"),
         ("--timeout soon", "whole number"),

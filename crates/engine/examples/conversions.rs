@@ -6,8 +6,8 @@
 //! Each turn converts one page of a terabyte to private, and back; the host does nothing.
 
 use polder_engine::{
-    Config, Contents, Conversion, ConversionRequest, Engine, PageFacts, Platform, Population,
-    Stage, Start, Visibility,
+    Backing, Config, Contents, Conversion, ConversionRequest, Engine, PageFacts, Platform,
+    Population, Stage, Start, Visibility,
 };
 use polder_units::{Geometry, Level, PageCount, PageIndex, PageRange};
 
@@ -16,6 +16,7 @@ fn main() {
     let mut engine = Engine::new(Config {
         pages: PageCount::from(1 << 28),
         geometry: Geometry::X86_64,
+        backing: Backing::ANY,
         platform: Platform::Plain,
         in_place: true,
         host_view_level: Level::Size4K,
