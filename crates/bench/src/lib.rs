@@ -22,6 +22,7 @@ mod guest;
 mod here;
 mod machine;
 mod map;
+mod prefault;
 mod stall;
 mod turns;
 
@@ -100,7 +101,7 @@ pub struct Report {
 
 /// Every bench.
 pub const ALL: &[Bench] =
-    &[map::BENCH, machine::BENCH, faults::BENCH, convert::BENCH, stall::BENCH];
+    &[map::BENCH, machine::BENCH, faults::BENCH, convert::BENCH, stall::BENCH, prefault::BENCH];
 
 /// No bench has this name.
 #[derive(Debug, thiserror::Error)]

@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::units::ByteSize;
+use polder::units::{ByteSize, GfnRange};
 use polder::{HostKind, PageSize};
 use polder_vmm::guest::Program;
-use polder_vmm::{Accelerator, Config, Conversion, End, Failure, Progress, Report, Supervision};
+use polder_vmm::{
+    Accelerator, Config, Conversion, End, Failure, Prefault, Progress, Report, Supervision,
+};
 use serde_json::json;
 
 use crate::trouble::Trouble;
@@ -27,6 +29,7 @@ Examples:
   polder run --page-size 2m               in huge pages, reserved before it starts
   polder run --json | jq .guest           for programs
   polder run --guest spin --timeout 2     a guest that never ends
+  polder run --memory 1G --prefault all   memory mapped before the guest touches it
 
 Exit status: 0 every check passed, 1 one failed or the guest did not end, 2 it could not be run,
 130 interrupted.")]
@@ -58,6 +61,17 @@ pub(crate) struct Arguments {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+    /// Map memory ahead of the guest: all of it, none, or a range of guest-physical addresses, such
+    /// as 0x40000000+64M
+    #[arg(long, value_name = "all|RANGE|none", default_value = "none", value_parser = ahead)]
+    prefault: Ahead,
+    /// Map ahead before the guest starts, or beside it while it runs
+    #[arg(long, value_enum, default_value_t = When::Start, value_name = "WHEN")]
+    prefault_when: When,
+    /// For guests that may not wait: have all memory mapped before the start, locked and checked, or
+    /// say what stands in the way
+    #[arg(long, conflicts_with = "prefault_when")]
+    no_faults_after_start: bool,
     /// What the guest does: all but the first show how misbehaviour ends
     #[arg(long, value_enum, default_value_t = Guest::SelfTest)]
     guest: Guest,
@@ -86,6 +100,39 @@ enum Guest {
     Spin,
     /// Makes senseless requests for ever
     Flood,
+}
+
+/// What is mapped ahead.
+#[derive(Clone, Copy, Debug)]
+enum Ahead {
+    None,
+    All,
+    Range(GfnRange),
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum When {
+    /// Before the guest starts
+    Start,
+    /// While it runs
+    Running,
+}
+
+fn ahead(text: &str) -> Result<Ahead, String> {
+    match text {
+        "none" => return Ok(Ahead::None),
+        "all" => return Ok(Ahead::All),
+        _ => {}
+    }
+    let form = "expected all, none, or START+SIZE, such as 0x40000000+64M";
+    let (start, size) = text.split_once('+').ok_or(form)?;
+    let start = match start.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16).map_err(|_| form)?,
+        None => start.parse::<ByteSize>().map_err(|error| error.to_string())?.get(),
+    };
+    let size: ByteSize = size.parse().map_err(|_| form)?;
+    let gfns = GfnRange::from_bytes(start, size.get()).map_err(|error| error.to_string())?;
+    Ok(Ahead::Range(gfns))
 }
 
 /// The host to run on, and why it is not the one that is tried first.
@@ -119,6 +166,15 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
             Guest::Flood => Program::Flood,
         },
         delays: arguments.delays.map(|micros| Duration::from_micros(micros.into())),
+        prefault: {
+            let running = matches!(arguments.prefault_when, When::Running);
+            match arguments.prefault {
+                Ahead::None => None,
+                Ahead::All => Some(Prefault { gfns: None, running }),
+                Ahead::Range(gfns) => Some(Prefault { gfns: Some(gfns), running }),
+            }
+        },
+        no_faults: arguments.no_faults_after_start,
     };
     let mut supervisor = match Supervisor::new(arguments) {
         Ok(supervisor) => supervisor,
@@ -146,6 +202,9 @@ struct Supervisor {
     start: Instant,
     timeout: Duration,
     line: ProgressBar,
+    running: ProgressStyle,
+    /// While memory is mapped ahead.
+    ahead: ProgressStyle,
 }
 
 impl Supervisor {
@@ -153,16 +212,27 @@ impl Supervisor {
         interrupt::hear()?;
         // On standard error, and only where that is a terminal.
         let line = if arguments.json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
-        let style = ProgressStyle::with_template("{spinner} {elapsed} {msg}");
-        line.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+        let running = ProgressStyle::with_template("{spinner} {elapsed} {msg}")
+            .unwrap_or_else(|_| ProgressStyle::default_spinner());
+        let ahead = ProgressStyle::with_template("{bar:30} {percent}% mapped ahead, {elapsed}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar());
+        line.set_style(running.clone());
         // KVM takes its time over a slot of a terabyte, and nobody looks meanwhile.
         line.set_message("making the VM");
         line.enable_steady_tick(Duration::from_millis(100));
-        Ok(Self { start: now(), timeout: Duration::from_secs(arguments.timeout), line })
+        let timeout = Duration::from_secs(arguments.timeout);
+        Ok(Self { start: now(), timeout, line, running, ahead })
     }
 
     fn look(&mut self, progress: Progress) -> Supervision {
         let memory = progress.memory;
+        if let Some(ahead) = progress.ahead {
+            self.line.set_style(self.ahead.clone());
+            self.line.set_length(ahead.of);
+            self.line.set_position(ahead.done);
+        } else if progress.exits == 0 {
+            self.line.set_style(self.running.clone());
+        }
         self.line.set_message(format!(
             "{} exits, {} conversions, {} refused, {} touches denied",
             progress.exits,
@@ -314,6 +384,9 @@ fn to_json(
             "pending": pool.pending,
         });
     }
+    if let Some(ahead) = report.ahead {
+        object["prefault"] = json!({ "pages": ahead.done, "skipped": ahead.skipped });
+    }
     if let Some(instead) = instead {
         object["simulated_because"] = json!(instead);
     }
@@ -351,6 +424,9 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
         }
     };
     let pages = arguments.memory.pages().unwrap_or_default();
+    let ahead = report.ahead.map_or_else(String::new, |ahead| {
+        format!("\x20 prefault     {} of {} pages\n", ahead.done, ahead.of)
+    });
     format!(
         "{verdict}: {ended}; {passed} checks passed, {failed} failed in {seconds:.1} s\n{why}\
          \n\
@@ -362,6 +438,7 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
          {refused} refused\n\
          \x20 guest        {guest} faults\n\
          \x20 host         {mapped} touches of shared pages mapped, {denied} of private pages denied\n\
+         {ahead}\
          {levels}\
          \n{picture}",
         ended = ended(arguments, report.end),
@@ -375,6 +452,7 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
         to_private = memory.to_private,
         converted = memory.converted_pages,
         refused = memory.refused,
+        ahead = ahead,
         guest = memory.guest_faults,
         mapped = memory.host_faults,
         denied = memory.denied,

@@ -8,6 +8,7 @@
 //! - [`Vm`]: a VM whose guest does what it is told, on memory that somebody else made.
 
 mod accesses;
+mod ahead;
 mod device;
 pub mod doctor;
 mod error;
@@ -17,6 +18,7 @@ mod kvm;
 mod machine;
 mod report;
 mod requests;
+mod roots;
 mod run;
 pub mod scenario;
 mod threads;
@@ -24,10 +26,12 @@ mod vcpu;
 mod vm;
 
 pub use accesses::{Accepting, Accesses, Changed, Rescinded};
+pub use ahead::Prefault;
 pub use error::RunError;
 pub use intruder::Way;
 pub use kvm::{Conversion, check_kvm};
-pub use report::{Accelerator, End, Failure, Progress, Report, Supervision};
+pub use report::{Accelerator, Ahead, End, Failure, Progress, Report, Supervision};
 pub use requests::{Next, Requests};
+pub use roots::GuestRoot;
 pub use run::{Config, run};
 pub use vm::{Ended, IdleVcpu, Vm};
