@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::process::ExitCode;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::output;
 
@@ -11,7 +11,7 @@ use crate::output;
 const STATUS: u8 = 2;
 
 /// An error, told.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Trouble {
     what: String,
     why: Option<String>,
