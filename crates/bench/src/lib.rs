@@ -16,11 +16,16 @@
 //!   measured at the size of the case is measured at another, and the note says at which.
 
 mod access;
+mod bare;
+mod convert;
+mod faults;
+mod guest;
 mod here;
 mod hugepages;
 mod machine;
 mod map;
 mod prefault;
+mod stall;
 mod turns;
 
 use serde::Serialize;
@@ -97,8 +102,16 @@ pub struct Report {
 }
 
 /// Every bench.
-pub const ALL: &[Bench] =
-    &[access::BENCH, hugepages::BENCH, map::BENCH, machine::BENCH, prefault::BENCH];
+pub const ALL: &[Bench] = &[
+    map::BENCH,
+    machine::BENCH,
+    faults::BENCH,
+    convert::BENCH,
+    stall::BENCH,
+    access::BENCH,
+    prefault::BENCH,
+    hugepages::BENCH,
+];
 
 /// No bench has this name.
 #[derive(Debug, thiserror::Error)]
@@ -157,5 +170,23 @@ impl Bench {
     pub fn report(&self, progress: &mut dyn FnMut(Progress)) -> Result<Report, BenchError> {
         let rows = (self.run)(progress)?;
         Ok(Report { bench: self.name, machine: here::describe(), rows })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    pub(crate) use polder_require::Facility;
+    use polder_require::require;
+
+    use super::{Measured, Row};
+
+    /// The rows of a bench, unless this machine lacks what it measures: then says so.
+    pub(crate) fn found(facility: Facility, measured: Measured) -> Option<Vec<Row>> {
+        use std::error::Error;
+        let found = measured.map_err(|error| match error.source() {
+            Some(source) => format!("{error}: {source}"),
+            None => error.to_string(),
+        });
+        require(facility, found)
     }
 }

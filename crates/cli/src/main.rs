@@ -11,10 +11,11 @@ mod picture;
 mod play;
 mod run;
 mod trouble;
+mod usage;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// A virtual machine's memory: private and shared pages in one object, converted in place.
 #[derive(Parser)]
@@ -35,7 +36,11 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    match Cli::parse().command {
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
+        Err(error) => return usage::refuse(&error, &Cli::command()),
+    };
+    match command {
         Command::Run(arguments) => run::main(&arguments),
         Command::Explain(arguments) => explain::main(&arguments),
         Command::Play(arguments) => play::main(&arguments),

@@ -69,7 +69,7 @@ pub(crate) fn draw(
             let _ = writeln!(picture, "         {levels}");
         }
     }
-    let size = |pages: u64| ByteSize::new(pages * PAGE_SIZE);
+    let size = |pages: u64| rounded(pages * PAGE_SIZE);
     let _ = writeln!(
         picture,
         "         █ private {}   ░ shared {}   ▒ both   · untouched {}   (a cell is {})",
@@ -90,6 +90,20 @@ fn letter(start: u64, end: u64, folios: &[(PageRange, Level)]) -> char {
         Some(Level::Size2M) => 'M',
         Some(Level::Size4K) => 'k',
         None => ' ',
+    }
+}
+
+/// Bytes as a person reads them: three digits that count.
+fn rounded(bytes: u64) -> String {
+    let units = [(1 << 40, "T"), (1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")];
+    let Some((unit, name)) = units.into_iter().find(|&(unit, _)| bytes >= unit) else {
+        return bytes.to_string();
+    };
+    let tenths = (bytes / (unit / 1024) * 10 + 512) / 1024;
+    match tenths % 10 {
+        0 => format!("{}{name}", tenths / 10),
+        rest if tenths < 1000 => format!("{}.{rest}{name}", tenths / 10),
+        _ => format!("{}{name}", (tenths + 5) / 10),
     }
 }
 
@@ -120,6 +134,21 @@ mod tests {
 
     fn range(start: u64, end: u64) -> PageRange {
         PageRange::between(start, end).unwrap()
+    }
+
+    #[test]
+    fn sizes_are_rounded_for_people() {
+        for (bytes, says) in [
+            (0, "0"),
+            (4096, "4K"),
+            (4500 << 10, "4.4M"),
+            (60968 << 10, "59.5M"),
+            (64 << 20, "64M"),
+            ((256 << 30) - (9 << 20), "256G"),
+            (u64::MAX, "16777216T"),
+        ] {
+            assert_eq!(rounded(bytes), says, "{bytes}");
+        }
     }
 
     #[test]

@@ -40,10 +40,10 @@ pub(crate) struct Arguments {
     #[arg(long, value_enum, default_value_t = Host::Auto)]
     host: Host,
     /// The guest's memory: 16M to 1T
-    #[arg(long, value_name = "SIZE", default_value = "64M")]
+    #[arg(long, value_name = "SIZE", default_value = "64M", allow_negative_numbers = true)]
     memory: ByteSize,
     /// The guest's vCPUs: 1 to 4
-    #[arg(long, value_name = "N", default_value_t = 2)]
+    #[arg(long, value_name = "N", default_value_t = 2, allow_negative_numbers = true)]
     vcpus: u32,
     /// The size of the pages that back the memory
     ///
@@ -52,10 +52,10 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SIZE", default_value = "4k")]
     page_size: PageSize,
     /// Decides the guest's patterns; the same seed is the same run
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     seed: u64,
     /// Seconds after which the guest is stopped
-    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, allow_negative_numbers = true)]
     timeout: u64,
     /// Hold each stage of every operation up by as much as this, by chance: shakes out races
     #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
@@ -153,7 +153,7 @@ fn choose(host: Host) -> (HostKind, Option<Trouble>) {
 pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     let (host, instead) = choose(arguments.host);
     if let Some(instead) = instead.as_ref().filter(|_| !arguments.json) {
-        output::note(&format!("note: this runs on the simulated machine, because {instead}"));
+        instead.note("note: this runs on the simulated machine");
     }
     let config = Config {
         host,
@@ -224,6 +224,9 @@ impl Supervisor {
         let ahead = ProgressStyle::with_template("{bar:30} {percent}% mapped ahead, {elapsed}")
             .unwrap_or_else(|_| ProgressStyle::default_bar());
         line.set_style(running.clone());
+        // KVM takes its time over a slot of a terabyte, and nobody looks meanwhile.
+        line.set_message("making the VM");
+        line.enable_steady_tick(Duration::from_millis(100));
         let timeout = Duration::from_secs(arguments.timeout);
         Ok(Self { start: now(), timeout, line, running, ahead, control })
     }
@@ -247,8 +250,8 @@ impl Supervisor {
             memory.refused,
             memory.denied,
         ));
-        self.line.tick();
         if interrupt::asked() {
+            self.line.set_message("interrupted: ending the VM");
             Supervision::Interrupt
         } else if self.start.elapsed() >= self.timeout {
             Supervision::TimeOut
@@ -291,6 +294,42 @@ fn exit(end: End) -> &'static str {
         End::Failed(Failure::Exit { .. }) => "unexpected-exit",
         End::TimedOut => "timeout",
         End::Interrupted => "interrupted",
+    }
+}
+
+/// Why a run did not end well, and what to do about it.
+fn why(arguments: &Arguments, end: End) -> Option<(&'static str, String)> {
+    let again = || format!("run it again with --seed {}: the same run", arguments.seed);
+    let report = || format!("{}; where it fails again, it is a bug: report it", again());
+    let (why, way_out) = match end {
+        End::Ok => return None,
+        End::TimedOut => {
+            ("it was still running", "give it more time: --timeout SECONDS".to_owned())
+        }
+        End::Interrupted => ("Ctrl-C, or SIGTERM", again()),
+        End::Failed(failure) => {
+            let why = match failure {
+                Failure::Check { .. } => "memory or an answer was not what it has to be",
+                Failure::Exception { .. } => "the guest handles no exception but its own requests",
+                Failure::TripleFault { .. } => {
+                    "an exception came that the guest could not take, so the CPU shut down"
+                }
+                Failure::MemoryFailure { .. } => {
+                    "the page is in quarantine, or the machine's memory is broken there"
+                }
+                Failure::MemoryFault { .. } => "the guest's memory is not what it takes it for",
+                Failure::TooFewChecks { .. } => "a part of its program was not run",
+                Failure::Intrusion { .. } => "a private page has to be out of the host's reach",
+                Failure::Exit { .. } => "nothing that the guest does causes such an exit",
+            };
+            (why, report())
+        }
+    };
+    match arguments.guest {
+        Guest::SelfTest => Some((why, way_out)),
+        Guest::TripleFault | Guest::Spin | Guest::Flood => {
+            Some((why, "leave --guest out: this one is to misbehave".to_owned()))
+        }
     }
 }
 
@@ -364,15 +403,25 @@ fn to_json(
     if let Some(instead) = instead {
         object["simulated_because"] = json!(instead);
     }
-    if report.end != End::Ok {
-        object["guest"]["why"] = ended(arguments, report.end).into();
+    if let Some((why, way_out)) = why(arguments, report.end) {
+        object["guest"]["what"] = ended(arguments, report.end).into();
+        object["guest"]["why"] = why.into();
+        object["guest"]["try"] = way_out.into();
     }
     object
 }
 
 fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64) -> String {
     let memory = report.memory;
-    let verdict = if report.end == End::Ok { "ok" } else { "FAILED" };
+    let verdict = match report.end {
+        End::Ok => "ok",
+        End::Failed(_) | End::TimedOut => "FAILED",
+        End::Interrupted => "STOPPED",
+    };
+    let why = why(arguments, report.end);
+    let why = why.map_or_else(String::new, |(why, way_out)| {
+        format!("\x20 why: {why}\n\x20 try: {way_out}\n")
+    });
     let conversion_by = match report.conversion_by {
         Conversion::Hypercall => "hypercall",
         Conversion::Port => "port (this KVM does not complete hypercalls)",
@@ -396,16 +445,17 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
         format!("\x20 prefault     {} of {} pages\n", ahead.done, ahead.of)
     });
     format!(
-        "{verdict}: {ended}; {passed} checks passed, {failed} failed in {seconds:.1} s\n\
+        "{verdict}: {ended}; {passed} checks passed, {failed} failed in {seconds:.1} s\n{why}\
          \n\
-         \x20 guest        {vcpus} vCPUs, {size} on host {host}, \
+         \x20 VM           {vcpus} {vcpus_are}, {size} on host {host}, \
          accelerator {accelerator}{simulated}\n\
          {all_shared}\
-         \x20 requests by  {conversion_by}\n\
-         \x20 conversions  {to_shared} to shared, {to_private} to private, {converted} pages; \
+         \x20 requests     by {conversion_by}\n\
+         \x20 conversions  {to_shared} to shared, {to_private} to private, {converted} pages in all; \
          {refused} refused\n\
          {virtqueue}\
-         \x20 faults       {guest} of the guest, {mapped} of the host mapped, {denied} denied\n\
+         \x20 guest        {guest} faults\n\
+         \x20 host         {mapped} touches of shared pages mapped, {denied} of private pages denied\n\
          {ahead}\
          {levels}\
          \n{picture}",
@@ -413,6 +463,7 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
         passed = report.checks_passed,
         failed = report.checks_failed,
         vcpus = arguments.vcpus,
+        vcpus_are = if arguments.vcpus == 1 { "vCPU" } else { "vCPUs" },
         size = arguments.memory,
         accelerator = report.accelerator,
         to_shared = memory.to_shared,

@@ -43,17 +43,19 @@ impl AsFd for Nudge {
     }
 }
 
-/// Waits until one of the descriptors can be read, or `at_most` has passed.
+/// Waits until one of the descriptors can be read, or `at_most` has passed. Returns which can be.
 ///
 /// # Errors
 /// Of `poll`.
 pub fn wait<const N: usize>(
     fds: [BorrowedFd<'_>; N],
     at_most: Option<Duration>,
-) -> Result<(), Error> {
+) -> Result<[bool; N], Error> {
     let mut fds = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
     let at_most = at_most.and_then(|time| Timespec::try_from(time).ok());
-    Call::new("poll").make(|| poll(&mut fds, at_most.as_ref())).map(drop)
+    Call::new("poll").make(|| poll(&mut fds, at_most.as_ref()))?;
+    // An error of a descriptor is for who reads it.
+    Ok(fds.map(|fd| !fd.revents().is_empty()))
 }
 
 /// A moment until which somebody waits. The clock is the monotonic one.

@@ -46,6 +46,9 @@ pub(crate) struct Driver {
     /// A thread panicked while it held the lock: the engine may be half-changed.
     broken: AtomicBool,
     changed: Condvar,
+    /// Whether the fault thread keeps touches that have to wait for a claim. Changed with the
+    /// engine locked, as claims are: who has released one sees whether somebody waits for it.
+    touches_wait: AtomicBool,
     pub(crate) host: Box<dyn Host>,
     pub(crate) counters: Counters,
     /// After how long a waiter asks again by itself: a claim whose thread died is released by
@@ -126,6 +129,7 @@ impl Driver {
             engine: Mutex::new(Engine::new(config)),
             broken: AtomicBool::new(false),
             changed: Condvar::new(),
+            touches_wait: AtomicBool::new(false),
             host,
             counters: Counters::default(),
             ask_again: ASK_AGAIN,
@@ -139,10 +143,17 @@ impl Driver {
         self.try_engine().expect("the engine broke an invariant of its own")
     }
 
-    /// Tells those who wait that a claim was released.
+    /// Tells those who wait that a claim was released. Not with the engine locked.
     pub(crate) fn released(&self) {
         self.changed.notify_all();
-        self.host.views().nudge();
+        if self.touches_wait.load(Ordering::Relaxed) {
+            self.host.views().nudge();
+        }
+    }
+
+    /// Notes whether touches have to wait for a claim.
+    pub(crate) fn note_waiting(&self, _engine: &Locked<'_>, touches_wait: bool) {
+        self.touches_wait.store(touches_wait, Ordering::Relaxed);
     }
 
     /// Tells those who wait in a call, and not the fault threads.
@@ -157,10 +168,15 @@ impl Driver {
         }
     }
 
-    /// Tells who watches how far an operation has come.
-    fn reached<S>(&self, operation: Operation<S>, stage: Reached) -> Operation<S> {
+    /// Tells who watches how far an operation has come, without the engine, which others have
+    /// meanwhile.
+    fn reached<'a>(&'a self, engine: Locked<'a>, stage: Reached) -> Locked<'a> {
+        if self.watch.get().is_none() {
+            return engine;
+        }
+        drop(engine);
         self.tell(Moment::Reached(stage));
-        operation
+        self.engine()
     }
 
     /// Waits until a claim was released, or for a while.
@@ -252,14 +268,14 @@ impl Driver {
             Start::AlreadySo => return Ok(None),
             Start::Claimed(conversion) => conversion,
         };
-        let conversion = self.reached(conversion, Reached::Claimed);
-        let conversion = self.reached(self.drain(conversion)?, Reached::Drained);
-        let unmapped = self.reached(self.perform(conversion)?, Reached::Unmapped);
-        let unpinned = self.reached(self.perform(unmapped)?, Reached::Unpinned);
-        let reshaped = self.reached(self.perform(unpinned)?, Reached::Reshaped);
-        let protected = self.reached(self.perform(reshaped)?, Reached::Protected);
-        let settled = self.reached(self.perform(protected)?, Reached::Settled);
-        let converted = self.engine().finish_conversion(settled);
+        let (engine, conversion) = self.drain(conversion)?;
+        let (engine, unmapped) = self.perform(engine, conversion, Reached::Unmapped)?;
+        let (engine, unpinned) = self.perform(engine, unmapped, Reached::Unpinned)?;
+        let (engine, reshaped) = self.perform(engine, unpinned, Reached::Reshaped)?;
+        let (engine, protected) = self.perform(engine, reshaped, Reached::Protected)?;
+        let (mut engine, settled) = self.perform(engine, protected, Reached::Settled)?;
+        let converted = engine.finish_conversion(settled);
+        drop(engine);
         self.released();
         Ok(Some(converted))
     }
@@ -287,10 +303,10 @@ impl Driver {
 
     fn discard_now(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
         let discard = self.claim(on_busy, |engine| engine.discard(range))?;
-        let discard = self.reached(discard, Reached::Claimed);
-        let discard = self.reached(self.drain(discard)?, Reached::Drained);
-        let cleared = self.reached(self.perform(discard)?, Reached::Cleared);
-        self.engine().finish_discard(cleared);
+        let (engine, discard) = self.drain(discard)?;
+        let (mut engine, cleared) = self.perform(engine, discard, Reached::Cleared)?;
+        engine.finish_discard(cleared);
+        drop(engine);
         self.released();
         Ok(())
     }
@@ -302,10 +318,10 @@ impl Driver {
         let pages = self.engine().mergeable(range);
         pages.into_iter().try_for_each(|page| {
             let merge = self.claim(on_busy, |engine| engine.merge(page))?;
-            let merge = self.reached(merge, Reached::Claimed);
-            let merge = self.reached(self.drain(merge)?, Reached::Drained);
-            let merged = self.perform(merge)?;
-            self.engine().finish_merge(merged);
+            let (engine, merge) = self.drain(merge)?;
+            let (mut engine, merged) = self.take_steps(engine, merge)?;
+            engine.finish_merge(merged);
+            drop(engine);
             self.released();
             Ok(())
         })
@@ -314,14 +330,15 @@ impl Driver {
     /// Fills pages that are owed with `bytes`, and zeros after them.
     pub(crate) fn populate(&self, range: PageRange, bytes: &[u8]) -> Result<(), Error> {
         let writing = self.claim(OnBusy::Wait, |engine| engine.populate(range))?;
-        let writing = self.reached(writing, Reached::Claimed);
-        let writing = self.reached(self.drain(writing)?, Reached::Drained);
+        let (engine, writing) = self.drain(writing)?;
+        drop(engine);
         if let Err(error) = self.host.views().write(range.start().offset(), bytes) {
             return Err(self.fail(writing, error));
         }
-        let writing = self.reached(writing, Reached::Written);
-        let published = self.reached(self.perform(writing)?, Reached::Published);
-        let answer = self.engine().finish_population(published);
+        self.tell(Moment::Reached(Reached::Written));
+        let (mut engine, published) = self.perform(self.engine(), writing, Reached::Published)?;
+        let answer = engine.finish_population(published);
+        drop(engine);
         match answer {
             Some(answer) => self.show_populated(answer),
             // What a view can map as a whole alone is not whole yet.
@@ -492,7 +509,11 @@ impl Driver {
 
     /// Looks for pins of what an operation claims that were taken without the lock, and waits for
     /// the answers and copies in flight on it.
-    fn drain<S: Stage>(&self, operation: Operation<S>) -> Result<Operation<S>, Error> {
+    fn drain<S: Stage>(
+        &self,
+        operation: Operation<S>,
+    ) -> Result<(Locked<'_>, Operation<S>), Error> {
+        self.tell(Moment::Reached(Reached::Claimed));
         let mut engine = self.pass_barrier();
         let mut patience = Patience::short();
         while let Err(refusal) = engine.look_for_pins(&operation) {
@@ -504,15 +525,34 @@ impl Driver {
         while !engine.is_drained(&operation) {
             self.wait(&mut engine);
         }
-        drop(engine);
-        Ok(operation)
+        Ok((self.reached(engine, Reached::Drained), operation))
     }
 
-    /// Takes all steps of a stage and goes on to the next.
-    fn perform<S: Stage>(&self, operation: Operation<S>) -> Result<Operation<S::Next>, Error> {
-        let mut engine = self.engine();
+    /// Takes all steps of a stage, and tells that the next one is reached.
+    fn perform<'a, S: Stage>(
+        &'a self,
+        engine: Locked<'a>,
+        operation: Operation<S>,
+        next: Reached,
+    ) -> Result<(Locked<'a>, Operation<S::Next>), Error> {
+        let (engine, operation) = self.take_steps(engine, operation)?;
+        Ok((self.reached(engine, next), operation))
+    }
+
+    /// Takes all steps of a stage. The engine is let go of only where the host has something to do:
+    /// a conversion of one page takes no longer than its system call and as much again.
+    fn take_steps<'a, S: Stage>(
+        &'a self,
+        mut engine: Locked<'a>,
+        operation: Operation<S>,
+    ) -> Result<(Locked<'a>, Operation<S::Next>), Error> {
+        let watched = self.watch.get().is_some();
         let mut step = engine.next_step(&operation);
         while let Some(now) = step {
+            if !watched && !self.host.has_to_take(now) {
+                step = engine.step_taken(&operation);
+                continue;
+            }
             drop(engine);
             self.tell(Moment::Step(now));
             if let Err(error) = self.host.take(now) {
@@ -522,7 +562,8 @@ impl Driver {
             engine = self.engine();
             step = engine.step_taken(&operation);
         }
-        Ok(engine.advance(operation))
+        let operation = engine.advance(operation);
+        Ok((engine, operation))
     }
 
     /// Undoes an operation of our own because of `error`; returns what to tell the caller.

@@ -118,6 +118,7 @@ impl Answers<'_> {
                 true
             }
         });
+        self.driver.note_waiting(&engine, !self.left.is_empty());
         abandoned
     }
 

@@ -17,7 +17,7 @@ use crate::guest::{
 };
 use crate::report::Failure;
 use crate::requests::{Next, Requests};
-use crate::scenario::{HostAccess, Op, Pattern};
+use crate::scenario::{HostAccess, Op, Pattern, WORD};
 use crate::vcpu::{FAULTS_KEPT, Ran};
 
 /// What ends a program early.
@@ -140,6 +140,18 @@ impl<'a> Interpreter<'a> {
                 }
                 Ok(0)
             }
+            Op::Time { gpa, pages, log } => self.time(gpa, pages, log).map(|()| 0),
+            Op::StandStill { gpa, pages, log, until } => {
+                while self.load(until)? == 0 {
+                    self.go_on()?;
+                    for page in 0..pages {
+                        self.load(Gpa::new(gpa.get() + page * PAGE_SIZE))?;
+                        self.store(log, self.load(log)?.wrapping_add(1))?;
+                    }
+                    std::thread::yield_now();
+                }
+                Ok(0)
+            }
             Op::Done => Ok(0),
         }
     }
@@ -151,6 +163,15 @@ impl<'a> Interpreter<'a> {
             seed ^= seed << 17;
             self.go_on()?;
             self.load(Gpa::new(gpa.get() + (seed & crate::guest::mask(len))))?;
+        }
+        Ok(())
+    }
+
+    /// Reads pages; there is no clock to time it by.
+    fn time(&self, gpa: Gpa, pages: u64, log: Gpa) -> Result<(), Stop> {
+        for page in 0..pages {
+            self.load(Gpa::new(gpa.get() + page * PAGE_SIZE))?;
+            self.store(Gpa::new(log.get() + page * WORD), 0)?;
         }
         Ok(())
     }

@@ -101,6 +101,11 @@ pub(crate) trait Host: Send + Sync {
     /// Takes a step of an operation.
     fn take(&self, step: Step) -> Result<(), Error>;
 
+    /// Whether there is anything to do for a step. Where there is not, it need not be taken.
+    fn has_to_take(&self, _: Step) -> bool {
+        true
+    }
+
     /// How the bytes are reached, and who touches them.
     fn views(&self) -> &dyn Views;
 

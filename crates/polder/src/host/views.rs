@@ -391,10 +391,13 @@ impl Views for MemfdViews {
         at_most: Option<Duration>,
     ) -> Result<(), Error> {
         let fds = [self.guest.as_fd(), self.host.as_fd(), self.nudge.as_fd()];
-        polder_linux::wait(fds, at_most)?;
-        self.nudge.take();
+        let [guest, host, nudged] = polder_linux::wait(fds, at_most)?;
+        if nudged {
+            self.nudge.take();
+        }
         let mut touches = Vec::new();
-        for view in [ViewKind::Guest, ViewKind::Host] {
+        let touched = [(ViewKind::Guest, guest), (ViewKind::Host, host)];
+        for (view, _) in touched.into_iter().filter(|&(_, touched)| touched) {
             self.watched(view).touches(&mut touches)?;
             into.extend(touches.drain(..).map(|page| (view, page)));
         }

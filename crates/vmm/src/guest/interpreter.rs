@@ -51,7 +51,7 @@ pub(super) fn interpreter(
         fill: a.create_label(),
         check: a.create_label(),
     };
-    let codes: [(i32, Emit); 11] = [
+    let codes: [(i32, Emit); 13] = [
         (code::FILL, fill_op),
         (code::CHECK, check_op),
         (code::REQUEST, request_op),
@@ -63,6 +63,8 @@ pub(super) fn interpreter(
         (code::WAIT_FLAG, wait_flag_op),
         (code::DONE, done_op),
         (code::ROAM, roam_op),
+        (code::TIME, time_op),
+        (code::STAND_STILL, stand_still_op),
     ];
     let mut targets = codes.map(|_| a.create_label());
 
@@ -222,6 +224,63 @@ fn wait_flag_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError>
     a.jne(labels.next)?;
     a.pause()?;
     a.jmp(labels.run)
+}
+
+fn time_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    let mut each = a.create_label();
+    a.mov(rcx, word(2))?;
+    a.add(rcx, rdi)?;
+    a.mov(rsi, word(3))?;
+    a.set_label(&mut each)?;
+    a.cmp(rdi, rcx)?;
+    a.jae(labels.next)?;
+    ticks(a)?;
+    a.mov(r8, rax)?;
+    a.mov(rbx, qword_ptr(rdi))?;
+    ticks(a)?;
+    a.sub(rax, r8)?;
+    a.mov(qword_ptr(rsi), rax)?;
+    a.add(rsi, 8)?;
+    a.add(rdi, 0x1000)?;
+    a.jmp(each)
+}
+
+fn stand_still_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    let (mut pass, mut each, mut shorter) = (a.create_label(), a.create_label(), a.create_label());
+    a.mov(rsi, word(3))?;
+    a.mov(r9, word(4))?;
+    ticks(a)?;
+    a.mov(r8, rax)?;
+    a.set_label(&mut pass)?;
+    a.mov(rdi, word(1))?;
+    a.mov(rcx, word(2))?;
+    a.add(rcx, rdi)?;
+    a.set_label(&mut each)?;
+    a.mov(rbx, qword_ptr(rdi))?;
+    ticks(a)?;
+    a.mov(r10, rax)?;
+    a.sub(rax, r8)?;
+    a.mov(r8, r10)?;
+    a.cmp(rax, qword_ptr(rsi + 8))?;
+    a.jbe(shorter)?;
+    a.mov(qword_ptr(rsi + 8), rax)?;
+    a.set_label(&mut shorter)?;
+    a.inc(qword_ptr(rsi))?;
+    a.cmp(qword_ptr(r9), 0)?;
+    a.jne(labels.next)?;
+    a.add(rdi, 0x1000)?;
+    a.cmp(rdi, rcx)?;
+    a.jb(each)?;
+    a.jmp(pass)
+}
+
+/// RAX = the time-stamp counter, once all loads before are done. Changes RDX.
+fn ticks(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.lfence()?;
+    a.rdtsc()?;
+    a.lfence()?;
+    a.shl(rdx, 32)?;
+    a.or(rax, rdx)
 }
 
 fn done_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {

@@ -8,11 +8,12 @@
 //! | churn | code | gpa | len | seed | until | | |
 //! | roam | code | gpa | mask | count | seed | | |
 //! | load, store | code | gpa | value | | | | |
+//! | time, stand still | code | gpa | bytes | log | until | | |
 //! | set flag, wait flag | code | gpa | | | | | |
 //!
 //! The word of a pattern at `a` is `((a + offset) ^ seed) * factor ^ invert`, whichever it is.
 
-use polder_units::Gpa;
+use polder_units::{Gpa, PAGE_SIZE};
 
 use super::request::{DeviceRequest, KVM_HC_MAP_GPA_RANGE, MAP_GPA_RANGE_ENCRYPTED, number};
 use crate::scenario::{HostAccess, Op, Outcome, PATTERN_FACTOR, Pattern, Visibility};
@@ -33,6 +34,8 @@ pub(super) mod code {
     pub(in crate::guest) const WAIT_FLAG: i32 = 9;
     pub(in crate::guest) const DONE: i32 = 10;
     pub(in crate::guest) const ROAM: i32 = 11;
+    pub(in crate::guest) const TIME: i32 = 12;
+    pub(in crate::guest) const STAND_STILL: i32 = 13;
 }
 
 /// The record of an op.
@@ -74,6 +77,13 @@ pub(super) fn encode(op: &Op) -> [u64; 8] {
         }
         Op::SetFlag { gpa } => (code::SET_FLAG, [gpa.get(), 0, 0, 0, 0, 0, 0]),
         Op::WaitFlag { gpa } => (code::WAIT_FLAG, [gpa.get(), 0, 0, 0, 0, 0, 0]),
+        Op::Time { gpa, pages, log } => {
+            (code::TIME, [gpa.get(), pages.saturating_mul(PAGE_SIZE), log.get(), 0, 0, 0, 0])
+        }
+        Op::StandStill { gpa, pages, log, until } => {
+            let bytes = pages.saturating_mul(PAGE_SIZE);
+            (code::STAND_STILL, [gpa.get(), bytes, log.get(), until.get(), 0, 0, 0])
+        }
         Op::Done => (code::DONE, [0; 7]),
     };
     let [a, b, c, d, e, f, g] = words;

@@ -56,19 +56,19 @@ impl Conversions {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, thiserror::Error)]
 pub enum ScenarioError {
     /// Too little or too much memory.
-    #[error("the guest needs 16M to 1T of memory, not {}", ByteSize::new(*.memory))]
+    #[error("a guest has 16M to 1T of memory, not {}", ByteSize::new(*.memory))]
     Memory {
         /// What was asked for, in bytes.
         memory: u64,
     },
     /// A part of a page.
-    #[error("{memory:#x} bytes of memory are not a multiple of the page size, 4096")]
+    #[error("{memory} bytes of memory are no multiple of the page size, 4096")]
     Unaligned {
         /// What was asked for, in bytes.
         memory: u64,
     },
     /// No vCPU, or too many.
-    #[error("the guest has 1 to 4 vCPUs, not {vcpus}")]
+    #[error("a guest has 1 to 4 vCPUs, not {vcpus}")]
     Vcpus {
         /// What was asked for.
         vcpus: u32,
@@ -159,6 +159,8 @@ impl Scenario {
                     | Op::Roam { .. }
                     | Op::SetFlag { .. }
                     | Op::WaitFlag { .. }
+                    | Op::Time { .. }
+                    | Op::StandStill { .. }
                     | Op::Done
             )
         };

@@ -1,7 +1,7 @@
 //! The ops, and the patterns memory is filled with.
 
 pub use polder::Visibility;
-use polder_units::Gpa;
+use polder_units::{Gpa, PAGE_SIZE};
 
 use crate::guest::DeviceRequest;
 
@@ -219,6 +219,31 @@ pub enum Op {
         /// The flag.
         gpa: Gpa,
     },
+    /// Reads the first word of each of `pages` pages from `gpa` on, and stores how long each read
+    /// took to the words from `log` on: in ticks of the vCPU's TSC, 0 on the simulated machine, which
+    /// has no clock. No check.
+    Time {
+        /// The address of the first page.
+        gpa: Gpa,
+        /// How many pages of 4 KiB.
+        pages: u64,
+        /// Where the times go: a word a page.
+        log: Gpa,
+    },
+    /// Reads the first word of each of `pages` pages from `gpa` on, over and over, until the word at
+    /// `until` is not 0. Counts the pages read in the word at `log`, and keeps the longest time from
+    /// one to the next in the word after it: in ticks as [`Op::Time`], and more than it holds
+    /// already. No check.
+    StandStill {
+        /// The address of the first page.
+        gpa: Gpa,
+        /// How many pages of 4 KiB.
+        pages: u64,
+        /// Where count and longest time go: two words.
+        log: Gpa,
+        /// The flag that ends it.
+        until: Gpa,
+    },
     /// Reports how many checks have passed, and stops.
     Done,
 }
@@ -233,6 +258,9 @@ impl Op {
             Self::Device { request, .. } => (request, DeviceRequest::BYTES),
             Self::Load { gpa, .. } | Self::Store { gpa, .. } => (gpa, WORD),
             Self::SetFlag { gpa } | Self::WaitFlag { gpa } => (gpa, WORD),
+            Self::Time { gpa, pages, .. } | Self::StandStill { gpa, pages, .. } => {
+                (gpa, pages.saturating_mul(PAGE_SIZE))
+            }
             Self::Convert { .. } | Self::Notify { .. } | Self::Probe { .. } => return None,
             Self::Done => return None,
         })
