@@ -13,6 +13,7 @@ use polder_vmm::{
 };
 use serde_json::json;
 
+use crate::control::Control;
 use crate::trouble::Trouble;
 use crate::{interrupt, output, picture};
 
@@ -176,7 +177,11 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
         },
         no_faults: arguments.no_faults_after_start,
     };
-    let mut supervisor = match Supervisor::new(arguments) {
+    let control = Control::listen();
+    if let (Err(why), false) = (&control, arguments.json) {
+        output::note(&format!("note: `polder explain` can't reach this run: {why}"));
+    }
+    let mut supervisor = match Supervisor::new(arguments, control.ok()) {
         Ok(supervisor) => supervisor,
         Err(error) => {
             return Trouble::new(&error, None).print(arguments.json);
@@ -205,10 +210,11 @@ struct Supervisor {
     running: ProgressStyle,
     /// While memory is mapped ahead.
     ahead: ProgressStyle,
+    control: Option<Control>,
 }
 
 impl Supervisor {
-    fn new(arguments: &Arguments) -> std::io::Result<Self> {
+    fn new(arguments: &Arguments, control: Option<Control>) -> std::io::Result<Self> {
         interrupt::hear()?;
         // On standard error, and only where that is a terminal.
         let line = if arguments.json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
@@ -218,10 +224,13 @@ impl Supervisor {
             .unwrap_or_else(|_| ProgressStyle::default_bar());
         line.set_style(running.clone());
         let timeout = Duration::from_secs(arguments.timeout);
-        Ok(Self { start: now(), timeout, line, running, ahead })
+        Ok(Self { start: now(), timeout, line, running, ahead, control })
     }
 
-    fn look(&mut self, progress: Progress) -> Supervision {
+    fn look(&mut self, progress: Progress<'_>) -> Supervision {
+        if let Some(control) = &mut self.control {
+            control.serve(progress.of, progress.vm, self.start.elapsed());
+        }
         let memory = progress.memory;
         if let Some(ahead) = progress.ahead {
             self.line.set_style(self.ahead.clone());

@@ -157,7 +157,7 @@ impl Vm {
         &self,
         (memory, id): (&Memory, VmId),
         programs: &[Vec<Op>],
-        supervise: impl FnMut(Progress) -> Supervision,
+        supervise: impl FnMut(Progress<'_>) -> Supervision,
     ) -> Result<Ended, RunError> {
         if !(1..=usize::from(VCPUS_MAX)).contains(&programs.len()) {
             let vcpus = u32::try_from(programs.len()).unwrap_or(u32::MAX);
@@ -214,7 +214,7 @@ impl KvmVm {
         &self,
         threads: &Threads<'_>,
         programs: &[Vec<Op>],
-        supervise: impl FnMut(Progress) -> Supervision,
+        supervise: impl FnMut(Progress<'_>) -> Supervision,
     ) -> Result<(End, Vec<Ran>), RunError> {
         let image = Image::of_programs(programs, Program::SelfTest, self.transport)?;
         let mut boot = self.boot.lock().unwrap_or_else(PoisonError::into_inner);

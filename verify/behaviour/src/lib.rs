@@ -28,8 +28,8 @@ use std::fmt;
 
 use polder_require::Facility;
 
-pub use cases::cases;
-pub use host::{Guest, Host, Inside, Trouble};
+pub use cases::{cases, way_of};
+pub use host::{Guest, Host, Inside, Trouble, Way};
 pub use hosts::{hosts, planted, planted_in_engine};
 pub use table::{Cell, cell, render};
 pub use verdict::{Verdict, run, run_within};
@@ -58,13 +58,15 @@ pub enum Section {
     Population,
     /// Mapping for a guest ahead of its touches.
     Prefault,
+    /// Who reaches a private page.
+    Reach,
     /// What the kernel's own selftests assert, through the kernel's interface.
     Selftests,
 }
 
 impl Section {
     /// Every section, in the table's order.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Create,
         Self::Bind,
         Self::HostView,
@@ -75,6 +77,7 @@ impl Section {
         Self::Exits,
         Self::Population,
         Self::Prefault,
+        Self::Reach,
         Self::Selftests,
     ];
 }
@@ -92,6 +95,7 @@ impl fmt::Display for Section {
             Self::Exits => "exits",
             Self::Population => "population",
             Self::Prefault => "prefault",
+            Self::Reach => "reach",
             Self::Selftests => "the kernel's selftests",
         })
     }
