@@ -83,6 +83,9 @@ pub enum TouchAnswer {
     Now(Answer),
     /// Not yet: ask again when an operation has ended.
     Wait,
+    /// Not yet: the page's contents are owed. Have them brought, if there is a source, and ask
+    /// again when an operation has ended.
+    Owed,
     /// Not yet: undo this operation, then ask again.
     Undo(Operation<Undoing>),
 }
@@ -140,6 +143,9 @@ pub enum GuestAnswer {
     Exit(MemoryFault),
     /// Not yet: ask again when an operation has ended.
     Wait,
+    /// Not yet: the contents of this page are owed. Have them brought, if there is a source, and
+    /// ask again when an operation has ended.
+    Owed(PageIndex),
     /// Not yet: undo this operation, then ask again.
     Undo(Operation<Undoing>),
 }
@@ -166,7 +172,7 @@ impl Engine {
             return TouchAnswer::Now(self.answer(view, PageRange::one(page), Response::Poison));
         }
         if facts.population == Population::Owed && !self.plants.has(Bug::OwedShown) {
-            return TouchAnswer::Wait;
+            return TouchAnswer::Owed;
         }
         let most = match view {
             View::Host => self.config.host_view_level,
@@ -200,7 +206,7 @@ impl Engine {
             return GuestAnswer::Exit(MemoryFault::SourceFailed(gfns));
         }
         if facts.population == Population::Owed {
-            return GuestAnswer::Wait;
+            return GuestAnswer::Owed(page);
         }
         if self.plants.has(Bug::NoFit) {
             bound = Level::Size1G;

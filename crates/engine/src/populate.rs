@@ -7,7 +7,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use polder_units::PageRange;
+use polder_units::{PageIndex, PageRange};
 
 use crate::operation::Program;
 use crate::plant::Bug;
@@ -72,6 +72,60 @@ impl Engine {
         self.answer(View::Guest, range, Response::Map)
     }
 
+    /// The same, showing a part of the pages only: the rest is mapped when it is touched.
+    pub fn finish_population_showing(
+        &mut self,
+        population: Operation<Published>,
+        shown: PageRange,
+    ) -> Option<Answer> {
+        let record = self.finish(&population);
+        let range = record.parts[0];
+        self.pages.set_population(range, Population::Whole);
+        let shown = range.intersection(shown)?;
+        Some(self.answer(View::Guest, shown, Response::Map))
+    }
+
+    /// The first run of pages in `range` that can be populated: they are owed, their source has not
+    /// failed, and no operation holds them.
+    pub fn first_owed(&self, range: PageRange) -> Option<PageRange> {
+        let owed = self.pages.runs(range).filter(|(_, facts)| {
+            facts.population == Population::Owed
+                && (facts.visibility == Visibility::Shared
+                    || self.config.platform.host_fills_private())
+        });
+        owed.into_iter().find_map(|(run, _)| {
+            let mut left = Some(run);
+            while let Some(rest) = left {
+                let stop = [
+                    self.failed.first_in(rest),
+                    self.quarantine.first_in(rest),
+                    self.first_claimed(rest),
+                ];
+                let Some(stop) = stop.into_iter().flatten().min() else { return Some(rest) };
+                let free = PageRange::between(rest.start().get(), stop.get());
+                if free.is_some() {
+                    return free;
+                }
+                left = PageRange::between(stop.get() + 1, rest.end());
+            }
+            None
+        })
+    }
+
+    /// Whether contents of a page of the object are still to come, or being brought: nothing is
+    /// once this is false, for ever. `from` is where to look first, and told where to look next.
+    pub fn is_owed(&self, from: &mut PageIndex) -> bool {
+        let Some(rest) = PageRange::between(from.get(), self.config.pages.get()) else {
+            return false;
+        };
+        let next = self.pages.runs(rest).find_map(|(run, facts)| {
+            let owed = facts.population == Population::Owed;
+            owed.then(|| self.failed.first_not_in(run)).flatten()
+        });
+        *from = next.unwrap_or(*from);
+        next.is_some()
+    }
+
     /// Says that the contents of pages will not come: whoever touches one is denied from now on,
     /// until the pages are discarded.
     ///
@@ -85,6 +139,16 @@ impl Engine {
         }
         self.failed.insert(range);
         Ok(())
+    }
+
+    /// Says so of one page whose time is over, unless its contents have come, it was said before, or
+    /// an operation holds the page. Whether it was said now.
+    pub fn fail_late(&mut self, page: PageIndex) -> Result<bool, Blocked> {
+        let owed = self.pages.get(page).population == Population::Owed;
+        if !owed || self.failed.contains(page) {
+            return Ok(false);
+        }
+        self.fail(PageRange::one(page)).map(|()| true)
     }
 
     /// Says so of everything that is still owed, whatever goes on: the object is about to go.
