@@ -112,6 +112,25 @@ impl Engine {
         })
     }
 
+    /// Refuses a range of which a page is not whole.
+    ///
+    /// # Errors
+    /// [`Refusal::SourceFailed`] and [`Refusal::Owed`], naming the first such page.
+    pub fn check_whole(&self, range: PageRange) -> Result<(), Refusal> {
+        self.check_bounds(range)?;
+        let owed = |facts: PageFacts| facts.population == Population::Owed;
+        match self.first_page(range, owed) {
+            Some(page) if self.failed.contains(page) => Err(Refusal::SourceFailed { page }),
+            Some(page) => Err(Refusal::Owed { page }),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the contents of `page` are still to come.
+    pub fn is_owed_page(&self, page: PageIndex) -> bool {
+        self.pages.get(page).population == Population::Owed && !self.failed.contains(page)
+    }
+
     /// Whether contents of a page of the object are still to come, or being brought: nothing is
     /// once this is false, for ever. `from` is where to look first, and told where to look next.
     pub fn is_owed(&self, from: &mut PageIndex) -> bool {
@@ -144,8 +163,7 @@ impl Engine {
     /// Says so of one page whose time is over, unless its contents have come, it was said before, or
     /// an operation holds the page. Whether it was said now.
     pub fn fail_late(&mut self, page: PageIndex) -> Result<bool, Blocked> {
-        let owed = self.pages.get(page).population == Population::Owed;
-        if !owed || self.failed.contains(page) {
+        if !self.is_owed_page(page) {
             return Ok(false);
         }
         self.fail(PageRange::one(page)).map(|()| true)

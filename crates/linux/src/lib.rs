@@ -52,7 +52,7 @@ pub use rustix::io::Errno;
 pub use userfault::{Continued, Userfault, UserfaultOffer, Way};
 pub use vcpu::{Exit, FailedAt, Kicker, Vcpu};
 pub use view::{Touched, View};
-pub use wait::{Nudge, spawn, wait};
+pub use wait::{Nudge, now, spawn, wait};
 
 /// A system call that failed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]

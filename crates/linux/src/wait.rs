@@ -56,6 +56,12 @@ pub fn wait<const N: usize>(
     Call::new("poll").make(|| poll(&mut fds, at_most.as_ref())).map(drop)
 }
 
+/// The time, by a clock that never goes back.
+#[expect(clippy::disallowed_methods, reason = "the one place that reads the clock for the library")]
+pub fn now() -> std::time::Instant {
+    std::time::Instant::now()
+}
+
 /// Starts a thread.
 ///
 /// # Errors

@@ -9,6 +9,7 @@
 //! The lock is `parking_lot`'s because that one is fair after a while: with the standard
 //! library's, one thread that reads guest memory in a loop keeps conversions out.
 
+use std::collections::BTreeSet;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -20,13 +21,14 @@ mod tests;
 
 use polder_engine::{
     Answer, Blocked, Config, Contents, ConversionRequest, Converted, Copying, Engine, GuestAccess,
-    GuestAnswer, MemoryFault, Operation, Refusal, Response, Slot, Stage, Start, Step, Undoing,
-    Visibility, VmId,
+    GuestAnswer, MemoryFault, Operation, Published, Refusal, Response, Slot, Stage, Start, Step,
+    Undoing, View, Visibility, VmId,
 };
-use polder_units::{Gfn, GfnRange, PageCount, PageRange};
+use polder_units::{Gfn, GfnRange, PAGE_BYTES, PageCount, PageIndex, PageRange};
 
 use crate::host::views::Views;
 use crate::host::{Host, Smashed};
+use crate::pager::Pager;
 use crate::statistics::Counters;
 use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::watch::{Moment, Reached, Watch};
@@ -51,6 +53,11 @@ pub(crate) struct Driver {
     pub(crate) ask_again: Duration,
     /// Who is told what happens.
     pub(crate) watch: OnceLock<Arc<dyn Watch>>,
+    /// Touches that wait to be answered: read from a queue of the kernel's, and kept for whichever
+    /// fault thread asks next. Waited for with the engine locked, never the other way round.
+    pub(crate) waiting: Mutex<BTreeSet<(View, PageIndex)>>,
+    /// Who brings what is owed, where there is a source.
+    pub(crate) pager: Option<Pager>,
 }
 
 /// The engine, locked.
@@ -126,7 +133,14 @@ impl Driver {
             counters: Counters::default(),
             ask_again: ASK_AGAIN,
             watch: OnceLock::new(),
+            waiting: Mutex::default(),
+            pager: None,
         }
+    }
+
+    /// The object's size in pages.
+    pub(crate) fn pages(&self) -> u64 {
+        self.engine().config().pages.get()
     }
 
     /// The engine, locked. Not to be held across a system call.
@@ -137,7 +151,10 @@ impl Driver {
     /// Tells those who wait that a claim was released.
     pub(crate) fn released(&self) {
         self.changed.notify_all();
-        self.host.views().nudge();
+        // Whoever has a touch wait saw the claim, and put the touch here before it was released.
+        if !self.waiting.lock().is_empty() {
+            self.host.views().nudge();
+        }
     }
 
     /// Tells those who wait in a call, and not the fault threads.
@@ -193,6 +210,14 @@ impl Driver {
         loop {
             match ask(&mut engine) {
                 Ok(given) => return Ok(given),
+                Err(Blocked::Refused(Refusal::Owed { page }))
+                    if self.pager.is_some() && on_busy == OnBusy::Wait =>
+                {
+                    if stop() {
+                        return Err(Error::Interrupted);
+                    }
+                    engine = self.wait_for_contents(engine, page);
+                }
                 Err(Blocked::Refused(refusal)) => return Err(refusal.into()),
                 Err(Blocked::Busy(refusal)) => match on_busy {
                     OnBusy::Refuse => return Err(refusal.into()),
@@ -206,6 +231,21 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// Waits until a page's contents may have come: has the source asked for them, if there is one.
+    fn wait_for_contents<'a>(&'a self, mut engine: Locked<'a>, page: PageIndex) -> Locked<'a> {
+        let Some(pager) = &self.pager else {
+            self.wait(&mut engine);
+            return engine;
+        };
+        pager.demand([page]);
+        // With the engine locked, so that what comes is not told of before this waits.
+        self.host.views().nudge();
+        self.wait(&mut engine);
+        drop(engine);
+        pager.expire(self);
+        self.engine()
     }
 
     /// Converts pages: all of them, or none. The pages are found and claimed in one hold of the
@@ -261,6 +301,9 @@ impl Driver {
         let cleared = self.reached(self.perform(discard)?, Reached::Cleared);
         self.engine().finish_discard(cleared);
         self.released();
+        if let Some(pager) = &self.pager {
+            pager.forget(self, range);
+        }
         Ok(())
     }
 
@@ -298,6 +341,63 @@ impl Driver {
         // Should it fail, whoever waits is answered one by one.
         given.done(self.host.views().answer(view, response, range).is_ok());
         Ok(())
+    }
+
+    /// Makes pages whole with `bytes`, or zeros for `None`, and shows those of `shown`; of all that
+    /// are still owed and held by nobody. Each run is told by `note` before anybody sees it. What
+    /// can't be written now for want of memory is owed as before.
+    pub(crate) fn land(
+        &self,
+        range: PageRange,
+        bytes: Option<&[u8]>,
+        shown: PageRange,
+        note: impl Fn(PageRange),
+    ) {
+        let mut left = Some(range);
+        while let Some(rest) = left {
+            let claimed = {
+                let mut engine = self.engine();
+                engine.first_owed(rest).map(|owed| (owed, engine.populate(owed)))
+            };
+            let Some((owed, claimed)) = claimed else { break };
+            left = PageRange::between(owed.end(), rest.end());
+            let Ok(writing) = claimed else { continue };
+            let writing = self.reached(writing, Reached::Claimed);
+            self.drain(&writing);
+            let writing = self.reached(writing, Reached::Drained);
+            if let Some(bytes) = bytes {
+                let skipped = owed.start().offset() - range.start().offset();
+                let from = usize::try_from(skipped).expect("within the bytes of a slice");
+                let length = usize::try_from(owed.count().get()).expect("a part") * PAGE_BYTES;
+                let written =
+                    self.host.views().fill(owed.start().offset(), &bytes[from..][..length]);
+                if let Err(error) = written {
+                    self.fail(writing, error);
+                    continue;
+                }
+            }
+            let writing = self.reached(writing, Reached::Written);
+            let Ok(published) = self.perform(writing) else { continue };
+            let published = self.reached(published, Reached::Published);
+            note(owed);
+            self.show(published, shown);
+        }
+    }
+
+    /// Ends a population, and lets those go on who wait for a page of `shown` in the guest view.
+    fn show(&self, published: Operation<Published>, shown: PageRange) {
+        let Some(answer) = self.engine().finish_population_showing(published, shown) else {
+            return self.released();
+        };
+        let (view, response, range) = (answer.view(), answer.response(), answer.range());
+        let mut given = Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
+        self.tell(Moment::Answer(view, response, range));
+        let done = self.host.views().answer(view, response, range).is_ok();
+        given.done(done);
+        if done {
+            // They go on, and need no other answer.
+            self.waiting.lock().retain(|(of, page)| *of != view || !range.contains(*page));
+        }
     }
 
     /// Says that the contents of pages will not come.
@@ -355,6 +455,8 @@ impl Driver {
                 }
                 GuestAnswer::Wait if stop() => return Ok(None),
                 GuestAnswer::Wait => self.wait(&mut engine),
+                GuestAnswer::Owed(_) if stop() => return Ok(None),
+                GuestAnswer::Owed(page) => engine = self.wait_for_contents(engine, page),
                 GuestAnswer::Undo(operation) => {
                     drop(engine);
                     self.undo(operation);

@@ -44,6 +44,11 @@ pub(crate) trait Views: Send + Sync {
     /// Copies bytes of the object in, unchecked: the caller holds a claim on them.
     fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error>;
 
+    /// The same, of whole pages that nobody has seen yet.
+    fn fill(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        self.write(offset, from)
+    }
+
     /// Reads through the host view, as a device model's pointer does. The bytes lie in the object.
     fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error>;
 
@@ -290,6 +295,11 @@ impl Views for MemfdViews {
 
     fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
         Ok(self.trusted.write(offset, from)?)
+    }
+
+    /// By the memfd itself, not by the trusted view, of which each page would be a fault.
+    fn fill(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        Ok(self.memfd.write_at(offset, from)?)
     }
 
     fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
