@@ -1,5 +1,7 @@
 //! Every way in which the engine says no.
 
+use core::fmt;
+
 use polder_units::{Gfn, GfnRange, PageCount, PageIndex, PageRange, RangeError};
 
 use crate::{Activity, Contents, Holder, PinKind, Platform, Slot, Visibility};
@@ -70,8 +72,8 @@ pub enum Refusal {
     NoSuchPin,
 }
 
-/// The error codes of [`Refusal::errno`], by Linux's names and numbers
-/// (`include/uapi/asm-generic/errno-base.h`, `errno.h`).
+/// The error codes of [`Refusal::errno`] and of interfaces shaped like the kernel's, by Linux's names
+/// and numbers (`include/uapi/asm-generic/errno-base.h`, `errno.h`).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[expect(missing_docs, reason = "Linux's names")]
 #[repr(i32)]
@@ -79,11 +81,15 @@ pub enum Errno {
     ENOENT = 2,
     EINTR = 4,
     EIO = 5,
+    EBADF = 9,
     EAGAIN = 11,
     ENOMEM = 12,
     EACCES = 13,
+    EFAULT = 14,
     EEXIST = 17,
+    ENODEV = 19,
     EINVAL = 22,
+    EFBIG = 27,
     EOPNOTSUPP = 95,
     EHWPOISON = 133,
 }
@@ -104,5 +110,11 @@ impl Refusal {
             Self::Quarantined { .. } => Errno::EHWPOISON,
             Self::Contents { .. } | Self::GuestFills { .. } => Errno::EOPNOTSUPP,
         }
+    }
+}
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
     }
 }

@@ -33,6 +33,7 @@ mod error;
 mod faults;
 mod host;
 mod host_view;
+pub mod kvm;
 mod memory;
 mod pager;
 mod pin;

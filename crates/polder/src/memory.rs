@@ -274,10 +274,8 @@ impl Memory {
     ///
     /// # Errors
     /// [`Refusal::Beyond`], [`Refusal::SlotTaken`], [`Refusal::GfnsTaken`],
-    /// [`Refusal::PagesTaken`]; [`Error::Host`] where KVM refuses the slot.
-    ///
-    /// # Panics
-    /// If `vm` is not of this memory's [`Memory::attach`].
+    /// [`Refusal::PagesTaken`]; [`Error::NoSuchVm`] for a VM that is not of this memory's
+    /// [`Memory::attach`]; [`Error::Host`] where KVM refuses the slot.
     pub fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
         let _one_at_a_time = self.slots.write();
         self.driver.ask(|engine| engine.bind(vm, slot, gfn, pages))?;

@@ -101,9 +101,14 @@ impl Vm {
     /// # Errors
     /// [`polder::Error::WrongVm`] for memory of another kind of host.
     pub fn attach(&self, memory: &Memory) -> Result<VmId, polder::Error> {
+        memory.attach(self.fd())
+    }
+
+    /// The VM, as a host knows it.
+    pub fn fd(&self) -> polder::Vm {
         match &self.0 {
-            Kind::Kvm(vm) => memory.attach(Arc::clone(&vm.fd)),
-            Kind::Machine => memory.attach(polder::Vm::Machine),
+            Kind::Kvm(vm) => Arc::clone(&vm.fd).into(),
+            Kind::Machine => polder::Vm::Machine,
         }
     }
 

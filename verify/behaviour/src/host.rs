@@ -88,6 +88,9 @@ pub trait Guest: Sync {
     /// Makes the VM known to memory, to bind its pages to.
     fn attach(&self, memory: &Memory) -> VmId;
 
+    /// The VM, as a host knows it.
+    fn fd(&self) -> polder::Vm;
+
     /// How many slots the VM has: 0 to that less 1.
     fn slots(&self) -> u32;
 

@@ -56,11 +56,13 @@ pub enum Section {
     Population,
     /// Mapping for a guest ahead of its touches.
     Prefault,
+    /// What the kernel's own selftests assert, through the kernel's interface.
+    Selftests,
 }
 
 impl Section {
     /// Every section, in the table's order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Create,
         Self::Bind,
         Self::HostView,
@@ -70,6 +72,7 @@ impl Section {
         Self::Exits,
         Self::Population,
         Self::Prefault,
+        Self::Selftests,
     ];
 }
 
@@ -85,6 +88,7 @@ impl fmt::Display for Section {
             Self::Exits => "exits",
             Self::Population => "population",
             Self::Prefault => "prefault",
+            Self::Selftests => "the kernel's selftests",
         })
     }
 }

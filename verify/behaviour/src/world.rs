@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use polder::kvm::{self, GuestMemfd, kvm_create_guest_memfd};
 use polder::units::{Gfn, GfnRange, PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange};
 use polder::{
     Builder, Contents, Error, Memory, OnBusy, PageFacts, Platform, Population, Slot, Visibility,
@@ -106,6 +107,30 @@ impl<'a> World<'a> {
         let vm = guest.attach(&memory);
         memory.bind(vm, Slot(0), gfn(BASE), all(&memory)).expect("a VM's first slot");
         Ok(Bound { memory, vm, guest })
+    }
+
+    /// A VM without memory, and the kernel's interface to what it is to have.
+    ///
+    /// # Errors
+    /// [`Skipped`].
+    pub fn kernel(&self) -> Result<(kvm::Vm, Box<dyn Guest>), Skipped> {
+        let guest = self.0.guest()?;
+        Ok((kvm::Vm::new(guest.fd(), self.0.kind(), self.0.platform()), guest))
+    }
+
+    /// A guest_memfd, by the kernel's interface.
+    ///
+    /// # Errors
+    /// [`Skipped`].
+    pub fn guest_memfd(&self, vm: &kvm::Vm, size: u64, flags: u64) -> Result<GuestMemfd, Skipped> {
+        let args = kvm_create_guest_memfd { size, flags, ..Default::default() };
+        match vm.create_guest_memfd(args) {
+            Ok(memfd) => Ok(memfd),
+            Err(failed) => {
+                let lacks = failed.why.as_ref().and_then(|why| self.0.missing(why));
+                Err(lacks.unwrap_or_else(|| panic!("{failed}")))
+            }
+        }
     }
 
     /// Calls `run`, while the host is in trouble. Returns what it returned.

@@ -107,3 +107,8 @@ fn population() {
 fn prefault() {
     section(Section::Prefault);
 }
+
+#[test]
+fn selftests() {
+    section(Section::Selftests);
+}

@@ -151,7 +151,7 @@ impl State {
 
     /// The guest_memfd for a VM: a new one if there is none yet.
     fn owner(&self, id: VmId, pages: PageCount) -> Result<Owner, Error> {
-        let vm = Arc::clone(self.vms.get(&id).expect("a VM that was attached"));
+        let vm = self.vms.get(&id).map(Arc::clone).ok_or(Error::NoSuchVm)?;
         match &self.owner {
             Some(owner) if Arc::ptr_eq(&owner.vm, &vm) => Ok(owner.clone()),
             Some(owner) => Err(Error::OneVm { owner: owner.id, vm: id }),

@@ -355,7 +355,7 @@ impl Host for MachineHost {
 
     fn bind(&self, id: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
         let mut vms = self.vms.lock();
-        let attached = vms.get_mut(&id).expect("a VM that was attached");
+        let attached = vms.get_mut(&id).ok_or(Error::NoSuchVm)?;
         if self.is_snp() {
             self.check_owner(id)?;
         }
@@ -396,7 +396,7 @@ impl Host for MachineHost {
     }
 
     fn smash(&self, id: VmId, gfn: Gfn, within: PageRange) -> Result<Smashed, Error> {
-        let smashed = self.smash_at(self.vm(id).expect("a VM that was attached"), gfn, within);
+        let smashed = self.smash_at(self.vm(id).ok_or(Error::NoSuchVm)?, gfn, within);
         if smashed == Ok(Smashed::Busy) {
             crate::sync::yield_now();
         }

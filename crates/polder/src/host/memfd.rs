@@ -84,7 +84,7 @@ impl Host for MemfdHost {
     }
 
     fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
-        let fd = Arc::clone(self.vms.lock().get(&vm).expect("a VM that was attached"));
+        let fd = self.vms.lock().get(&vm).map(Arc::clone).ok_or(Error::NoSuchVm)?;
         let bound = KvmSlot::new(&fd, slot.0, gfn, self.views.guest_view(), pages)?;
         self.slots.lock().insert((vm, slot), bound);
         Ok(())

@@ -11,6 +11,7 @@ mod host_view;
 mod population;
 mod prefault;
 mod rmp;
+mod selftests;
 mod together;
 
 use crate::{Case, Section};
@@ -31,7 +32,7 @@ pub(crate) use together::DENIED_WHILE_FAILING;
 
 /// Every row, in the table's order within a section.
 pub fn cases() -> impl Iterator<Item = &'static Case> {
-    let files: [&[Case]; 12] = [
+    let files: [&[Case]; 13] = [
         create::CASES,
         bind::CASES,
         host_view::CASES,
@@ -44,6 +45,7 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
         exits::CASES,
         population::CASES,
         prefault::CASES,
+        selftests::CASES,
     ];
     files.into_iter().flatten()
 }

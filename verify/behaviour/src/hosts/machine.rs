@@ -209,6 +209,10 @@ impl Guest for MachineGuest {
         self.0.attach(memory).expect("memory of this host")
     }
 
+    fn fd(&self) -> polder::Vm {
+        self.0.fd()
+    }
+
     fn slots(&self) -> u32 {
         self.0.slots()
     }

@@ -177,6 +177,10 @@ impl Guest for Vm {
         Self::attach(self, memory).expect("memory of this host")
     }
 
+    fn fd(&self) -> polder::Vm {
+        Self::fd(self)
+    }
+
     fn slots(&self) -> u32 {
         Self::slots(self)
     }

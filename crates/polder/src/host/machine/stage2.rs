@@ -38,7 +38,7 @@ impl MachineHost {
         within: PageRange,
     ) -> Result<Tried, Error> {
         let GuestAccess { gfn, visibility } = access;
-        let vm = self.vm(id).expect("a VM that was attached");
+        let vm = self.vm(id).ok_or(Error::NoSuchVm)?;
         // Where the slot has gone or moved since the answer was given, the answer is not for what
         // the frame shows now: the guest faults again. The claim holds the pages, not the slot.
         let is_ours = |bound: Result<Bound, polder_machine::Error>| {
