@@ -30,8 +30,11 @@ pub struct Bench {
     /// What it measures, in a line.
     pub about: &'static str,
     /// Measures; tells how far it is while it does.
-    pub run: fn(&mut dyn FnMut(Progress)) -> Vec<Row>,
+    pub run: fn(&mut dyn FnMut(Progress)) -> Measured,
 }
+
+/// The rows of a bench, or why there are none.
+pub type Measured = Result<Vec<Row>, BenchError>;
 
 /// How far a bench is.
 #[derive(Clone, Debug)]
@@ -108,6 +111,31 @@ impl UnknownBench {
     }
 }
 
+/// A bench can't be run on this machine.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// No VM can be had.
+    #[error("there is no VM to measure")]
+    Vm(#[from] polder_vmm::RunError),
+    /// No memory of Polder's can be had, or it failed.
+    #[error("there is no memory to measure")]
+    Memory(#[from] polder::Error),
+    /// The kernel refused what the baseline does.
+    #[error("the baseline can't be measured")]
+    Baseline(#[from] polder_linux::Error),
+}
+
+impl BenchError {
+    /// What the user can do about it.
+    pub fn way_out(&self) -> Option<&'static str> {
+        match self {
+            Self::Vm(error) => error.way_out(),
+            Self::Memory(error) => error.way_out(),
+            Self::Baseline(_) => Some("see what this machine offers: polder doctor"),
+        }
+    }
+}
+
 impl Bench {
     /// The bench called `name`.
     ///
@@ -119,7 +147,11 @@ impl Bench {
     }
 
     /// Measures.
-    pub fn report(&self, progress: &mut dyn FnMut(Progress)) -> Report {
-        Report { bench: self.name, machine: here::describe(), rows: (self.run)(progress) }
+    ///
+    /// # Errors
+    /// Where this machine lacks what is to be measured: KVM, userfaultfd.
+    pub fn report(&self, progress: &mut dyn FnMut(Progress)) -> Result<Report, BenchError> {
+        let rows = (self.run)(progress)?;
+        Ok(Report { bench: self.name, machine: here::describe(), rows })
     }
 }

@@ -25,7 +25,7 @@ use subjects::{Bitmaps, Ranges, Starts, Subject};
 pub(crate) const BENCH: Bench = Bench {
     name: "map",
     about: "the page map's look-ups, conversions and memory, with 1T of pages",
-    run: |progress| run(&Scale::FULL, progress),
+    run: |progress| Ok(run(&Scale::FULL, progress)),
 };
 
 /// How much of everything.

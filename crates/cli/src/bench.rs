@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use polder_bench::{ALL, Bench, Progress, Report, Row};
+use polder_bench::{ALL, Bench, BenchError, Progress, Report, Row};
 use serde_json::json;
 
 use crate::output;
@@ -36,14 +36,17 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     if arguments.name == "list" {
         return output::print(&list(arguments.json), ExitCode::SUCCESS);
     }
-    match Bench::named(&arguments.name) {
-        Ok(bench) => {
-            let report = measure(bench, arguments.json);
+    let bench = match Bench::named(&arguments.name) {
+        Ok(bench) => bench,
+        Err(error) => return Trouble::new(&error, Some(&error.way_out())).print(arguments.json),
+    };
+    match measure(bench, arguments.json) {
+        Ok(report) => {
             let text =
                 if arguments.json { format!("{}\n", json!(report)) } else { to_text(&report) };
             output::print(&text, ExitCode::SUCCESS)
         }
-        Err(error) => Trouble::new(&error, Some(&error.way_out())).print(arguments.json),
+        Err(error) => Trouble::new(&error, error.way_out()).print(arguments.json),
     }
 }
 
@@ -55,7 +58,7 @@ fn list(as_json: bool) -> String {
     ALL.iter().map(|bench| format!("{:10} {}\n", bench.name, bench.about)).collect()
 }
 
-fn measure(bench: &Bench, json: bool) -> Report {
+fn measure(bench: &Bench, json: bool) -> Result<Report, BenchError> {
     // On standard error, and only where that is a terminal.
     let bar = if json { ProgressBar::hidden() } else { ProgressBar::new(0) };
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} {msg}");
