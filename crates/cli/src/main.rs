@@ -8,6 +8,7 @@ mod output;
 mod picture;
 mod play;
 mod run;
+mod run_from;
 mod trouble;
 
 use std::process::ExitCode;

@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use polder::HostKind;
-use polder::units::{ByteSize, Level};
+use polder::units::{ByteSize, Level, PageCount};
 use polder_vmm::guest::Program;
 use polder_vmm::{Accelerator, Config, Conversion, End, Failure, Progress, Report, Supervision};
 use serde_json::json;
 
+use crate::run_from::{From, Run};
 use crate::trouble::Trouble;
 use crate::{interrupt, output, picture};
 
@@ -26,6 +27,7 @@ Examples:
   polder run --memory 8G --vcpus 4        larger
   polder run --json | jq .guest           for programs
   polder run --guest spin --timeout 2     a guest that never ends
+  polder run --from snapshot.mem          memory filled from a file while the guest runs
 
 Exit status: 0 every check passed, 1 one failed or the guest did not end, 2 it could not be run,
 130 interrupted.")]
@@ -33,9 +35,9 @@ pub(crate) struct Arguments {
     /// Where the memory lives
     #[arg(long, value_enum, default_value_t = Host::Auto)]
     host: Host,
-    /// The guest's memory: 16M to 1T
-    #[arg(long, value_name = "SIZE", default_value = "64M")]
-    memory: ByteSize,
+    /// The guest's memory: 16M to 1T; 64M unless said
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<ByteSize>,
     /// The guest's vCPUs: 1 to 4
     #[arg(long, value_name = "N", default_value_t = 2)]
     vcpus: u32,
@@ -57,7 +59,12 @@ pub(crate) struct Arguments {
     /// What the guest does: all but the first show how misbehaviour ends
     #[arg(long, value_enum, default_value_t = Guest::SelfTest)]
     guest: Guest,
+    #[command(flatten)]
+    from: From,
 }
+
+/// The guest's memory unless said.
+const MEMORY: ByteSize = ByteSize::new(64 << 20);
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Host {
@@ -110,9 +117,21 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     if let Some(instead) = instead.as_ref().filter(|_| !arguments.json) {
         output::note(&format!("note: this runs on the simulated machine, because {instead}"));
     }
+    if let Some(path) = arguments.from.file() {
+        let run = Run {
+            host,
+            instead: instead.as_ref(),
+            memory: arguments.memory,
+            vcpus: arguments.vcpus,
+            seed: arguments.seed,
+            timeout: arguments.timeout,
+            json: arguments.json,
+        };
+        return arguments.from.main(path, &run);
+    }
     let config = Config {
         host,
-        memory: arguments.memory,
+        memory: arguments.memory.unwrap_or(MEMORY),
         vcpus: arguments.vcpus,
         seed: arguments.seed,
         program: match arguments.guest {
@@ -123,7 +142,7 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
         },
         delays: arguments.delays.map(|micros| Duration::from_micros(micros.into())),
     };
-    let mut supervisor = match Supervisor::new(arguments) {
+    let mut supervisor = match Supervisor::new(arguments.timeout, arguments.json) {
         Ok(supervisor) => supervisor,
         Err(error) => {
             return Trouble::new(&error, None).print(arguments.json);
@@ -145,24 +164,45 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
 }
 
 /// Watches the clock and Ctrl-C, and shows the progress line.
-struct Supervisor {
+pub(crate) struct Supervisor {
     start: Instant,
     timeout: Duration,
     line: ProgressBar,
+    /// The pages to bring, where memory is filled from a file.
+    pages: Option<PageCount>,
 }
 
 impl Supervisor {
-    fn new(arguments: &Arguments) -> std::io::Result<Self> {
+    pub(crate) fn new(timeout: u64, json: bool) -> std::io::Result<Self> {
         interrupt::hear()?;
         // On standard error, and only where that is a terminal.
-        let line = if arguments.json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
+        let line = if json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
         let style = ProgressStyle::with_template("{spinner} {elapsed} {msg}");
         line.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
-        Ok(Self { start: now(), timeout: Duration::from_secs(arguments.timeout), line })
+        Ok(Self { start: now(), timeout: Duration::from_secs(timeout), line, pages: None })
     }
 
-    fn look(&mut self, progress: Progress) -> Supervision {
+    /// For memory of so many pages that is filled from a file.
+    pub(crate) fn of_pages(mut self, pages: PageCount) -> Self {
+        let style = ProgressStyle::with_template("{bar:30} {percent}% {elapsed} {msg}");
+        self.line.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        self.line.set_length(pages.get());
+        self.pages = Some(pages);
+        self
+    }
+
+    /// Shows how far it is; says whether to go on.
+    pub(crate) fn look(&mut self, progress: Progress) -> Supervision {
         let memory = progress.memory;
+        let source = progress.source;
+        if self.pages.is_some() {
+            self.line.set_position(source.demanded + source.ahead + source.zeros + source.failed);
+            self.line.set_message(format!(
+                "{} faults, {} pages ahead",
+                memory.guest_faults, source.ahead
+            ));
+            return self.say();
+        }
         self.line.set_message(format!(
             "{} exits, {} conversions, {} refused, {} touches denied",
             progress.exits,
@@ -170,6 +210,10 @@ impl Supervisor {
             memory.refused,
             memory.denied,
         ));
+        self.say()
+    }
+
+    fn say(&self) -> Supervision {
         self.line.tick();
         if interrupt::asked() {
             Supervision::Interrupt
@@ -181,7 +225,7 @@ impl Supervisor {
     }
 
     /// Takes the line away; returns how long it all took, in seconds.
-    fn finish(self) -> f64 {
+    pub(crate) fn finish(self) -> f64 {
         self.line.finish_and_clear();
         self.start.elapsed().as_secs_f64()
     }
@@ -192,7 +236,7 @@ fn now() -> Instant {
     Instant::now()
 }
 
-fn status(end: End) -> ExitCode {
+pub(crate) fn status(end: End) -> ExitCode {
     match end {
         End::Ok => ExitCode::SUCCESS,
         End::Failed(_) | End::TimedOut => ExitCode::FAILURE,
@@ -201,7 +245,7 @@ fn status(end: End) -> ExitCode {
 }
 
 /// How a run ended, in a word.
-fn exit(end: End) -> &'static str {
+pub(crate) fn exit(end: End) -> &'static str {
     match end {
         End::Ok => "ok",
         End::Failed(Failure::Check { .. }) => "check-failed",
@@ -218,12 +262,12 @@ fn exit(end: End) -> &'static str {
 }
 
 /// How a run ended, in a sentence.
-fn ended(arguments: &Arguments, end: End) -> String {
+pub(crate) fn ended(timeout: u64, end: End) -> String {
     match end {
         End::Ok => "every check passed".into(),
         End::Failed(failure) => failure.to_string(),
         End::TimedOut => {
-            format!("the guest did not end within {} s (--timeout)", arguments.timeout)
+            format!("the guest did not end within {timeout} s (--timeout)")
         }
         End::Interrupted => "interrupted".into(),
     }
@@ -242,7 +286,7 @@ fn to_json(
         "conversion_by": report.conversion_by.to_string(),
         "private_memory": report.private_memory,
         "vcpus": arguments.vcpus,
-        "memory_bytes": arguments.memory.get(),
+        "memory_bytes": arguments.memory.unwrap_or(MEMORY).get(),
         "guest": {
             "exit": exit(report.end),
             "checks_passed": report.checks_passed,
@@ -265,7 +309,7 @@ fn to_json(
         object["simulated_because"] = json!(instead);
     }
     if report.end != End::Ok {
-        object["guest"]["why"] = ended(arguments, report.end).into();
+        object["guest"]["why"] = ended(arguments.timeout, report.end).into();
     }
     object
 }
@@ -287,7 +331,8 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
             "\x20 private      none: this KVM can't keep memory private; all of it is shared\n"
         }
     };
-    let pages = arguments.memory.pages().unwrap_or_default();
+    let memory_size = arguments.memory.unwrap_or(MEMORY);
+    let pages = memory_size.pages().unwrap_or_default();
     format!(
         "{verdict}: {ended}; {passed} checks passed, {failed} failed in {seconds:.1} s\n\
          \n\
@@ -299,11 +344,11 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
          {refused} refused\n\
          \x20 faults       {guest} of the guest, {mapped} of the host mapped, {denied} denied\n\
          \n{picture}",
-        ended = ended(arguments, report.end),
+        ended = ended(arguments.timeout, report.end),
         passed = report.checks_passed,
         failed = report.checks_failed,
         vcpus = arguments.vcpus,
-        size = arguments.memory,
+        size = memory_size,
         accelerator = report.accelerator,
         to_shared = memory.to_shared,
         to_private = memory.to_private,

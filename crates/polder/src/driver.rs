@@ -396,7 +396,12 @@ impl Driver {
         given.done(done);
         if done {
             // They go on, and need no other answer.
-            self.waiting.lock().retain(|(of, page)| *of != view || !range.contains(*page));
+            let mut waiting = self.waiting.lock();
+            let before = waiting.len();
+            waiting.retain(|(of, page)| *of != view || !range.contains(*page));
+            let answered = before - waiting.len();
+            drop(waiting);
+            (0..answered).for_each(|_| self.counters.answered(view, Some(response)));
         }
     }
 

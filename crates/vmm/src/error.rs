@@ -52,6 +52,21 @@ pub enum RunError {
         #[source]
         source: std::io::Error,
     },
+    /// The file that memory is compared with can't be opened.
+    #[error("{path} can't be opened", path = .path.display())]
+    Source {
+        /// Which.
+        path: std::path::PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// More memory than the guest can read.
+    #[error("the guest that reads all of its memory reads up to {most}")]
+    TooLarge {
+        /// So much.
+        most: polder::units::ByteSize,
+    },
     /// A thread of the VMM panicked: a fault of ours.
     #[error("a thread of the VMM panicked")]
     Panicked,
@@ -84,6 +99,8 @@ impl RunError {
             Self::Thread(_) => {
                 Some("raise the limits of processes and memory (ulimit -u, ulimit -v)")
             }
+            Self::Source { .. } => Some("check the path"),
+            Self::TooLarge { .. } => Some("give a smaller file"),
             Self::File { .. } => Some("mount a devtmpfs on /dev"),
             Self::Vcpu { .. } => Some("see the kernel's log (dmesg) for what KVM says"),
         }

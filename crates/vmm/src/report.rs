@@ -3,7 +3,7 @@
 use std::fmt;
 
 use polder::units::{Gfn, Gpa, PageIndex, PageRange};
-use polder::{MemoryFault, PageFacts, Statistics};
+use polder::{MemoryFault, PageFacts, SourceStatistics, Statistics};
 use polder_linux::Exit;
 
 use crate::intruder::Way;
@@ -16,6 +16,8 @@ pub struct Progress {
     pub exits: u64,
     /// What happened to the memory.
     pub memory: Statistics,
+    /// What came from its source.
+    pub source: SourceStatistics,
 }
 
 /// What a supervisor says.

@@ -16,7 +16,7 @@ use crate::guest::Program;
 use crate::intruder::Intruder;
 use crate::machine::Interpreter;
 use crate::report::{End, Failure, Progress, Supervision};
-use crate::requests::Requests;
+use crate::requests::{Expected, Requests};
 use crate::scenario::Op;
 use crate::vcpu::{self, Ran};
 
@@ -86,6 +86,12 @@ impl<'a> Threads<'a> {
             stop: AtomicBool::new(false),
             accepting: Accepting::default(),
         })
+    }
+
+    /// Has the digests that the guest tells compared with these.
+    pub(crate) fn expect(mut self, expected: Expected<'a>) -> Self {
+        self.requests.expect(expected);
+        self
     }
 
     /// Runs vCPUs of KVM.
@@ -190,7 +196,11 @@ impl<'a> Threads<'a> {
     }
 
     fn progress(&self) -> Progress {
-        Progress { exits: self.exits.load(Ordering::Relaxed), memory: self.memory.statistics() }
+        Progress {
+            exits: self.exits.load(Ordering::Relaxed),
+            memory: self.memory.statistics(),
+            source: self.memory.source_statistics(),
+        }
     }
 
     /// Tries pages that are private for good, one after the other, until the end.

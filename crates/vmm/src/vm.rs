@@ -11,6 +11,7 @@ use polder::{
 };
 
 use crate::guest::{Chunk, Image, Program, Transport};
+use crate::requests::Expected;
 use crate::scenario::{BOOT_END, Op, ScenarioError, VCPUS_MAX};
 use crate::threads::Threads;
 use crate::vcpu::Ran;
@@ -148,13 +149,38 @@ impl Vm {
         programs: &[Vec<Op>],
         supervise: impl FnMut(Progress) -> Supervision,
     ) -> Result<Ended, RunError> {
+        let threads = Threads::new(memory, id, None)?;
+        self.go((memory, id), &threads, programs, supervise)
+    }
+
+    /// The same, of a guest that tells [digests](Op::Digest), which have to be as expected.
+    ///
+    /// # Errors
+    /// As [`Vm::run`].
+    pub fn run_expecting(
+        &self,
+        (memory, id): (&Memory, VmId),
+        programs: &[Vec<Op>],
+        expected: Expected<'_>,
+        supervise: impl FnMut(Progress) -> Supervision,
+    ) -> Result<Ended, RunError> {
+        let threads = Threads::new(memory, id, None)?.expect(expected);
+        self.go((memory, id), &threads, programs, supervise)
+    }
+
+    fn go(
+        &self,
+        (memory, id): (&Memory, VmId),
+        threads: &Threads<'_>,
+        programs: &[Vec<Op>],
+        supervise: impl FnMut(Progress) -> Supervision,
+    ) -> Result<Ended, RunError> {
         if !(1..=usize::from(VCPUS_MAX)).contains(&programs.len()) {
             let vcpus = u32::try_from(programs.len()).unwrap_or(u32::MAX);
             return Err(ScenarioError::Vcpus { vcpus }.into());
         }
-        let threads = Threads::new(memory, id, None)?;
         let (end, ran) = match &self.0 {
-            Kind::Kvm(vm) => vm.run(&threads, programs, supervise)?,
+            Kind::Kvm(vm) => vm.run(threads, programs, supervise)?,
             Kind::Machine => {
                 let vcpus = programs.iter().map(|_| memory.machine_vcpu(id));
                 let vcpus = vcpus.collect::<Result<Vec<_>, _>>().map_err(RunError::Memory)?;

@@ -51,7 +51,7 @@ pub(super) fn interpreter(
         fill: a.create_label(),
         check: a.create_label(),
     };
-    let codes: [(i32, Emit); 10] = [
+    let codes: [(i32, Emit); 11] = [
         (code::FILL, fill_op),
         (code::CHECK, check_op),
         (code::REQUEST, request_op),
@@ -62,6 +62,7 @@ pub(super) fn interpreter(
         (code::SET_FLAG, set_flag_op),
         (code::WAIT_FLAG, wait_flag_op),
         (code::DONE, done_op),
+        (code::DIGEST, digest_op),
     ];
     let mut targets = codes.map(|_| a.create_label());
 
@@ -195,6 +196,31 @@ fn wait_flag_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError>
     a.jne(labels.next)?;
     a.pause()?;
     a.jmp(labels.run)
+}
+
+fn digest_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    let mut each = a.create_label();
+    a.mov(rcx, word(2))?;
+    a.mov(rbx, rdi)?;
+    a.lea(r8, ptr(rdi + rcx))?;
+    a.mov(r10, PATTERN_FACTOR)?;
+    a.xor(edx, edx)?;
+    a.set_label(&mut each)?;
+    a.xor(rdx, qword_ptr(rbx))?;
+    a.imul_2(rdx, r10)?;
+    a.rol(rdx, 29)?;
+    a.add(rbx, 8)?;
+    a.cmp(rbx, r8)?;
+    a.jb(each)?;
+    a.mov(rbx, rdi)?;
+    a.mov(rsi, r14)?;
+    a.mov(rax, number::DIGEST)?;
+    a.call(labels.gate)?;
+    a.mov(rbx, rax)?;
+    a.xor(eax, eax)?;
+    a.cmp(rax, rbx)?;
+    a.jne(labels.fail)?;
+    a.jmp(labels.passed)
 }
 
 fn done_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {

@@ -6,6 +6,7 @@
 //! | convert, probe | code | gpa | pages | third argument | expected answer | number | |
 //! | device | code | request | id | source | len | destination | expected outcome |
 //! | churn | code | gpa | len | seed | until | | |
+//! | digest | code | gpa | len | | | | |
 //! | load, store | code | gpa | value | | | | |
 //! | set flag, wait flag | code | gpa | | | | | |
 //!
@@ -31,6 +32,7 @@ pub(super) mod code {
     pub(in crate::guest) const SET_FLAG: i32 = 8;
     pub(in crate::guest) const WAIT_FLAG: i32 = 9;
     pub(in crate::guest) const DONE: i32 = 10;
+    pub(in crate::guest) const DIGEST: i32 = 11;
 }
 
 /// The record of an op.
@@ -66,6 +68,7 @@ pub(super) fn encode(op: &Op) -> [u64; 8] {
         }
         Op::SetFlag { gpa } => (code::SET_FLAG, [gpa.get(), 0, 0, 0, 0, 0, 0]),
         Op::WaitFlag { gpa } => (code::WAIT_FLAG, [gpa.get(), 0, 0, 0, 0, 0, 0]),
+        Op::Digest { gpa, len } => (code::DIGEST, [gpa.get(), len, 0, 0, 0, 0, 0]),
         Op::Done => (code::DONE, [0; 7]),
     };
     let [a, b, c, d, e, f, g] = words;
