@@ -44,13 +44,18 @@ fn time(work: Work, count: u32) -> Duration {
 }
 
 #[expect(clippy::disallowed_methods, reason = "a bench is about time")]
-fn now() -> Instant {
+pub(crate) fn now() -> Instant {
     Instant::now()
 }
 
-fn median(mut values: [f64; TURNS]) -> f64 {
+fn median(values: [f64; TURNS]) -> f64 {
+    median_of(values.to_vec())
+}
+
+/// The one in the middle, of an odd number of values.
+pub(crate) fn median_of(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
-    values[TURNS / 2]
+    values[values.len() / 2]
 }
 
 #[cfg(test)]

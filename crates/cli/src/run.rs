@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::HostKind;
-use polder::units::{ByteSize, Level, PageCount};
+use polder::units::{ByteSize, PageCount};
+use polder::{HostKind, PageSize};
 use polder_vmm::guest::Program;
 use polder_vmm::{Accelerator, Config, Conversion, End, Failure, Progress, Report, Supervision};
 use serde_json::json;
@@ -25,6 +25,7 @@ use crate::{interrupt, output, picture};
 Examples:
   polder run                              64M, 2 vCPUs
   polder run --memory 8G --vcpus 4        larger
+  polder run --page-size 2m               in huge pages, reserved before it starts
   polder run --json | jq .guest           for programs
   polder run --guest spin --timeout 2     a guest that never ends
   polder run --from snapshot.mem          memory filled from a file while the guest runs
@@ -42,8 +43,11 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 2)]
     vcpus: u32,
     /// The size of the pages that back the memory
-    #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = page_size)]
-    page_size: Level,
+    ///
+    /// 4k; thp, transparent huge pages where the kernel has one to give; 2m or 1g, huge pages that
+    /// are reserved for the guest before it starts
+    #[arg(long, value_name = "SIZE", default_value = "4k")]
+    page_size: PageSize,
     /// Decides the guest's patterns; the same seed is the same run
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
@@ -91,14 +95,6 @@ enum Guest {
     Flood,
 }
 
-fn page_size(text: &str) -> Result<Level, String> {
-    match text.parse() {
-        Ok(Level::Size4K) => Ok(Level::Size4K),
-        Ok(level) => Err(format!("{level} pages are not there yet; 4k is")),
-        Err(error) => Err(error.to_string()),
-    }
-}
-
 /// The host to run on, and why it is not the one that is tried first.
 fn choose(host: Host) -> (HostKind, Option<Trouble>) {
     match host {
@@ -122,6 +118,7 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
             host,
             instead: instead.as_ref(),
             memory: arguments.memory,
+            page_size: arguments.page_size,
             vcpus: arguments.vcpus,
             seed: arguments.seed,
             timeout: arguments.timeout,
@@ -132,6 +129,7 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     let config = Config {
         host,
         memory: arguments.memory.unwrap_or(MEMORY),
+        page_size: arguments.page_size,
         vcpus: arguments.vcpus,
         seed: arguments.seed,
         program: match arguments.guest {
@@ -287,6 +285,15 @@ fn to_json(
         "private_memory": report.private_memory,
         "vcpus": arguments.vcpus,
         "memory_bytes": arguments.memory.unwrap_or(MEMORY).get(),
+        "page_size": report.page_size.to_string(),
+        "levels": {
+            "4k": report.levels.size_4k,
+            "2m": report.levels.size_2m,
+            "1g": report.levels.size_1g,
+        },
+        "splits": report.reshaped.splits,
+        "merges": report.reshaped.merges,
+        "pool": null,
         "guest": {
             "exit": exit(report.end),
             "checks_passed": report.checks_passed,
@@ -305,6 +312,14 @@ fn to_json(
         },
         "seconds": seconds,
     });
+    if let Some(pool) = report.pool {
+        object["pool"] = json!({
+            "total": pool.total,
+            "free": pool.free,
+            "reserved": pool.reserved,
+            "pending": pool.pending,
+        });
+    }
     if let Some(instead) = instead {
         object["simulated_because"] = json!(instead);
     }
@@ -343,6 +358,7 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
          \x20 conversions  {to_shared} to shared, {to_private} to private, {converted} pages; \
          {refused} refused\n\
          \x20 faults       {guest} of the guest, {mapped} of the host mapped, {denied} denied\n\
+         {levels}\
          \n{picture}",
         ended = ended(arguments.timeout, report.end),
         passed = report.checks_passed,
@@ -357,6 +373,31 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
         guest = memory.guest_faults,
         mapped = memory.host_faults,
         denied = memory.denied,
+        levels = levels(arguments, report),
         picture = picture::draw(pages, &report.facts, &report.touched),
     )
+}
+
+/// What the memory was made of, and what became of its huge pages.
+fn levels(arguments: &Arguments, report: &Report) -> String {
+    if arguments.page_size == PageSize::Small {
+        return String::new();
+    }
+    let (levels, reshaped) = (report.levels, report.reshaped);
+    let mut text = match report.page_size {
+        PageSize::Small => "\x20 pages        4k: this machine gives shared memory no transparent \
+            huge pages; `polder doctor` says how\n"
+            .to_owned(),
+        size => format!(
+            "\x20 pages        {size}: {} of 1G, {} of 2M, {} of 4K; {} splits, {} merges\n",
+            levels.size_1g, levels.size_2m, levels.size_4k, reshaped.splits, reshaped.merges,
+        ),
+    };
+    if let Some(pool) = report.pool {
+        text.push_str(&format!(
+            "\x20 pool         {} huge pages, {} free, {} reserved, {} pending\n",
+            pool.total, pool.free, pool.reserved, pool.pending,
+        ));
+    }
+    text
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use polder::source::{Fault, Faulty, FileSource, Source};
 use polder::units::{ByteSize, PageIndex};
-use polder::{HostKind, ReadAhead};
+use polder::{HostKind, PageSize, ReadAhead};
 use polder_vmm::{Accelerator, End, FromConfig, FromReport};
 use serde_json::json;
 
@@ -59,6 +59,7 @@ pub(crate) struct Run<'a> {
     pub(crate) host: HostKind,
     pub(crate) instead: Option<&'a Trouble>,
     pub(crate) memory: Option<ByteSize>,
+    pub(crate) page_size: PageSize,
     pub(crate) vcpus: u32,
     pub(crate) seed: u64,
     pub(crate) timeout: u64,
@@ -121,6 +122,7 @@ impl From {
             source,
             file: path.to_owned(),
             pages,
+            page_size: run.page_size,
             vcpus: run.vcpus,
             seed: run.seed,
             read_ahead: if self.no_read_ahead { ReadAhead::Off } else { ReadAhead::Adaptive },
@@ -150,6 +152,7 @@ fn to_json(
         "accelerator": report.accelerator.to_string(),
         "vcpus": run.vcpus,
         "memory_bytes": size.get(),
+        "page_size": report.page_size.to_string(),
         "guest": { "exit": exit(report.end), "checks_passed": report.checks_passed },
         "from": {
             "file": path.display().to_string(),
@@ -202,7 +205,7 @@ fn to_text(
     format!(
         "{verdict}: {ended}; {passed} checks passed in {seconds:.1} s\n\
          \n\
-         \x20 guest        {vcpus} vCPUs, {size} on host {host}, \
+         \x20 guest        {vcpus} vCPUs, {size} of {page_size} pages on host {host}, \
          accelerator {accelerator}{simulated}\n\
          \x20 from         {file}\n\
          \x20 pages        {demanded} brought when asked for, {ahead} before, {zeros} zeros; \
@@ -213,6 +216,7 @@ fn to_text(
         passed = report.checks_passed,
         vcpus = run.vcpus,
         host = run.host,
+        page_size = report.page_size,
         accelerator = report.accelerator,
         file = path.display(),
         demanded = source.demanded,

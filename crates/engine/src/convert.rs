@@ -12,12 +12,13 @@ use alloc::vec::Vec;
 
 use polder_units::{PageCount, PageRange};
 
+use crate::folio::Reshape;
 use crate::operation::Program;
 use crate::plant::Bug;
 use crate::range_set::push_run;
 use crate::{
-    Activity, Blocked, Contents, Engine, Operation, Population, Refusal, Stage, Step, View,
-    Visibility, VmId,
+    Activity, Blocked, Contents, Engine, Operation, PageFacts, Population, Refusal, Stage, Step,
+    View, Visibility, VmId,
 };
 
 /// A conversion in flight.
@@ -112,28 +113,72 @@ impl Engine {
             self.grant(by, ranges, &parts);
             return Ok(Start::AlreadySo);
         }
-        if to == Visibility::Private && !self.plants.has(Bug::PinsForgotten) {
-            for &part in &parts {
-                self.check_pins(part)?;
-            }
+        let reshape = self.reshape(&parts, to);
+        let claims = self.with_neighbours(ranges, &reshape);
+        for &claim in claims.iter().filter(|claim| !ranges.contains(claim)) {
+            self.check_claims(claim)?;
         }
-        let program = self.conversion_program(&parts, to, contents);
+        for folio in reshape.folios() {
+            self.check_quarantine(folio)?;
+        }
+        if to == Visibility::Private && !self.plants.has(Bug::PinsForgotten) {
+            self.check_pins_around(&parts, &reshape)?;
+        }
+        let program = self.conversion_program(&parts, to, contents, &reshape);
         let activity = Activity::Conversion { to, contents, by };
         if self.plants.has(Bug::CommitBeforeHardware) || self.plants.one_table() {
             parts.iter().for_each(|&part| self.pages.set_visibility(part, to));
         }
-        Ok(Start::Claimed(self.begin(activity, ranges.clone(), parts, program)))
+        let unclaimed = self.plants.has(Bug::NeighboursUnclaimed);
+        let claims = if unclaimed { ranges.clone() } else { claims };
+        let conversion = self.begin(activity, claims, parts, program);
+        let record = self.record_mut(conversion.id());
+        (record.asked, record.reshape) = (ranges.clone(), reshape);
+        Ok(Start::Claimed(conversion))
     }
 
-    fn conversion_program(&self, parts: &[PageRange], to: Visibility, how: Contents) -> Program {
+    /// Refuses pins of pages that become private, and of others that would be cut off with them:
+    /// of a folio that is to be split, and of a granule that the host view may have mapped.
+    fn check_pins_around(&self, parts: &[PageRange], reshape: &Reshape) -> Result<(), Refusal> {
+        for &part in parts {
+            self.check_pins(part)?;
+            let around = self.granules(part);
+            let ends = [around.start(), around.frames().next_back().unwrap_or(around.start())];
+            for end in ends {
+                let granule =
+                    PageRange::enclosing(end, self.config.backing.granule, self.config.geometry);
+                let private = |facts: PageFacts| facts.visibility == Visibility::Private;
+                if self.first_page(granule, private).is_none() {
+                    self.check_pins(granule)?;
+                }
+            }
+        }
+        if self.plants.has(Bug::ReshapedWhilePinned) {
+            return Ok(());
+        }
+        reshape.splits.iter().try_for_each(|&folio| self.check_pins(folio))
+    }
+
+    fn conversion_program(
+        &self,
+        parts: &[PageRange],
+        to: Visibility,
+        how: Contents,
+        reshape: &Reshape,
+    ) -> Program {
+        // What is split or merged, and what a view can't map but as a whole, is cut off as a whole.
+        let around = self.with_neighbours(parts, reshape);
+        let cut = || around.iter().copied();
         let each = || parts.iter().copied();
+        let reshaped = |range: PageRange| reshape.folios().any(|folio| folio.overlaps(range));
         let to_private = to == Visibility::Private;
         let rmp = self.config.platform.has_rmp();
         // Where hardware has the last word, the guest keeps no mapping of what the pages were:
         // the RMP is asked when a TLB is filled, and not again (AMD APM volume 2, 15.36.10).
-        let from_guest = each().filter(|_| rmp || !to_private).map(Step::UnmapGuest);
-        let from_host = each().filter(|_| to_private).map(Step::UnmapHost);
-        let cut_off = from_host.chain(from_guest);
+        let from_guest = cut().filter(|&part| rmp || !to_private || reshaped(part));
+        let from_host = cut().filter(|_| to_private).map(Step::UnmapHost);
+        let cut_off = from_host.chain(from_guest.map(Step::UnmapGuest));
+        let cut_off = reshape.prepare().chain(cut_off);
         let check = each().filter(|_| to_private).map(Step::CheckReferences);
         let protect = each().filter(|_| !rmp).map(|part| Step::Protect(part, to));
         let protect = protect.chain(self.rmp_steps(parts, to));
@@ -146,13 +191,14 @@ impl Engine {
         } else if self.plants.has(Bug::AssignedBeforeCheck) && to_private {
             program.stage(cut_off).stage(protect.chain(check)).stage(none()).stage(none())
         } else {
-            program.stage(cut_off).stage(check).stage(none()).stage(protect)
+            program.stage(cut_off).stage(check).stage(reshape.steps()).stage(protect)
         };
         program.stage(
-            each()
+            cut()
                 .filter(|&part| !to_private && self.may_have_markers(part))
                 .map(Step::UnmapHost)
-                .chain(each().filter(|_| self.frees(how)).map(Step::Free)),
+                .chain(each().filter(|_| self.frees(how)).map(Step::Free))
+                .chain(reshape.release()),
         )
     }
 
@@ -172,6 +218,8 @@ impl Engine {
         // Nobody but the guest can bring what was owed there: it is the guest's to write, or else
         // whoever touches the pages waits for ever.
         let guest_fills = to == Visibility::Private && !self.config.platform.host_fills_private();
+        self.reshape_done(&record.reshape);
+        let around = self.with_neighbours(&record.parts, &record.reshape);
         let mut pages = PageCount::ZERO;
         for &part in &record.parts {
             self.pages.set_visibility(part, to);
@@ -183,8 +231,8 @@ impl Engine {
             }
             pages = pages.checked_add(part.count()).expect("parts lie in one object");
         }
-        self.forget_markers(View::Host, &record.parts);
-        self.grant(by, &record.claims, &record.parts);
+        self.forget_markers(View::Host, &around);
+        self.grant(by, &record.asked, &record.parts);
         Converted { pages }
     }
 

@@ -7,6 +7,7 @@ use polder_units::PageRange;
 
 use crate::Visibility::{Private, Shared};
 use crate::operation::Program;
+use crate::plant::Bug;
 use crate::{Activity, Blocked, Engine, Operation, Population, Stage, Step, View};
 
 /// A discard in flight.
@@ -33,26 +34,30 @@ impl Engine {
     pub fn discard(&mut self, range: PageRange) -> Result<Discard, Blocked> {
         self.check_bounds(range)?;
         self.check_quarantine(range)?;
-        self.check_claims(range)?;
+        // What a view maps as a whole it unmaps as a whole.
+        let whole = self.granules(range);
+        self.check_claims(whole)?;
         self.check_pins(range)?;
         let private = self.pages.runs(range).filter(|(_, facts)| facts.visibility == Private);
         let private: Vec<PageRange> = private.map(|(run, _)| run).collect();
-        let unmap = [Step::UnmapHost(range), Step::UnmapGuest(range)];
+        let unmap = [Step::UnmapHost(whole), Step::UnmapGuest(whole)];
         // Memory that is freed while assigned can be given to nobody.
         let steps = unmap.into_iter().chain(self.rmp_steps(&private, Shared));
         let program = Program::default().stage(steps.chain([Step::Free(range)]));
-        Ok(self.begin(Activity::Discard, vec![range], vec![range], program))
+        Ok(self.begin(Activity::Discard, vec![whole], vec![range], program))
     }
 
     /// Makes the discard true. Nothing is owed for the pages any more: they are zeros.
     pub fn finish_discard(&mut self, discard: Operation<Cleared>) {
         let record = self.finish(&discard);
         for &part in &record.parts {
-            self.pages.set_population(part, Population::Whole);
+            if !self.plants.has(Bug::DiscardKeepsSource) {
+                self.pages.set_population(part, Population::Whole);
+            }
             self.failed.remove(part);
         }
         for view in [View::Host, View::Guest] {
-            self.forget_markers(view, &record.parts);
+            self.forget_markers(view, &record.claims);
         }
     }
 }

@@ -86,6 +86,7 @@ impl Engine {
     /// engine came here does not count.
     pub fn fingerprint<H: Hasher>(&self, state: &mut H) {
         self.pages.hash(state);
+        self.folios.fingerprint(state);
         for (vm, slot, binding) in self.bindings() {
             (vm, slot, *binding).hash(state);
         }

@@ -9,7 +9,7 @@ use core::fmt;
 use polder_units::{Gfn, GfnRange, Level, PageIndex, PageRange};
 
 use crate::plant::Bug;
-use crate::{Blocked, Engine, Operation, Population, Undoing, Visibility, VmId};
+use crate::{Blocked, Engine, Limit, Operation, PageFacts, Population, Undoing, Visibility, VmId};
 
 /// An answer or copy that was given and not taken back yet.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -153,7 +153,9 @@ pub enum GuestAnswer {
 impl Engine {
     /// Answers a touch of `page`, which must lie in the object, through one of its mappings.
     pub fn touch(&mut self, view: View, page: PageIndex) -> TouchAnswer {
-        match self.check_claims(PageRange::one(page)) {
+        // Its granule is mapped, poisoned and waited for as a whole.
+        let around = self.granules(PageRange::one(page));
+        match self.check_claims(around) {
             Ok(()) => {}
             Err(Blocked::Abandoned(operation)) => return TouchAnswer::Undo(operation),
             Err(_) if view == View::Host && self.plants.has(Bug::DeniedWhileClaimed) => {
@@ -163,22 +165,35 @@ impl Engine {
             Err(_) if self.plants.has(Bug::OneTableUnclaimed) => {}
             Err(_) => return TouchAnswer::Wait,
         }
-        let facts = self.pages.get(page);
-        let private = view == View::Host && facts.visibility == Visibility::Private;
-        if private || self.quarantine.contains(page) {
-            return TouchAnswer::Now(self.answer(view, PageRange::one(page), Response::Poison));
+        let private = |facts: PageFacts| facts.visibility == Visibility::Private;
+        let is_private = view == View::Host && self.first_page(around, private).is_some();
+        if is_private
+            || self.quarantine.first_in(around).is_some()
+            || self.failed.first_in(around).is_some()
+        {
+            return TouchAnswer::Now(self.answer(view, around, Response::Poison));
         }
-        if self.failed.contains(page) {
-            return TouchAnswer::Now(self.answer(view, PageRange::one(page), Response::Poison));
-        }
-        if facts.population == Population::Owed && !self.plants.has(Bug::OwedShown) {
+        let owed = |facts: PageFacts| facts.population == Population::Owed;
+        if self.first_page(around, owed).is_some() && !self.plants.has(Bug::OwedShown) {
             return TouchAnswer::Owed;
         }
-        let most = match view {
-            View::Host => self.config.host_view_level,
-            View::Guest => Level::Size4K,
-        };
-        TouchAnswer::Now(self.map_around(view, page, most))
+        match view {
+            View::Host => TouchAnswer::Now(self.map_around(view, page, Level::Size1G)),
+            // A view of 4K pages is watched page by page.
+            View::Guest => TouchAnswer::Now(self.answer(view, around, Response::Map)),
+        }
+    }
+
+    /// Whether a touch of the host view would be let through as things are, or would wait.
+    pub fn is_shown(&self, page: PageIndex) -> bool {
+        if self.check_bounds(PageRange::one(page)).is_err() {
+            return false;
+        }
+        let around = self.granules(PageRange::one(page));
+        let private = |facts: PageFacts| facts.visibility == Visibility::Private;
+        self.first_page(around, private).is_none()
+            && self.quarantine.first_in(around).is_none()
+            && self.failed.first_in(around).is_none()
     }
 
     /// Answers an access of a guest that its stage-2 tables don't let through.
@@ -223,17 +238,15 @@ impl Engine {
         }
     }
 
-    /// Maps as much around `page` as is uniform with it and free, at `most` at most (INV-5).
-    fn map_around(&mut self, view: View, page: PageIndex, most: Level) -> Answer {
-        let around = |level| PageRange::enclosing(page, level, self.config.geometry);
-        let most = self.pages.level(page).min(most);
-        let free = |&level: &Level| {
-            let range = around(level);
-            let claimed = self.is_claimed(range) && !self.plants.has(Bug::LargeOverClaimed);
-            level <= most && !claimed && self.quarantine.first_in(range).is_none()
+    /// Maps as much around `page` as can be, at `bound` at most (INV-5). What the hardware has of
+    /// it the host looks up.
+    fn map_around(&mut self, view: View, page: PageIndex, bound: Level) -> Answer {
+        let limits = self.limits_within(view, page, bound);
+        let level = match self.plants.has(Bug::StaleLevel) {
+            true => limits.of(Limit::Folio).min(limits.of(Limit::Binding)),
+            false => limits.level(),
         };
-        let level = Level::ALL.into_iter().rfind(free).unwrap_or(Level::Size4K);
-        let range = around(level);
+        let range = PageRange::enclosing(page, level, self.config.geometry);
         self.answer(view, range, Response::Map)
     }
 

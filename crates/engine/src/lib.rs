@@ -41,12 +41,15 @@ mod error;
 #[cfg(feature = "explore")]
 mod explore;
 mod fault;
+mod folio;
+mod level;
 mod merge;
 mod operation;
 mod page_map;
 mod pin;
 mod plant;
 mod platform;
+pub mod pool;
 mod populate;
 mod prefault;
 mod range_set;
@@ -72,6 +75,8 @@ pub use error::{Errno, Refusal};
 #[cfg(feature = "explore")]
 pub use fault::InFlight;
 pub use fault::{Answer, GuestAccess, GuestAnswer, MemoryFault, Response, TouchAnswer, View};
+pub use folio::{Backing, FolioCounts, Reshaped as ReshapedCounts};
+pub use level::{LevelLimits, Limit};
 pub use merge::{Merged, Merging};
 pub use operation::{Activity, Blocked, OpId, Operation, Stage, Undoing};
 pub use page_map::{PageFacts, PageMap, PageReader, Population, Visibility};
@@ -105,6 +110,8 @@ pub struct Config {
     pub in_place: bool,
     /// The largest page that the host view maps.
     pub host_view_level: Level,
+    /// What the memory is made of.
+    pub backing: Backing,
     /// What every page is at first.
     pub initial: PageFacts,
 }
@@ -114,6 +121,7 @@ pub struct Config {
 pub struct Engine {
     config: Config,
     pages: PageMap,
+    folios: folio::Folios,
     bindings: Bindings,
     wishes: wanted::Wishes,
     operations: Vec<Record>,
@@ -135,7 +143,7 @@ impl Engine {
     /// An engine for an object in which nothing has happened yet.
     ///
     /// # Panics
-    /// For an object without pages, and for pages that are private and owed where the guest alone
+    /// For an object without pages, for one that is no multiple of its huge pages, and for pages that are private and owed where the guest alone
     /// can fill such ([`Platform::host_fills_private`]): who touches them would wait for ever.
     pub fn new(config: Config) -> Self {
         assert!(!config.pages.is_zero(), "an object has at least one page");
@@ -148,6 +156,7 @@ impl Engine {
         );
         Self {
             pages: PageMap::new(config.pages, config.geometry, config.initial),
+            folios: folio::Folios::new(config.pages, config.backing, config.geometry),
             bindings: Bindings::default(),
             wishes: wanted::Wishes::default(),
             operations: Vec::new(),

@@ -19,9 +19,10 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use polder_units::{PageIndex, PageRange};
 
+use crate::folio::Reshape;
 use crate::plant::{Bug, Plants};
 use crate::step::Undo;
-use crate::{Contents, Engine, Refusal, Step, View, Visibility, VmId};
+use crate::{Config, Contents, Engine, Refusal, Step, View, Visibility, VmId};
 
 /// Names an operation; never used twice.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -131,6 +132,9 @@ pub(crate) struct Record {
     pub(crate) claims: Vec<PageRange>,
     /// The pages that it changes; a part of the claims.
     pub(crate) parts: Vec<PageRange>,
+    /// The pages that a conversion was asked for; a part of the claims, too.
+    pub(crate) asked: Vec<PageRange>,
+    pub(crate) reshape: Reshape,
     progress: Progress,
     pub(crate) abandoned: Arc<AtomicBool>,
 }
@@ -190,12 +194,12 @@ impl Record {
     #[cfg(feature = "explore")]
     pub(crate) fn fingerprint<H: core::hash::Hasher>(&self, state: &mut H) {
         use core::hash::Hash;
-        (self.activity, &self.claims, &self.parts, &self.progress).hash(state);
+        (self.activity, &self.claims, &self.parts, &self.progress, &self.reshape).hash(state);
         self.is_abandoned().hash(state);
     }
 
     /// Turns it round: from here on its steps are those that undo what was done.
-    fn turn_back(&mut self, plants: Plants) {
+    fn turn_back(&mut self, plants: Plants, config: &Config) {
         let Progress::Forward { program, taken, issued } = &self.progress else { return };
         let failing = *issued && !plants.has(Bug::SkippedFailed);
         let reached = taken + usize::from(failing);
@@ -206,8 +210,9 @@ impl Record {
                 Undo::Nothing => {}
                 Undo::Step(undo) => back.push(undo),
                 Undo::Impossible => {
-                    back.push(Step::Quarantine(step.range()));
-                    quarantined.push(step.range());
+                    let range = config.granules(step.range());
+                    back.push(Step::Quarantine(range));
+                    quarantined.push(range);
                 }
             }
         }
@@ -238,7 +243,9 @@ impl Engine {
         let id = OpId(self.next_id());
         let abandoned = Arc::new(AtomicBool::new(false));
         let lease = Lease(Arc::clone(&abandoned));
-        self.operations.push(Record { id, activity, claims, parts, progress, abandoned });
+        let (asked, reshape) = (Vec::new(), Reshape::default());
+        let record = Record { id, activity, claims, parts, asked, reshape, progress, abandoned };
+        self.operations.push(record);
         Operation::new(id, lease)
     }
 
@@ -259,7 +266,7 @@ impl Engine {
             self.operations.iter_mut().find_map(|record| Some((record.claim_on(range)?, record)));
         let Some((held, record)) = met else { return Ok(()) };
         if record.is_abandoned() && !self.plants.has(Bug::AbandonedForgotten) {
-            record.turn_back(self.plants);
+            record.turn_back(self.plants, &self.config);
             return Err(Blocked::Abandoned(Operation::new(record.id, record.lease())));
         }
         Err(Blocked::Busy(Refusal::Busy { range, by: record.activity, held }))
@@ -315,8 +322,8 @@ impl Engine {
 
     /// Turns an operation round, at any stage.
     pub fn undo<S: Stage>(&mut self, operation: Operation<S>) -> Operation<Undoing> {
-        let plants = self.plants;
-        self.record_mut(operation.id).turn_back(plants);
+        let (plants, config) = (self.plants, self.config);
+        self.record_mut(operation.id).turn_back(plants, &config);
         Operation::new(operation.id, operation.lease)
     }
 
@@ -332,6 +339,7 @@ impl Engine {
     /// quarantined, which is the next step. What is in quarantine is neither given nor taken by the
     /// steps after that.
     pub fn undo_taken(&mut self, operation: &Operation<Undoing>, done: bool) {
+        let config = self.config;
         match &mut self.record_mut(operation.id).progress {
             Progress::Back { steps, taken, quarantined } => {
                 let step = steps[*taken];
@@ -340,8 +348,9 @@ impl Engine {
                     let rest = steps.split_off(*taken);
                     steps.extend(rest.into_iter().flat_map(|step| step.without(range)));
                 } else if !done {
-                    steps.insert(*taken, Step::Quarantine(step.range()));
-                    quarantined.push(step.range());
+                    let range = config.granules(step.range());
+                    steps.insert(*taken, Step::Quarantine(range));
+                    quarantined.push(range);
                 }
             }
             Progress::Forward { .. } => unreachable!("its handle would be of another type"),
@@ -391,7 +400,7 @@ impl Engine {
             .expect("a handle's operation is in flight")
     }
 
-    fn record_mut(&mut self, id: OpId) -> &mut Record {
+    pub(crate) fn record_mut(&mut self, id: OpId) -> &mut Record {
         self.operations
             .iter_mut()
             .find(|record| record.id == id)

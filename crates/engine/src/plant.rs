@@ -54,11 +54,32 @@ pub enum Bug {
     PinsForgotten,
     /// A touch of a page whose contents are to come is answered.
     OwedShown,
+    /// A folio is split though all of it is converted.
+    SplitNotMinimal,
+    /// Of a folio that is split or merged the rest is not claimed.
+    NeighboursUnclaimed,
+    /// A folio with a pinned page in it is merged or split nevertheless.
+    ReshapedWhilePinned,
+    /// The level of a mapping is that of the folio, also where its pages are of two kinds.
+    StaleLevel,
+    /// A huge page that its last unpin has given back is given back again.
+    ReturnedTwice,
+    /// Taking a page back that was not used loses the promise it was taken on.
+    ReservationLost,
+    /// A discard leaves what is owed owed: the source brings the old contents.
+    DiscardKeepsSource,
 }
 
 /// Which bug is planted.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct Plants(#[cfg(feature = "plant")] Option<Bug>);
+
+#[cfg(feature = "plant")]
+impl Plants {
+    pub(crate) const fn of(bug: Bug) -> Self {
+        Self(Some(bug))
+    }
+}
 
 #[cfg(feature = "plant")]
 impl crate::Engine {

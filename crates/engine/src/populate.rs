@@ -43,7 +43,9 @@ impl Engine {
         if self.plants.has(Bug::ExistsWhileClaimed) && self.is_claimed(range) {
             return Err(Refusal::Whole { page: range.start() }.into());
         }
-        self.check_claims(range)?;
+        // Nobody may map a part of a granule meanwhile.
+        let granules = self.granules(range);
+        self.check_claims(granules)?;
         let platform = self.config.platform;
         let private = |facts: PageFacts| facts.visibility == Visibility::Private;
         if !platform.host_fills_private()
@@ -59,17 +61,31 @@ impl Engine {
             return Err(Refusal::SourceFailed { page }.into());
         }
         let program = Program::default().stage([Step::Publish(range)].into_iter());
-        Ok(self.begin(Activity::Population, vec![range], vec![range], program))
+        Ok(self.begin(Activity::Population, vec![granules], vec![range], program))
     }
 
     /// Makes the population true: from here on the pages are seen, and nothing takes them back.
     /// Returns an answer that lets whoever waits in the guest view go on, all at once; should it
-    /// fail, they are answered one by one.
-    pub fn finish_population(&mut self, population: Operation<Published>) -> Answer {
+    /// fail, they are answered one by one. `None` if no granule is whole yet.
+    pub fn finish_population(&mut self, population: Operation<Published>) -> Option<Answer> {
         let record = self.finish(&population);
-        let range = record.parts[0];
-        self.pages.set_population(range, Population::Whole);
-        self.answer(View::Guest, range, Response::Map)
+        self.pages.set_population(record.parts[0], Population::Whole);
+        let shown = self.whole_granules(record.claims[0])?;
+        Some(self.answer(View::Guest, shown, Response::Map))
+    }
+
+    /// What is left of a range of granules without the first and the last, if those are not whole.
+    fn whole_granules(&self, range: PageRange) -> Option<PageRange> {
+        let (granule, geometry) = (self.config.backing.granule, self.config.geometry);
+        let last = range.frames().next_back().unwrap_or(range.start());
+        [range.start(), last].into_iter().try_fold(range, |left, page| {
+            let around = PageRange::enclosing(page, granule, geometry);
+            let owed = |facts: PageFacts| facts.population == Population::Owed;
+            match self.first_page(around, owed) {
+                None => Some(left),
+                Some(_) => left.without(around).into_iter().flatten().next(),
+            }
+        })
     }
 
     /// The same, showing a part of the pages only: the rest is mapped when it is touched.
@@ -81,7 +97,8 @@ impl Engine {
         let record = self.finish(&population);
         let range = record.parts[0];
         self.pages.set_population(range, Population::Whole);
-        let shown = range.intersection(shown)?;
+        let shown = self.granules(range.intersection(shown)?);
+        let shown = self.whole_granules(shown)?;
         Some(self.answer(View::Guest, shown, Response::Map))
     }
 
@@ -126,9 +143,18 @@ impl Engine {
         }
     }
 
-    /// Whether the contents of `page` are still to come.
+    /// Whether the contents of `page` are still to come, or of another that views map only with it.
     pub fn is_owed_page(&self, page: PageIndex) -> bool {
-        self.pages.get(page).population == Population::Owed && !self.failed.contains(page)
+        self.owed_with(page).is_some()
+    }
+
+    /// The first page that views map with `page` and whose contents are still to come.
+    fn owed_with(&self, page: PageIndex) -> Option<PageIndex> {
+        let mut runs = self.pages.runs(self.granules(PageRange::one(page)));
+        runs.find_map(|(run, facts)| {
+            let owed = facts.population == Population::Owed;
+            owed.then(|| self.failed.first_not_in(run)).flatten()
+        })
     }
 
     /// Whether contents of a page of the object are still to come, or being brought: nothing is
@@ -160,13 +186,15 @@ impl Engine {
         Ok(())
     }
 
-    /// Says so of one page whose time is over, unless its contents have come, it was said before, or
-    /// an operation holds the page. Whether it was said now.
-    pub fn fail_late(&mut self, page: PageIndex) -> Result<bool, Blocked> {
-        if !self.is_owed_page(page) {
-            return Ok(false);
-        }
-        self.fail(PageRange::one(page)).map(|()| true)
+    /// Says so of a page that a touch of `page` has waited for too long, unless its contents have
+    /// come, or it was said before. Returns that page: `page`, or another that views map only with
+    /// it.
+    ///
+    /// # Errors
+    /// Busy where an operation holds it.
+    pub fn fail_late(&mut self, page: PageIndex) -> Result<Option<PageIndex>, Blocked> {
+        let Some(late) = self.owed_with(page) else { return Ok(None) };
+        self.fail(PageRange::one(late)).map(|()| Some(late))
     }
 
     /// Says so of everything that is still owed, whatever goes on: the object is about to go.

@@ -40,7 +40,19 @@ pub enum Step {
     Merge(PageRange),
     /// Take the RMP entries of this 2M page back from the firmware that it has; their levels stay.
     Thaw(PageRange),
-    /// Make the contents zeros and free the memory, under every view; lifts all markers.
+    /// Have what is needed to split this folio, which is all of the range, to those of the next
+    /// level: nothing is split yet.
+    PrepareSplit(PageRange),
+    /// Split this folio to those of the next level, by what was prepared. Of memory that is not
+    /// there yet the shape is noted.
+    SplitFolio(PageRange),
+    /// Make one folio of those of the next level that this range consists of, and keep what it took
+    /// to split it.
+    MergeFolio(PageRange),
+    /// Give back what was kept, or prepared and not used, for a split of this folio.
+    ReleaseTables(PageRange),
+    /// Make the contents zeros, under every view, and free the memory, of which huge pages go as
+    /// a whole or not at all; lifts all markers.
     Free(PageRange),
     /// Prepare freshly written pages for their first use.
     Publish(PageRange),
@@ -62,6 +74,10 @@ impl Step {
             | Self::Smash(range)
             | Self::Merge(range)
             | Self::Thaw(range)
+            | Self::PrepareSplit(range)
+            | Self::SplitFolio(range)
+            | Self::MergeFolio(range)
+            | Self::ReleaseTables(range)
             | Self::Free(range)
             | Self::Publish(range)
             | Self::Quarantine(range) => range,
@@ -92,6 +108,11 @@ impl Step {
             // A large entry says the same as the 4K ones did, and they the same as it.
             Self::Merge(range) => Undo::Step(Self::Thaw(range)),
             Self::Reassign(_) | Self::Smash(_) | Self::Thaw(_) => Undo::Nothing,
+            Self::PrepareSplit(range) => Undo::Step(Self::ReleaseTables(range)),
+            Self::SplitFolio(range) => Undo::Step(Self::MergeFolio(range)),
+            // It kept what a split takes.
+            Self::MergeFolio(range) => Undo::Step(Self::SplitFolio(range)),
+            Self::ReleaseTables(_) => Undo::Nothing,
             // Nobody may see what a failed population left behind.
             Self::Publish(range) => Undo::Step(Self::Free(range)),
             Self::Free(_) => Undo::Impossible,
@@ -121,6 +142,10 @@ impl fmt::Display for Step {
             Self::Smash(_) => write!(f, "smash the large rmp entry of pages {range}"),
             Self::Merge(_) => write!(f, "merge the rmp entries of pages {range}"),
             Self::Thaw(_) => write!(f, "take the rmp entries of pages {range} from the firmware"),
+            Self::PrepareSplit(_) => write!(f, "prepare to split the folio of pages {range}"),
+            Self::SplitFolio(_) => write!(f, "split the folio of pages {range}"),
+            Self::MergeFolio(_) => write!(f, "merge the folios of pages {range}"),
+            Self::ReleaseTables(_) => write!(f, "release the split tables of pages {range}"),
             Self::Free(_) => write!(f, "free pages {range}"),
             Self::Publish(_) => write!(f, "publish pages {range}"),
             Self::Quarantine(_) => write!(f, "quarantine pages {range}"),

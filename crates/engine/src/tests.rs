@@ -2,6 +2,7 @@
 
 mod bindings;
 mod conversion;
+mod folios;
 mod oracle;
 mod population;
 mod rmp;
@@ -28,6 +29,7 @@ fn engine(platform: Platform, population: Population) -> Engine {
         platform,
         in_place: true,
         host_view_level: Level::Size4K,
+        backing: Backing::ANY,
         initial: PageFacts { visibility: Visibility::Private, population },
     })
 }

@@ -9,6 +9,7 @@
 //! | [`GuestMemfd`], [`set_private`] | `KVM_CREATE_GUEST_MEMFD`, `KVM_SET_MEMORY_ATTRIBUTES`, `cachestat(2)` |
 //! | [`pre_fault()`], [`can_pre_fault`] | `KVM_PRE_FAULT_MEMORY` |
 //! | [`Vcpu`] | `KVM_RUN` |
+//! | [`HugetlbPool`], [`shmem_huge_pages`] | sysfs, and `/proc/self/smaps` |
 //! | [`Nudge`], [`wait()`], [`spawn`] | `eventfd(2)`, `poll(2)`, threads |
 //! | [`sigbus`] | `sigaction(2)` of SIGBUS |
 //!
@@ -30,6 +31,7 @@ compile_error!("polder-linux is written for Linux on x86-64");
 mod call;
 mod copy;
 mod guest_memfd;
+mod huge;
 #[cfg(feature = "inject")]
 pub mod inject;
 mod kvm;
@@ -45,6 +47,7 @@ mod wait;
 use polder_units::ByteRange;
 
 pub use guest_memfd::{GuestMemfd, PrivateMemory, set_private};
+pub use huge::{HugetlbPool, shmem_huge_pages};
 pub use kvm::KvmSlot;
 pub use memfd::Memfd;
 pub use pre_fault::{can_pre_fault, pre_fault};

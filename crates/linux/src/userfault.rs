@@ -8,7 +8,7 @@ mod offer;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use polder_units::{ByteRange, PAGE_SIZE, PageIndex, PageRange};
+use polder_units::{ByteRange, Level, PAGE_BYTES, PAGE_SIZE, PageIndex, PageRange};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl};
@@ -49,9 +49,16 @@ impl Userfault {
     /// The most touches that one call of [`Userfault::touches`] returns.
     pub const BATCH: usize = 64;
 
-    const FEATURES: u32 = uapi::UFFD_FEATURE_MISSING_SHMEM
-        | uapi::UFFD_FEATURE_MINOR_SHMEM
-        | uapi::UFFD_FEATURE_POISON;
+    /// What is asked for, of memory in pages of this level.
+    const fn needed(granule: Level) -> u32 {
+        let of_memory = match granule {
+            Level::Size4K => uapi::UFFD_FEATURE_MISSING_SHMEM | uapi::UFFD_FEATURE_MINOR_SHMEM,
+            Level::Size2M | Level::Size1G => {
+                uapi::UFFD_FEATURE_MISSING_HUGETLBFS | uapi::UFFD_FEATURE_MINOR_HUGETLBFS
+            }
+        };
+        of_memory | uapi::UFFD_FEATURE_POISON
+    }
 
     /// A userfaultfd for a view, which is not watched before [`Userfault::watch`].
     ///
@@ -62,7 +69,7 @@ impl Userfault {
     /// (before 6.6).
     pub fn new(view: Arc<View>) -> Result<Self, Error> {
         let (fd, _) = open()?;
-        handshake(&fd, Self::FEATURES.into())?;
+        handshake(&fd, Self::needed(view.memfd().granule()).into())?;
         Ok(Self { fd, view })
     }
 
@@ -138,6 +145,24 @@ impl Userfault {
         })
     }
 
+    /// Makes a page of these bytes, maps it, and lets whoever waits for it go on: what a handler does
+    /// that has no memfd of its own. Polder does not. A page that exists already is left as it is.
+    ///
+    /// # Errors
+    /// Of `UFFDIO_COPY`.
+    pub fn copy(&self, page: PageIndex, from: &[u8; PAGE_BYTES]) -> Result<(), Error> {
+        let range = PageRange::one(page);
+        let uapi::uffdio_range { start: dst, len } = self.range(range.bytes());
+        let src = from.as_ptr().addr() as u64;
+        let mut copy = uapi::uffdio_copy { dst, src, len, mode: 0, copy: 0 };
+        let call = Call::on("UFFDIO_COPY", range.bytes());
+        match call.attempt(|| self.ask::<{ uapi::UFFDIO_COPY }, _>(&mut copy)) {
+            Ok(()) => Ok(()),
+            Err(Errno::EXIST) => self.wake(range),
+            Err(errno) => Err(call.error(errno)),
+        }
+    }
+
     /// Puts a poison marker in the place of pages that are not mapped in the view: whoever touches
     /// one gets SIGBUS, or `EFAULT` from a system call.
     ///
@@ -187,8 +212,9 @@ impl Userfault {
             match errno {
                 Errno::AGAIN => left = PageRange::between(at, rest.end()),
                 Errno::EXIST => {
-                    self.wake(PageRange::one(page))?;
-                    left = PageRange::between(at + 1, rest.end());
+                    let end = at + self.view.memfd().granule_pages();
+                    self.wake(PageRange::between(at, end).unwrap_or(rest))?;
+                    left = PageRange::between(end, rest.end());
                 }
                 Errno::FAULT => return Ok(Continued::Missing(page)),
                 errno => {

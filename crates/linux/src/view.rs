@@ -5,7 +5,7 @@ use core::ptr::NonNull;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
-use polder_units::{ByteRange, PageRange};
+use polder_units::{ByteRange, Level, PAGE_SHIFT, PageRange};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
@@ -48,7 +48,11 @@ impl View {
         let map = Call::new("mmap");
         let length = bytes.ok_or(map.error(Errno::NOMEM))?;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
-        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+        // Hugetlb pages are reserved by mappings that don't say so: a punched hole would not be.
+        let flags = match memfd.granule() {
+            Level::Size4K => MapFlags::SHARED | MapFlags::NORESERVE,
+            Level::Size2M | Level::Size1G => MapFlags::SHARED,
+        };
         let any = core::ptr::null_mut();
         // SAFETY: a new mapping at an address of the kernel's choice touches no other.
         let mapped = || unsafe { rustix::mm::mmap(any, length, protection, flags, memfd, 0) };
@@ -56,6 +60,91 @@ impl View {
         let view = Self { base, length, memfd: Arc::clone(memfd) };
         view.keep_from_children()?;
         Ok(view)
+    }
+
+    /// Maps all of `memfd` at a multiple of 2M, and asks for transparent huge pages there.
+    ///
+    /// # Errors
+    /// As [`View::new`].
+    pub fn of_huge_pages(memfd: &Arc<Memfd>) -> Result<Self, Error> {
+        const ALIGNMENT: usize = 2 << 20;
+        sigbus::install();
+        let bytes = memfd.pages().bytes().and_then(|bytes| usize::try_from(bytes).ok());
+        let map = Call::new("mmap");
+        let length = bytes.ok_or(map.error(Errno::NOMEM))?;
+        let room = length.checked_add(ALIGNMENT).ok_or(map.error(Errno::NOMEM))?;
+        let (any, none) = (core::ptr::null_mut(), MapFlags::PRIVATE | MapFlags::NORESERVE);
+        // SAFETY: a new mapping at an address of the kernel's choice touches no other.
+        let reserve = || unsafe { rustix::mm::mmap_anonymous(any, room, ProtFlags::empty(), none) };
+        let start = map.make(reserve)?;
+        let skip = start.addr().next_multiple_of(ALIGNMENT) - start.addr();
+        let base = start.wrapping_byte_add(skip);
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED;
+        // SAFETY: the addresses lie in the mapping made above, to which nothing refers.
+        let place = || unsafe { rustix::mm::mmap(base, length, protection, flags, memfd, 0) };
+        let placed = map.make(place);
+        let edges = [(start, skip), (base.wrapping_byte_add(length), ALIGNMENT - skip)];
+        for (edge, length) in edges.into_iter().filter(|&(_, length)| length > 0) {
+            // SAFETY: what is around the view is of the mapping made above.
+            let unmap = || unsafe { rustix::mm::munmap(edge, length) };
+            // For want of memory it can fail. Then addresses are lost that nobody uses.
+            let _ = Call::new("munmap").make(unmap);
+        }
+        let base = NonNull::new(placed?).ok_or(map.error(Errno::NOMEM))?;
+        let view = Self { base, length, memfd: Arc::clone(memfd) };
+        view.keep_from_children()?;
+        // SAFETY: the mapping is ours; the advice changes no contents.
+        let advise =
+            || unsafe { rustix::mm::madvise(view.base.as_ptr(), length, Advice::LinuxHugepage) };
+        Call::new("madvise(MADV_HUGEPAGE)").make(advise)?;
+        Ok(view)
+    }
+
+    /// Has the kernel make one huge page of each 2M of the range, and map it here as one.
+    ///
+    /// # Errors
+    /// Of `madvise(MADV_COLLAPSE)`: `ENOMEM`, `EAGAIN`, `EBUSY`, `EINVAL` for what can't be one.
+    pub fn collapse(&self, range: PageRange) -> Result<(), Error> {
+        let bytes = range.bytes();
+        let call = Call::on("madvise(MADV_COLLAPSE)", bytes);
+        let (start, length) = self.within(bytes).ok_or(call.error(Errno::INVAL))?;
+        let address = self.as_ptr().wrapping_add(start).cast();
+        call.make(|| {
+            // SAFETY: the bytes lie in this mapping; their contents stay, at other frames perhaps.
+            let done = unsafe { libc::madvise(address, length, libc::MADV_COLLAPSE) };
+            if done == 0 { Ok(()) } else { Err(call::last()) }
+        })
+    }
+
+    /// The runs of its pages that the page tables of this mapping have.
+    ///
+    /// # Errors
+    /// Of `mincore`.
+    pub fn present(&self) -> Result<Vec<PageRange>, Error> {
+        const AT_ONCE: usize = 1 << 30;
+        let mut runs: Vec<PageRange> = Vec::new();
+        let mut flags = vec![0u8; AT_ONCE.min(self.length) >> PAGE_SHIFT];
+        for start in (0..self.length).step_by(AT_ONCE) {
+            let length = AT_ONCE.min(self.length - start);
+            let address = self.as_ptr().wrapping_add(start).cast();
+            Call::new("mincore").make(|| {
+                // SAFETY: the addresses are this mapping's, and there is a flag for each page.
+                let done = unsafe { libc::mincore(address, length, flags.as_mut_ptr()) };
+                if done == 0 { Ok(()) } else { Err(call::last()) }
+            })?;
+            let first = (start >> PAGE_SHIFT) as u64;
+            for (page, _) in
+                (first..).zip(&flags[..length >> PAGE_SHIFT]).filter(|it| it.1 & 1 == 1)
+            {
+                let Some(one) = PageRange::between(page, page + 1) else { continue };
+                match runs.last_mut().and_then(|last| Some((last.append(one)?, last))) {
+                    Some((longer, last)) => *last = longer,
+                    None => runs.push(one),
+                }
+            }
+        }
+        Ok(runs)
     }
 
     fn keep_from_children(&self) -> Result<(), Error> {

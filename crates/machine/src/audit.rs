@@ -100,12 +100,14 @@ pub enum Discrepancy {
         pfn: Pfn,
     },
     /// Frames that are neither free nor part of a folio, or both.
-    #[error("{free} frames are free and {used} are in folios, of {all}")]
+    #[error("{free} frames are free, {used} in folios, {pooled} the pool's, of {all}")]
     Frames {
         /// Free frames.
         free: u64,
         /// Frames of folios.
         used: u64,
+        /// Frames of a pool that no folio has, and tables.
+        pooled: u64,
         /// Frames of the machine.
         all: u64,
     },
@@ -129,9 +131,14 @@ impl Machine {
         self.audit_host()?;
         self.audit_guests()?;
         self.audit_rmp()?;
-        let used = self.folios.0.iter().map(|found| self.pages(found.level)).sum();
+        let used: u64 = self.folios.0.iter().map(|found| self.pages(found.level)).sum();
+        let pooled = self.pool.frames(|level| self.pages(level));
         let (free, all) = (self.free_frames(), self.config.frames.get());
-        if free + used == all { Ok(()) } else { Err(Discrepancy::Frames { free, used, all }) }
+        if free + used + pooled == all {
+            Ok(())
+        } else {
+            Err(Discrepancy::Frames { free, used, pooled, all })
+        }
     }
 
     fn audit_counts(&self) -> Result<(), Discrepancy> {

@@ -232,6 +232,6 @@ impl Machine {
             "the last reference of pfn {pfn} is dropped while it is mapped, pinned or cached"
         );
         self.folios.0.remove(start);
-        self.frames.free(frame_at(Pfn::from(0), start), level);
+        self.free_frames_of(frame_at(Pfn::from(0), start), level);
     }
 }

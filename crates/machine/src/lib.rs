@@ -37,6 +37,7 @@
 //!   again.
 //! - **SEV-SNP**, if enabled: the reverse map table, its instructions with every result, access
 //!   checks and ciphertext. See `docs/snp.md`.
+//! - **A pool of huge pages**, and the tables that a split of one takes: see [`Machine::fill_pool`].
 //! - **Memory that runs out**, by size or by [`Machine::fail_allocation`].
 //! - **Bugs**, when planted: see [`Plant`].
 //!
@@ -56,7 +57,7 @@
 //!
 //! # What is not modelled
 //! - pKVM's ownership: [`Path`] names the accesses that it will check. No IOMMU tables (a device
-//!   writes where it pinned), direct map, shadow or nested roots, huge-page pool: later parts.
+//!   writes where it pinned), direct map, shadow or nested roots: later parts.
 //! - Of SNP: VMPLs but 0, launch and attestation, page swap and move; the head of `rmp.rs` has it
 //!   all.
 //! - Memory order: a step sees all earlier ones. Torn words and store buffers do not exist.
@@ -120,6 +121,7 @@ mod host_touch;
 mod machine;
 mod object;
 mod plant;
+mod pool;
 mod process;
 mod reshape;
 mod rmp;
@@ -143,6 +145,7 @@ pub use host_touch::{HostExit, HostFault, Sigbus};
 pub use machine::{Config, Machine};
 pub use object::Backing;
 pub use plant::Plant;
+pub use pool::PoolCounts;
 pub use process::{Thread, View};
 pub use rmp::{Asid, FirmwareFail, RmpEntry, RmpFail, RmpOwner, RmpResult, RmpSize, RmpUpdate};
 pub use slab::{ObjectId, PinId, ProcessId, VmId};

@@ -10,6 +10,7 @@ use crate::frames::Frames;
 use crate::gup::Pin;
 use crate::object::Object;
 use crate::plant::Plants;
+use crate::pool::Pool;
 use crate::process::Process;
 use crate::slab::Slab;
 use crate::table::space;
@@ -58,6 +59,7 @@ pub struct Machine {
     pub(crate) processes: Slab<ProcessId, Process>,
     pub(crate) vms: Slab<VmId, Vm>,
     pub(crate) pins: Slab<PinId, Pin>,
+    pub(crate) pool: Pool,
     pub(crate) protection: Protection,
     pub(crate) plants: Plants,
     pub(crate) sequence: Sequence,
@@ -93,6 +95,7 @@ impl Machine {
             processes: Slab::new(),
             vms: Slab::new(),
             pins: Slab::new(),
+            pool: Pool::default(),
             protection: Protection::default(),
             plants: Plants::default(),
             sequence: Sequence::FIRST,

@@ -65,6 +65,7 @@ impl Machine {
         if let Ok(all) = PageRange::new(PageIndex::from(0), count) {
             self.punch(object, all, None)?;
         }
+        self.release_all_tables(object);
         self.objects.remove(object).map(|_| ())
     }
 
@@ -80,18 +81,29 @@ impl Machine {
         page: PageIndex,
         level: Level,
     ) -> Result<Pfn, Error> {
+        self.vacant(object, page, level)?;
+        let pfn = self.allocate_frames(level)?;
+        self.add_to_cache(object, page, level, pfn, None);
+        Ok(pfn)
+    }
+
+    /// The pages of a folio of `level` at `page`, none of which has memory.
+    pub(crate) fn vacant(
+        &self,
+        object: ObjectId,
+        page: PageIndex,
+        level: Level,
+    ) -> Result<PageRange, Error> {
         let pages = self.config.geometry.pages(level);
         if !page.is_multiple_of(pages) {
             return Err(Error::Misaligned { number: page.get(), level });
         }
         let range = PageRange::enclosing(page, level, self.config.geometry);
         let in_object = self.object_range(object, range)?;
-        if let Some(found) = in_object.cache.first_in(range.start().get(), range.end()) {
-            return Err(Error::Exists { number: found.start });
+        match in_object.cache.first_in(range.start().get(), range.end()) {
+            Some(found) => Err(Error::Exists { number: found.start }),
+            None => Ok(range),
         }
-        let pfn = self.allocate_frames(level)?;
-        self.add_to_cache(object, page, level, pfn, None);
-        Ok(pfn)
     }
 
     /// Puts the folio `[pfn..)` that nobody references into the vacant page cache at `page`.

@@ -23,11 +23,13 @@ pub enum Plant {
     KeptValidated,
     /// A guest's access is let through though stage 2 and the RMP disagree about its size.
     NoSizeCheck,
+    /// A huge page is back in its pool with the first of its frames that comes back.
+    ReturnedEarly,
 }
 
 impl Plant {
     /// Every plant.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::SkipFlush,
         Self::StaleGup,
         Self::StaleSequence,
@@ -37,6 +39,7 @@ impl Plant {
         Self::LargeOverAssigned,
         Self::KeptValidated,
         Self::NoSizeCheck,
+        Self::ReturnedEarly,
     ];
 }
 

@@ -15,6 +15,8 @@ impl Machine {
     /// are left as they are: an entry above the new level is the caller's to zap first.
     ///
     /// # Errors
+    /// [`Error::NoMemory`] for the tables of one that is of the pool, if none were
+    /// [prepared](Machine::prepare_split);
     /// [`Error::Hole`], [`Error::NotLocked`] by `by`, [`Error::TooLarge`] for a 4K folio,
     /// [`Error::Mapped`] by a host page table, [`Error::Referenced`] by anyone but the page cache
     /// (a pin counts for the whole folio: nobody could say which part it holds).
@@ -29,7 +31,10 @@ impl Machine {
         self.check_locked(pfn, by)?;
         let below = level.smaller().ok_or(Error::TooLarge { level, largest: level })?;
         self.check_only_cached(pfn)?;
-        let first = PageRange::enclosing(page, level, self.config.geometry).start().get();
+        let whole = PageRange::enclosing(page, level, self.config.geometry);
+        let head = self.folio_head(pfn)?;
+        self.use_tables((object, whole.start()), head, level)?;
+        let first = whole.start().get();
         let pages = self.pages(below);
         let keeps_lock = (page.get() - first) / pages;
         self.folios.0.split(pfn.get(), |_, offset| Folio {
@@ -59,6 +64,19 @@ impl Machine {
         level: Level,
         by: LockOwner,
     ) -> Result<(), Error> {
+        let head = self.merge(object, page, level, by)?;
+        self.merged(head, level);
+        Ok(())
+    }
+
+    /// Merges, and leaves the tables of the split. The first frame.
+    pub(crate) fn merge(
+        &mut self,
+        object: ObjectId,
+        page: PageIndex,
+        level: Level,
+        by: LockOwner,
+    ) -> Result<Pfn, Error> {
         let whole = PageRange::enclosing(page, level, self.config.geometry);
         let (first, end) = (whole.start(), whole.end());
         let hole = |page| Error::Hole { object, page };
@@ -93,7 +111,12 @@ impl Machine {
         self.folios.0.drain(head.pfn.get(), head.pfn.get() + self.pages(level), |_| ());
         self.objects.get_mut(object)?.cache.drain(first.get(), end, |_| ());
         self.add_to_cache(object, first, level, head.pfn, lock);
-        Ok(())
+        Ok(head.pfn)
+    }
+
+    /// The first frame of the folio of `pfn`.
+    fn folio_head(&self, pfn: Pfn) -> Result<Pfn, Error> {
+        Ok(self.counts(pfn)?.pfn)
     }
 
     /// Refuses unless the page cache holds the only references of the folio of `pfn`.

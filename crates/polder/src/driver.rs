@@ -336,11 +336,19 @@ impl Driver {
         let writing = self.reached(writing, Reached::Written);
         let published = self.reached(self.perform(writing)?, Reached::Published);
         let answer = self.engine().finish_population(published);
+        match answer {
+            Some(answer) => self.show_populated(answer),
+            // What a view can map as a whole alone is not whole yet.
+            None => self.released(),
+        }
+        Ok(())
+    }
+
+    fn show_populated(&self, answer: Answer) {
         let (view, response, range) = (answer.view(), answer.response(), answer.range());
         let mut given = Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
         // Should it fail, whoever waits is answered one by one.
         given.done(self.host.views().answer(view, response, range).is_ok());
-        Ok(())
     }
 
     /// Makes pages whole with `bytes`, or zeros for `None`, and shows those of `shown`; of all that

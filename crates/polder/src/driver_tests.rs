@@ -214,7 +214,10 @@ impl Set {
         let pages = PageCount::new(PAGES).unwrap();
         let (host, guest_view): (Box<dyn Host>, _) = match kind {
             HostKind::Memfd => {
-                let host = require(Facility::Userfault, MemfdHost::new(pages, false))?;
+                let host = require(
+                    Facility::Userfault,
+                    MemfdHost::new(pages, false, crate::PageSize::Small),
+                )?;
                 let guest_view = host.guest_view();
                 (Box::new(host), Some(guest_view))
             }
@@ -229,6 +232,7 @@ impl Set {
             platform,
             in_place: true,
             host_view_level: Level::Size4K,
+            backing: polder_engine::Backing::ANY,
             initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
         };
         let unbinding = Arc::new(Unbinding::default());
@@ -457,6 +461,7 @@ fn an_access_to_a_slot_that_has_just_gone_is_unbound_and_nothing_else() {
         platform: Platform::Plain,
         in_place: true,
         host_view_level: Level::Size4K,
+        backing: polder_engine::Backing::ANY,
         initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
     };
     let unbinding = Arc::new(Unbinding::default());

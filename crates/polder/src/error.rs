@@ -1,7 +1,7 @@
 //! Every way in which a call on [`crate::Memory`] fails.
 
 use polder_engine::{Errno, Refusal};
-use polder_units::PageRange;
+use polder_units::{Level, PageCount, PageRange};
 
 /// A call that failed. It changed nothing, unless it says so.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -89,6 +89,29 @@ pub enum Error {
         /// The VM that it was to be bound to.
         vm: polder_engine::VmId,
     },
+    /// Too few huge pages: free, and promised to nobody else.
+    #[error(
+        "{asked} huge pages of {level} are needed, and {available} are available{}",
+        .pending.checked_sub(1).map_or(String::new(), |_| format!("; {pending} more are pending"))
+    )]
+    HugePages {
+        /// Their size.
+        level: Level,
+        /// How many are needed.
+        asked: u64,
+        /// How many can be had.
+        available: u64,
+        /// How many come back when their last pin is released.
+        pending: u64,
+    },
+    /// A size that is no multiple of the pages that the memory is to be made of.
+    #[error("memory of {pages} can't be made of {level} pages: it is no multiple of them")]
+    Unaligned {
+        /// The size.
+        pages: PageCount,
+        /// The pages.
+        level: Level,
+    },
     /// A facility that the host needs is missing or not allowed.
     #[error("{what}")]
     Missing {
@@ -107,6 +130,18 @@ impl Error {
     pub fn way_out(&self) -> Option<&'static str> {
         match self {
             Self::Missing { way_out, .. } | Self::NotOffered { way_out, .. } => Some(way_out),
+            Self::HugePages { level: Level::Size1G, .. } => Some(
+                "reserve some: echo N > /sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages, \
+                 or at boot, when memory is in one piece (hugepagesz=1G hugepages=N); or use \
+                 --page-size 2m",
+            ),
+            Self::HugePages { .. } => Some(
+                "reserve some: echo N > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages; or \
+                 use --page-size thp",
+            ),
+            Self::Unaligned { .. } => {
+                Some("ask for a multiple of the page size, or for smaller pages")
+            }
             Self::Host(error) => match error.errno {
                 polder_linux::Errno::NOMEM | polder_linux::Errno::FBIG => {
                     Some("ask for less memory, or free some")
@@ -136,6 +171,8 @@ impl Error {
             Self::TooManyBytes { .. } | Self::WrongVm { .. } => Errno::EINVAL,
             Self::NotSimulated | Self::NoSuchVm | Self::OneVm { .. } => Errno::EINVAL,
             Self::WrongVcpu => Errno::EINVAL,
+            Self::Unaligned { .. } => Errno::EINVAL,
+            Self::HugePages { .. } => Errno::ENOMEM,
             Self::Interrupted => Errno::EINTR,
             Self::Missing { .. } | Self::NotOffered { .. } => Errno::EOPNOTSUPP,
             Self::Rmp { fail: polder_machine::RmpFail::InUse, .. } => Errno::EAGAIN,

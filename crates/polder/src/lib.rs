@@ -33,8 +33,10 @@ mod error;
 mod faults;
 mod host;
 mod host_view;
+mod huge_pool;
 pub mod kvm;
 mod memory;
+mod page_size;
 mod pager;
 mod pin;
 mod prefault;
@@ -47,9 +49,11 @@ mod watch;
 
 #[cfg(feature = "plant")]
 pub use polder_engine::Bug;
+pub use polder_engine::pool::{self, PoolCounts};
 pub use polder_engine::{
-    Binding, Contents, Errno, Holder, MemoryFault, PageFacts, PinId, PinKind, Platform, Population,
-    Refusal, Response, Slot, Step, View, Visibility, VmId, Wish,
+    Binding, Contents, Errno, FolioCounts, Holder, LevelLimits, Limit, MemoryFault, PageFacts,
+    PinId, PinKind, Platform, Population, Refusal, ReshapedCounts, Response, Slot, Step, View,
+    Visibility, VmId, Wish,
 };
 /// The simulated machine, for who looks into it by [`Memory::simulated`].
 pub use polder_machine as machine;
@@ -59,7 +63,9 @@ pub use polder_units as units;
 pub use error::Error;
 pub use host::{HostKind, Vm};
 pub use host_view::HostView;
+pub use huge_pool::HugePool;
 pub use memory::{Builder, Memory, OnBusy};
+pub use page_size::{PageSize, UnknownPageSize};
 pub use pager::SourceStatistics;
 pub use pin::Pin;
 pub use prefault::{Prefaulted, Vcpu};

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use polder_engine::pool::PoolCounts;
 use polder_engine::{
-    Binding, Config, Contents, Engine, GuestAccess, Holder, MemoryFault, PageFacts, PinKind,
-    Platform, Population, Refusal, Slot, Visibility, VmId, Wish,
+    Binding, Config, Contents, Engine, FolioCounts, GuestAccess, Holder, LevelLimits, MemoryFault,
+    PageFacts, PinKind, Platform, Population, Refusal, ReshapedCounts, Slot, View, Visibility,
+    VmId, Wish,
 };
 use polder_machine::{ObjectId, ProcessId};
 use polder_units::{
@@ -29,7 +31,7 @@ use crate::statistics::Statistics;
 use crate::sync::RwLock;
 use crate::vcpu::MachineVcpu;
 use crate::watch::Watch;
-use crate::{HostView, Pin};
+use crate::{HostView, HugePool, PageSize, Pin};
 
 /// What to do when another operation holds a part of the range.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -47,6 +49,8 @@ pub struct Builder {
     host: HostKind,
     platform: Platform,
     initial: PageFacts,
+    page_size: PageSize,
+    pool: Option<HugePool>,
     source: Option<Arc<dyn Source>>,
     read_ahead: ReadAhead,
     deadline: Duration,
@@ -69,6 +73,22 @@ impl Builder {
     /// For which kind of VM; a plain one unless said.
     pub fn platform(self, platform: Platform) -> Self {
         Self { platform, ..self }
+    }
+
+    /// Made of which pages; of 4K unless said.
+    ///
+    /// Huge pages are reserved for the whole memory when it is made. Transparent ones the kernel
+    /// gives if it can, and if this machine's settings don't let it, the memory is made of 4K pages:
+    /// [`Memory::page_size`] says so. On hugetlb pages of a memfd the raw [host view](HostView) shows
+    /// a huge page only while all of it is shared, and else denies it as a whole: single pages are
+    /// reached by [`Memory::read`] and [`Memory::write`]. See `docs/huge-pages.md`.
+    pub fn page_size(self, page_size: PageSize) -> Self {
+        Self { page_size, ..self }
+    }
+
+    /// Of this pool's huge pages, on the simulated machine; else a pool is made that is just enough.
+    pub fn pool(self, pool: &HugePool) -> Self {
+        Self { pool: Some(pool.clone()), ..self }
     }
 
     /// Every page's contents are owed until [`Memory::populate`] brings them, or
@@ -137,29 +157,63 @@ impl Builder {
                     take what it needs",
             });
         }
+        let page_size = self.offered_page_size()?;
         let host = match self.host {
             HostKind::Memfd => {
                 let owed = self.initial.population == Population::Owed;
-                Box::new(MemfdHost::new(self.pages, owed)?) as Box<dyn Host>
+                Box::new(MemfdHost::new(self.pages, owed, page_size)?) as Box<dyn Host>
             }
             HostKind::GuestMemfd => Box::new(GuestMemfdHost::new(self.pages, self.initial)?),
-            HostKind::Machine => Box::new(MachineHost::new(self.pages, self.platform)?),
+            HostKind::Machine => Box::new(match page_size.reserved() {
+                None => MachineHost::new(self.pages, self.platform)?,
+                Some(level) => {
+                    let pool = self.pool.as_ref();
+                    MachineHost::of_huge_pages(self.pages, self.platform, level, pool)?
+                }
+            }),
         };
         let config = Config {
             pages: self.pages,
             geometry: Geometry::X86_64,
             platform: self.platform,
             in_place: self.host.is_in_place(),
-            host_view_level: Level::Size4K,
+            // A view of 4K pages over a transparent huge page is what lets single ones be shared.
+            host_view_level: page_size.reserved().unwrap_or(Level::Size4K),
+            backing: page_size.backing(self.host),
             initial: self.initial,
         };
         let mut driver = Driver::new(config, host);
         driver.pager = self.source.map(|source| {
             let (read_ahead, deadline) = (self.read_ahead, self.deadline);
-            Pager::new(Paging { source, read_ahead, deadline })
+            let granule = Geometry::X86_64.pages(page_size.level());
+            Pager::new(Paging { source, read_ahead, deadline, granule })
         });
         let (least, usual) = if driver.pager.is_some() { (2, FAULT_THREADS) } else { (1, 1) };
-        Memory::with_threads(driver, self.fault_threads.unwrap_or(usual).max(least))
+        Memory::of(driver, page_size, self.fault_threads.unwrap_or(usual).max(least))
+    }
+
+    /// The page size that can be had, or why none can.
+    fn offered_page_size(&self) -> Result<PageSize, Error> {
+        let (host, page_size) = (self.host, self.page_size);
+        if host == HostKind::GuestMemfd && page_size != PageSize::Small {
+            return Err(Error::NotOffered {
+                what: "the kernel's guest_memfd has pages of 4K only",
+                way_out: "use --page-size 4k, or --host memfd",
+            });
+        }
+        if host == HostKind::Machine && page_size == PageSize::Thp {
+            return Err(Error::NotOffered {
+                what: "the simulated machine's huge pages are of a pool; it has no transparent ones",
+                way_out: "use --page-size 2m or 1g, or --host memfd",
+            });
+        }
+        if let Some(level) = page_size.reserved()
+            && !self.pages.get().is_multiple_of(Geometry::X86_64.pages(level).get())
+        {
+            return Err(Error::Unaligned { pages: self.pages, level });
+        }
+        let thp = page_size == PageSize::Thp;
+        Ok(if thp && !polder_linux::shmem_huge_pages() { PageSize::Small } else { page_size })
     }
 }
 
@@ -170,6 +224,7 @@ pub struct Memory {
     pub(crate) driver: Arc<Driver>,
     faults: FaultThreads,
     vms: AtomicU32,
+    page_size: PageSize,
     /// Held by one while a slot is bound or unbound, in the engine and on the host, and shared by
     /// those to whom no slot may change.
     pub(crate) slots: RwLock<()>,
@@ -178,13 +233,13 @@ pub struct Memory {
 impl Memory {
     #[cfg(test)]
     pub(crate) fn over(driver: Driver) -> Result<Self, Error> {
-        Self::with_threads(driver, 1)
+        Self::of(driver, PageSize::Small, 1)
     }
 
-    fn with_threads(driver: Driver, count: usize) -> Result<Self, Error> {
+    fn of(driver: Driver, page_size: PageSize, fault_threads: usize) -> Result<Self, Error> {
         let driver = Arc::new(driver);
-        let faults = FaultThreads::start(&driver, count)?;
-        Ok(Self { driver, faults, vms: AtomicU32::new(0), slots: RwLock::default() })
+        let faults = FaultThreads::start(&driver, fault_threads)?;
+        Ok(Self { driver, faults, vms: AtomicU32::new(0), page_size, slots: RwLock::default() })
     }
 
     /// Memory of `pages` pages of 4 KiB.
@@ -193,6 +248,8 @@ impl Memory {
             pages,
             host: HostKind::Memfd,
             platform: Platform::Plain,
+            page_size: PageSize::Small,
+            pool: None,
             initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
             source: None,
             read_ahead: ReadAhead::Adaptive,
@@ -634,6 +691,65 @@ impl Memory {
     /// For which kind of VM it is.
     pub fn platform(&self) -> Platform {
         self.driver.engine().config().platform
+    }
+
+    /// The pages that it is made of. [`PageSize::Small`] also where transparent huge pages were
+    /// asked for that this machine's settings don't allow.
+    pub fn page_size(&self) -> PageSize {
+        self.page_size
+    }
+
+    /// How many folios of each level it consists of; of transparent huge pages, how the kernel has
+    /// the guest's view mapped (`ShmemPmdMapped`).
+    pub fn levels(&self) -> FolioCounts {
+        let of_host = self.driver.host.levels();
+        of_host.unwrap_or_else(|| self.driver.engine().folio_counts())
+    }
+
+    /// How often folios were split, and merged.
+    pub fn reshaped(&self) -> ReshapedCounts {
+        self.driver.engine().reshaped()
+    }
+
+    /// What the pool has that its huge pages are of: the kernel's, or the simulated machine's.
+    /// `None` for memory of no pool.
+    pub fn pool(&self) -> Option<PoolCounts> {
+        self.driver.host.pool()
+    }
+
+    /// Has the guest's view of transparent huge pages mapped by 2M again where it is not: after a
+    /// page was brought in alone, or the kernel had no huge page at the time. Nothing is done while
+    /// contents are owed; [`Memory::settle`] does it, then. Returns how many pages are mapped so.
+    ///
+    /// # Errors
+    /// [`Error::Host`] where the kernel can't say what exists.
+    pub fn regain_huge_pages(&self) -> Result<PageCount, Error> {
+        self.driver.host.regain()
+    }
+
+    /// What bounds the level at which a page is mapped: in the host view, or for a VM, if a binding
+    /// of it shows the page. What an SNP guest's RMP has of it is not in it.
+    ///
+    /// # Errors
+    /// [`Refusal::Beyond`].
+    pub fn level_limits(
+        &self,
+        view: View,
+        page: PageIndex,
+        vm: Option<VmId>,
+    ) -> Result<LevelLimits, Error> {
+        self.driver.ask(|engine| {
+            engine.check_bounds(PageRange::one(page))?;
+            let shown =
+                engine.bindings().find(|(of, _, it)| Some(*of) == vm && it.pages().contains(page));
+            Ok(engine.level_limits(view, page, shown.map(|(.., binding)| binding)))
+        })
+    }
+
+    /// Whether the [host view](Self::host_view) shows a page as things are: shared, and with it all
+    /// that the view maps together with it. It may have changed when this returns.
+    pub fn is_shown(&self, page: PageIndex) -> bool {
+        self.driver.engine().is_shown(page)
     }
 
     /// The mapping for device models.

@@ -30,6 +30,9 @@ use crate::sync::Mutex;
 /// The most pages that are read at once; whoever waits for one waits for all of them.
 const AT_ONCE: u64 = 64;
 
+/// The most pages of one read, however many come together: 2 MiB.
+const READ_MOST: u64 = 512;
+
 /// A read that takes as long has gone to a disk or further: what comes next is told ahead.
 const SLOW: Duration = Duration::from_millis(1);
 
@@ -42,11 +45,15 @@ pub(crate) struct Paging {
     pub(crate) source: Arc<dyn Source>,
     pub(crate) read_ahead: ReadAhead,
     pub(crate) deadline: Duration,
+    /// The pages that come together, whatever the source would have.
+    pub(crate) granule: PageCount,
 }
 
 pub(crate) struct Pager {
     source: Arc<dyn Source>,
     deadline: Duration,
+    /// What is brought starts and ends at multiples of it, where pages are owed.
+    granule: u64,
     state: Mutex<State>,
     buffers: Mutex<Vec<Vec<u8>>>,
     /// Whether the last read took [`SLOW`].
@@ -147,9 +154,11 @@ impl Pager {
             let_go: false,
             last_id: 0,
         };
+        let granule = paging.granule.max(paging.source.granule()).get().max(1);
         Self {
             source: paging.source,
             deadline: paging.deadline,
+            granule,
             state: Mutex::new(state),
             buffers: Mutex::default(),
             slow: AtomicBool::new(false),
@@ -237,8 +246,8 @@ impl Pager {
     /// Has the engine deny a page, unless it has come. With the engine locked: nobody is denied who
     /// can't be told why.
     fn deny(&self, engine: &mut Engine, page: PageIndex, why: SourceError) -> Result<(), Blocked> {
-        if engine.fail_late(page)? {
-            self.note_failure(page, why);
+        if let Some(late) = engine.fail_late(page)? {
+            self.note_failure(late, why);
         }
         self.state.lock().demands.remove(&page);
         Ok(())
@@ -246,7 +255,7 @@ impl Pager {
 
     fn next_job(&self, driver: &Driver) -> Option<Job> {
         let pages = driver.pages();
-        let granule = self.source.granule().get().max(1);
+        let granule = self.granule;
         let mut state = self.state.lock();
         if let Some(page) = state.next_demand() {
             let window = state.windows.window(page.get());
@@ -263,7 +272,7 @@ impl Pager {
             }
             return Some(job);
         }
-        if let Some(range) = state.next_ahead() {
+        if let Some(range) = state.next_ahead(AT_ONCE.max(granule)) {
             return Some(state.begin(range, Why::Ahead));
         }
         let from = state.filling?;
@@ -342,7 +351,7 @@ impl Pager {
     /// Reads pages and makes them whole. Returns the number of the page to go on at.
     fn read(&self, driver: &Driver, range: PageRange, job: Job) -> u64 {
         let mut buffer = self.buffers.lock().pop().unwrap_or_default();
-        let most = AT_ONCE.max(self.source.granule().get());
+        let most = self.granule.clamp(AT_ONCE, READ_MOST);
         let end = range.end().min(range.start().get() + most);
         let range = PageRange::between(range.start().get(), end).unwrap_or(range);
         let came = self.read_into(range, &mut buffer);
@@ -494,10 +503,11 @@ impl State {
         pending.min_by_key(|(_, demand)| demand.since).map(|(page, _)| *page)
     }
 
-    fn next_ahead(&mut self) -> Option<PageRange> {
+    /// What to read ahead next, `at_once` pages at most.
+    fn next_ahead(&mut self, at_once: u64) -> Option<PageRange> {
         while let Some(range) = self.ahead.pop_front() {
             let start = range.start().get();
-            let now = PageRange::between(start, range.end().min(start + AT_ONCE))?;
+            let now = PageRange::between(start, range.end().min(start + at_once))?;
             if let Some(rest) = PageRange::between(now.end(), range.end()) {
                 self.ahead.push_front(rest);
             }

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use polder::source::{Source, SourceFailure};
 use polder::units::{ByteSize, Gpa, PAGE_SIZE, PageCount, PageRange};
-use polder::{HostKind, Memory, ReadAhead, Slot, SourceStatistics, Statistics};
+use polder::{HostKind, Memory, PageSize, ReadAhead, Slot, SourceStatistics, Statistics};
 
 use crate::guest::DIGEST_LEN_MAX;
 use crate::report::{Accelerator, End, Progress, Supervision};
@@ -42,6 +42,8 @@ pub struct FromConfig {
     pub file: PathBuf,
     /// The memory, which the file is as large as.
     pub pages: PageCount,
+    /// Which pages it is made of.
+    pub page_size: PageSize,
     /// How many vCPUs.
     pub vcpus: u32,
     /// Decides the order in which the guest reads.
@@ -59,6 +61,8 @@ pub struct FromConfig {
 pub struct FromReport {
     /// What ran the guest.
     pub accelerator: Accelerator,
+    /// What its memory was made of in fact.
+    pub page_size: PageSize,
     /// How it ended.
     pub end: End,
     /// The digests that were right.
@@ -93,6 +97,7 @@ pub fn run_from(
     let vm = Vm::new(config.host)?;
     let memory = Memory::builder(config.pages)
         .host(config.host)
+        .page_size(config.page_size)
         .source(Arc::clone(&config.source))
         .read_ahead(config.read_ahead)
         .fault_deadline(config.deadline)
@@ -118,6 +123,7 @@ pub fn run_from(
             HostKind::Memfd | HostKind::GuestMemfd => Accelerator::Kvm,
             HostKind::Machine => Accelerator::Machine,
         },
+        page_size: memory.page_size(),
         end: ended.end,
         checks_passed: ended.checks_passed,
         memory: memory.statistics(),

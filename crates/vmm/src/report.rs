@@ -3,7 +3,10 @@
 use std::fmt;
 
 use polder::units::{Gfn, Gpa, PageIndex, PageRange};
-use polder::{MemoryFault, PageFacts, SourceStatistics, Statistics};
+use polder::{
+    FolioCounts, MemoryFault, PageFacts, PageSize, PoolCounts, ReshapedCounts, SourceStatistics,
+    Statistics,
+};
 use polder_linux::Exit;
 
 use crate::intruder::Way;
@@ -189,4 +192,12 @@ pub struct Report {
     pub facts: Vec<(PageRange, PageFacts)>,
     /// The pages that were touched.
     pub touched: Vec<PageRange>,
+    /// What the memory was made of in fact.
+    pub page_size: PageSize,
+    /// How many folios of each level there were in the end.
+    pub levels: FolioCounts,
+    /// How often they were split and merged.
+    pub reshaped: ReshapedCounts,
+    /// What their pool had in the end, while the guest's memory was held.
+    pub pool: Option<PoolCounts>,
 }

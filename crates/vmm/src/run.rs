@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polder::units::{ByteSize, Gfn, GfnRange, Gpa, PAGE_BYTES, PageRange};
-use polder::{Contents, Delays, HostKind, Memory, OnBusy, Visibility, VmId};
+use polder::{Contents, Delays, HostKind, Memory, OnBusy, PageSize, Visibility, VmId};
 
 use crate::RunError;
 use crate::guest::{Chunk, Image, Program, Transport};
@@ -22,6 +22,8 @@ pub struct Config {
     pub host: HostKind,
     /// The guest's memory.
     pub memory: ByteSize,
+    /// Made of which pages.
+    pub page_size: PageSize,
     /// How many vCPUs.
     pub vcpus: u32,
     /// Decides the guest's patterns and ranges.
@@ -113,7 +115,7 @@ fn bound(
     vm: polder::Vm,
 ) -> Result<(Memory, VmId), polder::Error> {
     let pages = config.memory.pages().expect("the scenario's memory is whole pages");
-    let memory = Memory::builder(pages).host(config.host);
+    let memory = Memory::builder(pages).host(config.host).page_size(config.page_size);
     let memory = match conversions {
         Conversions::KeepContents => memory.owed().build()?,
         Conversions::LoseContents => memory.build()?,
@@ -158,6 +160,10 @@ fn report(
         memory: memory.statistics(),
         facts: memory.facts(all).map_err(RunError::Memory)?,
         touched: memory.existing().map_err(RunError::Memory)?,
+        page_size: memory.page_size(),
+        levels: memory.levels(),
+        reshaped: memory.reshaped(),
+        pool: memory.pool(),
     })
 }
 

@@ -113,6 +113,14 @@ impl Vm {
         }
     }
 
+    /// The VM, on KVM: for who shows it memory that is not Polder's.
+    pub fn kvm(&self) -> Option<&Arc<VmFd>> {
+        match &self.0 {
+            Kind::Kvm(vm) => Some(&vm.fd),
+            Kind::Machine => None,
+        }
+    }
+
     /// How many slots the VM has for the caller: 0 to that less 1.
     pub fn slots(&self) -> u32 {
         match &self.0 {

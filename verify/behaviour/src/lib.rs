@@ -54,6 +54,10 @@ pub enum Section {
     Exits,
     /// Contents that are owed, and arrive.
     Population,
+    /// Contents that a source brings when they are touched.
+    Userfault,
+    /// KVM's own accesses to memory that is owed, or has failed.
+    KernelAccess,
     /// Mapping for a guest ahead of its touches.
     Prefault,
     /// What the kernel's own selftests assert, through the kernel's interface.
@@ -62,7 +66,7 @@ pub enum Section {
 
 impl Section {
     /// Every section, in the table's order.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Create,
         Self::Bind,
         Self::HostView,
@@ -71,6 +75,8 @@ impl Section {
         Self::Rmp,
         Self::Exits,
         Self::Population,
+        Self::Userfault,
+        Self::KernelAccess,
         Self::Prefault,
         Self::Selftests,
     ];
@@ -87,6 +93,8 @@ impl fmt::Display for Section {
             Self::Rmp => "rmp",
             Self::Exits => "exits",
             Self::Population => "population",
+            Self::Userfault => "userfault",
+            Self::KernelAccess => "the kernel's own accesses",
             Self::Prefault => "prefault",
             Self::Selftests => "the kernel's selftests",
         })

@@ -216,6 +216,27 @@ pub const ALL: &[PlantedBug] = &[
         "population",
         "INV-3",
     ),
+    engine(
+        "discard-keeps-source",
+        "what is discarded stays owed: the source brings contents that were dropped",
+        EngineBug::DiscardKeepsSource,
+        "population",
+        "INV-3",
+    ),
+    driver(
+        "missing-only",
+        "a view traps missing pages only, and shows a page that another mapping is writing",
+        Slip::MissingOnly,
+        "population",
+        "INV-3",
+    ),
+    driver(
+        "touch-forgotten",
+        "a touch is lost with the thread that took it from its queue",
+        Slip::TouchForgotten,
+        "failures",
+        "INV-8",
+    ),
     driver(
         "publish-before-bytes",
         "a page is shown before its bytes are written",

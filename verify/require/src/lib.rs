@@ -3,9 +3,13 @@
 //! A test that lacks a facility says `SKIPPED` and why, and passes. Where nothing may be missing,
 //! `POLDER_REQUIRE=kvm,userfault` names what has to be there: then the same test fails.
 
+mod huge;
+
 use std::fmt::Display;
 use std::io::Write;
 use std::time::Duration;
+
+pub use huge::{HugetlbPages, Thp};
 
 /// What a test may need.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -20,6 +24,10 @@ pub enum Facility {
     PrivateMemory,
     /// A KVM whose guest_memfds can be shared with the host as a whole.
     SharedGuestMemfd,
+    /// Huge pages that a test may set aside: root, and memory in large enough pieces.
+    HugePages,
+    /// The same of 1G, for which memory is seldom in one piece.
+    GiganticPages,
     /// The pages of any file counted (`cachestat`).
     Cachestat,
 }
@@ -33,6 +41,8 @@ impl Facility {
             Self::Seccomp => "seccomp",
             Self::PrivateMemory => "private-memory",
             Self::SharedGuestMemfd => "shared-guest-memfd",
+            Self::HugePages => "huge-pages",
+            Self::GiganticPages => "gigantic-pages",
             Self::Cachestat => "cachestat",
         }
     }

@@ -11,7 +11,7 @@ fn a_population_is_seen_whole_or_not_at_all() {
     assert!(matches!(engine.populate(pages(3, 5)), Err(Blocked::Busy(_))));
     let published = stage(&mut engine, writing, &mut Vec::new(), &mut None).unwrap();
     assert!(waits(&mut engine, page(0)), "it is published, not shown");
-    let shown = engine.finish_population(published);
+    let shown = engine.finish_population(published).unwrap();
     assert_eq!((shown.view(), shown.range()), (View::Guest, pages(0, 4)));
     engine.answered(shown, None);
     let answer = now(engine.touch(View::Host, page(0)));
@@ -118,10 +118,10 @@ fn a_page_is_late_only_while_it_is_owed_and_nobody_is_at_work_on_it() {
     let writing = engine.populate(pages(0, 1)).unwrap();
     assert!(matches!(engine.fail_late(page(0)), Err(Blocked::Busy(_))));
     let published = stage(&mut engine, writing, &mut Vec::new(), &mut None).unwrap();
-    let shown = engine.finish_population(published);
+    let shown = engine.finish_population(published).unwrap();
     engine.answered(shown, None);
-    assert!(!engine.fail_late(page(0)).unwrap());
-    assert!(engine.fail_late(page(1)).unwrap());
-    assert!(!engine.fail_late(page(1)).unwrap());
+    assert_eq!(engine.fail_late(page(0)).unwrap(), None);
+    assert_eq!(engine.fail_late(page(1)).unwrap(), Some(page(1)));
+    assert_eq!(engine.fail_late(page(1)).unwrap(), None);
     assert!(engine.failed().contains(page(1)));
 }

@@ -9,6 +9,7 @@ mod host;
 mod numbers;
 mod object;
 mod planted;
+mod pool;
 
 use numbers::{OWNER, geometry, gfns, page, pages, vpns};
 use polder_machine::{Config, Machine, ObjectId, ProcessId, Thread, VcpuId, View, VmId, Vpn};

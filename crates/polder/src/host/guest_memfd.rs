@@ -42,7 +42,7 @@ use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 use super::views::{MemfdViews, Views, outside};
 use super::{Host, HostKind, Vm, map_ahead, total};
 use crate::sync::Mutex;
-use crate::{Error, Vcpu};
+use crate::{Error, PageSize, Vcpu};
 
 pub(crate) struct GuestMemfdHost {
     views: MemfdViews,
@@ -181,7 +181,7 @@ impl GuestMemfdHost {
                 way_out: "have the guest copy them from shared pages, or use --host memfd",
             });
         }
-        let views = MemfdViews::new("polder-shared", pages, false)?;
+        let views = MemfdViews::new("polder-shared", pages, false, PageSize::Small)?;
         let mut state = State {
             vms: BTreeMap::new(),
             owner: None,
@@ -268,6 +268,10 @@ impl Host for GuestMemfdHost {
             // The kernel takes frames from the guest when it is told what they become; references
             // from outside are to the shared side, which is freed; nothing is ever owed.
             Step::UnmapGuest(_) | Step::CheckReferences(_) | Step::Publish(_) => Ok(()),
+            Step::PrepareSplit(_)
+            | Step::SplitFolio(_)
+            | Step::MergeFolio(_)
+            | Step::ReleaseTables(_) => unreachable!("this host splits no folios"),
             Step::Assign(_)
             | Step::Unassign(_)
             | Step::Reassign(_)

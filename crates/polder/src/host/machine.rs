@@ -14,6 +14,7 @@
 //! Unlike on a memfd, every reference to a page can be counted here: a conversion to private finds
 //! pins that the engine has not given, and names their holder.
 
+mod huge;
 mod rmp;
 mod stage2;
 mod touches;
@@ -21,7 +22,10 @@ mod touches;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use polder_engine::{GuestAccess, Holder, Platform, Refusal, Slot, Step, View, Visibility, VmId};
+use polder_engine::pool::PoolCounts;
+use polder_engine::{
+    FolioCounts, GuestAccess, Holder, Platform, Refusal, Slot, Step, View, Visibility, VmId,
+};
 use polder_linux::Errno;
 use polder_machine::{
     Backing, Config, LockOwner, Machine, ObjectId, ProcessId, View as Vma, VpnRange,
@@ -31,6 +35,7 @@ use polder_units::{Gfn, GfnRange, Level, PageCount, PageIndex, PageRange, Pfn, P
 use self::rmp::Rmp;
 use super::views::Views;
 use super::{Host, Smashed, Vm, failed};
+use crate::huge_pool::HugePool;
 use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::{Error, Vcpu};
 
@@ -55,6 +60,8 @@ pub(crate) struct MachineHost {
     process: ProcessId,
     pages: PageCount,
     vms: Mutex<BTreeMap<VmId, Attached>>,
+    /// Of memory of huge pages.
+    huge: Option<huge::Huge>,
     /// Of an SNP guest's memory.
     rmp: Option<Rmp>,
     events: Mutex<Events>,
@@ -122,10 +129,26 @@ impl MachineHost {
     pub(crate) fn new(pages: PageCount, platform: Platform) -> Result<Self, Error> {
         // Two frames a page: a page that is discarded while somebody pins it goes on taking one.
         let frames = pages.checked_add(pages).unwrap_or(pages);
-        Self::on(Config::x86_64(frames), pages, platform)
+        Self::on(Config::x86_64(frames), pages, platform, None)
     }
 
-    fn on(config: Config, pages: PageCount, platform: Platform) -> Result<Self, Error> {
+    /// The same, of huge pages, which are reserved of a pool, or of one that is just enough.
+    pub(crate) fn of_huge_pages(
+        pages: PageCount,
+        platform: Platform,
+        level: Level,
+        pool: Option<&HugePool>,
+    ) -> Result<Self, Error> {
+        let frames = huge::frames(pages).ok_or_else(|| failed("mmap", Errno::NOMEM))?;
+        Self::on(Config::x86_64(frames), pages, platform, Some((level, pool)))
+    }
+
+    fn on(
+        config: Config,
+        pages: PageCount,
+        platform: Platform,
+        huge: Option<(Level, Option<&HugePool>)>,
+    ) -> Result<Self, Error> {
         let mut machine = Machine::new(config).map_err(refused)?;
         let rmp = platform.has_rmp().then(Rmp::default);
         if rmp.is_some() {
@@ -139,13 +162,19 @@ impl MachineHost {
         let all = VpnRange::between(HOST_VIEW, HOST_VIEW + pages.get())
             .ok_or_else(|| failed("mmap", Errno::NOMEM))?;
         let first = PageIndex::from(0);
-        machine.mmap(process, all, object, first, Vma::HOST).map_err(refused)?;
+        let largest = huge.map_or(Level::Size4K, |(level, _)| level);
+        let view = Vma { largest, ..Vma::HOST };
+        machine.mmap(process, all, object, first, view).map_err(refused)?;
+        let huge = huge
+            .map(|(level, pool)| huge::Huge::new(&mut machine, (pages, level), pool))
+            .transpose()?;
         Ok(Self {
             machine: Mutex::new(machine),
             object,
             process,
             pages,
             vms: Mutex::default(),
+            huge,
             rmp,
             events: Mutex::default(),
             queued: Condvar::new(),
@@ -177,7 +206,12 @@ impl MachineHost {
     /// Gives memory to the pages of a range that have none.
     fn allocate(&self, machine: &mut Machine, range: PageRange) -> Result<(), Error> {
         for page in range.frames() {
-            if machine.backing(self.object, page).map_err(refused)?.is_none() {
+            if machine.backing(self.object, page).map_err(refused)?.is_some() {
+                continue;
+            }
+            if self.huge.is_some() {
+                self.allocate_huge(machine, page)?;
+            } else {
                 machine.allocate(self.object, page, Level::Size4K).map_err(refused)?;
             }
         }
@@ -269,7 +303,14 @@ impl MachineHost {
                 .map(|(page, backing)| PageRange::enclosing(page, backing.level, geometry))
                 .collect()
         };
-        let mut parts = folios.into_iter().filter_map(|folio| folio.intersection(range));
+        let freed = self.free_huge(range)?;
+        let left = |part: &PageRange| !freed.iter().any(|whole| whole.contains_range(*part));
+        let parts = folios.into_iter().filter_map(|folio| folio.intersection(range));
+        let mut parts = parts.filter(left);
+        if self.huge.is_some() {
+            // A part of a huge page goes with the whole of it.
+            return parts.try_for_each(|part| self.lock().zero(self.object, part).map_err(refused));
+        }
         parts.try_for_each(|part| self.punch(part))
     }
 
@@ -328,6 +369,13 @@ impl Host for MachineHost {
             Step::Smash(range) => self.smash_all(range),
             Step::Merge(range) => self.merge(range),
             Step::Thaw(range) => self.thaw(range),
+            Step::PrepareSplit(range) => self.prepare_split(range),
+            Step::SplitFolio(range) => self.split_folio(range),
+            Step::MergeFolio(range) => self.merge_folios(range),
+            Step::ReleaseTables(range) => {
+                self.release_tables(range);
+                Ok(())
+            }
             // No hardware but the RMP tells private from shared.
             Step::Protect(..) | Step::Publish(_) => Ok(()),
         }
@@ -425,6 +473,31 @@ impl Host for MachineHost {
             }
         }
         Ok(runs)
+    }
+
+    fn levels(&self) -> Option<FolioCounts> {
+        // The engine knows what it has had split.
+        if self.huge.is_some() {
+            return None;
+        }
+        let all = PageRange::between(0, self.pages.get()).expect("an object has pages");
+        let machine = self.lock();
+        let mut counts = FolioCounts::default();
+        for (_, backing) in machine.folios(self.object, all).ok()? {
+            match backing.level {
+                Level::Size4K => {}
+                Level::Size2M => counts.size_2m += 1,
+                Level::Size1G => counts.size_1g += 1,
+            }
+        }
+        let pages = |level| machine.geometry().pages(level).get();
+        let large = counts.size_2m * pages(Level::Size2M) + counts.size_1g * pages(Level::Size1G);
+        counts.size_4k = self.pages.get() - large;
+        Some(counts)
+    }
+
+    fn pool(&self) -> Option<PoolCounts> {
+        Some(self.huge.as_ref()?.counts(&self.lock()))
     }
 
     fn machine(&self) -> Option<&MachineHost> {

@@ -20,26 +20,28 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use polder_engine::{Slot, Step, Visibility, VmId};
-use polder_linux::{KvmSlot, can_pre_fault};
-use polder_units::{Gfn, GfnRange, PageCount, PageRange};
+use polder_engine::pool::PoolCounts;
+use polder_engine::{FolioCounts, Slot, Step, Visibility, VmId};
+use polder_linux::{HugetlbPool, KvmSlot, can_pre_fault};
+use polder_units::{Geometry, Gfn, GfnRange, Level, PageCount, PageRange};
 
 use super::views::{MemfdViews, Views};
 use super::{Host, HostKind, Vm, map_ahead};
 use crate::sync::Mutex;
-use crate::{Error, Vcpu};
+use crate::{Error, PageSize, Vcpu};
 
 pub(crate) struct MemfdHost {
     views: MemfdViews,
     vms: Mutex<BTreeMap<VmId, Arc<VmFd>>>,
     slots: Mutex<BTreeMap<(VmId, Slot), KvmSlot>>,
+    size: PageSize,
 }
 
 impl MemfdHost {
     /// An object of `pages` pages; `owed` if its contents are still to come.
-    pub(crate) fn new(pages: PageCount, owed: bool) -> Result<Self, Error> {
-        let views = MemfdViews::new("polder", pages, owed)?;
-        Ok(Self { views, vms: Mutex::default(), slots: Mutex::default() })
+    pub(crate) fn new(pages: PageCount, owed: bool, size: PageSize) -> Result<Self, Error> {
+        let views = MemfdViews::new("polder", pages, owed, size)?;
+        Ok(Self { views, vms: Mutex::default(), slots: Mutex::default(), size })
     }
 
     /// What KVM's slots show, for tests that look without a guest.
@@ -60,6 +62,10 @@ impl Host for MemfdHost {
             // that was written is ready.
             Step::UnmapGuest(_) | Step::CheckReferences(_) => Ok(()),
             Step::Protect(..) | Step::Publish(_) => Ok(()),
+            Step::PrepareSplit(_)
+            | Step::SplitFolio(_)
+            | Step::MergeFolio(_)
+            | Step::ReleaseTables(_) => unreachable!("this host splits no folios"),
             Step::Assign(_)
             | Step::Unassign(_)
             | Step::Reassign(_)
@@ -125,6 +131,28 @@ impl Host for MemfdHost {
     }
 
     fn existing(&self) -> Result<Vec<PageRange>, Error> {
-        Ok(self.views.memfd().existing()?)
+        self.views.existing()
+    }
+
+    fn levels(&self) -> Option<FolioCounts> {
+        // Which of the transparent ones are in one piece the kernel alone knows.
+        (self.size == PageSize::Thp).then(|| {
+            let of_2m = self.views.mapped_huge().unwrap_or(PageCount::ZERO).get();
+            FolioCounts {
+                size_4k: self.views.pages().get() - of_2m,
+                size_2m: of_2m / Geometry::X86_64.pages(Level::Size2M).get(),
+                size_1g: 0,
+            }
+        })
+    }
+
+    fn pool(&self) -> Option<PoolCounts> {
+        let HugetlbPool { total, free, reserved } = HugetlbPool::read(self.size.reserved()?)?;
+        // A page that somebody pins is neither free nor told of.
+        Some(PoolCounts { total, free, reserved, pending: 0 })
+    }
+
+    fn regain(&self) -> Result<PageCount, Error> {
+        self.views.regain()
     }
 }

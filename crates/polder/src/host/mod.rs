@@ -10,7 +10,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use polder_engine::{GuestAccess, Slot, Step, Visibility, VmId};
+use polder_engine::pool::PoolCounts;
+use polder_engine::{FolioCounts, GuestAccess, Slot, Step, Visibility, VmId};
 use polder_linux::Errno;
 use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
@@ -146,6 +147,22 @@ pub(crate) trait Host: Send + Sync {
     /// How many pages of memory it takes up, on all sides.
     fn resident(&self) -> Result<PageCount, Error> {
         Ok(total(&self.existing()?))
+    }
+
+    /// How many folios of each level there are, where the engine does not know: those that the
+    /// kernel splits and collapses by itself.
+    fn levels(&self) -> Option<FolioCounts> {
+        None
+    }
+
+    /// What the pool has that its huge pages are of, if they are of one.
+    fn pool(&self) -> Option<PoolCounts> {
+        None
+    }
+
+    /// Has transparent huge pages mapped as such again where they are not. How many pages are.
+    fn regain(&self) -> Result<PageCount, Error> {
+        Ok(PageCount::ZERO)
     }
 
     /// The simulated machine, on that host.

@@ -13,11 +13,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polder_engine::{RangeSet, Response, View as ViewKind};
-use polder_linux::{Continued, Errno, GuestMemfd, Memfd, Nudge, Userfault, View};
-use polder_units::{PAGE_SIZE, PageCount, PageIndex, PageRange};
+use polder_linux::{Continued, Errno, GuestMemfd, HugetlbPool, Memfd, Nudge, Userfault, View};
+use polder_units::{Geometry, Level, PAGE_SIZE, PageCount, PageIndex, PageRange};
 
-use crate::Error;
 use crate::sync::Mutex;
+use crate::{Error, PageSize};
 
 /// How the bytes of an object are reached, and who touches them.
 pub(crate) trait Views: Send + Sync {
@@ -74,6 +74,8 @@ pub(crate) struct MemfdViews {
     /// Held while the guest view's watching changes.
     watching: Mutex<Watching>,
     nudge: Nudge,
+    /// Huge pages are freed as a whole: what is less of one is made zeros.
+    freed: Level,
 }
 
 /// What is watched of the guest view.
@@ -86,14 +88,27 @@ struct Watching {
 
 impl MemfdViews {
     /// A new memfd of `pages` pages, and its views; the guest's is watched if contents are `owed`.
-    pub(super) fn new(name: &str, pages: PageCount, owed: bool) -> Result<Self, Error> {
-        let memfd = Arc::new(Memfd::new(name, pages)?);
-        let trusted = View::new(&memfd)?;
-        let guest = Userfault::new(Arc::new(View::new(&memfd)?)).map_err(missing)?;
+    pub(super) fn new(
+        name: &str,
+        pages: PageCount,
+        owed: bool,
+        size: PageSize,
+    ) -> Result<Self, Error> {
+        let memfd = Arc::new(match size.reserved() {
+            None => Memfd::new(name, pages)?,
+            Some(level) => {
+                Memfd::hugetlb(name, pages, level).map_err(|error| no_pages(error, level, pages))?
+            }
+        });
+        let of_size =
+            || if size == PageSize::Thp { View::of_huge_pages(&memfd) } else { View::new(&memfd) };
+        let trusted = of_size()?;
+        let guest = Userfault::new(Arc::new(of_size()?)).map_err(missing)?;
         let host = Userfault::new(Arc::new(View::new(&memfd)?)).map_err(missing)?;
         let nudge = Nudge::new()?;
         let watching = Mutex::new(Watching { all: owed, kept: RangeSet::default() });
-        let views = Self { memfd, trusted, guest, host, watching, nudge };
+        let freed = size.level();
+        let views = Self { memfd, trusted, guest, host, watching, nudge, freed };
         views.host.watch(views.all()).map_err(missing)?;
         if owed {
             views.guest.watch(views.all()).map_err(missing)?;
@@ -150,12 +165,104 @@ impl MemfdViews {
         Ok(self.host.view().zap(range)?)
     }
 
-    /// Frees pages, under every view.
+    /// Makes pages zeros under every view, and frees them; of huge pages those that are in the range
+    /// as a whole, for a hole in one would split it, or be none.
     pub(super) fn free(&self, range: PageRange) -> Result<(), Error> {
-        self.memfd.punch_hole(range)?;
+        let pages = Geometry::X86_64.pages(self.freed).get();
+        let (start, end) = (range.start().get().next_multiple_of(pages), range.end());
+        let whole = PageRange::between(start, end - end % pages);
+        if let Some(whole) = whole {
+            self.memfd.punch_hole(whole)?;
+            if self.memfd.granule() > Level::Size4K {
+                // They are still promised to this memory, unless somebody was faster.
+                let level = self.memfd.granule();
+                let reserved = self.memfd.reserve(whole);
+                reserved.map_err(|error| no_pages(error, level, whole.count()))?;
+            }
+        }
+        for part in whole.map_or([Some(range), None], |whole| range.without(whole)) {
+            part.map_or(Ok(()), |part| self.zero(part))?;
+        }
         // Markers survive that.
-        self.host.view().zap(range)?;
-        Ok(self.guest.view().zap(range)?)
+        let around = self.granules(range);
+        self.host.view().zap(around)?;
+        let marked = {
+            let watching = self.watching.lock();
+            watching.all || watching.kept.first_in(around).is_some()
+        };
+        if marked { Ok(self.guest.view().zap(around)?) } else { Ok(()) }
+    }
+
+    /// Makes those pages zeros that exist.
+    fn zero(&self, range: PageRange) -> Result<(), Error> {
+        static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+        let existing = match self.memfd.granule() {
+            Level::Size4K => self.memfd.existing_in(range)?,
+            // A hole in a file of those is not told of; the page is reserved.
+            Level::Size2M | Level::Size1G => vec![range],
+        };
+        for run in existing {
+            let (mut at, end) = (run.start().offset(), run.end() * PAGE_SIZE);
+            while at < end {
+                let count = (end - at).min(ZEROS.len() as u64);
+                let count = usize::try_from(count).expect("at most the length of an array");
+                self.trusted.write(at, &ZEROS[..count])?;
+                at += count as u64;
+            }
+        }
+        Ok(())
+    }
+
+    /// All of the pages that the views map together with some of a range.
+    fn granules(&self, range: PageRange) -> PageRange {
+        let pages = Geometry::X86_64.pages(self.memfd.granule()).get();
+        let (start, end) = (range.start().get(), range.end());
+        PageRange::between(start - start % pages, end.next_multiple_of(pages)).unwrap_or(range)
+    }
+
+    /// The runs of pages that exist.
+    pub(super) fn existing(&self) -> Result<Vec<PageRange>, Error> {
+        if self.memfd.granule() == Level::Size4K {
+            return Ok(self.memfd.existing()?);
+        }
+        // Whoever brings one has it mapped: the guest in its view, all others by the trusted one.
+        let mut existing = RangeSet::default();
+        for view in [&self.trusted, self.guest.view()] {
+            view.present()?.into_iter().for_each(|run| existing.insert(run));
+        }
+        Ok(existing.runs().collect())
+    }
+
+    /// How many pages the guest view maps by entries of 2M; of transparent huge pages.
+    pub(super) fn mapped_huge(&self) -> Option<PageCount> {
+        self.guest.view().mapped_huge().and_then(PageCount::new)
+    }
+
+    /// Has the kernel map the guest view by entries of 2M again where it does not, of what exists.
+    /// While something may be owed nothing is done: a touch of the view is told to the fault
+    /// threads, whose answer maps 4K. Returns how many pages are mapped so then.
+    pub(super) fn regain(&self) -> Result<PageCount, Error> {
+        let pages = Geometry::X86_64.pages(Level::Size2M).get();
+        let watching = self.watching.lock();
+        if self.freed == Level::Size2M && self.memfd.granule() == Level::Size4K && !watching.all {
+            let mut next = 0;
+            for run in self.memfd.existing()? {
+                let first = (run.start().get() / pages).max(next);
+                next = run.end().div_ceil(pages);
+                for number in first..next {
+                    let Some(page) = PageRange::between(number * pages, (number + 1) * pages)
+                    else {
+                        continue;
+                    };
+                    // What can't be one (for want of memory, or a pin) stays as it is.
+                    if page.end() <= self.pages().get() && watching.kept.first_in(page).is_none() {
+                        let _ = self.guest.view().collapse(page);
+                    }
+                }
+            }
+        }
+        drop(watching);
+        Ok(self.mapped_huge().unwrap_or(PageCount::ZERO))
     }
 
     /// Takes pages out of all views for good, by markers in their place. All of it is done that
@@ -176,7 +283,7 @@ impl MemfdViews {
     /// Stops watching the guest view, but for pages in quarantine and those that `failed`.
     pub(super) fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {
         let mut watching = self.watching.lock();
-        failed.iter().for_each(|&run| watching.kept.insert(run));
+        failed.iter().for_each(|&run| watching.kept.insert(self.granules(run)));
         let mut next = 0;
         let ends = watching.kept.runs().map(|run| (run.start().get(), run.end()));
         for (start, end) in ends.chain([(self.memfd.pages().get(), u64::MAX)]) {
@@ -185,7 +292,11 @@ impl MemfdViews {
             }
             next = end;
         }
-        watching.all = false;
+        let was_watched = std::mem::replace(&mut watching.all, false);
+        drop(watching);
+        if was_watched {
+            self.regain()?;
+        }
         Ok(())
     }
 
@@ -203,7 +314,13 @@ impl MemfdViews {
         for part in free {
             self.guest.view().populate_read(part)?;
         }
-        for part in watched {
+        // Who is shown a part of a granule is shown all of it.
+        let pages = Geometry::X86_64.pages(self.memfd.granule()).get();
+        let whole = |part: PageRange| {
+            let start = part.start().get().next_multiple_of(pages);
+            PageRange::between(start, part.end() - part.end() % pages)
+        };
+        for part in watched.into_iter().filter_map(whole) {
             match self.map(ViewKind::Guest, part) {
                 // Settled a moment ago: not all of it is watched any more.
                 Err(Error::Host(error)) if error.errno == Errno::NOENT => self.show(part)?,
@@ -297,9 +414,13 @@ impl Views for MemfdViews {
         Ok(self.trusted.write(offset, from)?)
     }
 
-    /// By the memfd itself, not by the trusted view, of which each page would be a fault.
+    /// By the memfd itself, not by the trusted view, of which each page would be a fault. Huge pages
+    /// come by that view only: hugetlb has no `pwrite`, and shmem takes its advice from a mapping.
     fn fill(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
-        Ok(self.memfd.write_at(offset, from)?)
+        match self.freed {
+            Level::Size4K => Ok(self.memfd.write_at(offset, from)?),
+            Level::Size2M | Level::Size1G => self.write(offset, from),
+        }
     }
 
     fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
@@ -320,6 +441,23 @@ impl Views for MemfdViews {
 
     fn guest_page(&self, address: usize) -> Option<PageIndex> {
         PageIndex::new(self.guest.view().offset_of(address)? / PAGE_SIZE)
+    }
+}
+
+/// Says how many huge pages there are where they are too few.
+fn no_pages(source: polder_linux::Error, level: Level, pages: PageCount) -> Error {
+    let asked = pages.get() / Geometry::X86_64.pages(level).get();
+    match source.errno {
+        Errno::NOMEM => {
+            let available = HugetlbPool::read(level).unwrap_or_default().available();
+            Error::HugePages { level, asked, available, pending: 0 }
+        }
+        Errno::NODEV | Errno::INVAL | Errno::NOENT | Errno::NOSYS => Error::Missing {
+            what: "this kernel has no hugetlb pages of the size that was asked for",
+            way_out: "use --page-size thp or 4k; 1G pages take a CPU with pdpe1gb, and                       CONFIG_HUGETLBFS",
+            source,
+        },
+        _ => source.into(),
     }
 }
 

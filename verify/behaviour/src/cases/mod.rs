@@ -8,11 +8,13 @@ mod discard;
 mod exits;
 mod guest_conversion;
 mod host_view;
+mod kernel_access;
 mod population;
 mod prefault;
 mod rmp;
 mod selftests;
 mod together;
+mod userfault;
 
 use crate::{Case, Section};
 
@@ -32,7 +34,7 @@ pub(crate) use together::DENIED_WHILE_FAILING;
 
 /// Every row, in the table's order within a section.
 pub fn cases() -> impl Iterator<Item = &'static Case> {
-    let files: [&[Case]; 13] = [
+    let files: [&[Case]; 15] = [
         create::CASES,
         bind::CASES,
         host_view::CASES,
@@ -44,6 +46,8 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
         rmp::CASES,
         exits::CASES,
         population::CASES,
+        userfault::CASES,
+        kernel_access::CASES,
         prefault::CASES,
         selftests::CASES,
     ];

@@ -142,7 +142,11 @@ impl Host for Machine {
 
     fn lacks(&self, section: Section) -> Option<&'static str> {
         let snp = self.platform == Platform::Snp;
-        (section == Section::Rmp && !snp).then_some("only memory of an SNP guest has an RMP")
+        match section {
+            Section::Rmp if !snp => Some("only memory of an SNP guest has an RMP"),
+            Section::KernelAccess => Some("these accesses are KVM's, and here KVM is simulated"),
+            _ => None,
+        }
     }
 
     fn not_applicable(&self) -> &'static [(&'static str, &'static str)] {

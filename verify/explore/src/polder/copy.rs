@@ -43,7 +43,7 @@ impl World {
         match self.task(actor) {
             Some(Task::CopyIn(page, value)) => {
                 let pages = one(page);
-                self.allocate(pages);
+                self.allocate(pages)?;
                 self.act(Act::Fill { pages, offset: 0, len: 8, token: value }).well();
                 self.say(|| format!("copies {value} to page {page}"));
                 self.check_access("the API", page, true)?;

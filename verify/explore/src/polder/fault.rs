@@ -84,8 +84,7 @@ impl World {
     pub(super) fn answer_host(&mut self, response: Response, range: PageRange) -> bool {
         match response {
             Response::Map => {
-                self.allocate(range);
-                self.act(Act::MapHost(range)).is_well()
+                self.allocate(range).is_ok() && self.act(Act::MapHost(range)).is_well()
             }
             Response::Poison => {
                 let done = self.act(Act::Poison(range));
@@ -141,7 +140,7 @@ impl World {
         for (answer, done) in given.into_iter().flatten() {
             let bit = 1 << answer.range().start().get();
             self.answering &= !bit;
-            if done.is_none() {
+            if done.is_none() && !self.setup.slips(Slip::TouchForgotten) {
                 self.touched |= bit;
             }
             self.engine(|engine| engine.answered(answer, done));

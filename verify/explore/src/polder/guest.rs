@@ -213,7 +213,7 @@ impl World {
             return Ok(());
         };
         self.say(|| format!("has memory for page {page}"));
-        self.allocate(PageRange::one(page));
+        self.allocate(PageRange::one(page))?;
         let private = self.task(actor).is_some_and(|task| wants(task) == Visibility::Private);
         self.go(
             actor,

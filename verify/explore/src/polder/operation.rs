@@ -155,7 +155,7 @@ impl World {
             return self.turn_back(actor, op);
         }
         let pages = range(start, end);
-        self.allocate(pages);
+        self.allocate(pages)?;
         self.act(Act::Fill { pages, offset: half * 4, len: 4, token: value }).well();
         let which = if half == 0 { "first" } else { "second" };
         self.say(|| format!("writes the {which} half of pages {pages}"));
@@ -228,7 +228,7 @@ impl World {
                     self.promised.values[usize::from(page)] = value;
                 }
                 self.say(|| format!("pages {} are whole from here on", pages_of(task)));
-                self.go(actor, Stage::Show(answer));
+                self.go(actor, Stage::Show(answer.expect("its granules are pages")));
                 Ok(())
             }
             Task::Merge { .. } => {
@@ -288,7 +288,7 @@ impl World {
     pub(super) fn write_late(&mut self, actor: usize, half: u8) -> Result<(), Violation> {
         let Some(Task::Populate { start, end, value }) = self.task(actor) else { return Ok(()) };
         let pages = range(start, end);
-        self.allocate(pages);
+        self.allocate(pages)?;
         self.act(Act::Fill { pages, offset: half * 4, len: 4, token: value }).well();
         self.say(|| format!("writes half {half} of pages {pages}"));
         if half == 0 {
@@ -397,6 +397,12 @@ impl World {
             Step::Assign(_) | Step::Unassign(_) | Step::Reassign(_) | Step::Smash(_) => {
                 self.perform_rmp(step, part)
             }
+            Step::PrepareSplit(_)
+            | Step::SplitFolio(_)
+            | Step::MergeFolio(_)
+            | Step::ReleaseTables(_) => {
+                unreachable!("no setup has the engine split folios: {step}")
+            }
             Step::Merge(range) => self.perform_merge(range, part),
             Step::Thaw(range) => self.perform_thaw(range, part, 0),
             _ if !self.perform_plain(step, part) => Ok(Part::Failed),
@@ -440,6 +446,13 @@ impl World {
             }
             (Step::Assign(_) | Step::Unassign(_) | Step::Reassign(_) | Step::Smash(_), _)
             | (Step::Merge(_) | Step::Thaw(_), _) => unreachable!("one for the RMP: {step}"),
+            (
+                Step::PrepareSplit(_)
+                | Step::SplitFolio(_)
+                | Step::MergeFolio(_)
+                | Step::ReleaseTables(_),
+                _,
+            ) => unreachable!("one for folios: {step}"),
             (Step::Quarantine(range), _) => self.answer_host(Response::Poison, range),
         }
     }

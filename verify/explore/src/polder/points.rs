@@ -94,6 +94,10 @@ pub(super) const STAGES: &[&str] = &[
     "folio done",
     "in use",
     "reassign",
+    "prepare",
+    "split",
+    "merge folio",
+    "release",
 ];
 
 /// The number of a stage, which is one of [`STAGES`].
@@ -117,6 +121,10 @@ fn stage_of(step: Step) -> u8 {
         Step::Merge(_) => 36,
         Step::Thaw(_) => 37,
         Step::Reassign(_) => 42,
+        Step::PrepareSplit(_) => 43,
+        Step::SplitFolio(_) => 44,
+        Step::MergeFolio(_) => 45,
+        Step::ReleaseTables(_) => 46,
     }
 }
 

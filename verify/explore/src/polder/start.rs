@@ -1,6 +1,6 @@
 //! The beginning of a configuration: its engine, its machine, and who is like whom.
 
-use polder_explored_engine::{Config, Engine, PageFacts, Population};
+use polder_explored_engine::{Backing, Config, Engine, PageFacts, Population};
 use polder_machine::{Machine, RmpSize, RmpUpdate, VcpuId, View as Vma, VmId, VpnRange};
 use polder_units::{GfnRange, Level, PageCount, PageIndex};
 
@@ -28,6 +28,7 @@ pub(super) fn engine(setup: &Setup) -> Engine {
         platform: setup.platform,
         in_place: true,
         host_view_level: Level::Size4K,
+        backing: Backing::ANY,
         initial: PageFacts { visibility: setup.initial, population },
     });
     if let Some(Bug::Engine(bug)) = setup.bug {

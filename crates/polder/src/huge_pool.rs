@@ -1,0 +1,112 @@
+//! [`HugePool`]: huge pages of the simulated machine that several memories draw from.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use polder_engine::pool::{HugePage, Pool, PoolCounts, PoolError, ReservationId};
+use polder_units::Level;
+
+use crate::Error;
+use crate::sync::{Condvar, Mutex};
+
+/// A pool of huge pages for memories on the simulated machine, which has no other to draw from: each
+/// of them reserves its pages when it is made, and is refused where too few are left. On a memfd the
+/// kernel's pool is what counts.
+///
+/// A memory that is not told of one has a pool of its own, which is just enough.
+#[derive(Clone)]
+pub struct HugePool(Arc<Inner>);
+
+struct Inner {
+    level: Level,
+    pool: Mutex<Pool>,
+    changed: Condvar,
+}
+
+impl HugePool {
+    /// A pool of `total` huge pages of `level`.
+    pub fn new(level: Level, total: u64) -> Self {
+        Self(Arc::new(Inner { level, pool: Mutex::new(Pool::new(total)), changed: Condvar::new() }))
+    }
+
+    /// The size of its pages.
+    pub fn level(&self) -> Level {
+        self.0.level
+    }
+
+    /// What it has.
+    pub fn counts(&self) -> PoolCounts {
+        self.0.pool.lock().counts()
+    }
+
+    /// Waits until `count` pages can be reserved, for `at_most` at most: those of a memory that is
+    /// going come one by one, and pinned ones last. Whether they can.
+    pub fn wait_for(&self, count: u64, at_most: Duration) -> bool {
+        let mut pool = self.0.pool.lock();
+        let mut left = at_most;
+        const PAUSE: Duration = Duration::from_millis(10);
+        while pool.counts().available() < count {
+            let Some(rest) = left.checked_sub(PAUSE) else { return false };
+            left = rest;
+            self.0.changed.wait_for(&mut pool, PAUSE);
+        }
+        true
+    }
+
+    pub(crate) fn reserve(&self, level: Level, count: u64) -> Result<Reserved, Error> {
+        if level != self.0.level {
+            return Err(Error::NotOffered {
+                what: "the pool's huge pages are of another size than the memory's",
+                way_out: "make the memory of pages of the pool's size",
+            });
+        }
+        let reserved = self.0.pool.lock().reserve(None, count);
+        let id = reserved.map_err(|error| match error {
+            PoolError::TooFew { asked, available, pending } => {
+                Error::HugePages { level, asked, available, pending }
+            }
+            other => unreachable!("no subpool was named: {other}"),
+        })?;
+        Ok(Reserved { pool: self.clone(), id })
+    }
+}
+
+impl fmt::Debug for HugePool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (level, counts) = (self.0.level, self.counts());
+        f.debug_struct("HugePool").field("level", &level).field("counts", &counts).finish()
+    }
+}
+
+/// What a memory has reserved of a pool; given back with it.
+pub(crate) struct Reserved {
+    pool: HugePool,
+    id: ReservationId,
+}
+
+impl Reserved {
+    pub(crate) fn pool(&self) -> &HugePool {
+        &self.pool
+    }
+
+    pub(crate) fn take(&self) -> Option<HugePage> {
+        self.pool.0.pool.lock().take(self.id)
+    }
+
+    pub(crate) fn untake(&self, page: HugePage) {
+        self.pool.0.pool.lock().untake(self.id, page);
+    }
+
+    pub(crate) fn discard(&self, page: HugePage) {
+        self.pool.0.pool.lock().discard(self.id, page);
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        // The memory's machine goes with it, and all pins of that with the machine.
+        self.pool.0.pool.lock().release(self.id, |_| false);
+        self.pool.0.changed.notify_all();
+    }
+}
