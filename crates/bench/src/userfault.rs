@@ -114,8 +114,8 @@ fn measure(image: &Image, case: &Case) -> Result<Option<Row>, BenchError> {
     let mut row = Row::of_costs(case.name.to_owned(), PEER, "us a page", values);
     row.note = format!(
         "{touched} pages touched in {faults} faults; {} of {} KiB brought wasted",
-        wasted * PAGE_SIZE >> 10,
-        (wasted + touched) * PAGE_SIZE >> 10,
+        (wasted * PAGE_SIZE) >> 10,
+        ((wasted + touched) * PAGE_SIZE) >> 10,
     );
     Ok(Some(row))
 }
