@@ -18,6 +18,7 @@
 mod here;
 mod machine;
 mod map;
+mod prefault;
 mod turns;
 mod userfault;
 
@@ -95,7 +96,7 @@ pub struct Report {
 }
 
 /// Every bench.
-pub const ALL: &[Bench] = &[map::BENCH, machine::BENCH, userfault::BENCH];
+pub const ALL: &[Bench] = &[map::BENCH, machine::BENCH, prefault::BENCH, userfault::BENCH];
 
 /// No bench has this name.
 #[derive(Debug, thiserror::Error)]

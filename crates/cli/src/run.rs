@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::units::{ByteSize, PageCount};
+use polder::units::{ByteSize, GfnRange, PageCount};
 use polder::{HostKind, PageSize};
 use polder_vmm::guest::Program;
-use polder_vmm::{Accelerator, Config, Conversion, End, Failure, Progress, Report, Supervision};
+use polder_vmm::{
+    Accelerator, Config, Conversion, End, Failure, Prefault, Progress, Report, Supervision,
+};
 use serde_json::json;
 
 use crate::run_from::{From, Run};
@@ -29,6 +31,7 @@ Examples:
   polder run --json | jq .guest           for programs
   polder run --guest spin --timeout 2     a guest that never ends
   polder run --from snapshot.mem          memory filled from a file while the guest runs
+  polder run --memory 1G --prefault all   memory mapped before the guest touches it
 
 Exit status: 0 every check passed, 1 one failed or the guest did not end, 2 it could not be run,
 130 interrupted.")]
@@ -60,6 +63,17 @@ pub(crate) struct Arguments {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+    /// Map memory ahead of the guest: all of it, none, or a range of guest-physical addresses, such
+    /// as 0x40000000+64M
+    #[arg(long, value_name = "all|RANGE|none", default_value = "none", value_parser = ahead)]
+    prefault: Ahead,
+    /// Map ahead before the guest starts, or beside it while it runs
+    #[arg(long, value_enum, default_value_t = When::Start, value_name = "WHEN")]
+    prefault_when: When,
+    /// For guests that may not wait: have all memory mapped before the start, locked and checked, or
+    /// say what stands in the way
+    #[arg(long, conflicts_with = "prefault_when")]
+    no_faults_after_start: bool,
     /// What the guest does: all but the first show how misbehaviour ends
     #[arg(long, value_enum, default_value_t = Guest::SelfTest)]
     guest: Guest,
@@ -93,6 +107,39 @@ enum Guest {
     Spin,
     /// Makes senseless requests for ever
     Flood,
+}
+
+/// What is mapped ahead.
+#[derive(Clone, Copy, Debug)]
+enum Ahead {
+    None,
+    All,
+    Range(GfnRange),
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum When {
+    /// Before the guest starts
+    Start,
+    /// While it runs
+    Running,
+}
+
+fn ahead(text: &str) -> Result<Ahead, String> {
+    match text {
+        "none" => return Ok(Ahead::None),
+        "all" => return Ok(Ahead::All),
+        _ => {}
+    }
+    let form = "expected all, none, or START+SIZE, such as 0x40000000+64M";
+    let (start, size) = text.split_once('+').ok_or(form)?;
+    let start = match start.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16).map_err(|_| form)?,
+        None => start.parse::<ByteSize>().map_err(|error| error.to_string())?.get(),
+    };
+    let size: ByteSize = size.parse().map_err(|_| form)?;
+    let gfns = GfnRange::from_bytes(start, size.get()).map_err(|error| error.to_string())?;
+    Ok(Ahead::Range(gfns))
 }
 
 /// The host to run on, and why it is not the one that is tried first.
@@ -139,6 +186,15 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
             Guest::Flood => Program::Flood,
         },
         delays: arguments.delays.map(|micros| Duration::from_micros(micros.into())),
+        prefault: {
+            let running = matches!(arguments.prefault_when, When::Running);
+            match arguments.prefault {
+                Ahead::None => None,
+                Ahead::All => Some(Prefault { gfns: None, running }),
+                Ahead::Range(gfns) => Some(Prefault { gfns: Some(gfns), running }),
+            }
+        },
+        no_faults: arguments.no_faults_after_start,
     };
     let mut supervisor = match Supervisor::new(arguments.timeout, arguments.json) {
         Ok(supervisor) => supervisor,
@@ -168,6 +224,9 @@ pub(crate) struct Supervisor {
     line: ProgressBar,
     /// The pages to bring, where memory is filled from a file.
     pages: Option<PageCount>,
+    running: ProgressStyle,
+    /// While memory is mapped ahead.
+    ahead: ProgressStyle,
 }
 
 impl Supervisor {
@@ -175,9 +234,13 @@ impl Supervisor {
         interrupt::hear()?;
         // On standard error, and only where that is a terminal.
         let line = if json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
-        let style = ProgressStyle::with_template("{spinner} {elapsed} {msg}");
-        line.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
-        Ok(Self { start: now(), timeout: Duration::from_secs(timeout), line, pages: None })
+        let running = ProgressStyle::with_template("{spinner} {elapsed} {msg}")
+            .unwrap_or_else(|_| ProgressStyle::default_spinner());
+        let ahead = ProgressStyle::with_template("{bar:30} {percent}% mapped ahead, {elapsed}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar());
+        line.set_style(running.clone());
+        let timeout = Duration::from_secs(timeout);
+        Ok(Self { start: now(), timeout, line, pages: None, running, ahead })
     }
 
     /// For memory of so many pages that is filled from a file.
@@ -200,6 +263,13 @@ impl Supervisor {
                 memory.guest_faults, source.ahead
             ));
             return self.say();
+        }
+        if let Some(ahead) = progress.ahead {
+            self.line.set_style(self.ahead.clone());
+            self.line.set_length(ahead.of);
+            self.line.set_position(ahead.done);
+        } else if progress.exits == 0 {
+            self.line.set_style(self.running.clone());
         }
         self.line.set_message(format!(
             "{} exits, {} conversions, {} refused, {} touches denied",
@@ -320,6 +390,9 @@ fn to_json(
             "pending": pool.pending,
         });
     }
+    if let Some(ahead) = report.ahead {
+        object["prefault"] = json!({ "pages": ahead.done, "skipped": ahead.skipped });
+    }
     if let Some(instead) = instead {
         object["simulated_because"] = json!(instead);
     }
@@ -348,6 +421,9 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
     };
     let memory_size = arguments.memory.unwrap_or(MEMORY);
     let pages = memory_size.pages().unwrap_or_default();
+    let ahead = report.ahead.map_or_else(String::new, |ahead| {
+        format!("\x20 prefault     {} of {} pages\n", ahead.done, ahead.of)
+    });
     format!(
         "{verdict}: {ended}; {passed} checks passed, {failed} failed in {seconds:.1} s\n\
          \n\
@@ -358,6 +434,7 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
          \x20 conversions  {to_shared} to shared, {to_private} to private, {converted} pages; \
          {refused} refused\n\
          \x20 faults       {guest} of the guest, {mapped} of the host mapped, {denied} denied\n\
+         {ahead}\
          {levels}\
          \n{picture}",
         ended = ended(arguments.timeout, report.end),
@@ -370,6 +447,7 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
         to_private = memory.to_private,
         converted = memory.converted_pages,
         refused = memory.refused,
+        ahead = ahead,
         guest = memory.guest_faults,
         mapped = memory.host_faults,
         denied = memory.denied,

@@ -208,3 +208,53 @@ fn impossible_arguments_are_refused_with_a_way_out() {
     let output = output("run --json --vcpus 0");
     assert_eq!(json(&output)["error"]["try"], "give --vcpus 1 to 4");
 }
+
+#[test]
+fn memory_is_mapped_ahead_before_the_guest_starts_and_beside_it() {
+    let hosts = if can_run() { &["machine", "memfd"][..] } else { &["machine"] };
+    for host in hosts {
+        for when in ["start", "running"] {
+            let output = output(&format!(
+                "run --json --host {host} --memory 16M --vcpus 1 --prefault all --prefault-when {when}"
+            ));
+            let report = json(&output);
+            assert!(output.status.success(), "{host}, {when}: {report}");
+            assert_eq!(report["guest"]["checks_failed"], 0);
+            if when == "start" {
+                assert_eq!(report["prefault"]["pages"], 4096, "{report}");
+                assert_eq!(report["prefault"]["skipped"], 0);
+            }
+        }
+    }
+    let none = output("run --json --host machine --memory 16M --prefault 0x100000000000+4M");
+    assert_eq!(none.status.code(), Some(2));
+    let error = &json(&none)["error"];
+    assert!(error["try"].as_str().is_some_and(|out| out.contains("--prefault all")), "{error}");
+    for wrong in ["some", "0x1000", "4096+", "0x1001+4K", "0x1000+0"] {
+        let output = output(&format!("run --host machine --prefault {wrong}"));
+        assert_eq!(output.status.code(), Some(2), "{wrong}");
+    }
+}
+
+#[test]
+fn a_guest_that_may_not_fault_is_refused_where_it_would_and_runs_where_it_will_not() {
+    let converts = output("run --json --host machine --no-faults-after-start");
+    assert_eq!(converts.status.code(), Some(2));
+    let error = json(&converts)["error"].to_string();
+    assert!(error.contains("converts pages") && error.contains("--guest spin"), "{error}");
+    let spins = "run --json --host machine --guest spin --memory 16M --timeout 1";
+    let spins = json(&output(&format!("{spins} --no-faults-after-start")));
+    assert_eq!(spins["guest"]["exit"], "timeout", "{spins}");
+    assert_eq!(spins["prefault"]["pages"], 4096);
+    assert_eq!(spins["faults"]["guest"], 0);
+    if can_run() {
+        // KVM without TDP maps by itself, page by page; with TDP it is locked and mapped.
+        let memfd =
+            output("run --json --host memfd --guest spin --timeout 1 --no-faults-after-start");
+        let report = json(&memfd);
+        match memfd.status.code() {
+            Some(2) => assert!(report["error"].to_string().contains("KVM_PRE_FAULT_MEMORY")),
+            _ => assert_eq!(report["guest"]["exit"], "timeout", "{report}"),
+        }
+    }
+}

@@ -240,6 +240,16 @@ impl View {
         self.advise(range, Advice::LinuxPopulateRead, "madvise(MADV_POPULATE_READ)")
     }
 
+    /// Makes all pages exist, maps them here, and keeps them from being reclaimed.
+    ///
+    /// # Errors
+    /// Of `mlock`: `ENOMEM`, `EPERM` beyond the limit of locked memory.
+    pub fn lock(&self) -> Result<(), Error> {
+        let call = Call::new("mlock");
+        // SAFETY: the mapping is ours and lives as long as `self`; locking it changes no byte.
+        call.make(|| unsafe { rustix::mm::mlock(self.as_ptr().cast(), self.length()) })
+    }
+
     /// Copies bytes of the object at `offset` out of memory.
     ///
     /// # Errors

@@ -8,10 +8,11 @@ use alloc::collections::BTreeMap;
 
 use polder_units::{Gfn, Level, Pfn};
 
+use crate::anonymous::Behind;
 use crate::folio::GUP_PIN_COUNTING_BIAS;
 use crate::host_mmu::HostEntry;
 use crate::table::Found;
-use crate::{Hva, Machine, ProcessId, Thread, VcpuId, VmId, Vpn};
+use crate::{Bound, Hva, Machine, ProcessId, Thread, VcpuId, VmId, Vpn};
 
 /// Something on the machine that does not add up.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, thiserror::Error)]
@@ -44,6 +45,14 @@ pub enum Discrepancy {
         /// The guest frame's number.
         gfn: u64,
     },
+    /// A shadow page has what its guest's table does not, or shadow pages do not add up.
+    #[error("the shadow pages of {vm} are wrong about gfn {gfn:#x}")]
+    Shadow {
+        /// The VM.
+        vm: VmId,
+        /// The guest frame of the table, or of what is mapped.
+        gfn: u64,
+    },
     /// A thread's TLB remembers what its page table no longer says.
     #[error("a TLB of {} is stale at {hva}", .thread.process)]
     HostTlb {
@@ -59,6 +68,14 @@ pub enum Discrepancy {
         vcpu: VcpuId,
         /// The guest frame's number.
         gfn: u64,
+    },
+    /// A vCPU's TLB remembers what the shadow pages of one of its roots no longer say.
+    #[error("the TLB of vcpu {} of {} is stale at page {page:#x} of a root", .vcpu.index, .vcpu.vm)]
+    ShadowTlb {
+        /// The vCPU.
+        vcpu: VcpuId,
+        /// The page, by its number in the space that the root translates.
+        page: u64,
     },
     /// A frame is free and the RMP still has it assigned: whoever is given it can't write it.
     #[error("pfn {pfn} is free and still assigned in the rmp")]
@@ -144,6 +161,9 @@ impl Machine {
     fn audit_counts(&self) -> Result<(), Discrepancy> {
         let mut sums: BTreeMap<u64, Sum> = BTreeMap::new();
         let head = |pfn: Pfn| self.folios.0.get(pfn.get()).map_or(pfn.get(), |found| found.start);
+        if let Some(zero_page) = self.zero_page {
+            sums.entry(head(zero_page)).or_default().refs += 1;
+        }
         for (_, object) in self.objects.iter() {
             for found in object.cache.iter() {
                 sums.entry(head(*found.entry)).or_default().refs += self.pages(found.level);
@@ -219,15 +239,58 @@ impl Machine {
         Ok(())
     }
 
+    fn behind(&self, bound: Bound) -> Option<Behind> {
+        self.objects.get(bound.object).ok()?.behind(bound.page, self.zero_page)
+    }
+
+    /// Shadow pages and their TLB entries, of one VM.
+    fn audit_shadow(&self, id: VmId) -> Result<(), Discrepancy> {
+        let (Ok(vm), Ok(memory)) = (self.vms.get(id), self.guest_memory(id)) else { return Ok(()) };
+        if let Some(gfn) = vm.shadow.audit(&memory) {
+            return Err(Discrepancy::Shadow { vm: id, gfn: gfn.get() });
+        }
+        for (level, leaf) in vm.shadow.leaves() {
+            let behind = self.bound(id, leaf.gfn).ok().and_then(|it| self.behind(it));
+            let right = behind.is_some_and(|it| {
+                it.pfn == leaf.pfn && level <= it.level && (it.writable || !leaf.writable)
+            });
+            if !right {
+                return Err(Discrepancy::Spte { vm: id, gfn: leaf.gfn.get() });
+            }
+        }
+        for (index, vcpu) in (0..).zip(&vm.vcpus) {
+            let stale = vcpu.tlb.iter_indirect().find(|(tag, page, cached)| {
+                let root = vcpu.roots.indirect().find(|(root, _)| root == tag);
+                let table = root.and_then(|(_, root)| root.table());
+                let found = table.and_then(|table| vm.shadow.find(table, *page));
+                !found.is_some_and(|found| {
+                    let offset = page & (self.pages(found.level) - 1);
+                    found.leaf.pfn.get() + offset == cached.pfn.get()
+                        && (found.leaf.writable || !cached.writable)
+                })
+            });
+            if let Some((_, page, _)) = stale {
+                return Err(Discrepancy::ShadowTlb { vcpu: VcpuId { vm: id, index }, page });
+            }
+        }
+        Ok(())
+    }
+
     fn audit_guests(&self) -> Result<(), Discrepancy> {
         for (id, vm) in self.vms.iter() {
             for Found { start, level, entry } in vm.table.iter() {
                 let bound = Gfn::new(start).and_then(|gfn| self.bound(id, gfn).ok());
-                let backing = bound.and_then(|it| self.backing(it.object, it.page).ok().flatten());
-                if !backing.is_some_and(|it| it.pfn == entry.pfn && level <= it.level) {
+                let behind = bound.and_then(|it| self.behind(it));
+                let right = behind.is_some_and(|it| {
+                    it.pfn == entry.pfn && level <= it.level && (it.writable || !entry.writable)
+                });
+                let tracked =
+                    entry.writable && vm.shadow.tracks_in(start, start + self.pages(level));
+                if !right || tracked {
                     return Err(Discrepancy::Spte { vm: id, gfn: start });
                 }
             }
+            self.audit_shadow(id)?;
             for (index, vcpu) in (0..).zip(&vm.vcpus) {
                 let stale = vcpu.tlb.iter().find(|(gfn, _, cached)| {
                     let found = vm.table.get(*gfn);

@@ -162,6 +162,58 @@ pub enum Error {
         /// The level asked for.
         level: Level,
     },
+    /// The guest's own tables do not translate the page: the guest's affair.
+    #[error("the guest's tables do not translate page {page:#x}: {why}")]
+    Untranslated {
+        /// The page, by its number in the space that the root translates.
+        page: u64,
+        /// Why.
+        why: crate::Untranslated,
+    },
+    /// The guest's tables say that the page was never used: a mapping ahead would hide its first
+    /// use from the guest.
+    #[error("the guest's tables say that page {page:#x} was never used")]
+    NotAccessed {
+        /// The page, by its number in the space that the root translates.
+        page: u64,
+    },
+    /// A table of the guest's lies where no slot is, or no memory.
+    #[error("the guest's page table at gfn {gfn} can't be read: there is no memory")]
+    Table {
+        /// The guest frame.
+        gfn: Gfn,
+    },
+    /// More entries of a guest's tables than were to be looked at.
+    #[error("the guest's page tables have more than {most} entries")]
+    TooManyEntries {
+        /// How many were to be looked at.
+        most: u64,
+    },
+    /// An SNP guest's page tables are encrypted: nothing can shadow them.
+    #[error("an snp guest's page tables can't be read, and so not shadowed")]
+    NoIndirect,
+    /// A process of the machine can't map anonymous memory: guests have it, and the trusted view.
+    #[error("{object} is anonymous memory, which no process of the machine maps")]
+    Anonymous {
+        /// The object.
+        object: ObjectId,
+    },
+    /// A write of a page that is the zero page or another's, too: [`Machine::write_fault`] first.
+    ///
+    /// [`Machine::write_fault`]: crate::Machine::write_fault
+    #[error("page {page} of {object} has to be copied before it is written to")]
+    ToCopy {
+        /// The object.
+        object: ObjectId,
+        /// The page.
+        page: PageIndex,
+    },
+    /// Only anonymous memory is copied by a fork.
+    #[error("{object} is not anonymous memory: a fork shares it")]
+    NotAnonymous {
+        /// The object.
+        object: ObjectId,
+    },
     /// Bytes outside of the pinned pages or of the object.
     #[error("{len} bytes at {offset:#x} reach past the end")]
     OutOfBounds {

@@ -6,6 +6,8 @@
 //! | holder | references | map count | pin count |
 //! |---|---|---|---|
 //! | the page cache | one a page of the folio | | |
+//! | another object that has it copied on write | 1 | | |
+//! | anonymous memory, of the zero page | 1 for all | | |
 //! | an entry of a host page table, of any level | 1 | 1 | |
 //! | a pin of a 4K folio | [`GUP_PIN_COUNTING_BIAS`] | | none: it shows in the references |
 //! | a pin of a larger folio | 1 | | 1 |
@@ -27,7 +29,7 @@ pub const GUP_PIN_COUNTING_BIAS: u64 = 1024;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct LockOwner(pub u32);
 
-#[derive(Clone, Hash)]
+#[derive(Clone, Default, Hash)]
 pub(crate) struct Folio {
     pub(crate) refs: u64,
     pub(crate) mapcount: u32,
@@ -35,6 +37,8 @@ pub(crate) struct Folio {
     /// Where it is in a page cache.
     pub(crate) cache: Option<(ObjectId, PageIndex)>,
     pub(crate) lock: Option<LockOwner>,
+    /// How many other objects have it, to be copied when it is written to.
+    pub(crate) shared: u32,
 }
 
 /// A folio's counts at one moment.
@@ -151,6 +155,7 @@ impl Machine {
     pub fn counts(&self, pfn: Pfn) -> Result<Counts, Error> {
         let Found { start, level, entry: folio } = self.folios.get(pfn)?;
         let cached = if folio.cache.is_some() { self.pages(level) } else { 0 };
+        let cached = cached + u64::from(folio.shared);
         Ok(Counts {
             pfn: frame_at(Pfn::from(0), start),
             level,

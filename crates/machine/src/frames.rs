@@ -147,6 +147,17 @@ impl Frames {
         }
     }
 
+    /// Makes a frame contain what another one does.
+    pub(crate) fn copy(&mut self, from: Pfn, to: Pfn) {
+        let mut bytes = [0; PAGE];
+        let kept = self.kept(from).map_or(0, <[u8]>::len);
+        self.read(from, 0, &mut bytes[..kept]);
+        match kept {
+            0 => self.zero(to, PageCount::ONE),
+            kept => self.write(to, 0, &bytes[..kept]),
+        }
+    }
+
     /// Makes `count` frames from `pfn` on contain zeros.
     pub(crate) fn zero(&mut self, pfn: Pfn, count: PageCount) {
         let (start, end) = (pfn.get(), pfn.get() + count.get());

@@ -2,22 +2,32 @@
 //!
 //! A guest is a program of accesses and requests, stepped one at a time; or it is driven from
 //! outside through [`Vcpu::read`] and [`Vcpu::write`]. Either way an access asks the vCPU's TLB
-//! first and stage 2 only on a miss.
+//! first and the tables of its root only on a miss. Addresses are those that the root translates
+//! ([`Root::space`](crate::Root::space)): guest-physical ones as a rule, linear ones where the
+//! guest's page tables are shadowed.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use polder_units::{Gfn, GfnRange, Gpa, Level, PAGE_SIZE, Pfn};
+use polder_units::{Geometry, Gfn, GfnRange, Gpa, Level, PAGE_SHIFT, PAGE_SIZE, Pfn};
 
 use crate::access::{Access, Protection};
 use crate::chunk::{chunks, chunks_mut, pages};
 use crate::frames::{Frames, frame_at};
+use crate::guest_table::{GuestMemory, Pte, Stopped, Walk};
+use crate::object::Object;
 use crate::plant::Plants;
 use crate::rmp::{Cipher, Rmp, Snp};
+use crate::root::{Paging, Roots};
+use crate::shadow::{FoundLeaf, ShadowMmu};
+use crate::slab::Slab;
 use crate::table::{Found, Table};
 use crate::tlb::{Tlb, Translation, guest_tag};
-use crate::vm::TdpEntry;
-use crate::{Error, Machine, Path, Plant, Refused, RmpCheck, RmpResult, RmpSize, VmId};
+use crate::vm::{Slot, TdpEntry};
+use crate::{
+    Error, Intercept, Machine, ObjectId, PageFault, Path, Plant, Refused, RmpCheck, RmpResult,
+    RmpSize, VmId,
+};
 
 /// The side of memory that a guest means by an address: SNP's C-bit, TDX's shared bit, or what
 /// it has asked the hypervisor for.
@@ -81,6 +91,8 @@ pub enum Op {
     },
     /// Ask the hypervisor.
     Request(Request),
+    /// What the hypervisor has to carry out where it is intercepted.
+    Privileged(Intercept),
     /// [`Vcpu::pvalidate`].
     Pvalidate {
         /// The page's first frame.
@@ -106,6 +118,10 @@ pub enum Op {
 pub struct GuestFault {
     /// The guest frame; above 2^40 (2^52 bytes) with x86-64's geometry, no slot ever covers it.
     pub gfn: Gfn,
+    /// The page accessed, by its number in the space that the root translates: `gfn`'s own number
+    /// for the direct root. For another root `gfn` is what the guest's tables have there, or where
+    /// one of these tables lies that has to be read first.
+    pub page: u64,
     /// Whether it was a write.
     pub write: bool,
     /// The side that the guest meant.
@@ -121,6 +137,13 @@ pub enum Exit {
     /// The hardware refused.
     #[error(transparent)]
     Refused(#[from] Refused),
+    /// The guest's own tables do not let it through: a `#PF` of the guest's, or, of nested tables, an
+    /// exit to the guest that made them.
+    #[error("the guest's own tables do not translate page {:#x}: {}", .0.page, .0.why)]
+    PageFault(PageFault),
+    /// An instruction that the hypervisor carries out; the guest goes on behind it.
+    #[error("the guest's instruction is intercepted")]
+    Intercept(Intercept),
     /// The guest asks for something; it goes on behind the request.
     #[error("the guest asks for something")]
     Request(Request),
@@ -147,16 +170,38 @@ pub(crate) struct VcpuState {
     pub(crate) tlb: Tlb,
     pub(crate) program: Arc<[Op]>,
     pub(crate) next: usize,
+    pub(crate) paging: Paging,
+    pub(crate) roots: Roots,
 }
 
 /// A vCPU, to run.
 pub struct Vcpu<'a> {
     state: &'a mut VcpuState,
-    pub(crate) table: &'a Table<TdpEntry>,
+    /// The VM's other vCPUs.
+    others: [&'a mut [VcpuState]; 2],
+    pub(crate) table: &'a mut Table<TdpEntry>,
+    shadow: &'a mut ShadowMmu,
+    slots: &'a [Slot],
+    objects: &'a Slab<ObjectId, Object>,
+    zero_page: Option<Pfn>,
+    geometry: Geometry,
+    accessed_dirty: bool,
+    /// Pages of the access in progress that hold shadowed tables, and these tables' frames: the
+    /// hypervisor writes there on the guest's behalf.
+    tables: Vec<(u64, Gfn)>,
     frames: &'a mut Frames,
     pub(crate) protection: &'a mut Protection,
     pub(crate) snp: Option<Snp>,
     plants: &'a Plants,
+}
+
+const fn fault(gfn: Gfn, page: u64, side: Side, write: bool) -> Exit {
+    Exit::Fault(GuestFault { gfn, page, write, side })
+}
+
+/// A fault of the direct root.
+const fn fault_at(page: u64, side: Side, write: bool) -> Exit {
+    fault(Gpa::new(page << PAGE_SHIFT).gfn(), page, side, write)
 }
 
 impl Machine {
@@ -168,7 +213,13 @@ impl Machine {
         let tlb = Tlb::new(self.config.tlb_entries);
         let vcpus = &mut self.vms.get_mut(vm)?.vcpus;
         let index = u16::try_from(vcpus.len()).map_err(|_| Error::TooMany("vcpu"))?;
-        vcpus.push(VcpuState { tlb, program: Arc::new([]), next: 0 });
+        vcpus.push(VcpuState {
+            tlb,
+            program: Arc::new([]),
+            next: 0,
+            paging: Paging::default(),
+            roots: Roots::new(),
+        });
         Ok(VcpuId { vm, index })
     }
 
@@ -190,10 +241,29 @@ impl Machine {
     pub fn vcpu(&mut self, vcpu: VcpuId) -> Result<Vcpu<'_>, Error> {
         let vm = self.vms.get_mut(vcpu.vm)?;
         let gone = Error::Gone { what: "vcpu", number: u32::from(vcpu.index) };
-        let state = vm.vcpus.get_mut(usize::from(vcpu.index)).ok_or(gone)?;
-        let (table, frames, snp) = (&vm.table, &mut self.frames, vm.snp);
-        let (protection, plants) = (&mut self.protection, &self.plants);
-        Ok(Vcpu { state, table, frames, protection, snp, plants })
+        let (before, from) = vm.vcpus.split_at_mut_checked(vcpu.index.into()).ok_or(gone)?;
+        let (state, after) = from.split_first_mut().ok_or(gone)?;
+        Ok(Vcpu {
+            state,
+            others: [before, after],
+            table: &mut vm.table,
+            shadow: &mut vm.shadow,
+            slots: &vm.slots,
+            objects: &self.objects,
+            zero_page: self.zero_page,
+            geometry: self.config.geometry,
+            accessed_dirty: self.config.accessed_dirty,
+            tables: Vec::new(),
+            frames: &mut self.frames,
+            protection: &mut self.protection,
+            snp: vm.snp,
+            plants: &self.plants,
+        })
+    }
+
+    pub(crate) fn vcpu_ref(&self, vcpu: VcpuId) -> Result<&VcpuState, Error> {
+        let gone = Error::Gone { what: "vcpu", number: u32::from(vcpu.index) };
+        self.vms.get(vcpu.vm)?.vcpus.get(usize::from(vcpu.index)).ok_or(gone)
     }
 
     pub(crate) fn vcpu_state(&mut self, vcpu: VcpuId) -> Result<&mut VcpuState, Error> {
@@ -212,6 +282,7 @@ impl Vcpu<'_> {
             Op::Read { gpa, side } => self.read_u64(gpa, side).map(Ran::Read),
             Op::Write { gpa, side, value } => self.write_u64(gpa, side, value).map(|()| Ran::Wrote),
             Op::Request(request) => Err(Exit::Request(request)),
+            Op::Privileged(intercept) => Err(Exit::Intercept(intercept)),
             Op::Pvalidate { gfn, size, validate } => {
                 self.pvalidate(gfn, size, validate).map(Ran::Pvalidated)
             }
@@ -219,7 +290,7 @@ impl Vcpu<'_> {
                 self.rmpadjust(gfn, size, vmsa).map(Ran::Rmpadjusted)
             }
         };
-        if !matches!(ran, Err(Exit::Fault(_) | Exit::Refused(_))) {
+        if !matches!(ran, Err(Exit::Fault(_) | Exit::Refused(_) | Exit::PageFault(_))) {
             self.state.next += 1;
         }
         ran
@@ -228,7 +299,8 @@ impl Vcpu<'_> {
     /// Reads guest memory. All pages are translated before the first byte is read.
     ///
     /// # Errors
-    /// [`Exit::Fault`] or [`Exit::Refused`] at the first page that is not let through.
+    /// [`Exit::Fault`], [`Exit::PageFault`] or [`Exit::Refused`] at the first page that is not let
+    /// through.
     pub fn read(&mut self, gpa: Gpa, side: Side, buffer: &mut [u8]) -> Result<(), Exit> {
         let frames = self.translate_all(gpa, side, buffer.len(), false)?;
         for (pfn, (_, at, chunk)) in frames.zip(chunks_mut(gpa.get(), buffer)) {
@@ -243,13 +315,21 @@ impl Vcpu<'_> {
     /// Writes guest memory. All pages are translated before the first byte is written.
     ///
     /// # Errors
-    /// [`Exit::Fault`] or [`Exit::Refused`] at the first page that is not let through.
+    /// As [`Vcpu::read`].
     pub fn write(&mut self, gpa: Gpa, side: Side, bytes: &[u8]) -> Result<(), Exit> {
+        self.tables.clear();
         let frames = self.translate_all(gpa, side, bytes.len(), true)?;
-        for (pfn, (_, at, chunk)) in frames.zip(chunks(gpa.get(), bytes)) {
+        let tables = core::mem::take(&mut self.tables);
+        let mut tables = tables.into_iter();
+        for (pfn, (page, at, chunk)) in frames.zip(chunks(gpa.get(), bytes)) {
             match self.cipher(side) {
                 None => self.frames.write(pfn, at, chunk),
                 Some(cipher) => self.frames.write_private(cipher, pfn, at, chunk),
+            }
+            if tables.as_slice().first().is_some_and(|(at, _)| *at == page)
+                && let Some((_, gfn)) = tables.next()
+            {
+                self.wrote_table(gfn, at, chunk.len());
             }
         }
         Ok(())
@@ -296,11 +376,13 @@ impl Vcpu<'_> {
     }
 
     #[inline]
-    fn translate(&mut self, gfn: u64, side: Side, write: bool) -> Result<Pfn, Exit> {
-        let tag = guest_tag(gfn, side == Side::Private);
+    fn translate(&mut self, page: u64, side: Side, write: bool) -> Result<Pfn, Exit> {
+        let root = self.state.roots.tag();
+        let tag = guest_tag(page, side == Side::Private, root);
         match self.state.tlb.hit(tag, write) {
             Some(pfn) => Ok(pfn),
-            None => self.walk(gfn, side, write, tag),
+            None if root == 0 => self.walk(page, side, write, tag),
+            None => self.walk_shadow(page, side, write, tag),
         }
     }
 
@@ -312,18 +394,118 @@ impl Vcpu<'_> {
 
     /// Walks stage 2, asks the hardware, and fills the TLB.
     fn walk(&mut self, gfn: u64, side: Side, write: bool, tag: u64) -> Result<Pfn, Exit> {
-        let found = self.table.get(gfn).filter(|found| found.entry.writable || !write);
-        let Some(Found { start, level, entry }) = found else {
-            let gfn = Gpa::new(gfn << polder_units::PAGE_SHIFT).gfn();
-            return Err(Exit::Fault(GuestFault { gfn, write, side }));
+        let found = self.table.get(gfn);
+        let Some(Found { start, level, entry: &entry }) = found else {
+            return Err(fault_at(gfn, side, write));
         };
         let pfn = frame_at(entry.pfn, gfn - start);
+        if write && !entry.writable {
+            return self.write_table((gfn, side), Gpa::new(gfn << PAGE_SHIFT).gfn(), pfn);
+        }
         let writable = match &self.protection.rmp {
             None => entry.writable,
             Some(rmp) => self.check(rmp, (gfn, side, write), pfn, level)? && entry.writable,
         };
-        self.state.tlb.fill(tag, Translation { pfn, level, writable });
+        // A write finds an entry that is not dirty once more.
+        let dirty = entry.dirty || write;
+        if self.accessed_dirty
+            && (!entry.accessed || dirty != entry.dirty)
+            && let Some(Found { entry, .. }) = self.table.get_mut(gfn)
+        {
+            (entry.accessed, entry.dirty) = (true, dirty);
+        }
+        self.state.tlb.fill(tag, Translation { pfn, level, writable: writable && dirty });
         Ok(pfn)
+    }
+
+    /// Walks the shadow pages of the root, and fills the TLB. What they do not have, the guest's own
+    /// tables are asked about.
+    #[inline(never)]
+    fn walk_shadow(&mut self, page: u64, side: Side, write: bool, tag: u64) -> Result<Pfn, Exit> {
+        let Some(table) = self.state.roots.current().table() else {
+            return Err(fault_at(page, side, write));
+        };
+        if let Some(FoundLeaf { at, level, leaf }) = self.shadow.find(table, page)
+            && (leaf.writable || !write)
+        {
+            let offset = page & (self.geometry.pages(level).get() - 1);
+            let pfn = frame_at(leaf.pfn, offset);
+            let dirty = leaf.dirty || write;
+            if self.accessed_dirty
+                && let Some(leaf) = self.shadow.leaf_mut(at)
+            {
+                (leaf.accessed, leaf.dirty) = (true, dirty);
+            }
+            let writable = leaf.writable && dirty;
+            self.state.tlb.fill(tag, Translation { pfn, level, writable });
+            return Ok(pfn);
+        }
+        let walk = self.walk_guest(table, page, side, write)?;
+        match self.shadow.find(table, page) {
+            // It is there, and read-only: what it holds may be a table.
+            Some(FoundLeaf { level, leaf, .. }) if write => {
+                let offset = page & (self.geometry.pages(level).get() - 1);
+                let there = leaf.gfn.get() + offset == walk.gfn.get();
+                match there {
+                    true => self.write_table((page, side), walk.gfn, frame_at(leaf.pfn, offset)),
+                    false => Err(fault(walk.gfn, page, side, write)),
+                }
+            }
+            _ => Err(fault(walk.gfn, page, side, write)),
+        }
+    }
+
+    /// Walks the guest's own tables, as the hypervisor does for a fault: marks entries accessed and
+    /// the last one dirty.
+    fn walk_guest(&mut self, table: Gfn, page: u64, side: Side, write: bool) -> Result<Walk, Exit> {
+        let walked = self.memory().walk(table, page, write);
+        let walk = walked.map_err(|stopped| match stopped {
+            Stopped::Untranslated(why) => Exit::PageFault(PageFault { page, write, why }),
+            Stopped::Table(gfn) => fault(gfn, page, side, false),
+        })?;
+        let last = walk.steps().last();
+        for step in walk.steps() {
+            let dirty = if write && Some(step) == last { Pte::DIRTY } else { 0 };
+            let entry = step.entry.0 | Pte::ACCESSED | dirty;
+            if entry == step.entry.0 {
+                continue;
+            }
+            match self.memory().behind(step.table) {
+                Some(behind) if behind.writable => {
+                    let offset = u64::from(step.index) * 8;
+                    self.frames.write(behind.pfn, offset, &entry.to_le_bytes());
+                }
+                _ => return Err(fault(step.table, page, side, true)),
+            }
+        }
+        Ok(walk)
+    }
+
+    /// A write of a frame that is mapped read-only. If that is because of a table in it whose shadow
+    /// stays in sync, the hypervisor makes the write; else it is a fault.
+    fn write_table(&mut self, (page, side): (u64, Side), gfn: Gfn, pfn: Pfn) -> Result<Pfn, Exit> {
+        let tracked = self.shadow.is_tracked(gfn) && !self.shadow.may_unsync(gfn);
+        let writable = self.memory().behind(gfn).is_some_and(|it| it.writable && it.pfn == pfn);
+        if !tracked || !writable {
+            return Err(fault(gfn, page, side, true));
+        }
+        self.tables.push((page, gfn));
+        Ok(pfn)
+    }
+
+    /// The guest has written to a table that is shadowed.
+    fn wrote_table(&mut self, gfn: Gfn, offset: u64, len: usize) {
+        let flush = self.shadow.written(gfn, offset, len);
+        if flush.0 && !self.plants.has(Plant::SkipFlush) {
+            self.state.tlb.clear();
+            self.others.iter_mut().for_each(|vcpus| vcpus.iter_mut().for_each(|it| it.tlb.clear()));
+        }
+    }
+
+    fn memory(&self) -> GuestMemory<'_> {
+        let (slots, objects, frames) = (self.slots, self.objects, &*self.frames);
+        let (zero_page, geometry) = (self.zero_page, self.geometry);
+        GuestMemory { slots, objects, frames, zero_page, geometry }
     }
 
     /// Asks the RMP, and says whether a write would pass too: what a read was let into, a write may

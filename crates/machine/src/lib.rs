@@ -9,7 +9,7 @@
 //!  process: VMAs -> host page table -> TLB ─┐
 //!  GUP, GUP-fast: host page table -> pin ───┤
 //!  device: a pin ───────────────────────────┼─> frame ── folio: lock, refs, mapcount, pincount
-//!  guest: slots -> stage 2 (TDP) -> TLB ────┤                └─ page cache of an object
+//!  guest: slots -> stage 2, of a root -> TLB ┤               └─ page cache of an object
 //!  the driver's trusted view ───────────────┘
 //! ```
 //! Where a line reaches the frame, hardware may refuse it: the RMP, on a machine with SNP.
@@ -23,6 +23,7 @@
 //! | VMA, watched | a process's mapping of an object; one with a userfaultfd on it |
 //! | slot | guest frames bound to pages of an object, as a KVM memslot |
 //! | vpn, hva | a page of a process, and an address in it |
+//! | root | what a vCPU's translations begin at: TDP, or shadows of tables in guest memory |
 //! | trusted view | the driver's own access to an object's bytes, by offset |
 //! | foreign reference | one that neither page cache nor host page tables explain |
 //!
@@ -33,6 +34,12 @@
 //!   counts sees GUP-fast's transient references, also on folios that GUP-fast never meant.
 //! - **Races.** GUP-fast is three steps. A stage-2 fault is two, with `mmu_invalidate_seq` between
 //!   them. Unmapping, flushing, locking, checking and punching are a step each.
+//! - **Roots.** Guest-physical addresses by TDP; linear ones by shadows of the guest's page tables,
+//!   where hardware has no TDP; those of a guest's guest by shadows of the nested tables that the
+//!   guest made. Write-tracking, rmap, tables out of sync, switches while the vCPU runs: `shadow.rs`,
+//!   `root.rs`. A guest reads and writes its own tables as any memory.
+//! - **Accessed and dirty bits** of stage 2 and of the guest's tables, as walks set them.
+//! - **Anonymous memory** of guests: the zero page, and copies at the first write (`anonymous.rs`).
 //! - **Waiting.** Nothing blocks: a touch that must wait says why, changes nothing, and is made
 //!   again.
 //! - **SEV-SNP**, if enabled: the reverse map table, its instructions with every result, access
@@ -57,7 +64,7 @@
 //!
 //! # What is not modelled
 //! - pKVM's ownership: [`Path`] names the accesses that it will check. No IOMMU tables (a device
-//!   writes where it pinned), direct map, shadow or nested roots: later parts.
+//!   writes where it pinned), direct map: later parts.
 //! - Of SNP: VMPLs but 0, launch and attestation, page swap and move; the head of `rmp.rs` has it
 //!   all.
 //! - Memory order: a step sees all earlier ones. Torn words and store buffers do not exist.
@@ -67,11 +74,13 @@
 //!   punch is the caller's, so that a wrong order can be seen.
 //! - GUP-fast's disabled interrupts keep page *tables* from being freed under it; here they are
 //!   never looked at after they are gone.
-//! - TLBs are direct-mapped, one a CPU, and know no ASID: a VM or process has its CPUs to itself.
+//! - TLBs are direct-mapped, one a CPU, and tell a vCPU's roots apart, but no VMs or processes, each
+//!   of which has its CPUs to itself. What walks pass on their way is not remembered.
 //!   An entry may be evicted by another: a stale one that a search must see needs a TLB as large
 //!   as the pages it looks at.
-//! - Accessed and dirty bits, write protection of single host entries, `mprotect`, partial
-//!   `munmap`, anonymous memory, copy on write, swap, migration.
+//! - Of guest page tables: NX, global pages, PAE and five levels, supervisor accesses.
+//! - In host page tables: accessed and dirty bits, write protection of single entries, `mprotect`,
+//!   partial `munmap`, anonymous memory (which no process maps), swap, migration.
 //! - `FOLL_LONGTERM` refuses nothing and migrates nothing; it is remembered as the pin's purpose.
 //!
 //! # Example
@@ -109,23 +118,29 @@ extern crate std;
 
 mod access;
 mod address;
+mod anonymous;
 mod audit;
 mod chunk;
 mod error;
 mod folio;
 mod frames;
 mod guest;
+mod guest_table;
 mod gup;
 mod host_mmu;
 mod host_touch;
 mod machine;
+mod mmu;
+mod nested;
 mod object;
 mod plant;
 mod pool;
 mod process;
 mod reshape;
 mod rmp;
+mod root;
 mod search;
+mod shadow;
 mod slab;
 mod table;
 mod tdp;
@@ -139,15 +154,19 @@ pub use error::Error;
 pub use folio::{Counts, GUP_PIN_COUNTING_BIAS, LockOwner};
 pub use frames::Contents;
 pub use guest::{Exit, GuestFault, Op, Ran, Request, Side, Vcpu, VcpuId};
+pub use guest_table::{Pte, Untranslated};
 pub use gup::{GupFast, GupStep, Holder, PinKind};
 pub use host_mmu::HostPte;
 pub use host_touch::{HostExit, HostFault, Sigbus};
 pub use machine::{Config, Machine};
+pub use mmu::{Alias, PageFault, Touch};
+pub use nested::Intercept;
 pub use object::Backing;
 pub use plant::Plant;
 pub use pool::PoolCounts;
 pub use process::{Thread, View};
 pub use rmp::{Asid, FirmwareFail, RmpEntry, RmpFail, RmpOwner, RmpResult, RmpSize, RmpUpdate};
+pub use root::{L2, Root};
 pub use slab::{ObjectId, PinId, ProcessId, VmId};
 pub use tdp::{Resolved, Spte};
 pub use vm::Bound;

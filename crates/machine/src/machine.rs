@@ -28,18 +28,22 @@ pub struct Config {
     pub contents: Contents,
     /// The entries of each TLB: a power of two.
     pub tlb_entries: u32,
+    /// Entries of stage 2 have accessed and dirty bits (NPT, EPT from Haswell on).
+    pub accessed_dirty: bool,
 }
 
 impl Config {
     /// A machine of `frames` frames with x86-64's pages, real bytes and TLBs of 1024 entries.
     pub const fn x86_64(frames: PageCount) -> Self {
         let (geometry, contents) = (Geometry::X86_64, Contents::Bytes);
-        Self { frames, geometry, contents, tlb_entries: 1024 }
+        Self { frames, geometry, contents, tlb_entries: 1024, accessed_dirty: true }
     }
 
-    /// A small machine for a search over states: tokens for contents, TLBs of 8 entries.
+    /// A small machine for a search over states: tokens for contents, TLBs of 8 entries, no accessed
+    /// and dirty bits, which would only make more states.
     pub const fn symbolic(frames: PageCount, geometry: Geometry) -> Self {
-        Self { frames, geometry, contents: Contents::Symbolic, tlb_entries: 8 }
+        let contents = Contents::Symbolic;
+        Self { frames, geometry, contents, tlb_entries: 8, accessed_dirty: false }
     }
 }
 
@@ -63,6 +67,8 @@ pub struct Machine {
     pub(crate) protection: Protection,
     pub(crate) plants: Plants,
     pub(crate) sequence: Sequence,
+    /// The page of zeros that anonymous memory shows where nothing was written.
+    pub(crate) zero_page: Option<Pfn>,
 }
 
 impl fmt::Debug for Machine {
@@ -99,6 +105,7 @@ impl Machine {
             protection: Protection::default(),
             plants: Plants::default(),
             sequence: Sequence::FIRST,
+            zero_page: None,
         })
     }
 

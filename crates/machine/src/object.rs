@@ -3,6 +3,7 @@
 //! A folio sits at a page index that is a multiple of its pages. The trusted view reads and writes
 //! bytes through the kernel's own mapping, not through a process: no host page table is asked.
 
+use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
 
 use polder_units::{Level, PAGE_SHIFT, PageCount, PageIndex, PageRange, Pfn};
@@ -19,6 +20,10 @@ pub(crate) struct Object {
     pub(crate) pages: PageCount,
     /// The first frame of the folio at each page, at the folio's level.
     pub(crate) cache: Table<Pfn>,
+    /// Its pages are anonymous memory: `anonymous.rs`.
+    pub(crate) anonymous: bool,
+    /// The pages that are copied before they are written to.
+    pub(crate) copied: BTreeSet<u64>,
 }
 
 /// The memory behind a page of an object.
@@ -48,7 +53,8 @@ impl Machine {
         if pages.is_zero() {
             return Err(Error::OutOfBounds { offset: 0, len: 0 });
         }
-        self.objects.insert(Object { pages, cache: Table::new(self.config.geometry) })
+        let (cache, copied) = (Table::new(self.config.geometry), BTreeSet::new());
+        self.objects.insert(Object { pages, cache, anonymous: false, copied })
     }
 
     /// Destroys an object. Pages that are pinned stay allocated until their last pin is released.
@@ -116,7 +122,7 @@ impl Machine {
         lock: Option<LockOwner>,
     ) {
         let refs = self.pages(level);
-        let folio = Folio { refs, mapcount: 0, pincount: 0, cache: Some((object, page)), lock };
+        let folio = Folio { refs, cache: Some((object, page)), lock, ..Folio::default() };
         let added = self.folios.0.insert(pfn.get(), level, folio);
         assert!(added.is_ok(), "the frames at pfn {pfn} are part of another folio");
         if let Ok(object) = self.objects.get_mut(object) {
@@ -175,14 +181,14 @@ impl Machine {
             }
         }
         let mut gone = Vec::new();
-        let cache = &mut self.objects.get_mut(object)?.cache;
-        cache.drain(range.start().get(), range.end(), |found| gone.push(found));
+        let it = self.objects.get_mut(object)?;
+        it.cache.drain(range.start().get(), range.end(), |found| gone.push(found));
+        it.copied.retain(|page| !(range.start().get()..range.end()).contains(page));
         let mut count = 0;
-        for Found { level, entry: pfn, .. } in gone {
-            let folio = self.folios.held(pfn).entry;
-            (folio.cache, folio.lock) = (None, None);
+        for Found { start, level, entry: pfn } in gone {
             count += self.pages(level);
-            self.put_folio(pfn, self.pages(level));
+            let Some(page) = PageIndex::new(start) else { continue };
+            self.leave_folio(object, page, pfn);
         }
         Ok(page_count(count))
     }
@@ -192,7 +198,10 @@ impl Machine {
     /// # Errors
     /// [`Error::Beyond`] the object's end; [`Error::Refused`] by the hardware.
     pub fn zero(&mut self, object: ObjectId, range: PageRange) -> Result<(), Error> {
-        self.object_range(object, range)?;
+        if self.object_range(object, range)?.anonymous {
+            // What was never written is zeros.
+            return self.punch(object, range, None).map(drop);
+        }
         let cache = &self.objects.get(object)?.cache;
         for Found { start, level, entry } in cache.range(range.start().get(), range.end()) {
             let end = range.end().min(start + cache.pages(level));
@@ -239,9 +248,12 @@ impl Machine {
         offset: u64,
         bytes: &[u8],
     ) -> Result<(), Error> {
-        self.object_bytes(object, offset, bytes.len())?;
+        let anonymous = self.object_bytes(object, offset, bytes.len())?.anonymous;
         for (page, at, bytes) in chunks(offset, bytes) {
             let Some(page) = PageIndex::new(page) else { continue };
+            if anonymous {
+                self.write_fault(object, page)?;
+            }
             let backing = self.objects.get(object)?.backing(page);
             let Backing { pfn, .. } = backing.ok_or(Error::Hole { object, page })?;
             self.protection.check(&Access::host(pfn, Level::Size4K, true))?;

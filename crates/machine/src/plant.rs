@@ -23,13 +23,19 @@ pub enum Plant {
     KeptValidated,
     /// A guest's access is let through though stage 2 and the RMP disagree about its size.
     NoSizeCheck,
+    /// A prefault calls what it maps accessed.
+    AccessedSet,
+    /// A page that others have, too, is written to without a copy.
+    CopyForgotten,
+    /// A load of CR3 does not read tables again that are out of sync.
+    StaleShadow,
     /// A huge page is back in its pool with the first of its frames that comes back.
     ReturnedEarly,
 }
 
 impl Plant {
     /// Every plant.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 13] = [
         Self::SkipFlush,
         Self::StaleGup,
         Self::StaleSequence,
@@ -39,6 +45,9 @@ impl Plant {
         Self::LargeOverAssigned,
         Self::KeptValidated,
         Self::NoSizeCheck,
+        Self::AccessedSet,
+        Self::CopyForgotten,
+        Self::StaleShadow,
         Self::ReturnedEarly,
     ];
 }

@@ -148,7 +148,8 @@ impl Machine {
     /// The range may reach past the object's end: a touch there is a `SIGBUS`.
     ///
     /// # Errors
-    /// [`Error::Exists`] if another VMA overlaps; [`Error::Space`]; [`Error::Gone`].
+    /// [`Error::Exists`] if another VMA overlaps; [`Error::Space`]; [`Error::Anonymous`];
+    /// [`Error::Gone`].
     pub fn mmap(
         &mut self,
         process: ProcessId,
@@ -157,7 +158,9 @@ impl Machine {
         first: PageIndex,
         view: View,
     ) -> Result<(), Error> {
-        self.objects.get(object)?;
+        if self.objects.get(object)?.anonymous {
+            return Err(Error::Anonymous { object });
+        }
         self.in_space(at.end())?;
         self.in_space(first.get() + at.count().get())?;
         let vmas = &mut self.processes.get_mut(process)?.vmas;

@@ -43,6 +43,7 @@ impl Machine {
             pincount: 0,
             cache: PageIndex::new(first + offset).map(|page| (object, page)),
             lock: (offset / pages == keeps_lock).then_some(by),
+            shared: 0,
         });
         let cache = &mut self.objects.get_mut(object)?.cache;
         cache.split(page.get(), |head, offset| frame_at(*head, offset));
@@ -121,6 +122,10 @@ impl Machine {
 
     /// Refuses unless the page cache holds the only references of the folio of `pfn`.
     fn check_only_cached(&self, pfn: Pfn) -> Result<(), Error> {
+        let shared = self.folios.get(pfn)?.entry.shared;
+        if shared > 0 {
+            return Err(Error::Referenced { pfn, foreign: shared.into() });
+        }
         let counts = self.counts(pfn)?;
         match (counts.mapcount, counts.foreign()) {
             (0, 0) => Ok(()),

@@ -21,7 +21,7 @@ impl Machine {
     /// The frame that a vCPU's TLB has for a guest frame, however stale.
     pub fn remembered_by_guest(&self, vcpu: VcpuId, gfn: Gfn, side: Side) -> Option<Pfn> {
         let state = self.vms.get(vcpu.vm).ok()?.vcpus.get(usize::from(vcpu.index))?;
-        state.tlb.hit(guest_tag(gfn.get(), side == Side::Private), false)
+        state.tlb.hit(guest_tag(gfn.get(), side == Side::Private, 0), false)
     }
 
     /// Hashes everything but what the CPUs remember.
@@ -36,11 +36,12 @@ impl Machine {
         for (id, vm) in self.vms.iter() {
             (id, &vm.slots, vm.invalidating, vm.snp).hash(state);
             vm.table.hash(state);
+            (&vm.shadow, vm.two_dimensional).hash(state);
             for vcpu in &vm.vcpus {
-                (&vcpu.program, vcpu.next).hash(state);
+                (&vcpu.program, vcpu.next, vcpu.paging, vcpu.roots).hash(state);
             }
         }
-        (&self.pins, &self.plants).hash(state);
+        (&self.pins, &self.plants, self.zero_page).hash(state);
         self.protection.hash(state);
     }
 

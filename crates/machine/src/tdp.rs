@@ -8,10 +8,12 @@
 
 use polder_units::{Gfn, GfnRange, Level, PageCount, Pfn};
 
+use crate::anonymous::Behind;
 use crate::frames::{frame_at, page_count};
+use crate::mmu::{Touch, Via};
 use crate::table::Found;
-use crate::vm::{Bound, Invalidating, Sequence, TdpEntry};
-use crate::{Backing, Error, Machine, Plant, VcpuId, VmId};
+use crate::vm::{Bound, Invalidating, Sequence, TdpEntry, Vm};
+use crate::{Error, Machine, Plant, VcpuId, VmId};
 
 /// A guest frame whose memory was found but is not mapped yet.
 ///
@@ -19,12 +21,18 @@ use crate::{Backing, Error, Machine, Plant, VcpuId, VmId};
 /// [`Resolved::is_current`] beside it, which is all that can matter from now on.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Resolved {
-    vm: VmId,
+    pub(crate) vm: VmId,
     gfn: Gfn,
     pfn: Pfn,
     bound: Bound,
-    largest: Level,
-    sequence: Sequence,
+    pub(crate) largest: Level,
+    pub(crate) sequence: Sequence,
+    /// What it is for.
+    pub(crate) touch: Touch,
+    /// What is behind may be written to.
+    pub(crate) writable: bool,
+    /// How the frame was found, by another root than the direct one.
+    pub(crate) via: Option<Via>,
 }
 
 impl Resolved {
@@ -41,6 +49,12 @@ impl Resolved {
     /// The object's page behind it.
     pub const fn bound(&self) -> Bound {
         self.bound
+    }
+
+    /// Whether what is behind may be written to: not the zero page, nor one that is to be copied
+    /// first ([`Machine::write_fault`]); and the guest's own tables let it.
+    pub const fn writable(&self) -> bool {
+        self.writable
     }
 
     /// The largest level that folio, slot and alignment allow.
@@ -76,18 +90,29 @@ pub struct Spte {
     pub level: Level,
     /// Whether writes are let through.
     pub writable: bool,
+    /// Whether it was used; always on a machine without such bits.
+    pub accessed: bool,
+    /// Whether it was written through; always on a machine without such bits.
+    pub dirty: bool,
 }
 
 impl Machine {
-    /// First step of a fault: read the sequence, then find the memory of `gfn`.
+    /// First step of a fault by the direct root: read the sequence, then find the memory of `gfn`.
     ///
     /// # Errors
     /// [`Error::NoSlot`]; [`Error::Hole`] if nothing is allocated there; [`Error::Gone`].
     pub fn tdp_resolve(&self, vm: VmId, gfn: Gfn) -> Result<Resolved, Error> {
+        self.resolve_gfn(vm, gfn, Touch::Read)
+    }
+
+    pub(crate) fn resolve_gfn(&self, vm: VmId, gfn: Gfn, touch: Touch) -> Result<Resolved, Error> {
         let sequence = self.vms.get(vm)?.sequence;
         let bound @ Bound { object, page } = self.bound(vm, gfn)?;
-        let backing = self.objects.get(object)?.backing(page);
-        let Backing { pfn, level } = backing.ok_or(Error::Hole { object, page })?;
+        let behind = self.objects.get(object)?.behind(page, self.zero_page);
+        let Behind { pfn, level, writable } = behind.ok_or(Error::Hole { object, page })?;
+        if touch == Touch::Write && !writable {
+            return Err(Error::ToCopy { object, page });
+        }
         let slot = self.vms.get(vm)?.slot(gfn)?;
         let fits = |level: &Level| {
             let pages = self.pages(*level);
@@ -96,7 +121,7 @@ impl Machine {
         };
         let mut levels = Level::ALL.into_iter().rev().filter(|candidate| *candidate <= level);
         let largest = levels.find(fits).unwrap_or(Level::Size4K);
-        Ok(Resolved { vm, gfn, pfn, bound, largest, sequence })
+        Ok(Resolved { vm, gfn, pfn, bound, largest, sequence, touch, writable, via: None })
     }
 
     /// Second step of a fault: map what was resolved, at `level`, if nothing was invalidated
@@ -112,27 +137,45 @@ impl Machine {
         level: Level,
         writable: bool,
     ) -> Result<Level, Error> {
-        let Resolved { vm, gfn, pfn, largest, sequence, .. } = *resolved;
-        if self.vms.get(vm)?.invalidated(gfn, sequence) && !self.plants.has(Plant::StaleSequence) {
-            return Err(Error::Stale { gfn });
-        }
+        let Resolved { vm, gfn, pfn, largest, touch, .. } = *resolved;
+        self.check_current(resolved)?;
         if level > largest {
             return Err(Error::TooLarge { level, largest });
         }
-        let at = GfnRange::enclosing(gfn, level, self.config.geometry);
+        let (accessed, dirty) = self.used(touch);
+        let geometry = self.config.geometry;
+        let Vm { table, shadow, .. } = self.vms.get_mut(vm)?;
+        // A frame with a table that is shadowed is mapped read-only, and in no large page.
+        let tracks = |level: &Level| {
+            let at = GfnRange::enclosing(gfn, *level, geometry);
+            shadow.tracks_in(at.start().get(), at.end())
+        };
+        let level = Level::ALL.into_iter().rfind(|it| *it <= level && !tracks(it));
+        let level = level.unwrap_or(Level::Size4K);
+        let mut writable = writable && resolved.writable;
+        if shadow.is_tracked(gfn) {
+            if touch == Touch::Write && writable && shadow.may_unsync(gfn) {
+                shadow.unsync(gfn);
+            } else {
+                writable = false;
+            }
+        }
+        let at = GfnRange::enclosing(gfn, level, geometry);
         let offset = gfn.get() - at.start().get();
         let head = frame_at(Pfn::from(0), pfn.get() - offset);
-        let table = &mut self.vms.get_mut(vm)?.table;
         if let Some(Found { start, level: there, entry }) = table.get_mut(gfn.get())
             && there >= level
             && entry.pfn.get() + (gfn.get() - start) == pfn.get()
         {
             entry.writable |= writable;
+            entry.accessed |= accessed;
+            entry.dirty |= dirty;
             return Ok(there);
         }
         let mut replaced = false;
         table.drain(at.start().get(), at.end(), |_| replaced = true);
-        let added = table.insert(gfn.get(), level, TdpEntry { pfn: head, writable });
+        let added =
+            table.insert(gfn.get(), level, TdpEntry { pfn: head, writable, accessed, dirty });
         assert!(added.is_ok(), "the entry at gfn {gfn} was just emptied");
         if replaced {
             self.flush_vm(vm, at)?;
@@ -148,7 +191,8 @@ impl Machine {
         let found = self.vms.get(vm)?.table.get(gfn.get());
         Ok(found.map(|Found { start, level, entry }| {
             let pfn = frame_at(entry.pfn, gfn.get() - start);
-            Spte { pfn, level, writable: entry.writable }
+            let TdpEntry { writable, accessed, dirty, .. } = *entry;
+            Spte { pfn, level, writable, accessed, dirty }
         }))
     }
 
@@ -186,15 +230,16 @@ impl Machine {
         Ok(())
     }
 
-    /// Drops the entries that map frames of `range`, whole, and flushes nothing.
+    /// Drops the entries of every root that map frames of `range`, whole, and the shadows of tables
+    /// in these frames; and flushes nothing.
     ///
     /// Returns whether there was one: only then a flush is needed.
     ///
     /// # Errors
     /// [`Error::Gone`].
     pub fn tdp_unmap(&mut self, vm: VmId, range: GfnRange) -> Result<bool, Error> {
-        let table = &mut self.vms.get_mut(vm)?.table;
-        let mut any = false;
+        let Vm { table, shadow, .. } = self.vms.get_mut(vm)?;
+        let mut any = shadow.zap(range.start().get(), range.end());
         table.drain(range.start().get(), range.end(), |_| any = true);
         Ok(any)
     }
@@ -211,7 +256,8 @@ impl Machine {
         Ok(any)
     }
 
-    /// Flushes a range of one vCPU's TLB.
+    /// Flushes a range of one vCPU's TLB, and all of what other roots than the direct one
+    /// translate.
     ///
     /// # Errors
     /// [`Error::Gone`].
@@ -220,6 +266,7 @@ impl Machine {
         let tlb = &mut self.vcpu_state(vcpu)?.tlb;
         if !skip {
             tlb.flush(range.start().get(), range.end(), geometry);
+            tlb.flush_indirect();
         }
         Ok(())
     }

@@ -19,9 +19,15 @@ const NOTHING: u64 = u64::MAX;
 /// is part of the address that the TLB compares.
 const PRIVATE: u64 = 1 << 62;
 
-/// The number under which a TLB knows guest frame `gfn`.
-pub(crate) const fn guest_tag(gfn: u64, private: bool) -> u64 {
-    if private { gfn | PRIVATE } else { gfn }
+/// Where the number of a root stands in a tag: what is remembered of one root is no other's, as by
+/// PCID and ASID. That of the direct one is 0.
+const ROOT_SHIFT: u32 = 58;
+const ROOT: u64 = 3 << ROOT_SHIFT;
+
+/// The number under which a TLB knows page `page` of what root `root` of its vCPU translates.
+pub(crate) const fn guest_tag(page: u64, private: bool, root: u64) -> u64 {
+    let tag = page | root << ROOT_SHIFT;
+    if private { tag | PRIVATE } else { tag }
 }
 
 #[derive(Clone, Copy)]
@@ -46,6 +52,8 @@ pub(crate) struct Tlb {
     entries: Vec<Cached>,
     /// How many entries are cut from mappings larger than 4K.
     large: usize,
+    /// How many entries are of another root than the direct one.
+    indirect: usize,
 }
 
 impl Tlb {
@@ -53,11 +61,11 @@ impl Tlb {
     pub(crate) fn new(entries: u32) -> Self {
         let nothing =
             Cached { tag: NOTHING, pfn: Pfn::from(0), level: Level::Size4K, writable: false };
-        Self { entries: alloc::vec![nothing; entries as usize], large: 0 }
+        Self { entries: alloc::vec![nothing; entries as usize], large: 0, indirect: 0 }
     }
 
     fn slot(&self, tag: u64) -> usize {
-        index(tag & !PRIVATE) & (self.entries.len() - 1)
+        index(tag & !(PRIVATE | ROOT)) & (self.entries.len() - 1)
     }
 
     /// The frame that the TLB says page `tag` is in, if it may be written or `write` is not asked.
@@ -73,6 +81,7 @@ impl Tlb {
         let slot = self.slot(tag);
         self.drop_entry(slot);
         self.large += usize::from(level != Level::Size4K);
+        self.indirect += usize::from(tag & ROOT != 0);
         self.entries[slot] = Cached { tag, pfn, level, writable };
     }
 
@@ -80,6 +89,9 @@ impl Tlb {
         let cached = &mut self.entries[slot];
         if cached.tag != NOTHING && cached.level != Level::Size4K {
             self.large -= 1;
+        }
+        if cached.tag != NOTHING && cached.tag & ROOT != 0 {
+            self.indirect -= 1;
         }
         *cached = Cached { tag: NOTHING, pfn: Pfn::from(0), level: Level::Size4K, writable: false };
     }
@@ -106,13 +118,66 @@ impl Tlb {
         }
     }
 
-    /// What it remembers: page number, whether it is the private one, and translation, in no
+    fn drop_if(&mut self, wanted: impl Fn(u64) -> bool) {
+        for slot in 0..self.entries.len() {
+            let tag = self.entries[slot].tag;
+            if tag != NOTHING && wanted(tag) {
+                self.drop_entry(slot);
+            }
+        }
+    }
+
+    /// Forgets everything.
+    pub(crate) fn clear(&mut self) {
+        self.drop_if(|_| true);
+    }
+
+    /// Forgets what is of other roots than the direct one: by its numbers nobody can tell which
+    /// guest frame a page is.
+    pub(crate) fn flush_indirect(&mut self) {
+        if self.indirect > 0 {
+            self.drop_if(|tag| tag & ROOT != 0);
+        }
+    }
+
+    /// Forgets what is of a root.
+    pub(crate) fn flush_root(&mut self, root: u64) {
+        if root == 0 || self.indirect > 0 {
+            self.drop_if(|tag| (tag & ROOT) >> ROOT_SHIFT == root);
+        }
+    }
+
+    /// Forgets page `page` of a root, and the pages of the large mapping that it is part of.
+    pub(crate) fn flush_page(&mut self, root: u64, page: u64, geometry: Geometry) {
+        for slot in 0..self.entries.len() {
+            let Cached { tag, level, .. } = self.entries[slot];
+            let first = tag & !(PRIVATE | ROOT) & !(geometry.pages(level).get() - 1);
+            let here = first <= page && page < first + geometry.pages(level).get();
+            if tag != NOTHING && (tag & ROOT) >> ROOT_SHIFT == root && here {
+                self.drop_entry(slot);
+            }
+        }
+    }
+
+    /// What it remembers of the direct root: page number, whether it is the private one, and translation, in no
     /// order that means anything.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, bool, Translation)> {
+        self.of_all()
+            .filter(|(root, ..)| *root == 0)
+            .map(|(_, page, private, it)| (page, private, it))
+    }
+
+    /// What it remembers of other roots: the root's tag, page number, and translation.
+    pub(crate) fn iter_indirect(&self) -> impl Iterator<Item = (u64, u64, Translation)> {
+        self.of_all().filter(|(root, ..)| *root != 0).map(|(root, page, _, it)| (root, page, it))
+    }
+
+    fn of_all(&self) -> impl Iterator<Item = (u64, u64, bool, Translation)> {
         let filled = self.entries.iter().filter(|cached| cached.tag != NOTHING);
         filled.map(|Cached { tag, pfn, level, writable }| {
             let translation = Translation { pfn: *pfn, level: *level, writable: *writable };
-            (tag & !PRIVATE, tag & PRIVATE != 0, translation)
+            let root = (tag & ROOT) >> ROOT_SHIFT;
+            (root, tag & !(PRIVATE | ROOT), tag & PRIVATE != 0, translation)
         })
     }
 }
@@ -153,11 +218,30 @@ mod tests {
     #[test]
     fn private_and_shared_are_two_pages_that_one_flush_drops() {
         let mut tlb = Tlb::new(4);
-        tlb.fill(guest_tag(1, true), translation(3, Level::Size4K));
-        assert_eq!(tlb.hit(guest_tag(1, false), false), None);
-        assert_eq!(tlb.hit(guest_tag(1, true), true), Some(Pfn::from(3)));
+        tlb.fill(guest_tag(1, true, 0), translation(3, Level::Size4K));
+        assert_eq!(tlb.hit(guest_tag(1, false, 0), false), None);
+        assert_eq!(tlb.hit(guest_tag(1, true, 0), true), Some(Pfn::from(3)));
         tlb.flush(1, 2, Geometry::X86_64);
-        assert_eq!(tlb.hit(guest_tag(1, true), false), None);
+        assert_eq!(tlb.hit(guest_tag(1, true, 0), false), None);
+    }
+
+    #[test]
+    fn what_is_of_one_root_is_no_others() {
+        let geometry = Geometry::new(4, 4).unwrap();
+        let mut tlb = Tlb::new(8);
+        let tag = |page, root| guest_tag(page, false, root);
+        tlb.fill(tag(1, 1), translation(3, Level::Size4K));
+        tlb.fill(tag(2, 2), translation(4, Level::Size4K));
+        tlb.fill(tag(5, 0), translation(5, Level::Size4K));
+        assert_eq!((tlb.hit(tag(1, 0), false), tlb.hit(tag(1, 2), false)), (None, None));
+        tlb.flush(0, 8, geometry);
+        assert_eq!(tlb.hit(tag(5, 0), false), None, "a flush of guest frames is the direct root's");
+        tlb.flush_page(1, 2, geometry);
+        assert_eq!(tlb.iter_indirect().count(), 2, "page 2 is the other root's");
+        tlb.flush_root(2);
+        assert_eq!(tlb.hit(tag(1, 1), false), Some(Pfn::from(3)));
+        tlb.flush_indirect();
+        assert_eq!((tlb.indirect, tlb.iter_indirect().count()), (0, 0));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use polder_units::{Gfn, GfnRange, PageIndex, PageRange, Pfn};
 
 use crate::guest::VcpuState;
 use crate::rmp::{Snp, User};
+use crate::shadow::ShadowMmu;
 use crate::table::Table;
 use crate::{Asid, Error, Machine, ObjectId, VmId};
 
@@ -32,11 +33,29 @@ pub(crate) struct Slot {
     pub(crate) first: PageIndex,
 }
 
+impl Slot {
+    /// The object's page at a guest frame that lies in the slot.
+    pub(crate) fn page(&self, gfn: Gfn) -> Option<(ObjectId, PageIndex)> {
+        let offset = gfn.get().checked_sub(self.gfns.start().get())?;
+        Some((self.object, PageIndex::new(self.first.get() + offset)?))
+    }
+}
+
+/// The slot that covers a guest frame, of slots in their order.
+pub(crate) fn slot_of(slots: &[Slot], gfn: Gfn) -> Option<&Slot> {
+    let after = slots.partition_point(|slot| slot.gfns.start() <= gfn);
+    slots[..after].last().filter(|slot| slot.gfns.contains(gfn))
+}
+
 /// An entry of a TDP table.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct TdpEntry {
     pub(crate) pfn: Pfn,
     pub(crate) writable: bool,
+    /// A translation was made of it; always set on a machine without such bits.
+    pub(crate) accessed: bool,
+    /// It was written through; always set on a machine without such bits.
+    pub(crate) dirty: bool,
 }
 
 /// Invalidations in progress: how many, and the frames they are about.
@@ -51,6 +70,10 @@ pub(crate) struct Invalidating {
 pub(crate) struct Vm {
     pub(crate) slots: Vec<Slot>,
     pub(crate) table: Table<TdpEntry>,
+    /// The other roots' tables.
+    pub(crate) shadow: ShadowMmu,
+    /// Hardware translates guest-physical addresses (NPT, EPT).
+    pub(crate) two_dimensional: bool,
     pub(crate) vcpus: Vec<VcpuState>,
     pub(crate) sequence: Sequence,
     pub(crate) invalidating: Option<Invalidating>,
@@ -64,9 +87,7 @@ impl Vm {
     }
 
     pub(crate) fn slot(&self, gfn: Gfn) -> Result<&Slot, Error> {
-        let after = self.slots.partition_point(|slot| slot.gfns.start() <= gfn);
-        let slot = self.slots[..after].last().filter(|slot| slot.gfns.contains(gfn));
-        slot.ok_or(Error::NoSlot { gfn })
+        slot_of(&self.slots, gfn).ok_or(Error::NoSlot { gfn })
     }
 
     /// `mmu_invalidate_retry_gfn()`.
@@ -91,7 +112,16 @@ impl Machine {
     /// # Errors
     /// [`Error::TooMany`].
     pub fn create_vm(&mut self) -> Result<VmId, Error> {
-        self.insert_vm(None)
+        self.insert_vm(None, true)
+    }
+
+    /// Creates a plain VM on a CPU without two-dimensional paging: its guest's page tables are
+    /// shadowed as soon as it has some.
+    ///
+    /// # Errors
+    /// [`Error::TooMany`].
+    pub fn create_vm_without_tdp(&mut self) -> Result<VmId, Error> {
+        self.insert_vm(None, false)
     }
 
     /// Creates an SNP guest without slots and vCPUs, with a key of its own.
@@ -135,14 +165,16 @@ impl Machine {
             return Err(Error::Exists { number: asid.get().into() });
         }
         let snp = Snp { asid, key: rmp.new_key() };
-        self.insert_vm(Some(snp))
+        self.insert_vm(Some(snp), true)
     }
 
-    fn insert_vm(&mut self, snp: Option<Snp>) -> Result<VmId, Error> {
+    fn insert_vm(&mut self, snp: Option<Snp>, two_dimensional: bool) -> Result<VmId, Error> {
         let sequence = self.next_sequence();
         self.vms.insert(Vm {
             slots: Vec::new(),
             table: Table::new(self.config.geometry),
+            shadow: ShadowMmu::new(self.config.geometry),
+            two_dimensional,
             vcpus: Vec::new(),
             sequence,
             invalidating: None,
@@ -210,9 +242,8 @@ impl Machine {
     /// [`Error::NoSlot`]; [`Error::Gone`].
     pub fn bound(&self, vm: VmId, gfn: Gfn) -> Result<Bound, Error> {
         let slot = self.vms.get(vm)?.slot(gfn)?;
-        let offset = gfn.get() - slot.gfns.start().get();
-        let page = PageIndex::new(slot.first.get() + offset).ok_or(Error::NoSlot { gfn })?;
-        Ok(Bound { object: slot.object, page })
+        let (object, page) = slot.page(gfn).ok_or(Error::NoSlot { gfn })?;
+        Ok(Bound { object, page })
     }
 
     /// The guest frames of every VM that show the object's pages in `range`.

@@ -167,9 +167,10 @@ impl From<Error> for Outcome {
             Error::Machine(error) => (Self::from(*error).is, None, None),
             Error::Rmp { page, fail } => (Self::from(*fail).is, Some(page.get()), None),
             Error::Firmware { page, .. } => (Is::Failed, Some(page.get()), None),
-            Error::NotOffered { .. } | Error::Missing { .. } | Error::OneVm { .. } => {
-                (Is::NotOffered, None, None)
-            }
+            Error::NotOffered { .. }
+            | Error::Missing { .. }
+            | Error::OneVm { .. }
+            | Error::OtherRoot { .. } => (Is::NotOffered, None, None),
             Error::Host(_) if error.errno() == polder::Errno::ENOMEM => (Is::NoMemory, None, None),
             _ => (Is::Failed, None, None),
         };
@@ -196,6 +197,7 @@ impl From<GuestExit> for Outcome {
         match exit {
             GuestExit::MemoryFault(fault) => fault.into(),
             GuestExit::NotValidated(_) => Self::new(Is::NotValidated, text),
+            GuestExit::PageFault(_) => Self::new(Is::Failed, text),
             GuestExit::Kicked => Self::new(Is::Kicked, text),
             GuestExit::Failed(error) => error.into(),
         }
@@ -245,7 +247,9 @@ impl From<Exit> for Outcome {
         match exit {
             Exit::Fault(_) => Self::new(Is::Stage2Fault, exit.to_string()),
             Exit::Refused(refused) => refused.into(),
-            Exit::Request(_) | Exit::Halted => Self::new(Is::Failed, exit.to_string()),
+            Exit::PageFault(_) | Exit::Intercept(_) | Exit::Request(_) | Exit::Halted => {
+                Self::new(Is::Failed, exit.to_string())
+            }
         }
     }
 }

@@ -27,8 +27,9 @@ use polder_engine::{
 use polder_units::{Gfn, GfnRange, PAGE_BYTES, PageCount, PageIndex, PageRange};
 
 use crate::host::views::Views;
-use crate::host::{Host, Smashed};
+use crate::host::{Faulted, Host, Shown, Smashed, Translated};
 use crate::pager::Pager;
+use crate::prefault::{Came, Span};
 use crate::statistics::Counters;
 use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::watch::{Moment, Reached, Watch};
@@ -439,11 +440,12 @@ impl Driver {
         &self,
         vm: VmId,
         access: GuestAccess,
+        faulted: Option<Faulted>,
         stop: impl Fn() -> bool,
     ) -> Result<Option<MemoryFault>, Error> {
         self.counters.guest_fault();
         let ask = |engine: &mut Engine| engine.guest_fault(vm, access);
-        self.answer_guest(ask, stop, |range| self.host.map_guest(vm, access, range))
+        self.answer_guest(ask, stop, |range| self.host.map_guest(vm, access, faulted, range))
     }
 
     /// Asks until there is an answer, and carries it out under its claim.
@@ -479,32 +481,72 @@ impl Driver {
         }
     }
 
-    /// Has the first of `gfns` and those like it ready for a guest's touches, `most` at most.
-    /// Returns the number of the first frame that is not; with an error, the frames that were
-    /// tried. No slot may change meanwhile. Waits while an operation holds the first page, until the
-    /// vCPU is kicked.
+    /// Has the first pages of a span and those like it ready for a guest's touches, `most` at most.
+    /// With an error it says whether several were tried, some of which may be done. No slot may
+    /// change meanwhile. Waits while an operation holds the first page, until the vCPU is kicked.
     pub(crate) fn prefault(
+        &self,
+        of: (VmId, Vcpu<'_>),
+        span: Span,
+        most: u64,
+    ) -> Result<Came, (Error, bool)> {
+        let none = |error| (error, false);
+        match self.host.translate(of.1, span, most).map_err(none)? {
+            Translated::At(gfns) => self.prefault_frames(of, span.start, gfns),
+            Translated::Nowhere(pages) => Ok(Came { end: span.start + pages, skipped: pages }),
+            Translated::Table(gfn) => match self.ready(of, gfn) {
+                Ok(()) => Ok(Came { end: span.start, skipped: 0 }),
+                // A table where no memory is maps nothing.
+                Err(Error::Refused(Refusal::NoSlot { .. })) => {
+                    Ok(Came { end: span.start + 1, skipped: 1 })
+                }
+                Err(error) => Err(none(error)),
+            },
+        }
+    }
+
+    /// The same for pages that are in these frames.
+    fn prefault_frames(
+        &self,
+        (vm, vcpu): (VmId, Vcpu<'_>),
+        page: u64,
+        gfns: GfnRange,
+    ) -> Result<Came, (Error, bool)> {
+        let claimed = self.claim_frames((vm, vcpu), gfns);
+        let (answer, run, visibility) = claimed.map_err(|error| (error, false))?;
+        let range = answer.range();
+        let mut given = Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
+        let shown = self.host.show(vm, vcpu, Shown { page, gfns: run, visibility }, range);
+        given.done(shown.is_ok());
+        drop(given);
+        let several = run.count() > PageCount::ONE;
+        // The machine fails of the first frame only.
+        let tried = several && self.host.machine().is_none();
+        let (mut end, skipped) = shown.map_err(|error| (error, tried))?;
+        if let Some(shown) = GfnRange::between(run.start().get(), end) {
+            end = self.host.shown(vm, vcpu, shown).map_err(|error| (error, several))?;
+        }
+        Ok(Came { end: page + (end - run.start().get()), skipped })
+    }
+
+    /// Has the page with a guest's table ready to be read.
+    fn ready(&self, of: (VmId, Vcpu<'_>), gfn: Gfn) -> Result<(), Error> {
+        let (answer, ..) = self.claim_frames(of, GfnRange::one(gfn))?;
+        let range = answer.range();
+        let mut given = Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
+        let ready = self.host.ready(range);
+        given.done(ready.is_ok());
+        ready
+    }
+
+    fn claim_frames(
         &self,
         (vm, vcpu): (VmId, Vcpu<'_>),
         gfns: GfnRange,
-        most: PageCount,
-    ) -> Result<u64, (Error, Option<GfnRange>)> {
-        let claim = |engine: &mut Engine| engine.prefault(vm, gfns, most);
+    ) -> Result<(Answer, GfnRange, Visibility), Error> {
+        let claim = |engine: &mut Engine| engine.prefault(vm, gfns, gfns.count());
         let kicked = || matches!(vcpu, Vcpu::Machine(vcpu) if vcpu.is_kicked());
-        let claimed = self.claim_unless(kicked, OnBusy::Wait, claim);
-        let (answer, run, visibility) = claimed.map_err(|error| (error, None))?;
-        let range = answer.range();
-        let mut given = Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
-        let shown = self.host.show(vm, vcpu, (run, visibility), range);
-        given.done(shown.is_ok());
-        drop(given);
-        // The machine fails of the first frame only.
-        let tried = self.host.machine().is_none().then_some(run);
-        let end = shown.map_err(|error| (error, tried))?;
-        match GfnRange::between(run.start().get(), end) {
-            Some(shown) => self.host.shown(vm, vcpu, shown).map_err(|error| (error, Some(run))),
-            None => Ok(end),
-        }
+        self.claim_unless(kicked, OnBusy::Wait, claim)
     }
 
     /// Answers an access or PVALIDATE that the RMP refused for its size, as

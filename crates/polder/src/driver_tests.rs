@@ -95,8 +95,14 @@ impl Host for Troubled {
         if stays { self.go_wrong() } else { Ok(()) }
     }
 
-    fn map_guest(&self, vm: VmId, access: GuestAccess, range: PageRange) -> Result<(), Error> {
-        self.host.map_guest(vm, access, range)
+    fn map_guest(
+        &self,
+        vm: VmId,
+        access: GuestAccess,
+        faulted: Option<Faulted>,
+        range: PageRange,
+    ) -> Result<(), Error> {
+        self.host.map_guest(vm, access, faulted, range)
     }
 
     fn smash(&self, vm: VmId, gfn: Gfn, within: PageRange) -> Result<crate::host::Smashed, Error> {
@@ -111,10 +117,10 @@ impl Host for Troubled {
         &self,
         vm: VmId,
         vcpu: Vcpu<'_>,
-        gfns: (GfnRange, Visibility),
+        shown: Shown,
         range: PageRange,
-    ) -> Result<u64, Error> {
-        self.host.show(vm, vcpu, gfns, range)
+    ) -> Result<(u64, u64), Error> {
+        self.host.show(vm, vcpu, shown, range)
     }
 
     fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {
@@ -294,7 +300,7 @@ fn snp(trouble: Trouble) -> Set {
     for page in all.frames() {
         let gfn = Gfn::new(page.get()).unwrap();
         let access = GuestAccess { gfn, visibility: Visibility::Private };
-        assert_eq!(set.driver.guest_fault(vm, access, || true), Ok(None));
+        assert_eq!(set.driver.guest_fault(vm, access, None, || true), Ok(None));
         if page.get() % 2 == 0 {
             set.convert(PageRange::one(page), Visibility::Shared, Contents::Unspecified).unwrap();
         }
@@ -368,7 +374,7 @@ fn snp_refused_a_page(trouble: Trouble) -> Set {
     }
     let fault = |gfn: u32| {
         let access = GuestAccess { gfn: gfn.into(), visibility: Visibility::Private };
-        set.driver.guest_fault(vm, access, || true)
+        set.driver.guest_fault(vm, access, None, || true)
     };
     let refused = fault(0);
     assert!(matches!(refused, Err(Error::Refused(Refusal::Referenced { .. }))), "{refused:?}");
@@ -442,7 +448,7 @@ fn while_a_slot_can_not_be_taken_away_its_guest_goes_on_and_its_wishes_are_met()
     let done = Arc::clone(&answered);
     *set.unbinding.meanwhile.lock() = Some(Box::new(move || {
         let access = GuestAccess { gfn: 1u32.into(), visibility: Visibility::Private };
-        assert_eq!(driver.guest_fault(vm, access, || true), Ok(None));
+        assert_eq!(driver.guest_fault(vm, access, None, || true), Ok(None));
         // The VMM decides for all of its guests.
         let (find, to) = (|_: &Engine| Ok(vec![pages(1, 2)]), Visibility::Shared);
         driver.convert(find, (to, Contents::Unspecified), None, OnBusy::Wait).unwrap();

@@ -55,6 +55,18 @@ pub enum Error {
     /// A signal, or a kick, came before a page was done.
     #[error("interrupted before a page was done; call again")]
     Interrupted,
+    /// Pages of a space that the vCPU's root does not translate.
+    #[error(
+        "{asked} addresses were asked for, and the vCPU's root ({root}) translates {translates} ones"
+    )]
+    OtherRoot {
+        /// The space that was asked for.
+        asked: polder_units::AddressSpace,
+        /// The root.
+        root: String,
+        /// The space that the root translates.
+        translates: polder_units::AddressSpace,
+    },
     /// A VM that was never attached to this memory.
     #[error("the VM is not attached to this memory")]
     NoSuchVm,
@@ -142,6 +154,13 @@ impl Error {
             Self::Unaligned { .. } => {
                 Some("ask for a multiple of the page size, or for smaller pages")
             }
+            Self::OtherRoot { .. } => Some(
+                "name pages of the space that the root translates, or have its tables searched \
+                 (Memory::prefault_reverse)",
+            ),
+            Self::Host(error) if error.call == "mlock" => {
+                Some("raise the limit of locked memory (ulimit -l), or run as root")
+            }
             Self::Host(error) => match error.errno {
                 polder_linux::Errno::NOMEM | polder_linux::Errno::FBIG => {
                     Some("ask for less memory, or free some")
@@ -174,7 +193,9 @@ impl Error {
             Self::Unaligned { .. } => Errno::EINVAL,
             Self::HugePages { .. } => Errno::ENOMEM,
             Self::Interrupted => Errno::EINTR,
-            Self::Missing { .. } | Self::NotOffered { .. } => Errno::EOPNOTSUPP,
+            Self::Missing { .. } | Self::NotOffered { .. } | Self::OtherRoot { .. } => {
+                Errno::EOPNOTSUPP
+            }
             Self::Rmp { fail: polder_machine::RmpFail::InUse, .. } => Errno::EAGAIN,
             Self::Machine(
                 polder_machine::Error::Locked { .. } | polder_machine::Error::Mapped { .. },

@@ -354,6 +354,15 @@ impl Memory {
         self.driver.unbind(vm, slot)
     }
 
+    /// Keeps the guest's view of the memory from being reclaimed or swapped (`mlock`), and has all of
+    /// it there. The memory of a guest_memfd and of the simulated machine never is.
+    ///
+    /// # Errors
+    /// [`Error::Host`]: `ENOMEM` and `EPERM` beyond the limit of locked memory (`ulimit -l`).
+    pub fn lock(&self) -> Result<(), Error> {
+        self.driver.host.lock_memory()
+    }
+
     /// Every binding.
     pub fn bindings(&self) -> Vec<(VmId, Slot, Binding)> {
         let engine = self.driver.engine();
@@ -620,7 +629,7 @@ impl Memory {
         visibility: Visibility,
     ) -> Result<Option<MemoryFault>, Error> {
         let access = GuestAccess { gfn: gpa.gfn(), visibility };
-        let fault = self.driver.guest_fault(vm, access, || true)?;
+        let fault = self.driver.guest_fault(vm, access, None, || true)?;
         if fault.is_some() {
             return Ok(fault);
         }

@@ -6,12 +6,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use polder_engine::{GuestAccess, MemoryFault, Visibility, VmId};
-use polder_machine::{Exit, Machine, Refused, RmpCheck, RmpFail, RmpSize, Side, VcpuId};
+use polder_machine::{
+    Exit, GuestFault, Intercept, Machine, PageFault, Refused, RmpCheck, RmpFail, RmpSize, Root,
+    Side, VcpuId,
+};
 use polder_units::{Gfn, GfnRange, Gpa, Level};
 
 use crate::Error;
 use crate::driver::Driver;
 use crate::host::Smashed;
+use crate::host::machine::MachineHost;
 use crate::watch::Moment;
 
 /// How often in a row the RMP may refuse an access after an answer that changed nothing: what is
@@ -33,6 +37,10 @@ pub enum GuestExit {
     /// is assigned to it, by [`MachineVcpu::pvalidate`].
     #[error("the guest has not validated its page at gfn {0}")]
     NotValidated(Gfn),
+    /// The guest's own affair (`#PF`; of nested tables, an exit to the guest that made them): its
+    /// tables do not let the access through.
+    #[error("the guest's own tables do not translate page {:#x}: {}", .0.page, .0.why)]
+    PageFault(PageFault),
     /// It waited for something, and was kicked.
     #[error("the vCPU was kicked")]
     Kicked,
@@ -56,6 +64,30 @@ impl MachineVcpu {
         let machine_vm = host.vm(vm).ok_or(Error::NoSuchVm)?;
         let id = host.lock().add_vcpu(machine_vm).map_err(Error::Machine)?;
         Ok(Self { driver: Arc::clone(driver), vm, id, kicked: Arc::default() })
+    }
+
+    /// What its translations begin at. Addresses of [`MachineVcpu::read`] and
+    /// [`MachineVcpu::write`] are of the space that it translates.
+    pub fn root(&self) -> Root {
+        self.host().lock().root(self.id).expect("a vCPU stays as long as its memory")
+    }
+
+    /// Carries out what the guest does to its paging: a load of CR3, INVLPG, VMRUN and the exit from
+    /// it. The root that follows is the vCPU's from then on.
+    ///
+    /// # Errors
+    /// [`Error::Machine`] of an SNP guest, whose page tables nobody else can read.
+    pub fn carry_out(&self, intercept: Intercept) -> Result<(), Error> {
+        self.host().lock().carry_out(self.id, intercept).map_err(Error::Machine)
+    }
+
+    fn host(&self) -> &MachineHost {
+        self.driver.host.machine().expect("made on the simulated machine")
+    }
+
+    /// The machine's name for it.
+    pub(crate) const fn id(&self) -> VcpuId {
+        self.id
     }
 
     /// What makes an access that is not let through at once return [`GuestExit::Kicked`], and a
@@ -119,7 +151,7 @@ impl MachineVcpu {
         (gfns, visibility): (GfnRange, Visibility),
         mut access: impl FnMut(&mut Machine, VcpuId, Side) -> Result<(), Stop>,
     ) -> Result<(), GuestExit> {
-        let host = self.driver.host.machine().expect("made on the simulated machine");
+        let host = self.host();
         let side = match visibility {
             Visibility::Private => Side::Private,
             Visibility::Shared => Side::Shared,
@@ -133,8 +165,9 @@ impl MachineVcpu {
             };
             match exit {
                 Ok(()) => return Ok(()),
-                Err(Told::Fault(gfn)) => {
-                    self.answer(gfn, visibility)?;
+                Err(Told::Fault(fault)) => {
+                    let gfn = fault.gfn;
+                    self.answer(gfn, Some(fault), visibility)?;
                     // It was not mapped: somebody else has its entry in use, or has zapped it.
                     if faulted.replace(gfn) == Some(gfn) {
                         self.pause(&mut turns);
@@ -152,6 +185,7 @@ impl MachineVcpu {
                         return Err(GuestExit::Failed(Error::Machine(refused)));
                     }
                 },
+                Err(Told::PageFault(fault)) => return Err(GuestExit::PageFault(fault)),
                 Err(Told::Machine(error)) => return Err(GuestExit::Failed(Error::Machine(error))),
             }
         }
@@ -172,7 +206,8 @@ impl MachineVcpu {
     /// machine, for it may show another page as soon as that is let go.
     fn told(&self, stop: Stop, machine: &Machine, gfns: GfnRange) -> Told {
         match stop {
-            Stop::Exit(Exit::Fault(fault)) => Told::Fault(fault.gfn),
+            Stop::Exit(Exit::Fault(fault)) => Told::Fault(fault),
+            Stop::Exit(Exit::PageFault(fault)) => Told::PageFault(fault),
             Stop::Exit(Exit::Refused(refused)) => {
                 let shows = |gfn: &Gfn| {
                     let spte = machine.spte(self.id.vm, *gfn);
@@ -187,10 +222,16 @@ impl MachineVcpu {
     }
 
     /// Has a stage-2 fault answered.
-    fn answer(&self, gfn: Gfn, visibility: Visibility) -> Result<(), GuestExit> {
+    fn answer(
+        &self,
+        gfn: Gfn,
+        fault: Option<GuestFault>,
+        visibility: Visibility,
+    ) -> Result<(), GuestExit> {
         let kicked = || self.is_kicked();
         let access = GuestAccess { gfn, visibility };
-        self.go_on(self.driver.guest_fault(self.vm, access, kicked))
+        let faulted = fault.map(|fault| (self.id, fault));
+        self.go_on(self.driver.guest_fault(self.vm, access, faulted, kicked))
     }
 
     /// Has an access answered that the RMP refused (AMD APM volume 2, table 15-39).
@@ -216,7 +257,7 @@ impl MachineVcpu {
             RmpCheck::InUse if self.is_kicked() => Err(GuestExit::Kicked),
             RmpCheck::InUse => Ok(Answered::InUse),
             // Of the other kind than granted, or not assigned as it is bound now.
-            _ => self.answer(gfn, visibility).map(|()| Answered::Same),
+            _ => self.answer(gfn, None, visibility).map(|()| Answered::Same),
         }
     }
 
@@ -249,7 +290,8 @@ enum Answered {
 
 /// What an access stops with, as far as the hypervisor is told.
 enum Told {
-    Fault(Gfn),
+    Fault(GuestFault),
+    PageFault(PageFault),
     Refused(Refused, Gfn),
     Machine(polder_machine::Error),
 }

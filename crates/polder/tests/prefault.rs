@@ -41,7 +41,10 @@ fn a_vcpu_that_was_kicked_is_interrupted_before_a_page_is_done() {
     assert_eq!(memory.existing(), Ok(vec![]));
     vcpu.kicker().store(false, Ordering::Release);
     let done = gfns(0, 4);
-    assert_eq!(memory.prefault(vm, &vcpu, done), Ok(Prefaulted { done, left: None }));
+    assert_eq!(
+        memory.prefault(vm, &vcpu, done),
+        Ok(Prefaulted { done, skipped: PageCount::ZERO, left: None })
+    );
 }
 
 /// Holds an operation where it is claimed, until told to go on.
@@ -75,7 +78,8 @@ fn a_vcpu_that_is_kicked_waits_no_longer_for_an_operation() {
         });
         std::thread::sleep(Duration::from_millis(50));
         kicker.store(true, Ordering::Release);
-        let done = Prefaulted { done: gfns(1, 2), left: Some(gfns(2, 4)) };
+        let done =
+            Prefaulted { done: gfns(1, 2), skipped: PageCount::ZERO, left: Some(gfns(2, 4)) };
         let limit = Duration::from_secs(10);
         let came = [came.recv_timeout(limit), came.recv_timeout(limit)];
         go_on.send(()).unwrap();
@@ -112,7 +116,10 @@ fn where_memory_runs_out_the_pages_before_are_done_and_no_others() {
     };
     memory.simulated(|machine, _, _| hog(machine, 3)).unwrap();
     let came = memory.prefault(vm, &vcpu, gfns(2, 16));
-    assert_eq!(came, Ok(Prefaulted { done: gfns(2, 5), left: Some(gfns(5, 16)) }));
+    assert_eq!(
+        came,
+        Ok(Prefaulted { done: gfns(2, 5), skipped: PageCount::ZERO, left: Some(gfns(5, 16)) })
+    );
     assert_eq!(memory.existing(), Ok(vec![PageRange::between(2, 5).unwrap()]));
     let none = memory.prefault(vm, &vcpu, gfns(5, 16)).unwrap_err();
     assert_eq!(none.errno() as i32, 12, "ENOMEM");
@@ -141,7 +148,7 @@ fn what_is_said_to_be_done_is_mapped_though_other_pages_are_zapped_meanwhile() {
         for _ in 0..5000 {
             zap(ours);
             let done = memory.prefault(vm, &vcpu, ours);
-            assert_eq!(done, Ok(Prefaulted { done: ours, left: None }));
+            assert_eq!(done, Ok(Prefaulted { done: ours, skipped: PageCount::ZERO, left: None }));
             let mapped = memory.simulated(|machine, object, _| {
                 let (vm, _) = machine.gfns_of(object, all).next().unwrap();
                 ours.frames().filter(|&gfn| machine.spte(vm, gfn).unwrap().is_some()).count()
@@ -184,7 +191,10 @@ fn a_huge_folio_is_mapped_as_one_page_also_by_a_prefault_that_begins_before_it()
     for platform in [Platform::Plain, Platform::SwProtected, Platform::Snp] {
         let (memory, vm, vcpu) = huge(platform);
         let done = gfns(510, 1024);
-        assert_eq!(memory.prefault(vm, &vcpu, done), Ok(Prefaulted { done, left: None }));
+        assert_eq!(
+            memory.prefault(vm, &vcpu, done),
+            Ok(Prefaulted { done, skipped: PageCount::ZERO, left: None })
+        );
         let levels = [509, 510, 511, 512, 700].map(|gfn| level(&memory, gfn));
         let (small, large) = (Some(Level::Size4K), Some(Level::Size2M));
         // With an RMP the rest of the first comes with it: its entry is large.
@@ -228,7 +238,14 @@ fn an_entry_that_others_have_in_use_for_long_ends_it_with_what_was_done() {
     let (memory, vm, vcpu) = huge(Platform::Snp);
     in_use(&memory, 600, true);
     let came = memory.prefault(vm, &vcpu, gfns(0, 1024));
-    assert_eq!(came, Ok(Prefaulted { done: gfns(0, 512), left: Some(gfns(512, 1024)) }));
+    assert_eq!(
+        came,
+        Ok(Prefaulted {
+            done: gfns(0, 512),
+            skipped: PageCount::ZERO,
+            left: Some(gfns(512, 1024))
+        })
+    );
     let again = memory.prefault(vm, &vcpu, gfns(512, 1024)).unwrap_err();
     assert!(matches!(again, Error::Host(_)) && again.errno() as i32 == 11, "EAGAIN: {again:?}");
     vcpu.kicker().store(true, Ordering::Release);
@@ -236,7 +253,10 @@ fn an_entry_that_others_have_in_use_for_long_ends_it_with_what_was_done() {
     vcpu.kicker().store(false, Ordering::Release);
     in_use(&memory, 600, false);
     let done = gfns(512, 1024);
-    assert_eq!(memory.prefault(vm, &vcpu, done), Ok(Prefaulted { done, left: None }));
+    assert_eq!(
+        memory.prefault(vm, &vcpu, done),
+        Ok(Prefaulted { done, skipped: PageCount::ZERO, left: None })
+    );
     assert_eq!(level(&memory, 600), Some(Level::Size2M), "nothing small was left behind");
 }
 
@@ -244,7 +264,10 @@ fn an_entry_that_others_have_in_use_for_long_ends_it_with_what_was_done() {
 fn a_prefault_of_a_part_of_a_large_entrys_page_leaves_nothing_to_smash() {
     let (memory, vm, vcpu) = huge(Platform::Snp);
     for done in [gfns(3, 5), gfns(510, 514), gfns(3, 5)] {
-        assert_eq!(memory.prefault(vm, &vcpu, done), Ok(Prefaulted { done, left: None }));
+        assert_eq!(
+            memory.prefault(vm, &vcpu, done),
+            Ok(Prefaulted { done, skipped: PageCount::ZERO, left: None })
+        );
         assert_eq!(level(&memory, 3), Some(Level::Size2M));
     }
     assert_eq!(level(&memory, 600), Some(Level::Size2M));
@@ -252,7 +275,10 @@ fn a_prefault_of_a_part_of_a_large_entrys_page_leaves_nothing_to_smash() {
     let page = PageRange::between(9, 10).unwrap();
     memory.convert(page, Visibility::Shared, Contents::Zero, OnBusy::Wait).unwrap();
     let done = gfns(3, 5);
-    assert_eq!(memory.prefault(vm, &vcpu, done), Ok(Prefaulted { done, left: None }));
+    assert_eq!(
+        memory.prefault(vm, &vcpu, done),
+        Ok(Prefaulted { done, skipped: PageCount::ZERO, left: None })
+    );
     let small = Some(Level::Size4K);
     assert_eq!([2, 3, 4, 5].map(|gfn| level(&memory, gfn)), [None, small, small, None]);
 }

@@ -5,7 +5,7 @@ use core::fmt;
 use crate::{PAGE_SHIFT, PAGE_SIZE};
 
 /// The number of frames that have a 64-bit byte address.
-const FRAMES: u64 = 1 << (u64::BITS - PAGE_SHIFT);
+pub(crate) const FRAMES: u64 = 1 << (u64::BITS - PAGE_SHIFT);
 
 /// A frame number: what [`FrameRange`](crate::FrameRange) is generic over.
 pub trait Frame: Copy + Ord + fmt::Debug + fmt::LowerHex {
@@ -25,7 +25,7 @@ macro_rules! frame {
             /// The frame with this number, or `None` from 2^52 on (it would have no 64-bit
             /// byte address).
             pub const fn new(number: u64) -> Option<Self> {
-                if number < FRAMES { Some(Self(number)) } else { None }
+                if number < $crate::frame::FRAMES { Some(Self(number)) } else { None }
             }
 
             /// The number.
@@ -34,28 +34,28 @@ macro_rules! frame {
             }
 
             /// The frame `count` further on, or `None` from 2^52 on.
-            pub const fn checked_add(self, count: PageCount) -> Option<Self> {
-                match self.0.checked_add(count.0) {
+            pub const fn checked_add(self, count: $crate::PageCount) -> Option<Self> {
+                match self.0.checked_add(count.get()) {
                     Some(number) => Self::new(number),
                     None => None,
                 }
             }
 
             /// The frames from `earlier` to here, or `None` if `earlier` is the later one.
-            pub const fn checked_sub(self, earlier: Self) -> Option<PageCount> {
+            pub const fn checked_sub(self, earlier: Self) -> Option<$crate::PageCount> {
                 match self.0.checked_sub(earlier.0) {
-                    Some(count) => Some(PageCount(count)),
+                    Some(count) => $crate::PageCount::new(count),
                     None => None,
                 }
             }
 
             /// Whether this is a multiple of `count`. Every frame is a multiple of 1, none of 0.
-            pub const fn is_multiple_of(self, count: PageCount) -> bool {
-                count.0 != 0 && self.0 % count.0 == 0
+            pub const fn is_multiple_of(self, count: $crate::PageCount) -> bool {
+                count.get() != 0 && self.0 % count.get() == 0
             }
         }
 
-        impl Frame for $name {
+        impl $crate::Frame for $name {
             fn new(number: u64) -> Option<Self> {
                 Self::new(number)
             }
@@ -71,25 +71,27 @@ macro_rules! frame {
             }
         }
 
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        impl core::fmt::Display for $name {
+            fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
                 write!(f, "{:#x}", self.0)
             }
         }
 
-        impl fmt::LowerHex for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                fmt::LowerHex::fmt(&self.0, f)
+        impl core::fmt::LowerHex for $name {
+            fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+                core::fmt::LowerHex::fmt(&self.0, f)
             }
         }
 
-        impl fmt::Debug for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        impl core::fmt::Debug for $name {
+            fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
                 write!(f, concat!(stringify!($name), "({:#x})"), self.0)
             }
         }
     };
 }
+
+pub(crate) use frame;
 
 frame! {
     /// A guest frame number: a 4 KiB page of guest-physical space.

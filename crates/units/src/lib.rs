@@ -4,6 +4,8 @@
 //! |---|---|---|
 //! | [`Gpa`] | bytes | guest-physical |
 //! | [`Gfn`] | 4 KiB pages | guest-physical |
+//! | [`Lpn`] | 4 KiB pages | a guest's linear addresses |
+//! | [`L2Gfn`] | 4 KiB pages | guest-physical, of a guest's guest |
 //! | [`PageIndex`] | 4 KiB pages | the memory object |
 //! | [`Pfn`] | 4 KiB pages | host-physical |
 //! | [`PageCount`] | 4 KiB pages | a length, in any of them |
@@ -24,11 +26,15 @@ mod frame;
 mod level;
 mod range;
 mod size;
+mod space;
 
 pub use frame::{Frame, Gfn, Gpa, PageCount, PageIndex, Pfn};
 pub use level::{Geometry, Level};
-pub use range::{ByteRange, FrameRange, GfnRange, PageRange, PfnRange, RangeError};
+pub use range::{
+    ByteRange, FrameRange, GfnRange, L2GfnRange, LpnRange, PageRange, PfnRange, RangeError,
+};
 pub use size::{ByteSize, ParseError};
+pub use space::{AddressSpace, GuestPage, L2Gfn, Lpn};
 
 /// Bytes of a page, 4 KiB: the unit of every frame number.
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;

@@ -4,7 +4,8 @@ use core::fmt;
 use core::str::FromStr;
 
 use crate::{
-    Frame, Geometry, Gfn, Level, PAGE_SHIFT, PAGE_SIZE, PageCount, PageIndex, ParseError, Pfn,
+    Frame, Geometry, Gfn, L2Gfn, Level, Lpn, PAGE_SHIFT, PAGE_SIZE, PageCount, PageIndex,
+    ParseError, Pfn,
 };
 
 /// Why two numbers are no range.
@@ -40,6 +41,10 @@ pub type PageRange = FrameRange<PageIndex>;
 pub type GfnRange = FrameRange<Gfn>;
 /// Host frames.
 pub type PfnRange = FrameRange<Pfn>;
+/// Pages of a guest's linear addresses.
+pub type LpnRange = FrameRange<Lpn>;
+/// Guest frames of a guest's guest.
+pub type L2GfnRange = FrameRange<L2Gfn>;
 
 impl<F: Frame> FrameRange<F> {
     /// `count` frames from `start` on.

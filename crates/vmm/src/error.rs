@@ -1,5 +1,7 @@
 //! Why a guest could not be run.
 
+use polder::units::GfnRange;
+
 use crate::guest::ImageError;
 use crate::scenario::ScenarioError;
 
@@ -67,6 +69,20 @@ pub enum RunError {
         /// So much.
         most: polder::units::ByteSize,
     },
+    /// Memory is to be mapped ahead where the VM has none.
+    #[error("the guest has no memory at some of guest frames {gfns}")]
+    NoMemoryThere {
+        /// The frames.
+        gfns: GfnRange,
+    },
+    /// The guest was to have no fault after its start, and would have some.
+    #[error("the guest can't be kept from faults after its start: {what}")]
+    FaultsRemain {
+        /// Why.
+        what: &'static str,
+        /// What to do about it.
+        way_out: &'static str,
+    },
     /// A thread of the VMM panicked: a fault of ours.
     #[error("a thread of the VMM panicked")]
     Panicked,
@@ -91,6 +107,10 @@ impl RunError {
                 _ => "check that /dev/kvm is KVM's and that no other hypervisor holds the CPU",
             }),
             Self::Memory(error) => error.way_out(),
+            Self::NoMemoryThere { .. } => {
+                Some("name memory that the guest has, or all of it: --prefault all")
+            }
+            Self::FaultsRemain { way_out, .. } => Some(way_out),
             Self::NoPrivateMemory => {
                 Some("use --host memfd, or a kernel with CONFIG_KVM_SW_PROTECTED_VM and TDP")
             }

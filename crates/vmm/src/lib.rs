@@ -9,6 +9,7 @@
 //! - [`Vm`]: a VM whose guest does what it is told, on memory that somebody else made.
 
 mod accesses;
+mod ahead;
 mod device;
 pub mod doctor;
 mod error;
@@ -19,6 +20,7 @@ mod kvm;
 mod machine;
 mod report;
 mod requests;
+mod roots;
 mod run;
 pub mod scenario;
 mod threads;
@@ -26,11 +28,13 @@ mod vcpu;
 mod vm;
 
 pub use accesses::{Accepting, Accesses, Changed, Rescinded};
+pub use ahead::Prefault;
 pub use error::RunError;
 pub use from::{FromConfig, FromReport, run_from};
 pub use intruder::Way;
 pub use kvm::{Conversion, check_kvm};
-pub use report::{Accelerator, End, Failure, Progress, Report, Supervision};
+pub use report::{Accelerator, Ahead, End, Failure, Progress, Report, Supervision};
 pub use requests::{Expected, Next, Requests};
+pub use roots::GuestRoot;
 pub use run::{Config, run};
 pub use vm::{Ended, IdleVcpu, Vm};

@@ -34,6 +34,7 @@ impl From<GuestExit> for Stop {
             GuestExit::Kicked => Self::Kicked,
             GuestExit::Failed(error) => Self::Error(RunError::Memory(error)),
             GuestExit::MemoryFault(fault) => Self::Fault(fault),
+            GuestExit::PageFault(fault) => unreachable!("its tables map all of memory: {fault:?}"),
             GuestExit::NotValidated(_) => unreachable!("the guest accepts what it is given"),
         }
     }

@@ -21,6 +21,19 @@ pub struct Progress {
     pub memory: Statistics,
     /// What came from its source.
     pub source: SourceStatistics,
+    /// How far memory is mapped ahead, before the guest starts.
+    pub ahead: Option<Ahead>,
+}
+
+/// How much memory was mapped ahead of a guest, in pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Ahead {
+    /// Those done.
+    pub done: u64,
+    /// Those that were to be.
+    pub of: u64,
+    /// Of those done, those that the guest's own tables do not map.
+    pub skipped: u64,
 }
 
 /// What a supervisor says.
@@ -200,4 +213,6 @@ pub struct Report {
     pub reshaped: ReshapedCounts,
     /// What their pool had in the end, while the guest's memory was held.
     pub pool: Option<PoolCounts>,
+    /// What was mapped ahead.
+    pub ahead: Option<Ahead>,
 }

@@ -8,6 +8,7 @@ use polder::units::{ByteSize, Gfn, GfnRange, Gpa, PAGE_BYTES, PageRange};
 use polder::{Contents, Delays, HostKind, Memory, OnBusy, PageSize, Visibility, VmId};
 
 use crate::RunError;
+use crate::ahead::{self, Prefault};
 use crate::guest::{Chunk, Image, Program, Transport};
 use crate::kvm::{self, Conversion};
 use crate::report::{Accelerator, End, Failure, Progress, Report, Supervision};
@@ -32,6 +33,60 @@ pub struct Config {
     pub program: Program,
     /// By how much each stage of an operation is held up, at most: [`polder::Delays`].
     pub delays: Option<Duration>,
+    /// What is mapped ahead of the guest.
+    pub prefault: Option<Prefault>,
+    /// The guest is to have no fault after its start: all is mapped ahead, and checked, or the run
+    /// is refused.
+    pub no_faults: bool,
+}
+
+impl Config {
+    /// What is mapped ahead: all of it, before the start, where no fault may come after that.
+    fn ahead(&self) -> Option<Prefault> {
+        let all = Prefault { gfns: None, running: false };
+        if self.no_faults { Some(all) } else { self.prefault }
+    }
+
+    /// Where no fault may come: keeps the memory from being reclaimed, and looks whether all of it is
+    /// mapped.
+    fn check_mapped(
+        &self,
+        (memory, id): (&Memory, VmId),
+        vcpu: Option<polder::Vcpu<'_>>,
+    ) -> Result<(), RunError> {
+        let (true, Some(vcpu)) = (self.no_faults, vcpu) else { return Ok(()) };
+        memory.lock().map_err(RunError::Memory)?;
+        // What is mapped already is done at once, and what is not would make a page.
+        let again = Prefault { gfns: None, running: false };
+        let mapped = again.map((memory, id), vcpu, |_| Supervision::GoOn)?;
+        let resident = memory.resident().map_err(RunError::Memory)?;
+        let all = mapped.is_ok_and(|ahead| ahead.done == ahead.of && ahead.skipped == 0);
+        if all && resident >= memory.pages() {
+            return Ok(());
+        }
+        Err(RunError::FaultsRemain {
+            what: "some of its memory was not mapped, or not any more",
+            way_out: "free memory, so that the kernel has no need to reclaim any",
+        })
+    }
+}
+
+/// Refuses a run in which the guest would have faults after its start, whatever is mapped before.
+fn check_no_faults(config: &Config, vm: Option<&kvm_ioctls::VmFd>) -> Result<(), RunError> {
+    let refused = |what, way_out| Err(RunError::FaultsRemain { what, way_out });
+    let converts = matches!(config.program, Program::SelfTest | Program::Flood);
+    match (config.host, vm) {
+        (_, Some(vm)) if !polder_linux::can_pre_fault(vm) => refused(
+            "this KVM can't map memory ahead (KVM_PRE_FAULT_MEMORY): each page's first touch costs \
+             a fault of KVM's own",
+            "use a KVM with TDP, Linux 6.11 or newer; or --prefault all, which leaves those faults",
+        ),
+        (HostKind::GuestMemfd | HostKind::Machine, _) if converts => refused(
+            "it converts pages, and a conversion takes them out of stage 2 on this host",
+            "use --guest spin, or --host memfd, where a conversion leaves the guest's mapping",
+        ),
+        _ => Ok(()),
+    }
 }
 
 /// Runs a guest to its end, or until the supervisor has it stopped.
@@ -82,13 +137,24 @@ fn run_on_kvm(
     let churn = scenario.layout().churn;
     let private = (conversions.initial() == Visibility::Private).then_some(churn);
     let threads = Threads::new(&memory, id, private)?;
-    let ended = threads.run_on_kvm(vcpus, supervise)?;
+    if config.no_faults {
+        check_no_faults(config, Some(&vm))?;
+    }
+    // KVM's number of it is the next one.
+    let idle = config.ahead().map(|_| kvm::idle_vcpu(&kvm, &vm, config.vcpus)).transpose()?;
+    let idle = idle.as_ref().map(polder::Vcpu::from);
+    let of = ((&memory, id), &threads);
+    let (ended, ahead) = ahead::run(config.ahead(), of, idle, supervise, |supervise| {
+        config.check_mapped((&memory, id), idle)?;
+        threads.run_on_kvm(vcpus, supervise)
+    })?;
     let conversion_by = match transport {
         Transport::Port => Conversion::Port,
         Transport::Vmcall | Transport::Vmmcall => Conversion::Hypercall,
     };
     let least = least_checks(config, scenario);
-    report(&memory, (Accelerator::Kvm, conversion_by), ended, (scenario, least))
+    let by = (Accelerator::Kvm, conversion_by);
+    Ok(Report { ahead, ..report(&memory, by, ended, (scenario, least))? })
 }
 
 fn run_on_machine(
@@ -103,9 +169,19 @@ fn run_on_machine(
     let vcpus = vcpus.collect::<Result<Vec<_>, _>>().map_err(RunError::Memory)?;
     let threads = Threads::new(&memory, id, Some(scenario.layout().churn))?;
     let programs = scenario.programs();
-    let ended = threads.run_on_machine(vcpus, config.program, programs, supervise)?;
+    if config.no_faults {
+        check_no_faults(config, None)?;
+    }
+    let idle = memory.machine_vcpu(id).map_err(RunError::Memory)?;
+    let idle = Some(polder::Vcpu::from(&idle));
+    let of = ((&memory, id), &threads);
+    let (ended, ahead) = ahead::run(config.ahead(), of, idle, supervise, |supervise| {
+        config.check_mapped((&memory, id), idle)?;
+        threads.run_on_machine(vcpus, config.program, programs, supervise)
+    })?;
     let by = (Accelerator::Machine, Conversion::Hypercall);
-    report(&memory, by, ended, (scenario, least_checks(config, scenario)))
+    let told = (scenario, least_checks(config, scenario));
+    Ok(Report { ahead, ..report(&memory, by, ended, told)? })
 }
 
 /// Memory as the scenario has it, bound to a VM; its contents are owed where a host can have that.
@@ -164,6 +240,7 @@ fn report(
         levels: memory.levels(),
         reshaped: memory.reshaped(),
         pool: memory.pool(),
+        ahead: None,
     })
 }
 

@@ -195,12 +195,9 @@ impl<'a> Threads<'a> {
         }
     }
 
-    fn progress(&self) -> Progress {
-        Progress {
-            exits: self.exits.load(Ordering::Relaxed),
-            memory: self.memory.statistics(),
-            source: self.memory.source_statistics(),
-        }
+    pub(crate) fn progress(&self) -> Progress {
+        let (exits, memory) = (self.exits.load(Ordering::Relaxed), self.memory.statistics());
+        Progress { exits, memory, source: self.memory.source_statistics(), ahead: None }
     }
 
     /// Tries pages that are private for good, one after the other, until the end.

@@ -12,6 +12,7 @@ use polder::{
 
 use crate::guest::{Chunk, Image, Program, Transport};
 use crate::requests::Expected;
+use crate::roots::GuestRoot;
 use crate::scenario::{BOOT_END, Op, ScenarioError, VCPUS_MAX};
 use crate::threads::Threads;
 use crate::vcpu::Ran;
@@ -27,7 +28,7 @@ pub struct Vm(Kind);
 
 enum Kind {
     Kvm(Box<KvmVm>),
-    Machine,
+    Machine(GuestRoot),
 }
 
 struct KvmVm {
@@ -92,8 +93,13 @@ impl Vm {
     pub fn new(host: HostKind) -> Result<Self, RunError> {
         Ok(Self(match host {
             HostKind::Memfd | HostKind::GuestMemfd => Kind::Kvm(Box::new(KvmVm::new(host)?)),
-            HostKind::Machine => Kind::Machine,
+            HostKind::Machine => Kind::Machine(GuestRoot::Tdp),
         }))
+    }
+
+    /// A VM for memory on the simulated machine, whose guests run on `root`.
+    pub const fn on(root: GuestRoot) -> Self {
+        Self(Kind::Machine(root))
     }
 
     /// Makes the VM known to memory, to bind its pages to. On the simulated machine each memory
@@ -102,14 +108,19 @@ impl Vm {
     /// # Errors
     /// [`polder::Error::WrongVm`] for memory of another kind of host.
     pub fn attach(&self, memory: &Memory) -> Result<VmId, polder::Error> {
-        memory.attach(self.fd())
+        let id = memory.attach(self.fd())?;
+        match &self.0 {
+            Kind::Kvm(_) => {}
+            Kind::Machine(root) => root.set_up(memory, id)?,
+        }
+        Ok(id)
     }
 
     /// The VM, as a host knows it.
     pub fn fd(&self) -> polder::Vm {
         match &self.0 {
             Kind::Kvm(vm) => Arc::clone(&vm.fd).into(),
-            Kind::Machine => polder::Vm::Machine,
+            Kind::Machine(root) => root.vm(),
         }
     }
 
@@ -117,7 +128,7 @@ impl Vm {
     pub fn kvm(&self) -> Option<&Arc<VmFd>> {
         match &self.0 {
             Kind::Kvm(vm) => Some(&vm.fd),
-            Kind::Machine => None,
+            Kind::Machine(_) => None,
         }
     }
 
@@ -125,7 +136,7 @@ impl Vm {
     pub fn slots(&self) -> u32 {
         match &self.0 {
             Kind::Kvm(vm) => slots(&vm.kvm) - 1,
-            Kind::Machine => u32::MAX,
+            Kind::Machine(_) => u32::MAX,
         }
     }
 
@@ -139,8 +150,8 @@ impl Vm {
                 let fresh = vm.next_vcpu.fetch_add(1, Ordering::Relaxed);
                 Ok(IdleVcpu::Kvm(kvm::idle_vcpu(&vm.kvm, &vm.fd, fresh)?))
             }
-            Kind::Machine => {
-                Ok(IdleVcpu::Machine(memory.machine_vcpu(id).map_err(RunError::Memory)?))
+            Kind::Machine(root) => {
+                Ok(IdleVcpu::Machine(vcpu_on(*root, memory, id).map_err(RunError::Memory)?))
             }
         }
     }
@@ -189,8 +200,8 @@ impl Vm {
         }
         let (end, ran) = match &self.0 {
             Kind::Kvm(vm) => vm.run(threads, programs, supervise)?,
-            Kind::Machine => {
-                let vcpus = programs.iter().map(|_| memory.machine_vcpu(id));
+            Kind::Machine(root) => {
+                let vcpus = programs.iter().map(|_| vcpu_on(*root, memory, id));
                 let vcpus = vcpus.collect::<Result<Vec<_>, _>>().map_err(RunError::Memory)?;
                 threads.run_on_machine(vcpus, Program::SelfTest, programs, supervise)?
             }
@@ -201,6 +212,13 @@ impl Vm {
             faults: ran.into_iter().flat_map(|ran| ran.faults).collect(),
         })
     }
+}
+
+/// A vCPU of the simulated machine that runs on `root`.
+fn vcpu_on(root: GuestRoot, memory: &Memory, id: VmId) -> Result<MachineVcpu, polder::Error> {
+    let vcpu = memory.machine_vcpu(id)?;
+    root.load(&vcpu)?;
+    Ok(vcpu)
 }
 
 impl KvmVm {
@@ -277,7 +295,7 @@ impl fmt::Debug for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Kvm(_) => "kvm",
-            Self::Machine => "machine",
+            Self::Machine(_) => "machine",
         })
     }
 }

@@ -1,7 +1,7 @@
 //! What a host gives to the cases.
 
-use polder::units::{Gpa, Level, PageIndex, PageRange};
-use polder::{HostKind, Memory, MemoryFault, Platform, Visibility, VmId};
+use polder::units::{GfnRange, Gpa, Level, PageIndex, PageRange};
+use polder::{Error, HostKind, Memory, MemoryFault, Platform, Prefaulted, Visibility, VmId};
 use polder_vmm::scenario::Op;
 use polder_vmm::{Ended, IdleVcpu};
 
@@ -104,6 +104,19 @@ pub trait Guest: Sync {
 
     /// A vCPU of the VM that runs no guest, to map memory ahead for.
     fn vcpu(&self, memory: (&Memory, VmId)) -> IdleVcpu;
+
+    /// Has memory mapped ahead for a vCPU of the VM at the pages at which its guest has `gfns`.
+    ///
+    /// # Errors
+    /// As [`Memory::prefault`].
+    fn prefault(
+        &self,
+        (memory, vm): (&Memory, VmId),
+        vcpu: &IdleVcpu,
+        gfns: GfnRange,
+    ) -> Result<Prefaulted, Error> {
+        memory.prefault(vm, vcpu, gfns)
+    }
 
     /// One access of the guest's to the word at `gpa`, as to private or to shared memory where the
     /// platform tells them apart: writes `value`, if there is one, and returns the word.

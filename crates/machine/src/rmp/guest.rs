@@ -63,7 +63,12 @@ impl Vcpu<'_> {
             return Ok(Err(RmpFail::Input));
         }
         let Some(found) = self.table.get(gfn.get()) else {
-            return Err(Exit::Fault(GuestFault { gfn, write: false, side: Side::Private }));
+            return Err(Exit::Fault(GuestFault {
+                gfn,
+                page: gfn.get(),
+                write: false,
+                side: Side::Private,
+            }));
         };
         let pfn: Pfn = frame_at(found.entry.pfn, gfn.get() - found.start);
         let mapped = found.level;

@@ -8,7 +8,8 @@ use polder_units::{Gfn, Gpa, Level};
 use crate::{Rig, gfns, gpa, page, pages};
 
 fn fault(gfn: u32, write: bool) -> Exit {
-    Exit::Fault(GuestFault { gfn: Gfn::from(gfn), write, side: Side::Shared })
+    let page = gfn.into();
+    Exit::Fault(GuestFault { gfn: Gfn::from(gfn), page, write, side: Side::Shared })
 }
 
 fn read(rig: &mut Rig, vcpu: usize, gfn: u32) -> Result<u64, Exit> {

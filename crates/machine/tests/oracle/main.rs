@@ -58,6 +58,7 @@ impl Rig {
             geometry: geometry(),
             contents,
             tlb_entries: 4,
+            accessed_dirty: true,
         };
         let mut machine = Machine::new(config).unwrap();
         let object = machine.create_object(PageCount::new(PAGES).unwrap()).unwrap();

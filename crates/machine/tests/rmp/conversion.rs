@@ -29,6 +29,7 @@ fn serve(rig: &mut Rig, exit: Exit) {
         }
         Exit::Request(Request::MapGpaRange { range, side }) => convert(rig, range, side),
         Exit::Halted => {}
+        other => panic!("no program of these does this: {other}"),
     }
 }
 

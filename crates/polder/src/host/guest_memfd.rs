@@ -40,7 +40,7 @@ use polder_linux::{Errno, GuestMemfd, KvmSlot, PrivateMemory, can_pre_fault, set
 use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
 use super::views::{MemfdViews, Views, outside};
-use super::{Host, HostKind, Vm, map_ahead, total};
+use super::{Host, HostKind, Shown, Vm, map_ahead, total};
 use crate::sync::Mutex;
 use crate::{Error, PageSize, Vcpu};
 
@@ -349,9 +349,9 @@ impl Host for GuestMemfdHost {
         &self,
         vm: VmId,
         vcpu: Vcpu<'_>,
-        (gfns, _): (GfnRange, Visibility),
+        shown: Shown,
         _: PageRange,
-    ) -> Result<u64, Error> {
+    ) -> Result<(u64, u64), Error> {
         // Nothing is ever owed, so that KVM waits for nobody here. A conversion waits: what a
         // frame is does not change under KVM, which would refuse it then.
         let fd = self.state.lock().vms.get(&vm).map(Arc::clone).ok_or(Error::NoSuchVm)?;
@@ -362,7 +362,7 @@ impl Host for GuestMemfdHost {
                 way_out: "use Linux 6.11 or newer, or do without",
             });
         }
-        map_ahead(vcpu, gfns)
+        Ok((map_ahead(vcpu, shown.gfns)?, 0))
     }
 
     fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {

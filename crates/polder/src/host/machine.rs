@@ -23,19 +23,20 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use polder_engine::pool::PoolCounts;
-use polder_engine::{
-    FolioCounts, GuestAccess, Holder, Platform, Refusal, Slot, Step, View, Visibility, VmId,
-};
+use polder_engine::{FolioCounts, GuestAccess, Holder, Platform, Refusal, Slot, Step, View, VmId};
 use polder_linux::Errno;
 use polder_machine::{
     Backing, Config, LockOwner, Machine, ObjectId, ProcessId, View as Vma, VpnRange,
 };
-use polder_units::{Gfn, GfnRange, Level, PageCount, PageIndex, PageRange, Pfn, PfnRange};
+use polder_units::{
+    AddressSpace, Gfn, GfnRange, Level, PageCount, PageIndex, PageRange, Pfn, PfnRange,
+};
 
 use self::rmp::Rmp;
 use super::views::Views;
-use super::{Host, Smashed, Vm, failed};
+use super::{Faulted, Host, Shown, Smashed, Translated, Vm, failed};
 use crate::huge_pool::HugePool;
+use crate::prefault::Span;
 use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::{Error, Vcpu};
 
@@ -386,12 +387,17 @@ impl Host for MachineHost {
     }
 
     fn attach(&self, id: VmId, vm: Vm) -> Result<(), Error> {
-        let Vm::Machine = vm else {
-            return Err(Error::WrongVm { host: super::HostKind::Machine });
-        };
-        let vm = match &self.rmp {
-            None => self.lock().create_vm(),
-            Some(_) => {
+        let vm = match (&self.rmp, vm) {
+            (_, Vm::Kvm(_)) => return Err(Error::WrongVm { host: super::HostKind::Machine }),
+            (None, Vm::Machine) => self.lock().create_vm(),
+            (None, Vm::MachineWithoutTdp) => self.lock().create_vm_without_tdp(),
+            (Some(_), Vm::MachineWithoutTdp) => {
+                return Err(Error::NotOffered {
+                    what: "an SNP guest needs a CPU with two-dimensional paging",
+                    way_out: "attach an ordinary VM of the machine",
+                });
+            }
+            (Some(_), Vm::Machine) => {
                 let asid = rmp::asid(id)?;
                 self.lock().create_snp_vm(asid)
             }
@@ -425,8 +431,15 @@ impl Host for MachineHost {
         Ok(())
     }
 
-    fn map_guest(&self, id: VmId, access: GuestAccess, range: PageRange) -> Result<(), Error> {
-        if !matches!(self.map(id, access, range)?, stage2::Tried::Mapped(_)) {
+    fn map_guest(
+        &self,
+        id: VmId,
+        access: GuestAccess,
+        faulted: Option<Faulted>,
+        range: PageRange,
+    ) -> Result<(), Error> {
+        let at = stage2::At::of(faulted, access.gfn);
+        if !matches!(self.map(id, access, at, range)?, stage2::Tried::Mapped(_)) {
             // The guest faults again; let go on whom it would only meet once more.
             crate::sync::yield_now();
         }
@@ -437,10 +450,26 @@ impl Host for MachineHost {
         &self,
         id: VmId,
         vcpu: Vcpu<'_>,
-        gfns: (GfnRange, Visibility),
+        shown: Shown,
         range: PageRange,
-    ) -> Result<u64, Error> {
-        self.show_all((id, vcpu), gfns, range)
+    ) -> Result<(u64, u64), Error> {
+        self.show_all((id, vcpu), shown, range)
+    }
+
+    fn translate(&self, vcpu: Vcpu<'_>, span: Span, most: u64) -> Result<Translated, Error> {
+        self.translated(vcpu, span, most)
+    }
+
+    fn aliases(
+        &self,
+        vcpu: Vcpu<'_>,
+        gfns: GfnRange,
+    ) -> Result<(AddressSpace, Vec<(u64, GfnRange)>), Error> {
+        self.shown_at(vcpu, gfns)
+    }
+
+    fn ready(&self, range: PageRange) -> Result<(), Error> {
+        self.allocate(&mut self.lock(), range)
     }
 
     fn smash(&self, id: VmId, gfn: Gfn, within: PageRange) -> Result<Smashed, Error> {

@@ -21,12 +21,12 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 use polder_engine::pool::PoolCounts;
-use polder_engine::{FolioCounts, Slot, Step, Visibility, VmId};
+use polder_engine::{FolioCounts, Slot, Step, VmId};
 use polder_linux::{HugetlbPool, KvmSlot, can_pre_fault};
 use polder_units::{Geometry, Gfn, GfnRange, Level, PageCount, PageRange};
 
 use super::views::{MemfdViews, Views};
-use super::{Host, HostKind, Vm, map_ahead};
+use super::{Host, HostKind, Shown, Vm, map_ahead};
 use crate::sync::Mutex;
 use crate::{Error, PageSize, Vcpu};
 
@@ -109,11 +109,11 @@ impl Host for MemfdHost {
         &self,
         _: VmId,
         _: Vcpu<'_>,
-        (gfns, _): (GfnRange, Visibility),
+        shown: Shown,
         range: PageRange,
-    ) -> Result<u64, Error> {
+    ) -> Result<(u64, u64), Error> {
         self.views.show(range)?;
-        Ok(gfns.end())
+        Ok((shown.gfns.end(), 0))
     }
 
     /// KVM touches the guest view: where a page was lost there since (a discard, reclaim), and that
@@ -124,6 +124,10 @@ impl Host for MemfdHost {
         // Without TDP the guest's own tables say what stage 2 maps where: the first touch costs a
         // fault of KVM's, whose answer is in the guest view.
         if can_pre_fault(&fd) { map_ahead(vcpu, gfns) } else { Ok(gfns.end()) }
+    }
+
+    fn lock_memory(&self) -> Result<(), Error> {
+        Ok(self.views.guest_view().lock()?)
     }
 
     fn settle(&self, failed: &[PageRange]) -> Result<(), Error> {

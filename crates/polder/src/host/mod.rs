@@ -13,9 +13,10 @@ use kvm_ioctls::VmFd;
 use polder_engine::pool::PoolCounts;
 use polder_engine::{FolioCounts, GuestAccess, Slot, Step, Visibility, VmId};
 use polder_linux::Errno;
-use polder_units::{Gfn, GfnRange, PageCount, PageRange};
+use polder_units::{AddressSpace, Gfn, GfnRange, PageCount, PageRange};
 
 use self::views::Views;
+use crate::prefault::Span;
 use crate::{Error, Vcpu};
 
 /// Which host.
@@ -76,6 +77,9 @@ pub enum Vm {
     Kvm(Arc<VmFd>),
     /// A new VM of the simulated machine.
     Machine,
+    /// The same on a CPU without two-dimensional paging: where its guest has page tables
+    /// ([`MachineVcpu::carry_out`](crate::MachineVcpu::carry_out)), these are shadowed. Not of SNP.
+    MachineWithoutTdp,
 }
 
 impl From<Arc<VmFd>> for Vm {
@@ -104,21 +108,58 @@ pub(crate) trait Host: Send + Sync {
 
     /// Maps the largest page around the frame accessed for the guest that the host can, all of it in
     /// `range`, whose pages are of the kind accessed. KVM maps by itself.
-    fn map_guest(&self, _: VmId, _: GuestAccess, _range: PageRange) -> Result<(), Error> {
+    fn map_guest(
+        &self,
+        _: VmId,
+        _: GuestAccess,
+        _: Option<Faulted>,
+        _range: PageRange,
+    ) -> Result<(), Error> {
         Ok(())
     }
 
-    /// Has whole pages ready for a guest's touches of `gfns`, at which they are bound: in the guest
-    /// view, in stage 2. All are of one kind. Returns the frame at which it stopped, by number. Called with an answer in flight on `range`, which has the
-    /// pages behind them and, with an RMP, perhaps more around them; and while no slot changes. If
-    /// it fails it may have done a part.
+    /// Where the first pages of a span are in the vCPU's guest-physical space, `most` at most: a run
+    /// of frames, pages that its guest's tables do not map, or the frame of a table to read first.
+    ///
+    /// # Errors
+    /// [`Error::OtherRoot`] for a space that the vCPU's root does not translate.
+    fn translate(&self, _: Vcpu<'_>, span: Span, most: u64) -> Result<Translated, Error> {
+        check_gpa(span.space)?;
+        let end = span.end.min(span.start.saturating_add(most));
+        let gfns = GfnRange::between(span.start, end).expect("some pages of the span");
+        Ok(Translated::At(gfns))
+    }
+
+    /// Where the vCPU's root has guest frames: the space, and runs of them with the number of the
+    /// first page that each shows at.
+    ///
+    /// # Errors
+    /// [`Error::NotOffered`] if there is too much to look at.
+    fn aliases(
+        &self,
+        _: Vcpu<'_>,
+        gfns: GfnRange,
+    ) -> Result<(AddressSpace, Vec<(u64, GfnRange)>), Error> {
+        Ok((AddressSpace::Gpa, vec![(gfns.start().get(), gfns)]))
+    }
+
+    /// Has whole pages ready for a guest's touches of `shown`: in the guest view, in the tables of
+    /// the vCPU's root. Returns the frame at which it stopped, by number, and how many before it it
+    /// left out. Called with an answer in flight on `range`, which has the pages behind them and,
+    /// with an RMP, perhaps more around them; and while no slot changes. If it fails it may have done
+    /// a part.
     fn show(
         &self,
         vm: VmId,
         vcpu: Vcpu<'_>,
-        gfns: (GfnRange, Visibility),
+        shown: Shown,
         range: PageRange,
-    ) -> Result<u64, Error>;
+    ) -> Result<(u64, u64), Error>;
+
+    /// Has pages with a guest's table ready to be read, with an answer in flight on them.
+    fn ready(&self, _range: PageRange) -> Result<(), Error> {
+        Ok(())
+    }
 
     /// Does what is left to do for `gfns`, which were shown, once that answer is given back: what
     /// may have to wait for an answer itself. Returns the frame at which it stopped, by number.
@@ -136,6 +177,11 @@ pub(crate) trait Host: Send + Sync {
     /// What became of RMP entries: (installed large, merged, left at 4K by a merge).
     fn rmp_counts(&self) -> [u64; 3] {
         [0; 3]
+    }
+
+    /// Keeps the guest view from being reclaimed.
+    fn lock_memory(&self) -> Result<(), Error> {
+        Ok(())
     }
 
     /// Stops watching the guest's touches: nothing is owed any more but `failed`, for good.
@@ -171,6 +217,39 @@ pub(crate) trait Host: Send + Sync {
     }
 }
 
+/// Who faulted on the simulated machine, and how.
+pub(crate) type Faulted = (polder_machine::VcpuId, polder_machine::GuestFault);
+
+/// Guest frames that are to be shown, all of one kind, and at which page of the space that the
+/// vCPU's root translates the first is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shown {
+    pub(crate) page: u64,
+    pub(crate) gfns: GfnRange,
+    pub(crate) visibility: Visibility,
+}
+
+/// Where pages of a vCPU's root are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Translated {
+    /// In these frames, in order.
+    At(GfnRange),
+    /// So many of them nowhere.
+    Nowhere(u64),
+    /// The table in this frame has no memory yet.
+    Table(Gfn),
+}
+
+/// Refuses other addresses than guest-physical ones.
+fn check_gpa(asked: AddressSpace) -> Result<(), Error> {
+    match asked {
+        AddressSpace::Gpa => Ok(()),
+        asked => {
+            Err(Error::OtherRoot { asked, root: "kvm's".to_owned(), translates: AddressSpace::Gpa })
+        }
+    }
+}
+
 /// How many pages runs are of, counted as often as they occur.
 fn total(runs: &[PageRange]) -> PageCount {
     let total = runs.iter().fold(0u64, |sum, run| sum.saturating_add(run.count().get()));
@@ -200,6 +279,6 @@ pub(crate) enum Smashed {
     Busy,
 }
 
-fn failed(call: &'static str, errno: Errno) -> Error {
+pub(crate) fn failed(call: &'static str, errno: Errno) -> Error {
     Error::Host(polder_linux::Error { call, range: None, errno })
 }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use polder::units::{GfnRange, PageRange};
+use polder::units::{GfnRange, PageCount, PageRange};
 use polder::{Error, Memory, OnBusy, Platform, Prefaulted, Refusal, Slot, Visibility};
 use polder_vmm::IdleVcpu;
 use polder_vmm::scenario::Visibility as Side;
@@ -51,17 +51,17 @@ fn vcpu(bound: &Bound) -> IdleVcpu {
 
 /// Prefaults pages that are bound from [`BASE`] on.
 fn prefault(bound: &Bound, vcpu: &IdleVcpu, range: PageRange) -> Result<Prefaulted, Error> {
-    bound.memory.prefault(bound.vm, vcpu, gfns(range))
+    bound.guest.prefault((&bound.memory, bound.vm), vcpu, gfns(range))
 }
 
 /// All of a range was done.
 fn whole(range: PageRange) -> Result<Prefaulted, Error> {
-    Ok(Prefaulted { done: gfns(range), left: None })
+    Ok(Prefaulted { done: gfns(range), skipped: PageCount::ZERO, left: None })
 }
 
 /// A part was, and what follows on it was not.
 fn part(done: PageRange, left: PageRange) -> Result<Prefaulted, Error> {
-    Ok(Prefaulted { done: gfns(done), left: Some(gfns(left)) })
+    Ok(Prefaulted { done: gfns(done), skipped: PageCount::ZERO, left: Some(gfns(left)) })
 }
 
 /// Checks that `pages` pages of memory were made since `before`, by the host's own account.
@@ -175,7 +175,8 @@ fn beyond(w: &World<'_>) -> Ran {
     let (memory, vcpu) = (&bound.memory, vcpu(&bound));
     for (start, end) in [(BASE + 16, BASE + 17), (BASE - 1, BASE + 16), (1 << 30, 1 << 31)] {
         let gfns = GfnRange::between(start, end).expect("frames");
-        let refused = memory.prefault(bound.vm, &vcpu, gfns).expect_err("no slot is there");
+        let refused = bound.guest.prefault((memory, bound.vm), &vcpu, gfns);
+        let refused = refused.expect_err("no slot is there");
         assert_eq!(refused, Refusal::NoSlot { gfn: gfn(start) }.into());
         assert_eq!(refused.errno() as i32, 2, "ENOENT");
     }
@@ -242,7 +243,7 @@ fn gone(w: &World<'_>) -> Ran {
     let (met, refused) = (AtomicBool::new(false), AtomicBool::new(false));
     let vcpu = vcpu(&bound);
     let again = || match prefault(&bound, &vcpu, pages(0, 600)) {
-        Ok(Prefaulted { done, left }) => {
+        Ok(Prefaulted { done, left, .. }) => {
             assert_eq!(done.start(), gfn(BASE));
             assert_eq!(left.map_or(done.end(), |left| left.end()), BASE + 600);
             met.store(true, Ordering::Relaxed);

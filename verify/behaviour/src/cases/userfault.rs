@@ -24,7 +24,7 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Userfault, "guest and host that touch one page have it read once", once),
     Case::new(Userfault, "an access of the API waits for the source", api),
     Case::new(Userfault, "with read-ahead off, what nobody touches is not read", alone),
-    Case::new(Userfault, "a source that fails denies its pages to all, and no others", fails),
+    Case::new(Userfault, "a page that a source can't read is denied to all, and no other", fails),
     Case::new(Userfault, "a source that panics, ends or lies fails in the same way", lies),
     Case::new(Userfault, "who waits for a source longer than the deadline is denied", late),
     Case::new(Userfault, "while a source does not answer, other faults are", others),

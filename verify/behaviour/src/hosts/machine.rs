@@ -6,10 +6,12 @@ use polder::machine::{
     GupFast, GupStep, HostExit, HostPte, Hva, LockOwner, PinId, PinKind, Plant, RmpEntry, RmpSize,
     Thread, Vpn, VpnRange,
 };
-use polder::units::{Gpa, Level, PAGE_SIZE, PageIndex, PageRange};
-use polder::{Bug, GuestExit, HostKind, Memory, MemoryFault, Platform, Visibility, VmId};
+use polder::units::{GfnRange, Gpa, Level, PAGE_SIZE, PageIndex, PageRange};
+use polder::{
+    Bug, Error, GuestExit, HostKind, Memory, MemoryFault, Platform, Prefaulted, Visibility, VmId,
+};
 use polder_vmm::scenario::Op;
-use polder_vmm::{Accepting, Accesses, Ended, IdleVcpu, Supervision, Vm};
+use polder_vmm::{Accepting, Accesses, Ended, GuestRoot, IdleVcpu, Supervision, Vm};
 
 use super::LOOKS;
 use crate::host::{Guest, Host, Inside, Trouble};
@@ -18,13 +20,19 @@ use crate::{Section, Skipped, cases};
 /// The simulated machine, for a kind of VM, with a bug planted or without.
 pub(super) struct Machine {
     pub(super) platform: Platform,
+    pub(super) root: GuestRoot,
     pub(super) plant: Option<Plant>,
     pub(super) bug: Option<Bug>,
 }
 
 impl Machine {
     pub(super) const fn new(platform: Platform) -> Self {
-        Self { platform, plant: None, bug: None }
+        Self { platform, root: GuestRoot::Tdp, plant: None, bug: None }
+    }
+
+    /// A plain VM whose guests run on `root`.
+    pub(super) const fn on(root: GuestRoot) -> Self {
+        Self { root, ..Self::new(Platform::Plain) }
     }
 }
 
@@ -46,6 +54,7 @@ const EITHER: &str = "without hardware that tells them apart (SNP), stage 2 lets
 const OTHER_MAPS: &str = "another process's own mapping is the kernel's to fill: the machine lets \
     it map what it likes, and hardware (SNP) refuses writes only";
 const IN_PLACE: &str = "memory is converted in place: every treatment of contents is on offer";
+const ROOT: &str = "which addresses a root translates is no affair of this section: see machine";
 const ANOTHER: &str = "this row is about another platform";
 
 /// A row and why it is not applicable.
@@ -140,7 +149,19 @@ impl Host for Machine {
         self.platform
     }
 
+    fn name(&self) -> String {
+        match (self.root, self.platform) {
+            (GuestRoot::Shadow, _) => "machine shadow".to_owned(),
+            (GuestRoot::Nested, _) => "machine nested".to_owned(),
+            (GuestRoot::Tdp, Platform::Plain) => "machine".to_owned(),
+            (GuestRoot::Tdp, platform) => format!("machine {platform}"),
+        }
+    }
+
     fn lacks(&self, section: Section) -> Option<&'static str> {
+        if self.root != GuestRoot::Tdp && section != Section::Prefault {
+            return Some(ROOT);
+        }
         let snp = self.platform == Platform::Snp;
         match section {
             Section::Rmp if !snp => Some("only memory of an SNP guest has an RMP"),
@@ -172,7 +193,7 @@ impl Host for Machine {
     }
 
     fn guest(&self) -> Result<Box<dyn Guest>, Skipped> {
-        Ok(Box::new(MachineGuest(Vm::new(self.kind()).expect("the machine needs nothing"))))
+        Ok(Box::new(MachineGuest(Vm::on(self.root), self.root)))
     }
 
     fn in_trouble(&self, trouble: Trouble, _: &mut (dyn FnMut() + Send)) -> Result<(), Skipped> {
@@ -206,7 +227,7 @@ impl Host for Machine {
 }
 
 /// A guest whose accesses the cases make one by one, as private or as shared.
-struct MachineGuest(Vm);
+struct MachineGuest(Vm, GuestRoot);
 
 impl Guest for MachineGuest {
     fn attach(&self, memory: &Memory) -> VmId {
@@ -232,6 +253,15 @@ impl Guest for MachineGuest {
 
     fn vcpu(&self, (memory, vm): (&Memory, VmId)) -> IdleVcpu {
         self.0.idle_vcpu(memory, vm).expect("memory of this host")
+    }
+
+    fn prefault(
+        &self,
+        of: (&Memory, VmId),
+        vcpu: &IdleVcpu,
+        gfns: GfnRange,
+    ) -> Result<Prefaulted, Error> {
+        self.1.prefault(of, vcpu, gfns)
     }
 
     fn access(

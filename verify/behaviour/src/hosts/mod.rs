@@ -6,6 +6,7 @@ mod memfd;
 
 use polder::machine::Plant;
 use polder::{Bug, Platform};
+use polder_vmm::GuestRoot;
 
 use crate::Host;
 
@@ -17,7 +18,9 @@ pub fn hosts() -> &'static [&'static dyn Host] {
     const PLAIN: &dyn Host = &machine::Machine::new(Platform::Plain);
     const PROTECTED: &dyn Host = &machine::Machine::new(Platform::SwProtected);
     const SNP: &dyn Host = &machine::Machine::new(Platform::Snp);
-    &[&memfd::Memfd, &guest_memfd::GuestMemfd, PLAIN, PROTECTED, SNP]
+    const SHADOW: &dyn Host = &machine::Machine::on(GuestRoot::Shadow);
+    const NESTED: &dyn Host = &machine::Machine::on(GuestRoot::Nested);
+    &[&memfd::Memfd, &guest_memfd::GuestMemfd, PLAIN, PROTECTED, SNP, SHADOW, NESTED]
 }
 
 /// The simulated machine with a bug of its own: no column of the table, but what its rows are

@@ -32,7 +32,7 @@ fn whole() -> PageRange {
 fn map(host: &MachineHost, gfn: u32, level: Level) {
     let access = GuestAccess { gfn: gfn.into(), visibility: Visibility::Private };
     let range = PageRange::enclosing(gfn.into(), level, Geometry::X86_64);
-    host.map_guest(VM, access, range).unwrap();
+    host.map_guest(VM, access, None, range).unwrap();
 }
 
 fn entry(host: &MachineHost, page: u32) -> Found {
@@ -149,7 +149,7 @@ fn a_page_that_shows_at_another_guest_frame_is_assigned_anew() {
     let all = PageRange::new(0u32.into(), PageCount::from(PAGES)).unwrap();
     host.bind(VM, Slot(0), Gfn::from(0x801), all).unwrap();
     let access = GuestAccess { gfn: 0x808u32.into(), visibility: Visibility::Private };
-    host.map_guest(VM, access, PageRange::one(7u32.into())).unwrap();
+    host.map_guest(VM, access, None, PageRange::one(7u32.into())).unwrap();
     let now = entry(&host, 7);
     assert_eq!((now.entry.gfn.get(), now.entry.size), (0x808, RmpSize::Size4K));
     assert_eq!(entry(&host, 8).entry.gfn.get(), 8, "nobody has asked for it there");
@@ -159,7 +159,7 @@ fn a_page_that_shows_at_another_guest_frame_is_assigned_anew() {
 fn mapped(host: &MachineHost, gfn: u32) -> Result<(), Error> {
     let access = GuestAccess { gfn: gfn.into(), visibility: Visibility::Private };
     let range = PageRange::enclosing(gfn.into(), Level::Size2M, Geometry::X86_64);
-    host.map_guest(VM, access, range)
+    host.map_guest(VM, access, None, range)
 }
 
 #[test]
