@@ -2,7 +2,9 @@
 
 mod bench;
 mod check;
+mod control;
 mod doctor;
+mod explain;
 mod interrupt;
 mod output;
 mod picture;
@@ -26,6 +28,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Run(run::Arguments),
+    Explain(explain::Arguments),
     Play(play::Arguments),
     Bench(bench::Arguments),
     Check(check::Arguments),
@@ -35,6 +38,7 @@ enum Command {
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Run(arguments) => run::main(&arguments),
+        Command::Explain(arguments) => explain::main(&arguments),
         Command::Play(arguments) => play::main(&arguments),
         Command::Bench(arguments) => bench::main(&arguments),
         Command::Check(arguments) => check::main(&arguments),

@@ -13,6 +13,7 @@ use polder_vmm::{
 };
 use serde_json::json;
 
+use crate::control::Control;
 use crate::run_from::{From, Run};
 use crate::trouble::Trouble;
 use crate::{interrupt, output, picture};
@@ -196,7 +197,12 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
         },
         no_faults: arguments.no_faults_after_start,
     };
-    let mut supervisor = match Supervisor::new(arguments.timeout, arguments.json) {
+    let control = Control::listen();
+    if let (Err(why), false) = (&control, arguments.json) {
+        output::note(&format!("note: `polder explain` can't reach this run: {why}"));
+    }
+    let supervisor = Supervisor::new(arguments.timeout, arguments.json, control.ok());
+    let mut supervisor = match supervisor {
         Ok(supervisor) => supervisor,
         Err(error) => {
             return Trouble::new(&error, None).print(arguments.json);
@@ -227,10 +233,11 @@ pub(crate) struct Supervisor {
     running: ProgressStyle,
     /// While memory is mapped ahead.
     ahead: ProgressStyle,
+    control: Option<Control>,
 }
 
 impl Supervisor {
-    pub(crate) fn new(timeout: u64, json: bool) -> std::io::Result<Self> {
+    pub(crate) fn new(timeout: u64, json: bool, control: Option<Control>) -> std::io::Result<Self> {
         interrupt::hear()?;
         // On standard error, and only where that is a terminal.
         let line = if json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
@@ -240,7 +247,7 @@ impl Supervisor {
             .unwrap_or_else(|_| ProgressStyle::default_bar());
         line.set_style(running.clone());
         let timeout = Duration::from_secs(timeout);
-        Ok(Self { start: now(), timeout, line, pages: None, running, ahead })
+        Ok(Self { start: now(), timeout, line, pages: None, running, ahead, control })
     }
 
     /// For memory of so many pages that is filled from a file.
@@ -253,7 +260,10 @@ impl Supervisor {
     }
 
     /// Shows how far it is; says whether to go on.
-    pub(crate) fn look(&mut self, progress: Progress) -> Supervision {
+    pub(crate) fn look(&mut self, progress: Progress<'_>) -> Supervision {
+        if let Some(control) = &mut self.control {
+            control.serve(progress.of, progress.vm, self.start.elapsed());
+        }
         let memory = progress.memory;
         let source = progress.source;
         if self.pages.is_some() {

@@ -12,6 +12,7 @@ use polder::{HostKind, PageSize, ReadAhead};
 use polder_vmm::{Accelerator, End, FromConfig, FromReport};
 use serde_json::json;
 
+use crate::control::Control;
 use crate::output;
 use crate::run::{Supervisor, ended, exit, status};
 use crate::trouble::Trouble;
@@ -78,7 +79,7 @@ impl From {
             Err(trouble) => return trouble.print(run.json),
         };
         let size = ByteSize::new(config.pages.bytes().unwrap_or(u64::MAX));
-        let supervisor = Supervisor::new(run.timeout, run.json);
+        let supervisor = Supervisor::new(run.timeout, run.json, Control::listen().ok());
         let mut supervisor = match supervisor {
             Ok(supervisor) => supervisor.of_pages(config.pages),
             Err(error) => return Trouble::new(&error, None).print(run.json),

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::fmt;
 use std::process::ExitCode;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::output;
 
@@ -12,7 +12,7 @@ use crate::output;
 const STATUS: u8 = 2;
 
 /// An error, told.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Trouble {
     what: String,
     why: Option<String>,

@@ -96,6 +96,13 @@ impl Engine {
     /// quarantine, and for a pinned page that would become private: nothing has been unmapped
     /// then. Busy where another operation holds a page.
     pub fn convert(&mut self, request: &ConversionRequest) -> Result<Start, Blocked> {
+        let begun = self.claim_for_conversion(request);
+        let &ConversionRequest { ref ranges, to, contents, by } = request;
+        self.note_refused(Activity::Conversion { to, contents, by }, ranges, &begun);
+        begun
+    }
+
+    fn claim_for_conversion(&mut self, request: &ConversionRequest) -> Result<Start, Blocked> {
         let &ConversionRequest { ref ranges, to, contents, by } = request;
         for &range in ranges {
             self.check_bounds(range)?;

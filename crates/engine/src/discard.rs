@@ -32,6 +32,12 @@ impl Engine {
     /// Refused beyond the object, for a page in quarantine and for a pinned page; busy where an
     /// operation holds a page.
     pub fn discard(&mut self, range: PageRange) -> Result<Discard, Blocked> {
+        let begun = self.claim_for_discard(range);
+        self.note_refused(Activity::Discard, &[range], &begun);
+        begun
+    }
+
+    fn claim_for_discard(&mut self, range: PageRange) -> Result<Discard, Blocked> {
         self.check_bounds(range)?;
         self.check_quarantine(range)?;
         // What a view maps as a whole it unmaps as a whole.

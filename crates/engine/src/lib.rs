@@ -38,10 +38,12 @@ mod convert;
 mod copy;
 mod discard;
 mod error;
+mod explain;
 #[cfg(feature = "explore")]
 mod explore;
 mod fault;
 mod folio;
+mod history;
 mod level;
 mod merge;
 mod operation;
@@ -72,10 +74,12 @@ pub use convert::{
 pub use copy::Copying;
 pub use discard::{Cleared, Clearing, Discard};
 pub use error::{Errno, Refusal};
+pub use explain::{Clause, Explanation, Held, LevelLimit, Pinned, Shown};
 #[cfg(feature = "explore")]
 pub use fault::InFlight;
 pub use fault::{Answer, GuestAccess, GuestAnswer, MemoryFault, Response, TouchAnswer, View};
 pub use folio::{Backing, FolioCounts, Reshaped as ReshapedCounts};
+pub use history::{Came, Past};
 pub use level::{LevelLimits, Limit};
 pub use merge::{Merged, Merging};
 pub use operation::{Activity, Blocked, OpId, Operation, Stage, Undoing};
@@ -133,6 +137,8 @@ pub struct Engine {
     failed: RangeSet,
     /// Pages whose undo failed; neither side may touch them again.
     quarantine: RangeSet,
+    /// The last operations that ended or were refused.
+    history: history::History,
     /// The bug planted in it; none, but where a checker is checked.
     plants: plant::Plants,
     /// The last id given out, to operations, answers and pins alike.
@@ -165,6 +171,7 @@ impl Engine {
             markers: <[RangeSet; 2]>::default(),
             failed: RangeSet::default(),
             quarantine: RangeSet::default(),
+            history: history::History::default(),
             plants: plant::Plants::default(),
             last_id: 0,
             config,

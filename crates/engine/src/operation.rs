@@ -20,6 +20,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use polder_units::{PageIndex, PageRange};
 
 use crate::folio::Reshape;
+use crate::history::Came;
 use crate::plant::{Bug, Plants};
 use crate::step::Undo;
 use crate::{Config, Contents, Engine, Refusal, Step, View, Visibility, VmId};
@@ -136,6 +137,8 @@ pub(crate) struct Record {
     pub(crate) asked: Vec<PageRange>,
     pub(crate) reshape: Reshape,
     progress: Progress,
+    /// Why it failed, if that is known.
+    why: Option<Refusal>,
     pub(crate) abandoned: Arc<AtomicBool>,
 }
 
@@ -177,6 +180,11 @@ enum Progress {
 }
 
 impl Record {
+    /// Whether it is on its way back.
+    pub(crate) fn is_undoing(&self) -> bool {
+        matches!(self.progress, Progress::Back { .. })
+    }
+
     pub(crate) fn is_abandoned(&self) -> bool {
         self.abandoned.load(Ordering::Acquire)
     }
@@ -243,8 +251,9 @@ impl Engine {
         let id = OpId(self.next_id());
         let abandoned = Arc::new(AtomicBool::new(false));
         let lease = Lease(Arc::clone(&abandoned));
-        let (asked, reshape) = (Vec::new(), Reshape::default());
-        let record = Record { id, activity, claims, parts, asked, reshape, progress, abandoned };
+        let (asked, reshape, why) = (Vec::new(), Reshape::default(), None);
+        let record =
+            Record { id, activity, claims, parts, asked, reshape, progress, why, abandoned };
         self.operations.push(record);
         Operation::new(id, lease)
     }
@@ -327,6 +336,11 @@ impl Engine {
         Operation::new(operation.id, operation.lease)
     }
 
+    /// Notes what it is that an operation which is being undone failed for.
+    pub fn note_reason(&mut self, operation: &Operation<Undoing>, why: Refusal) {
+        self.record_mut(operation.id).why = Some(why);
+    }
+
     /// The step to take next on the way back, or `None` when all is undone.
     pub fn next_undo(&self, operation: &Operation<Undoing>) -> Option<Step> {
         match &self.record(operation.id).progress {
@@ -373,12 +387,19 @@ impl Engine {
         for &range in &quarantined {
             self.quarantine.insert(range);
         }
+        let came = match quarantined.is_empty() {
+            true => Came::Undone(record.why),
+            false => Came::Quarantined,
+        };
+        self.history.note(record.activity, &record.claims, &came);
         quarantined
     }
 
     /// Ends an operation whose last stage is over. Returns what it was.
     pub(crate) fn finish<S>(&mut self, operation: &Operation<S>) -> Record {
-        self.end(operation.id)
+        let record = self.end(operation.id);
+        self.history.note(record.activity, &record.claims, &Came::Done);
+        record
     }
 
     /// Notes that a view holds no markers on these pages any more.

@@ -2,11 +2,12 @@
 
 use alloc::borrow::Cow;
 use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
 use core::fmt;
 
-use polder_units::PageRange;
+use polder_units::{PageIndex, PageRange};
 
-use crate::{Blocked, Engine, PageFacts, Population, Refusal, Visibility};
+use crate::{Blocked, Engine, PageFacts, Pinned, Population, Refusal, Visibility};
 
 /// How long a pin is meant to be held (Linux `Documentation/core-api/pin_user_pages.rst`).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -58,6 +59,16 @@ struct Pin {
 /// All pins held.
 #[derive(Clone, Default, Debug)]
 pub(crate) struct Pins(BTreeMap<PinId, Pin>);
+
+impl Pins {
+    /// Those on a page.
+    pub(crate) fn on(&self, page: PageIndex) -> Vec<Pinned> {
+        let pins = self.0.values().filter(|pin| pin.range.contains(page));
+        let told =
+            |pin: &Pin| Pinned { range: pin.range, kind: pin.kind, holder: pin.holder.clone() };
+        pins.map(told).collect()
+    }
+}
 
 #[cfg(feature = "explore")]
 impl Pins {

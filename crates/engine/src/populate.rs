@@ -38,6 +38,12 @@ impl Engine {
     /// first, for such a page is never owed; busy where an
     /// operation holds a page.
     pub fn populate(&mut self, range: PageRange) -> Result<Operation<Writing>, Blocked> {
+        let begun = self.claim_for_population(range);
+        self.note_refused(Activity::Population, &[range], &begun);
+        begun
+    }
+
+    fn claim_for_population(&mut self, range: PageRange) -> Result<Operation<Writing>, Blocked> {
         self.check_bounds(range)?;
         self.check_quarantine(range)?;
         if self.plants.has(Bug::ExistsWhileClaimed) && self.is_claimed(range) {

@@ -2,6 +2,7 @@
 
 mod bindings;
 mod conversion;
+mod explain;
 mod folios;
 mod oracle;
 mod population;
@@ -10,7 +11,7 @@ mod rmp;
 use std::vec;
 use std::vec::Vec;
 
-use polder_units::{Geometry, Level, PageCount, PageIndex, PageRange};
+use polder_units::{Geometry, Gfn, Level, PageCount, PageIndex, PageRange};
 
 use super::*;
 

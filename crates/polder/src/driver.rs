@@ -596,7 +596,14 @@ impl Driver {
 
     /// Undoes an operation of our own because of `error`; returns what to tell the caller.
     fn fail<S: Stage>(&self, operation: Operation<S>, error: Error) -> Error {
-        let operation = self.engine().undo(operation);
+        let operation = {
+            let mut engine = self.engine();
+            let operation = engine.undo(operation);
+            if let Error::Refused(why) = &error {
+                engine.note_reason(&operation, why.clone());
+            }
+            operation
+        };
         match self.undo(operation) {
             pages if pages.is_empty() => error,
             pages => Error::Quarantined { pages, source: Box::new(error) },

@@ -66,11 +66,27 @@ const FAULT_THREADS: usize = 4;
 
 impl Builder {
     /// On which host; the memfd one unless said.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// assert!(memory.is_in_place());
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn host(self, host: HostKind) -> Self {
         Self { host, ..self }
     }
 
     /// For which kind of VM; a plain one unless said.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Platform, units::PageCount};
+    /// let builder = Memory::builder(PageCount::from(16u32)).platform(Platform::Snp);
+    /// assert!(builder.clone().build().is_err(), "an SNP guest's memory is on the simulated machine");
+    /// let memory = builder.host(HostKind::Machine).build()?;
+    /// assert_eq!(memory.platform(), Platform::Snp);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn platform(self, platform: Platform) -> Self {
         Self { platform, ..self }
     }
@@ -94,6 +110,14 @@ impl Builder {
     /// Every page's contents are owed until [`Memory::populate`] brings them, or
     /// [`Memory::settle`] says that nothing more will come. Whoever touches such a page waits. Of an
     /// SNP guest's memory shared pages only can be owed.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::{PageCount, PageRange}};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).owed().build()?;
+    /// memory.populate(PageRange::between(0, 1).unwrap(), b"the kernel's first page")?;
+    /// memory.settle()?; // the rest is zeros
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn owed(mut self) -> Self {
         self.initial.population = Population::Owed;
         self
@@ -123,6 +147,13 @@ impl Builder {
     }
 
     /// Every page is shared at first; private unless said.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// memory.host_view().touch_write(0, b"hello")?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn shared(mut self) -> Self {
         self.initial.visibility = Visibility::Shared;
         self
@@ -135,6 +166,13 @@ impl Builder {
     /// with what to do about it; [`Error::NotOffered`] for an SNP guest's memory on another host
     /// than the simulated machine, and where its pages would be owed and private, for the guest
     /// alone can fill such; [`Error::Host`] where the kernel refuses the size.
+    ///
+    /// ```
+    /// # use polder::{Error, HostKind, Memory, Refusal, units::{PageCount, RangeError}};
+    /// let none = Memory::builder(PageCount::ZERO).host(HostKind::Machine).build();
+    /// assert_eq!(none.err(), Some(Error::Refused(Refusal::Range(RangeError::Empty))));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn build(self) -> Result<Memory, Error> {
         if self.pages.is_zero() {
             return Err(Refusal::Range(RangeError::Empty).into());
@@ -243,6 +281,14 @@ impl Memory {
     }
 
     /// Memory of `pages` pages of 4 KiB.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::ByteSize};
+    /// let size: ByteSize = "64M".parse()?;
+    /// let memory = Memory::builder(size.pages()?).host(HostKind::Machine).build()?;
+    /// assert_eq!(memory.pages().get(), 0x4000);
+    /// # Ok::<_, Box<dyn std::error::Error>>(())
+    /// ```
     pub fn builder(pages: PageCount) -> Builder {
         Builder {
             pages,
@@ -271,6 +317,14 @@ impl Memory {
     /// # Errors
     /// [`Error::WrongVm`] for the other kind; [`Error::NotOffered`] on host `guest_memfd` where
     /// this VM can't have the memory.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Vm, units::{Gfn, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// let vm = memory.attach(Vm::Machine)?;
+    /// memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn attach(&self, vm: impl Into<Vm>) -> Result<VmId, Error> {
         let id = VmId(self.vms.fetch_add(1, Ordering::Relaxed));
         self.driver.host.attach(id, vm.into())?;
@@ -281,6 +335,16 @@ impl Memory {
     ///
     /// # Errors
     /// [`Error::NotSimulated`] on another host.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Visibility, Vm, units::{Gfn, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let vcpu = memory.machine_vcpu(vm)?;
+    /// vcpu.write(Gpa::new(0x10_0000), Visibility::Private, b"the guest's own").unwrap();
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn machine_vcpu(&self, vm: VmId) -> Result<MachineVcpu, Error> {
         MachineVcpu::new(&self.driver, vm)
     }
@@ -292,6 +356,13 @@ impl Memory {
     ///
     /// # Errors
     /// [`Error::NotSimulated`] on another host.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// memory.simulated(|machine, _, _| machine.audit())?.expect("everything adds up");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn simulated<T>(
         &self,
         look: impl FnOnce(&mut polder_machine::Machine, ObjectId, ProcessId) -> T,
@@ -312,6 +383,15 @@ impl Memory {
     /// Tells somebody what happens to this memory, from now on and between its steps: a scenario,
     /// or whoever wants to see an operation from inside. Whether nobody was told before; there can
     /// be one only.
+    ///
+    /// ```
+    /// # use polder::{Delays, HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// use std::{sync::Arc, time::Duration};
+    ///
+    /// assert!(memory.watch(Arc::new(Delays::new(1, Duration::from_micros(50)))));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn watch(&self, watch: Arc<dyn Watch>) -> bool {
         self.driver.watch.set(watch).is_ok()
     }
@@ -333,6 +413,17 @@ impl Memory {
     /// [`Refusal::Beyond`], [`Refusal::SlotTaken`], [`Refusal::GfnsTaken`],
     /// [`Refusal::PagesTaken`]; [`Error::NoSuchVm`] for a VM that is not of this memory's
     /// [`Memory::attach`]; [`Error::Host`] where KVM refuses the slot.
+    ///
+    /// ```
+    /// # use polder::{Error, HostKind, Memory, Refusal, Slot, Vm, VmId, units::{Gfn, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// let vm = memory.attach(Vm::Machine)?;
+    /// let all = PageRange::between(0, 16).unwrap();
+    /// memory.bind(vm, Slot(0), Gfn::from(0x100), all)?;
+    /// let again = memory.bind(vm, Slot(0), Gfn::from(0x200), all);
+    /// assert_eq!(again, Err(Error::Refused(Refusal::SlotTaken { slot: Slot(0) })));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
         let _one_at_a_time = self.slots.write();
         self.driver.ask(|engine| engine.bind(vm, slot, gfn, pages))?;
@@ -349,6 +440,16 @@ impl Memory {
     /// # Errors
     /// [`Refusal::NoSuchSlot`]; [`Error::Host`] where KVM can't delete the slot, which is then
     /// still bound, and wishes what it did.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Vm, units::{Gfn, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// memory.unbind(vm, Slot(0))?;
+    /// assert!(memory.bindings().is_empty());
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
         let _one_at_a_time = self.slots.write();
         self.driver.unbind(vm, slot)
@@ -364,6 +465,17 @@ impl Memory {
     }
 
     /// Every binding.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Vm, units::{Gfn, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let (of, slot, binding) = memory.bindings()[0];
+    /// assert_eq!((of, slot), (vm, Slot(0)));
+    /// assert_eq!(binding.gfns().start(), Gfn::from(0x100));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn bindings(&self) -> Vec<(VmId, Slot, Binding)> {
         let engine = self.driver.engine();
         engine.bindings().map(|(vm, slot, binding)| (vm, slot, *binding)).collect()
@@ -373,6 +485,16 @@ impl Memory {
     ///
     /// # Errors
     /// [`Refusal::Unbound`] unless every frame is bound.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Vm, units::{Gfn, GfnRange, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let pages = memory.pages_of(vm, GfnRange::one(Gfn::from(0x103)))?;
+    /// assert_eq!(pages, [PageRange::between(3, 4).unwrap()]);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn pages_of(&self, vm: VmId, gfns: GfnRange) -> Result<Vec<PageRange>, Error> {
         self.driver.ask(|engine| engine.pages_of(vm, gfns))
     }
@@ -382,6 +504,19 @@ impl Memory {
     /// # Errors
     /// A [`Refusal`] naming the first page in the way and its holder, or [`Error::Host`]; nothing
     /// has changed then. [`Error::Quarantined`] if something had and could not be undone.
+    ///
+    /// ```
+    /// # use polder::{Contents, Error, Holder, HostKind, Memory, OnBusy, PinKind, Refusal, Visibility, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// let all = PageRange::between(0, 16).unwrap();
+    /// let private = || memory.convert(all, Visibility::Private, Contents::Preserve, OnBusy::Wait);
+    /// let pin = memory.pin(PageRange::between(3, 4).unwrap(), PinKind::Short, Holder::new("disk"))?;
+    /// let Err(Error::Refused(Refusal::Pinned { page, holder, .. })) = private() else { panic!() };
+    /// assert_eq!((page.get(), holder.to_string()), (3, "disk".into()));
+    /// drop(pin);
+    /// assert_eq!(private()?.get(), 16);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn convert(
         &self,
         range: PageRange,
@@ -397,6 +532,17 @@ impl Memory {
     ///
     /// # Errors
     /// As [`Memory::convert`], and [`Refusal::Unbound`].
+    ///
+    /// ```
+    /// # use polder::{Contents, HostKind, Memory, OnBusy, Slot, Visibility, Vm, units::{Gfn, GfnRange, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let frame = GfnRange::one(Gfn::from(0x102));
+    /// memory.convert_gfns(vm, frame, Visibility::Shared, Contents::Preserve, OnBusy::Wait)?;
+    /// memory.write(vm, frame.start().gpa(), b"hello")?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn convert_gfns(
         &self,
         vm: VmId,
@@ -435,6 +581,19 @@ impl Memory {
     ///
     /// # Errors
     /// [`Refusal::Unbound`] unless every frame is bound.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Visibility, Vm, units::{Gfn, GfnRange, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let frame = GfnRange::one(Gfn::from(0x102));
+    /// memory.want(vm, frame, Visibility::Shared)?;
+    /// let wish = memory.wanted(vm, frame)?[0];
+    /// assert_eq!((wish.wanted, wish.granted), (Visibility::Shared, Visibility::Private));
+    /// assert_eq!(memory.unmet().len(), 1);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn want(&self, vm: VmId, gfns: GfnRange, to: Visibility) -> Result<(), Error> {
         self.driver.claim(OnBusy::Wait, |engine| engine.want(vm, gfns, to))
     }
@@ -459,6 +618,17 @@ impl Memory {
     ///
     /// # Errors
     /// As [`Memory::convert`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, OnBusy, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// memory.host_view().touch_write(0, b"hello")?;
+    /// memory.discard(PageRange::between(0, 1).unwrap(), OnBusy::Wait)?;
+    /// let mut bytes = [1; 5];
+    /// memory.host_view().touch_read(0, &mut bytes)?;
+    /// assert_eq!(bytes, [0; 5]);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn discard(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
         self.driver.discard(range, on_busy)
     }
@@ -482,6 +652,15 @@ impl Memory {
     /// # Errors
     /// [`Refusal::Whole`] for a page whose contents are not owed, [`Error::TooManyBytes`], and as
     /// [`Memory::convert`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::{PageCount, PageRange}};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().owed().build()?;
+    /// let first = PageRange::between(0, 1).unwrap();
+    /// memory.populate(first, b"hello")?;
+    /// assert!(memory.populate(first, b"again").is_err(), "it is whole");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn populate(&self, range: PageRange, bytes: &[u8]) -> Result<(), Error> {
         if range.count().bytes().is_none_or(|size| size < bytes.len() as u64) {
             return Err(Error::TooManyBytes { range, bytes: bytes.len() });
@@ -494,6 +673,14 @@ impl Memory {
     ///
     /// # Errors
     /// [`Refusal::Whole`] for a page whose contents are not owed, [`Refusal::Beyond`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::{PageCount, PageRange}};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().owed().build()?;
+    /// memory.fail(PageRange::between(0, 1).unwrap())?;
+    /// assert!(memory.host_view().touch_read(0, &mut [0]).is_err());
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn fail(&self, range: PageRange) -> Result<(), Error> {
         self.driver.fail_source(range)
     }
@@ -503,6 +690,14 @@ impl Memory {
     /// # Errors
     /// [`Error::Host`]: it is so nevertheless, but the host goes on watching the guest's touches,
     /// which costs time. To stop that, say it again.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().owed().build()?;
+    /// memory.settle()?;
+    /// memory.host_view().touch_read(0, &mut [0])?; // would have waited
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn settle(&self) -> Result<(), Error> {
         self.driver.settle()
     }
@@ -553,6 +748,16 @@ impl Memory {
     /// # Errors
     /// [`Refusal::Private`] and the other refusals, naming the page, before anything is read;
     /// [`Error::Copy`] in the middle.
+    ///
+    /// ```
+    /// # use polder::{Error, HostKind, Memory, Refusal, Slot, Vm, units::{Gfn, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let refused = memory.read(vm, Gpa::new(0x10_0000), &mut [0; 64]);
+    /// assert_eq!(refused, Err(Error::Refused(Refusal::Private { page: 0u32.into() })));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn read(&self, vm: VmId, gpa: Gpa, into: &mut [u8]) -> Result<(), Error> {
         let mut left = into;
         self.copy(vm, gpa, left.len(), |views, offset, count| {
@@ -566,6 +771,15 @@ impl Memory {
     ///
     /// # Errors
     /// As [`Memory::read`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Vm, units::{Gfn, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// memory.write(vm, Gpa::new(0x10_0ffe), b"across two pages")?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn write(&self, vm: VmId, gpa: Gpa, from: &[u8]) -> Result<(), Error> {
         let mut left = from;
         self.copy(vm, gpa, left.len(), |views, offset, count| {
@@ -609,6 +823,18 @@ impl Memory {
     ///
     /// # Errors
     /// [`Refusal::Private`] and the other refusals, naming the page.
+    ///
+    /// ```
+    /// # use polder::{Contents, Holder, HostKind, Memory, OnBusy, PinKind, Visibility, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// let page = PageRange::between(3, 4).unwrap();
+    /// let pin = memory.pin(page, PinKind::LongTerm, Holder::new("vhost-net"))?;
+    /// let private = || memory.convert(page, Visibility::Private, Contents::Preserve, OnBusy::Wait);
+    /// assert!(private().unwrap_err().to_string().contains("vhost-net"));
+    /// drop(pin);
+    /// private()?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn pin(&self, range: PageRange, kind: PinKind, holder: Holder) -> Result<Pin<'_>, Error> {
         let pinned = |engine: &mut Engine| engine.pin(range, kind, holder.clone());
         let id = self.driver.claim(OnBusy::Wait, pinned)?;
@@ -622,6 +848,17 @@ impl Memory {
     ///
     /// # Errors
     /// [`Error::Machine`] where the simulated machine could not map the page.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, MemoryFault, Slot, Visibility, Vm, units::{Gfn, GfnRange, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let fault = memory.guest_fault(vm, Gpa::new(0x9000), Visibility::Shared)?;
+    /// assert_eq!(fault, Some(MemoryFault::Unbound(GfnRange::one(Gfn::from(9)))));
+    /// assert_eq!(memory.guest_fault(vm, Gpa::new(0x10_0000), Visibility::Private)?, None);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn guest_fault(
         &self,
         vm: VmId,
@@ -655,6 +892,15 @@ impl Memory {
     ///
     /// # Errors
     /// [`Refusal::Beyond`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Population, Visibility, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// let all = PageRange::between(0, 16).unwrap();
+    /// let [(run, facts)] = memory.facts(all)?[..] else { panic!("all are alike") };
+    /// assert_eq!((run, facts.visibility, facts.population), (all, Visibility::Private, Population::Whole));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn facts(&self, range: PageRange) -> Result<Vec<(PageRange, PageFacts)>, Error> {
         self.driver.ask(|engine| {
             engine.check_bounds(range)?;
@@ -680,6 +926,15 @@ impl Memory {
     /// # Errors
     /// [`Error::Host`]; on host `guest_memfd` with `ENOSYS` where the kernel can't count the
     /// pages of one (it lacks `cachestat`). [`Memory::existing`] then has the shared ones alone.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// memory.host_view().touch_write(0x5000, &[1])?;
+    /// assert_eq!(memory.resident()?.get(), 1);
+    /// assert_eq!(memory.existing()?[0].start().get(), 5);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn resident(&self) -> Result<PageCount, Error> {
         self.driver.host.resident()
     }
@@ -692,6 +947,15 @@ impl Memory {
 
     /// What a conversion to `to` can do at best for what is in the pages: [`Contents::Preserve`]
     /// where that is on offer, else [`Contents::Zero`], else [`Contents::Unspecified`].
+    ///
+    /// ```
+    /// # use polder::{Contents, HostKind, Memory, Platform, Visibility, units::PageCount};
+    /// let builder = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine);
+    /// let keeps = |memory: Memory| memory.keeps_most(Visibility::Shared);
+    /// assert_eq!(keeps(builder.clone().build()?), Contents::Preserve);
+    /// assert_eq!(keeps(builder.platform(Platform::Snp).build()?), Contents::Zero);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn keeps_most(&self, to: Visibility) -> Contents {
         let config = *self.driver.engine().config();
         config.platform.keeps_most(to, config.in_place)
@@ -767,6 +1031,15 @@ impl Memory {
     }
 
     /// What has happened so far.
+    ///
+    /// ```
+    /// # use polder::{Contents, HostKind, Memory, OnBusy, Visibility, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// let all = PageRange::between(0, 16).unwrap();
+    /// memory.convert(all, Visibility::Shared, Contents::Unspecified, OnBusy::Wait)?;
+    /// assert_eq!(memory.statistics().converted_pages, 16);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn statistics(&self) -> Statistics {
         self.driver.counters.read(self.driver.host.rmp_counts())
     }

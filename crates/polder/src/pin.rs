@@ -7,7 +7,17 @@ use polder_units::PageRange;
 
 use crate::Memory;
 
-/// Pages that stay shared while it is held. It can't outlive its memory.
+/// Pages that stay shared while it is held. It can't outlive its memory:
+///
+/// ```compile_fail
+/// # use polder::{Holder, HostKind, Memory, PinKind, units::{PageCount, PageRange}};
+/// let memory = Memory::builder(PageCount::from(2u32)).host(HostKind::Machine).shared().build()?;
+/// let pages = PageRange::between(0, 1).unwrap();
+/// let pin = memory.pin(pages, PinKind::Short, Holder::new("disk"))?;
+/// drop(memory); // error: cannot move out of `memory` because it is borrowed
+/// drop(pin);
+/// # Ok::<_, polder::Error>(())
+/// ```
 #[must_use = "dropping it unpins the pages"]
 pub struct Pin<'a> {
     pub(crate) memory: &'a Memory,

@@ -83,7 +83,7 @@ pub struct FromReport {
 /// A [`RunError`] with a way out.
 pub fn run_from(
     config: &FromConfig,
-    supervise: impl FnMut(Progress) -> Supervision,
+    supervise: impl FnMut(Progress<'_>) -> Supervision,
 ) -> Result<FromReport, RunError> {
     let vcpus = u8::try_from(config.vcpus).ok().filter(|vcpus| (1..=VCPUS_MAX).contains(vcpus));
     let Some(vcpus) = vcpus else {

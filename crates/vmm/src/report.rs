@@ -4,8 +4,8 @@ use std::fmt;
 
 use polder::units::{Gfn, Gpa, PageIndex, PageRange};
 use polder::{
-    FolioCounts, MemoryFault, PageFacts, PageSize, PoolCounts, ReshapedCounts, SourceStatistics,
-    Statistics,
+    FolioCounts, Memory, MemoryFault, PageFacts, PageSize, PoolCounts, ReshapedCounts,
+    SourceStatistics, Statistics, VmId,
 };
 use polder_linux::Exit;
 
@@ -13,14 +13,18 @@ use crate::intruder::Way;
 use crate::kvm::Conversion;
 
 /// What a supervisor is told, some twenty times a second.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Progress {
+#[derive(Clone, Copy, Debug)]
+pub struct Progress<'a> {
     /// Exits of the guest that were handled.
     pub exits: u64,
     /// What happened to the memory.
     pub memory: Statistics,
     /// What came from its source.
     pub source: SourceStatistics,
+    /// The memory, to be asked.
+    pub of: &'a Memory,
+    /// What it calls the guest's VM.
+    pub vm: VmId,
     /// How far memory is mapped ahead, before the guest starts.
     pub ahead: Option<Ahead>,
 }

@@ -95,7 +95,7 @@ fn check_no_faults(config: &Config, vm: Option<&kvm_ioctls::VmFd>) -> Result<(),
 /// A [`RunError`] with a way out, before the guest starts as a rule.
 pub fn run(
     config: &Config,
-    supervise: impl FnMut(Progress) -> Supervision,
+    supervise: impl FnMut(Progress<'_>) -> Supervision,
 ) -> Result<Report, RunError> {
     match config.host {
         HostKind::Memfd | HostKind::GuestMemfd => run_on_kvm(config, supervise),
@@ -112,7 +112,7 @@ fn scenario(config: &Config, conversions: Conversions) -> Result<Scenario, Scena
 
 fn run_on_kvm(
     config: &Config,
-    supervise: impl FnMut(Progress) -> Supervision,
+    supervise: impl FnMut(Progress<'_>) -> Supervision,
 ) -> Result<Report, RunError> {
     // What can't be is told before anything is asked of KVM.
     scenario(config, Conversions::KeepContents)?;
@@ -159,7 +159,7 @@ fn run_on_kvm(
 
 fn run_on_machine(
     config: &Config,
-    supervise: impl FnMut(Progress) -> Supervision,
+    supervise: impl FnMut(Progress<'_>) -> Supervision,
 ) -> Result<Report, RunError> {
     let conversions = Conversions::KeepContents;
     let scenario = &scenario(config, conversions)?;

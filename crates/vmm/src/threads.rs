@@ -60,6 +60,7 @@ impl Drop for CountOut<'_> {
 /// A guest that runs on some memory.
 pub(crate) struct Threads<'a> {
     memory: &'a Memory,
+    vm: VmId,
     requests: Requests<'a>,
     intruder: Intruder<'a>,
     /// Pages that are private for good, which the host tries all the while.
@@ -79,6 +80,7 @@ impl<'a> Threads<'a> {
         let no_file = |source| RunError::File { path: "/dev/zero", source };
         Ok(Self {
             memory,
+            vm,
             requests: Requests::new(memory, vm).map_err(no_file)?,
             intruder: Intruder::new(memory, vm).map_err(no_file)?,
             private,
@@ -98,7 +100,7 @@ impl<'a> Threads<'a> {
     pub(crate) fn run_on_kvm(
         &self,
         vcpus: Vec<(u32, VcpuFd)>,
-        supervise: impl FnMut(Progress) -> Supervision,
+        supervise: impl FnMut(Progress<'_>) -> Supervision,
     ) -> Result<(End, Vec<Ran>), RunError> {
         let kickers: Vec<Kicker> = vcpus.iter().map(|_| Kicker::default()).collect();
         let jobs = vcpus.into_iter().zip(&kickers).map(|(vcpu, kicker)| {
@@ -113,7 +115,7 @@ impl<'a> Threads<'a> {
         vcpus: Vec<MachineVcpu>,
         program: Program,
         programs: &[Vec<Op>],
-        supervise: impl FnMut(Progress) -> Supervision,
+        supervise: impl FnMut(Progress<'_>) -> Supervision,
     ) -> Result<(End, Vec<Ran>), RunError> {
         let kickers: Vec<Arc<AtomicBool>> = vcpus.iter().map(MachineVcpu::kicker).collect();
         let jobs = (0..).zip(vcpus).zip(programs).map(|((index, vcpu), ops)| {
@@ -137,7 +139,7 @@ impl<'a> Threads<'a> {
         &self,
         jobs: Vec<J>,
         kick: impl Fn(),
-        mut supervise: impl FnMut(Progress) -> Supervision,
+        mut supervise: impl FnMut(Progress<'_>) -> Supervision,
     ) -> Result<(End, Vec<Ran>), RunError> {
         let (running, supervisor) = (AtomicUsize::new(0), std::thread::current());
         let thread = |name: &str| Builder::new().name(name.to_owned());
@@ -195,9 +197,15 @@ impl<'a> Threads<'a> {
         }
     }
 
-    pub(crate) fn progress(&self) -> Progress {
-        let (exits, memory) = (self.exits.load(Ordering::Relaxed), self.memory.statistics());
-        Progress { exits, memory, source: self.memory.source_statistics(), ahead: None }
+    pub(crate) fn progress(&self) -> Progress<'_> {
+        Progress {
+            exits: self.exits.load(Ordering::Relaxed),
+            memory: self.memory.statistics(),
+            source: self.memory.source_statistics(),
+            of: self.memory,
+            vm: self.vm,
+            ahead: None,
+        }
     }
 
     /// Tries pages that are private for good, one after the other, until the end.

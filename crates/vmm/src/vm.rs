@@ -166,7 +166,7 @@ impl Vm {
         &self,
         (memory, id): (&Memory, VmId),
         programs: &[Vec<Op>],
-        supervise: impl FnMut(Progress) -> Supervision,
+        supervise: impl FnMut(Progress<'_>) -> Supervision,
     ) -> Result<Ended, RunError> {
         let threads = Threads::new(memory, id, None)?;
         self.go((memory, id), &threads, programs, supervise)
@@ -248,7 +248,7 @@ impl KvmVm {
         &self,
         threads: &Threads<'_>,
         programs: &[Vec<Op>],
-        supervise: impl FnMut(Progress) -> Supervision,
+        supervise: impl FnMut(Progress<'_>) -> Supervision,
     ) -> Result<(End, Vec<Ran>), RunError> {
         let image = Image::of_programs(programs, Program::SelfTest, self.transport)?;
         let mut boot = self.boot.lock().unwrap_or_else(PoisonError::into_inner);

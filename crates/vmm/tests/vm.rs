@@ -6,7 +6,7 @@ use polder::units::{Gfn, GfnRange, Gpa, PAGE_SIZE, PageRange};
 use polder::{HostKind, Memory, MemoryFault, OnBusy, Slot, VmId};
 use polder_require::{Facility, patience, require};
 use polder_vmm::scenario::{HostAccess, Op, Outcome, Pattern, Visibility};
-use polder_vmm::{End, Ended, Failure, Supervision, Vm};
+use polder_vmm::{End, Ended, Failure, Progress, Supervision, Vm};
 
 fn a_vm(host: HostKind) -> Option<Vm> {
     let facility = match host {
@@ -70,7 +70,7 @@ fn frames_that_the_guest_tried_before_they_were_bound_are_memory_once_they_are()
         let id = vm.attach(&memory).expect("a VM of the host's");
         let run = |op| {
             let mut left = 20 * patience(Duration::from_secs(2)).as_secs();
-            let supervise = |_| {
+            let supervise = |_: Progress<'_>| {
                 left = left.saturating_sub(1);
                 if left == 0 { Supervision::TimeOut } else { Supervision::GoOn }
             };

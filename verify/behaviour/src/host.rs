@@ -65,11 +65,37 @@ pub trait Host: Sync {
     /// contain of them: a line for each.
     fn inherited(&self, memory: &Memory) -> Vec<String>;
 
+    /// Whether a way leads to the bytes of a private page.
+    fn reaches(&self, way: Way) -> bool;
+
     /// What only a host can do that has its kernel and hardware within reach. The cases that need
     /// it are not applicable to others.
     fn inside(&self) -> Option<&dyn Inside> {
         None
     }
+}
+
+/// A way by which somebody may try to reach a private page.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Way {
+    /// A touch of the host view.
+    Pointer,
+    /// A system call that is given a part of the host view.
+    SystemCall,
+    /// A read by the API.
+    Api,
+    /// `/proc/self/mem`.
+    Mem {
+        /// Where the host view is; else where any other mapping of the memory is.
+        host_view: bool,
+    },
+    /// A second opening of the descriptors that are memory.
+    Descriptor,
+    /// `/proc/PID/mem`, by another process.
+    Traced {
+        /// As of [`Way::Mem`].
+        host_view: bool,
+    },
 }
 
 /// What goes wrong on the host.

@@ -28,8 +28,8 @@ use std::fmt;
 
 use polder_require::Facility;
 
-pub use cases::cases;
-pub use host::{Guest, Host, Inside, Trouble};
+pub use cases::{cases, way_of};
+pub use host::{Guest, Host, Inside, Trouble, Way};
 pub use hosts::{hosts, planted, planted_in_engine};
 pub use table::{Cell, cell, render};
 pub use verdict::{Verdict, run, run_within};
@@ -60,13 +60,15 @@ pub enum Section {
     KernelAccess,
     /// Mapping for a guest ahead of its touches.
     Prefault,
+    /// Who reaches a private page.
+    Reach,
     /// What the kernel's own selftests assert, through the kernel's interface.
     Selftests,
 }
 
 impl Section {
     /// Every section, in the table's order.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Create,
         Self::Bind,
         Self::HostView,
@@ -78,6 +80,7 @@ impl Section {
         Self::Userfault,
         Self::KernelAccess,
         Self::Prefault,
+        Self::Reach,
         Self::Selftests,
     ];
 }
@@ -96,6 +99,7 @@ impl fmt::Display for Section {
             Self::Userfault => "userfault",
             Self::KernelAccess => "the kernel's own accesses",
             Self::Prefault => "prefault",
+            Self::Reach => "reach",
             Self::Selftests => "the kernel's selftests",
         })
     }

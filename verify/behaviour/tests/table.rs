@@ -119,6 +119,11 @@ fn prefault() {
 }
 
 #[test]
+fn reach() {
+    section(Section::Reach);
+}
+
+#[test]
 fn selftests() {
     section(Section::Selftests);
 }

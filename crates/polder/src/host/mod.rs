@@ -13,9 +13,10 @@ use kvm_ioctls::VmFd;
 use polder_engine::pool::PoolCounts;
 use polder_engine::{FolioCounts, GuestAccess, Slot, Step, Visibility, VmId};
 use polder_linux::Errno;
-use polder_units::{AddressSpace, Gfn, GfnRange, PageCount, PageRange};
+use polder_units::{AddressSpace, Gfn, GfnRange, PageCount, PageIndex, PageRange};
 
 use self::views::Views;
+use crate::explain::HostFacts;
 use crate::prefault::Span;
 use crate::{Error, Vcpu};
 
@@ -39,6 +40,12 @@ impl HostKind {
 
     /// Whether private and shared pages are the same memory, so that a conversion can keep what is
     /// in them ([`Contents::Preserve`](crate::Contents::Preserve)) where the platform can, too.
+    ///
+    /// ```
+    /// # use polder::HostKind;
+    /// assert!(HostKind::Memfd.is_in_place() && !HostKind::GuestMemfd.is_in_place());
+    /// assert_eq!("machine".parse(), Ok(HostKind::Machine));
+    /// ```
     pub const fn is_in_place(self) -> bool {
         match self {
             Self::Memfd | Self::Machine => true,
@@ -193,6 +200,12 @@ pub(crate) trait Host: Send + Sync {
     /// How many pages of memory it takes up, on all sides.
     fn resident(&self) -> Result<PageCount, Error> {
         Ok(total(&self.existing()?))
+    }
+
+    /// What it has of a page.
+    fn explain(&self, page: PageIndex) -> Result<HostFacts, Error> {
+        let memory = self.existing()?.iter().any(|run| run.contains(page));
+        Ok(HostFacts { memory, ..HostFacts::default() })
     }
 
     /// How many folios of each level there are, where the engine does not know: those that the

@@ -11,10 +11,13 @@ mod host_view;
 mod kernel_access;
 mod population;
 mod prefault;
+mod reach;
 mod rmp;
 mod selftests;
 mod together;
 mod userfault;
+
+pub use reach::way_of;
 
 use crate::{Case, Section};
 
@@ -30,11 +33,14 @@ pub(crate) use guest_conversion::IMPLICIT;
 pub(crate) use host_view::{CHILD, OTHER, STRAY};
 pub(crate) use population::{CONTINUE_FAILS, PLAIN_FAULTS};
 pub(crate) use prefault::{FAILED_STOPS, OWED_STOPS, STILL_OWED, UNTOLD};
+pub(crate) use reach::{
+    DESCRIPTOR, MEM_HOST_VIEW, MEM_OTHER_VIEWS, TRACED_HOST_VIEW, TRACED_OTHER_VIEWS,
+};
 pub(crate) use together::DENIED_WHILE_FAILING;
 
 /// Every row, in the table's order within a section.
 pub fn cases() -> impl Iterator<Item = &'static Case> {
-    let files: [&[Case]; 15] = [
+    let files: [&[Case]; 16] = [
         create::CASES,
         bind::CASES,
         host_view::CASES,
@@ -49,6 +55,7 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
         userfault::CASES,
         kernel_access::CASES,
         prefault::CASES,
+        reach::CASES,
         selftests::CASES,
     ];
     files.into_iter().flatten()

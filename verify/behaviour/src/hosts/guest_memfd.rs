@@ -10,7 +10,7 @@ use polder_require::Facility;
 use polder_vmm::{RunError, Vm};
 
 use super::memfd::{MOVED, Memfd};
-use crate::host::{Guest, Host, Trouble};
+use crate::host::{Guest, Host, Trouble, Way};
 use crate::{Section, Skipped, cases};
 
 /// The guest_memfd host.
@@ -92,6 +92,11 @@ impl Host for GuestMemfd {
 
     fn in_trouble(&self, trouble: Trouble, run: &mut (dyn FnMut() + Send)) -> Result<(), Skipped> {
         Memfd.in_trouble(trouble, run)
+    }
+
+    /// Nobody: the kernel keeps private pages from the process, and shows them by no descriptor.
+    fn reaches(&self, _: Way) -> bool {
+        false
     }
 
     fn mapped(&self, memory: &Memory, range: PageRange) -> Vec<PageIndex> {

@@ -11,10 +11,10 @@ use polder::{
     Bug, Error, GuestExit, HostKind, Memory, MemoryFault, Platform, Prefaulted, Visibility, VmId,
 };
 use polder_vmm::scenario::Op;
-use polder_vmm::{Accepting, Accesses, Ended, GuestRoot, IdleVcpu, Supervision, Vm};
+use polder_vmm::{Accepting, Accesses, Ended, GuestRoot, IdleVcpu, Progress, Supervision, Vm};
 
 use super::LOOKS;
-use crate::host::{Guest, Host, Inside, Trouble};
+use crate::host::{Guest, Host, Inside, Trouble, Way};
 use crate::{Section, Skipped, cases};
 
 /// The simulated machine, for a kind of VM, with a bug planted or without.
@@ -51,6 +51,8 @@ const NEVER_FAILS: &str = "the simulated kernel unmaps and frees without fail; t
     tests (`polder/src/driver_tests.rs`) have every step fail on it";
 const EITHER: &str = "without hardware that tells them apart (SNP), stage 2 lets either kind of \
     access through once a page is mapped";
+const SIMULATED: &str =
+    "simulated memory is data of this process, and no mapping or descriptor of it";
 const OTHER_MAPS: &str = "another process's own mapping is the kernel's to fill: the machine lets \
     it map what it likes, and hardware (SNP) refuses writes only";
 const IN_PLACE: &str = "memory is converted in place: every treatment of contents is on offer";
@@ -61,7 +63,12 @@ const ANOTHER: &str = "this row is about another platform";
 type Reason = (&'static str, &'static str);
 
 /// What holds on the machine for every kind of VM.
-const EVERY: [Reason; 11] = [
+const EVERY: [Reason; 16] = [
+    (cases::MEM_HOST_VIEW, SIMULATED),
+    (cases::MEM_OTHER_VIEWS, SIMULATED),
+    (cases::DESCRIPTOR, SIMULATED),
+    (cases::TRACED_HOST_VIEW, SIMULATED),
+    (cases::TRACED_OTHER_VIEWS, SIMULATED),
     (cases::STEP_FAILS, NEVER_FAILS),
     (cases::QUARANTINE, NEVER_FAILS),
     (cases::QUARANTINE_EXIT, NEVER_FAILS),
@@ -89,13 +96,13 @@ const fn reasons<const MORE: usize, const ALL: usize>(more: [Reason; MORE]) -> [
     all
 }
 
-const PLAIN: &[Reason] = &reasons::<3, 14>([
+const PLAIN: &[Reason] = &reasons::<3, 19>([
     (cases::LOST, IN_PLACE),
     (cases::IMPLICIT, EITHER),
     (cases::MISMATCH, EITHER),
 ]);
 
-const PROTECTED: &[Reason] = &reasons::<7, 18>([
+const PROTECTED: &[Reason] = &reasons::<7, 23>([
     (cases::LOST, IN_PLACE),
     (cases::IMPLICIT, EITHER),
     (cases::MISMATCH, EITHER),
@@ -116,7 +123,7 @@ const VALIDATES: &str = "a page that shows at another guest frame has to be vali
 const READS: &str = "once a page is mapped, a read as the other kind finds ciphertext or garbage, \
     and only a write exits: that is a row of the RMP";
 
-const SNP: &[Reason] = &reasons::<21, 32>([
+const SNP: &[Reason] = &reasons::<21, 37>([
     (cases::DISAGREE, ONE_VM),
     ("an overlap in guest frames is refused, in another VM it is not", ONE_VM),
     ("an overlap in pages is refused, in another VM it is not", ONE_VM),
@@ -221,6 +228,10 @@ impl Host for Machine {
         Vec::from_iter(inherited.expect("memory of this host"))
     }
 
+    fn reaches(&self, _: Way) -> bool {
+        false
+    }
+
     fn inside(&self) -> Option<&dyn Inside> {
         Some(self)
     }
@@ -244,7 +255,7 @@ impl Guest for MachineGuest {
 
     fn run(&self, memory: (&Memory, VmId), programs: &[Vec<Op>]) -> Ended {
         let mut looks = 0;
-        let supervise = |_| {
+        let supervise = |_: Progress<'_>| {
             looks += 1;
             if looks < LOOKS { Supervision::GoOn } else { Supervision::TimeOut }
         };
