@@ -231,13 +231,6 @@ pub const ALL: &[PlantedBug] = &[
         "INV-3",
     ),
     driver(
-        "touch-forgotten",
-        "a touch is lost with the thread that took it from its queue",
-        Slip::TouchForgotten,
-        "failures",
-        "INV-8",
-    ),
-    driver(
         "publish-before-bytes",
         "a page is shown before its bytes are written",
         Slip::PublishBeforeBytes,

@@ -140,7 +140,7 @@ impl World {
         for (answer, done) in given.into_iter().flatten() {
             let bit = 1 << answer.range().start().get();
             self.answering &= !bit;
-            if done.is_none() && !self.setup.slips(Slip::TouchForgotten) {
+            if done.is_none() {
                 self.touched |= bit;
             }
             self.engine(|engine| engine.answered(answer, done));

@@ -159,9 +159,6 @@ pub enum Slip {
     PublishBeforeBytes,
     /// The host view is watched for missing pages only: what is in the page cache the kernel maps.
     MissingOnly,
-    /// A touch that was taken from its queue and not answered is not kept: its thread has died, or
-    /// its answer failed.
-    TouchForgotten,
     /// An answer is given back first and carried out then.
     AnswerAfterGivenBack,
     /// Bytes are copied without a claim.
