@@ -27,6 +27,7 @@ mod map;
 mod prefault;
 mod stall;
 mod turns;
+mod userfault;
 
 use serde::Serialize;
 
@@ -111,6 +112,7 @@ pub const ALL: &[Bench] = &[
     access::BENCH,
     prefault::BENCH,
     hugepages::BENCH,
+    userfault::BENCH,
 ];
 
 /// No bench has this name.
@@ -137,6 +139,18 @@ pub enum BenchError {
     /// No memory of Polder's can be had, or it failed.
     #[error("there is no memory to measure")]
     Memory(#[from] polder::Error),
+    /// The file to fill memory from can't be written or read.
+    #[error("the file to measure with can't be had at {path}", path = .path.display())]
+    File {
+        /// Where it was to be.
+        path: std::path::PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A guest did not find what it should have.
+    #[error("the guest failed: {0}")]
+    Guest(String),
     /// The kernel refused what the baseline does.
     #[error("the baseline can't be measured")]
     Baseline(#[from] polder_linux::Error),
@@ -148,6 +162,8 @@ impl BenchError {
         match self {
             Self::Vm(error) => error.way_out(),
             Self::Memory(error) => error.way_out(),
+            Self::File { .. } => Some("have 256M free there, or set TMPDIR"),
+            Self::Guest(_) => Some("report it: this is a bug in Polder"),
             Self::Baseline(_) => Some("see what this machine offers: polder doctor"),
         }
     }

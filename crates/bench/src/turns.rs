@@ -62,7 +62,7 @@ pub(crate) fn time(work: impl FnOnce()) -> Duration {
 }
 
 #[expect(clippy::disallowed_methods, reason = "a bench is about time")]
-fn now() -> Instant {
+pub(crate) fn now() -> Instant {
     Instant::now()
 }
 
@@ -84,9 +84,8 @@ fn quantile(values: &mut [f64], percent: usize) -> f64 {
     values.get(at).copied().unwrap_or(f64::NAN)
 }
 
-fn median(mut values: [f64; TURNS]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[TURNS / 2]
+fn median(values: [f64; TURNS]) -> f64 {
+    median_of(&values)
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ mod output;
 mod picture;
 mod play;
 mod run;
+mod run_from;
 mod trouble;
 mod usage;
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::units::{ByteSize, GfnRange};
+use polder::units::{ByteSize, GfnRange, PageCount};
 use polder::{HostKind, PageSize};
 use polder_vmm::guest::Program;
 use polder_vmm::{
@@ -15,6 +15,7 @@ use polder_vmm::{
 use serde_json::json;
 
 use crate::control::Control;
+use crate::run_from::{From, Run};
 use crate::trouble::Trouble;
 use crate::{interrupt, output, picture};
 
@@ -31,6 +32,7 @@ Examples:
   polder run --page-size 2m               in huge pages, reserved before it starts
   polder run --json | jq .guest           for programs
   polder run --guest spin --timeout 2     a guest that never ends
+  polder run --from snapshot.mem          memory filled from a file while the guest runs
   polder run --memory 1G --prefault all   memory mapped before the guest touches it
 
 Exit status: 0 every check passed, 1 one failed or the guest did not end, 2 it could not be run,
@@ -39,9 +41,9 @@ pub(crate) struct Arguments {
     /// Where the memory lives
     #[arg(long, value_enum, default_value_t = Host::Auto)]
     host: Host,
-    /// The guest's memory: 16M to 1T
-    #[arg(long, value_name = "SIZE", default_value = "64M", allow_negative_numbers = true)]
-    memory: ByteSize,
+    /// The guest's memory: 16M to 1T; 64M unless said
+    #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
+    memory: Option<ByteSize>,
     /// The guest's vCPUs: 1 to 4
     #[arg(long, value_name = "N", default_value_t = 2, allow_negative_numbers = true)]
     vcpus: u32,
@@ -77,7 +79,12 @@ pub(crate) struct Arguments {
     /// What the guest does: all but the first show how misbehaviour ends
     #[arg(long, value_enum, default_value_t = Guest::SelfTest)]
     guest: Guest,
+    #[command(flatten)]
+    from: From,
 }
+
+/// The guest's memory unless said.
+const MEMORY: ByteSize = ByteSize::new(64 << 20);
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Host {
@@ -155,9 +162,22 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     if let Some(instead) = instead.as_ref().filter(|_| !arguments.json) {
         instead.note("note: this runs on the simulated machine");
     }
+    if let Some(path) = arguments.from.file() {
+        let run = Run {
+            host,
+            instead: instead.as_ref(),
+            memory: arguments.memory,
+            page_size: arguments.page_size,
+            vcpus: arguments.vcpus,
+            seed: arguments.seed,
+            timeout: arguments.timeout,
+            json: arguments.json,
+        };
+        return arguments.from.main(path, &run);
+    }
     let config = Config {
         host,
-        memory: arguments.memory,
+        memory: arguments.memory.unwrap_or(MEMORY),
         page_size: arguments.page_size,
         vcpus: arguments.vcpus,
         seed: arguments.seed,
@@ -182,7 +202,8 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     if let (Err(why), false) = (&control, arguments.json) {
         output::note(&format!("note: `polder explain` can't reach this run: {why}"));
     }
-    let mut supervisor = match Supervisor::new(arguments, control.ok()) {
+    let supervisor = Supervisor::new(arguments.timeout, arguments.json, control.ok());
+    let mut supervisor = match supervisor {
         Ok(supervisor) => supervisor,
         Err(error) => {
             return Trouble::new(&error, None).print(arguments.json);
@@ -204,10 +225,12 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
 }
 
 /// Watches the clock and Ctrl-C, and shows the progress line.
-struct Supervisor {
+pub(crate) struct Supervisor {
     start: Instant,
     timeout: Duration,
     line: ProgressBar,
+    /// The pages to bring, where memory is filled from a file.
+    pages: Option<PageCount>,
     running: ProgressStyle,
     /// While memory is mapped ahead.
     ahead: ProgressStyle,
@@ -215,10 +238,10 @@ struct Supervisor {
 }
 
 impl Supervisor {
-    fn new(arguments: &Arguments, control: Option<Control>) -> std::io::Result<Self> {
+    pub(crate) fn new(timeout: u64, json: bool, control: Option<Control>) -> std::io::Result<Self> {
         interrupt::hear()?;
         // On standard error, and only where that is a terminal.
-        let line = if arguments.json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
+        let line = if json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
         let running = ProgressStyle::with_template("{spinner} {elapsed} {msg}")
             .unwrap_or_else(|_| ProgressStyle::default_spinner());
         let ahead = ProgressStyle::with_template("{bar:30} {percent}% mapped ahead, {elapsed}")
@@ -227,15 +250,34 @@ impl Supervisor {
         // KVM takes its time over a slot of a terabyte, and nobody looks meanwhile.
         line.set_message("making the VM");
         line.enable_steady_tick(Duration::from_millis(100));
-        let timeout = Duration::from_secs(arguments.timeout);
-        Ok(Self { start: now(), timeout, line, running, ahead, control })
+        let timeout = Duration::from_secs(timeout);
+        Ok(Self { start: now(), timeout, line, pages: None, running, ahead, control })
     }
 
-    fn look(&mut self, progress: Progress<'_>) -> Supervision {
+    /// For memory of so many pages that is filled from a file.
+    pub(crate) fn of_pages(mut self, pages: PageCount) -> Self {
+        let style = ProgressStyle::with_template("{bar:30} {percent}% {elapsed} {msg}");
+        self.line.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        self.line.set_length(pages.get());
+        self.pages = Some(pages);
+        self
+    }
+
+    /// Shows how far it is; says whether to go on.
+    pub(crate) fn look(&mut self, progress: Progress<'_>) -> Supervision {
         if let Some(control) = &mut self.control {
             control.serve(progress.of, progress.vm, self.start.elapsed());
         }
         let memory = progress.memory;
+        let source = progress.source;
+        if self.pages.is_some() {
+            self.line.set_position(source.demanded + source.ahead + source.zeros + source.failed);
+            self.line.set_message(format!(
+                "{} faults, {} pages ahead",
+                memory.guest_faults, source.ahead
+            ));
+            return self.say();
+        }
         if let Some(ahead) = progress.ahead {
             self.line.set_style(self.ahead.clone());
             self.line.set_length(ahead.of);
@@ -250,6 +292,11 @@ impl Supervisor {
             memory.refused,
             memory.denied,
         ));
+        self.say()
+    }
+
+    fn say(&self) -> Supervision {
+        self.line.tick();
         if interrupt::asked() {
             self.line.set_message("interrupted: ending the VM");
             Supervision::Interrupt
@@ -261,7 +308,7 @@ impl Supervisor {
     }
 
     /// Takes the line away; returns how long it all took, in seconds.
-    fn finish(self) -> f64 {
+    pub(crate) fn finish(self) -> f64 {
         self.line.finish_and_clear();
         self.start.elapsed().as_secs_f64()
     }
@@ -272,7 +319,7 @@ fn now() -> Instant {
     Instant::now()
 }
 
-fn status(end: End) -> ExitCode {
+pub(crate) fn status(end: End) -> ExitCode {
     match end {
         End::Ok => ExitCode::SUCCESS,
         End::Failed(_) | End::TimedOut => ExitCode::FAILURE,
@@ -281,7 +328,7 @@ fn status(end: End) -> ExitCode {
 }
 
 /// How a run ended, in a word.
-fn exit(end: End) -> &'static str {
+pub(crate) fn exit(end: End) -> &'static str {
     match end {
         End::Ok => "ok",
         End::Failed(Failure::Check { .. }) => "check-failed",
@@ -334,12 +381,12 @@ fn why(arguments: &Arguments, end: End) -> Option<(&'static str, String)> {
 }
 
 /// How a run ended, in a sentence.
-fn ended(arguments: &Arguments, end: End) -> String {
+pub(crate) fn ended(timeout: u64, end: End) -> String {
     match end {
         End::Ok => "every check passed".into(),
         End::Failed(failure) => failure.to_string(),
         End::TimedOut => {
-            format!("the guest did not end within {} s (--timeout)", arguments.timeout)
+            format!("the guest did not end within {timeout} s (--timeout)")
         }
         End::Interrupted => "interrupted".into(),
     }
@@ -358,7 +405,7 @@ fn to_json(
         "conversion_by": report.conversion_by.to_string(),
         "private_memory": report.private_memory,
         "vcpus": arguments.vcpus,
-        "memory_bytes": arguments.memory.get(),
+        "memory_bytes": arguments.memory.unwrap_or(MEMORY).get(),
         "page_size": report.page_size.to_string(),
         "levels": {
             "4k": report.levels.size_4k,
@@ -404,7 +451,7 @@ fn to_json(
         object["simulated_because"] = json!(instead);
     }
     if let Some((why, way_out)) = why(arguments, report.end) {
-        object["guest"]["what"] = ended(arguments, report.end).into();
+        object["guest"]["what"] = ended(arguments.timeout, report.end).into();
         object["guest"]["why"] = why.into();
         object["guest"]["try"] = way_out.into();
     }
@@ -440,7 +487,8 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
         let VirtqueueStatistics { chains, bytes, refused } = done;
         format!("\x20 virtqueue    {chains} chains, {bytes} bytes written; {refused} refused\n")
     });
-    let pages = arguments.memory.pages().unwrap_or_default();
+    let memory_size = arguments.memory.unwrap_or(MEMORY);
+    let pages = memory_size.pages().unwrap_or_default();
     let ahead = report.ahead.map_or_else(String::new, |ahead| {
         format!("\x20 prefault     {} of {} pages\n", ahead.done, ahead.of)
     });
@@ -459,12 +507,12 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
          {ahead}\
          {levels}\
          \n{picture}",
-        ended = ended(arguments, report.end),
+        ended = ended(arguments.timeout, report.end),
         passed = report.checks_passed,
         failed = report.checks_failed,
         vcpus = arguments.vcpus,
         vcpus_are = if arguments.vcpus == 1 { "vCPU" } else { "vCPUs" },
-        size = arguments.memory,
+        size = memory_size,
         accelerator = report.accelerator,
         to_shared = memory.to_shared,
         to_private = memory.to_private,

@@ -7,6 +7,7 @@ use polder_units::PageRange;
 
 use crate::Visibility::{Private, Shared};
 use crate::operation::Program;
+use crate::plant::Bug;
 use crate::{Activity, Blocked, Engine, Operation, Population, Stage, Step, View};
 
 /// A discard in flight.
@@ -56,7 +57,9 @@ impl Engine {
     pub fn finish_discard(&mut self, discard: Operation<Cleared>) {
         let record = self.finish(&discard);
         for &part in &record.parts {
-            self.pages.set_population(part, Population::Whole);
+            if !self.plants.has(Bug::DiscardKeepsSource) {
+                self.pages.set_population(part, Population::Whole);
+            }
             self.failed.remove(part);
         }
         for view in [View::Host, View::Guest] {

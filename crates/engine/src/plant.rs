@@ -72,6 +72,8 @@ pub enum Bug {
     ReturnedTwice,
     /// Taking a page back that was not used loses the promise it was taken on.
     ReservationLost,
+    /// A discard leaves what is owed owed: the source brings the old contents.
+    DiscardKeepsSource,
 }
 
 /// Which bug is planted.

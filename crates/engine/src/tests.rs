@@ -112,5 +112,5 @@ fn now(answer: TouchAnswer) -> Answer {
 }
 
 fn waits(engine: &mut Engine, page: PageIndex) -> bool {
-    matches!(engine.touch(View::Host, page), TouchAnswer::Wait)
+    matches!(engine.touch(View::Host, page), TouchAnswer::Wait | TouchAnswer::Owed)
 }

@@ -58,7 +58,7 @@ pub use rustix::io::Errno;
 pub use userfault::{Continued, Userfault, UserfaultOffer, Way};
 pub use vcpu::{Exit, FailedAt, Kicker, Vcpu};
 pub use view::{Touched, View};
-pub use wait::{Deadline, Nudge, spawn, wait};
+pub use wait::{Deadline, Nudge, now, spawn, wait};
 
 /// A system call that failed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]

@@ -9,6 +9,7 @@
 //! The lock is `parking_lot`'s because that one is fair after a while: with the standard
 //! library's, one thread that reads guest memory in a loop keeps conversions out.
 
+use std::collections::BTreeSet;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -20,13 +21,14 @@ mod tests;
 
 use polder_engine::{
     Activity, Answer, Blocked, Config, Contents, ConversionRequest, Converted, Copying, Engine,
-    GuestAccess, GuestAnswer, MemoryFault, Operation, Refusal, Response, Slot, Stage, Start, Step,
-    Undoing, Visibility, VmId,
+    GuestAccess, GuestAnswer, MemoryFault, Operation, Published, Refusal, Response, Slot, Stage,
+    Start, Step, Undoing, View, Visibility, VmId,
 };
-use polder_units::{Gfn, GfnRange, PageCount, PageRange};
+use polder_units::{Gfn, GfnRange, PAGE_BYTES, PageCount, PageIndex, PageRange};
 
 use crate::host::views::Views;
 use crate::host::{Faulted, Host, Shown, Smashed, Translated};
+use crate::pager::Pager;
 use crate::prefault::{Came, Span};
 use crate::statistics::Counters;
 use crate::sync::{Condvar, Mutex, MutexGuard};
@@ -46,9 +48,6 @@ pub(crate) struct Driver {
     /// A thread panicked while it held the lock: the engine may be half-changed.
     broken: AtomicBool,
     changed: Condvar,
-    /// Whether the fault thread keeps touches that have to wait for a claim. Changed with the
-    /// engine locked, as claims are: who has released one sees whether somebody waits for it.
-    touches_wait: AtomicBool,
     pub(crate) host: Box<dyn Host>,
     pub(crate) counters: Counters,
     /// After how long a waiter asks again by itself: a claim whose thread died is released by
@@ -58,6 +57,11 @@ pub(crate) struct Driver {
     pub(crate) watch: OnceLock<Arc<dyn Watch>>,
     /// Pins that were given back because their holder's thread panicked.
     pub(crate) dead_pins: Mutex<Vec<DeadPin>>,
+    /// Touches that wait to be answered: read from a queue of the kernel's, and kept for whichever
+    /// fault thread asks next. Waited for with the engine locked, never the other way round.
+    pub(crate) waiting: Mutex<BTreeSet<(View, PageIndex)>>,
+    /// Who brings what is owed, where there is a source.
+    pub(crate) pager: Option<Pager>,
 }
 
 /// The engine, locked.
@@ -129,13 +133,19 @@ impl Driver {
             engine: Mutex::new(Engine::new(config)),
             broken: AtomicBool::new(false),
             changed: Condvar::new(),
-            touches_wait: AtomicBool::new(false),
             host,
             counters: Counters::default(),
             ask_again: ASK_AGAIN,
             watch: OnceLock::new(),
             dead_pins: Mutex::default(),
+            waiting: Mutex::default(),
+            pager: None,
         }
+    }
+
+    /// The object's size in pages.
+    pub(crate) fn pages(&self) -> u64 {
+        self.engine().config().pages.get()
     }
 
     /// The engine, locked. Not to be held across a system call.
@@ -146,14 +156,10 @@ impl Driver {
     /// Tells those who wait that a claim was released. Not with the engine locked.
     pub(crate) fn released(&self) {
         self.changed.notify_all();
-        if self.touches_wait.load(Ordering::Relaxed) {
+        // Whoever has a touch wait saw the claim, and put the touch here before it was released.
+        if !self.waiting.lock().is_empty() {
             self.host.views().nudge();
         }
-    }
-
-    /// Notes whether touches have to wait for a claim.
-    pub(crate) fn note_waiting(&self, _engine: &Locked<'_>, touches_wait: bool) {
-        self.touches_wait.store(touches_wait, Ordering::Relaxed);
     }
 
     /// Tells those who wait in a call, and not the fault threads.
@@ -219,6 +225,14 @@ impl Driver {
         loop {
             match ask(&mut engine) {
                 Ok(given) => return Ok(given),
+                Err(Blocked::Refused(Refusal::Owed { page }))
+                    if self.pager.is_some() && on_busy == OnBusy::Wait =>
+                {
+                    if stop() {
+                        return Err(Error::Interrupted);
+                    }
+                    engine = self.wait_for_contents(engine, page);
+                }
                 Err(Blocked::Refused(refusal)) => return Err(refusal.into()),
                 Err(Blocked::Busy(refusal)) => match on_busy {
                     OnBusy::Refuse => return Err(refusal.into()),
@@ -234,6 +248,21 @@ impl Driver {
                 }
             }
         }
+    }
+
+    /// Waits until a page's contents may have come: has the source asked for them, if there is one.
+    fn wait_for_contents<'a>(&'a self, mut engine: Locked<'a>, page: PageIndex) -> Locked<'a> {
+        let Some(pager) = &self.pager else {
+            self.wait(&mut engine);
+            return engine;
+        };
+        pager.demand([page]);
+        // With the engine locked, so that what comes is not told of before this waits.
+        self.host.views().nudge();
+        self.wait(&mut engine);
+        drop(engine);
+        pager.expire(self);
+        self.engine()
     }
 
     /// Converts pages, as [`Self::convert_now`]; where pins are in the way and are to be waited
@@ -308,6 +337,9 @@ impl Driver {
         engine.finish_discard(cleared);
         drop(engine);
         self.released();
+        if let Some(pager) = &self.pager {
+            pager.forget(self, range);
+        }
         Ok(())
     }
 
@@ -352,6 +384,68 @@ impl Driver {
         let mut given = Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
         // Should it fail, whoever waits is answered one by one.
         given.done(self.host.views().answer(view, response, range).is_ok());
+    }
+
+    /// Makes pages whole with `bytes`, or zeros for `None`, and shows those of `shown`; of all that
+    /// are still owed and held by nobody. Each run is told by `note` before anybody sees it. What
+    /// can't be written now for want of memory is owed as before.
+    pub(crate) fn land(
+        &self,
+        range: PageRange,
+        bytes: Option<&[u8]>,
+        shown: PageRange,
+        note: impl Fn(PageRange),
+    ) {
+        let mut left = Some(range);
+        while let Some(rest) = left {
+            let claimed = {
+                let mut engine = self.engine();
+                engine.first_owed(rest).map(|owed| (owed, engine.populate(owed)))
+            };
+            let Some((owed, claimed)) = claimed else { break };
+            left = PageRange::between(owed.end(), rest.end());
+            let Ok(writing) = claimed else { continue };
+            let Ok((engine, writing)) = self.drain(writing) else { continue };
+            drop(engine);
+            if let Some(bytes) = bytes {
+                let skipped = owed.start().offset() - range.start().offset();
+                let from = usize::try_from(skipped).expect("within the bytes of a slice");
+                let length = usize::try_from(owed.count().get()).expect("a part") * PAGE_BYTES;
+                let written =
+                    self.host.views().fill(owed.start().offset(), &bytes[from..][..length]);
+                if let Err(error) = written {
+                    self.fail(writing, error);
+                    continue;
+                }
+            }
+            self.tell(Moment::Reached(Reached::Written));
+            let published = self.perform(self.engine(), writing, Reached::Published);
+            let Ok((engine, published)) = published else { continue };
+            drop(engine);
+            note(owed);
+            self.show(published, shown);
+        }
+    }
+
+    /// Ends a population, and lets those go on who wait for a page of `shown` in the guest view.
+    fn show(&self, published: Operation<Published>, shown: PageRange) {
+        let Some(answer) = self.engine().finish_population_showing(published, shown) else {
+            return self.released();
+        };
+        let (view, response, range) = (answer.view(), answer.response(), answer.range());
+        let mut given = Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
+        self.tell(Moment::Answer(view, response, range));
+        let done = self.host.views().answer(view, response, range).is_ok();
+        given.done(done);
+        if done {
+            // They go on, and need no other answer.
+            let mut waiting = self.waiting.lock();
+            let before = waiting.len();
+            waiting.retain(|(of, page)| *of != view || !range.contains(*page));
+            let answered = before - waiting.len();
+            drop(waiting);
+            (0..answered).for_each(|_| self.counters.answered(view, Some(response)));
+        }
     }
 
     /// Says that the contents of pages will not come.
@@ -410,6 +504,8 @@ impl Driver {
                 }
                 GuestAnswer::Wait if stop() => return Ok(None),
                 GuestAnswer::Wait => self.wait(&mut engine),
+                GuestAnswer::Owed(_) if stop() => return Ok(None),
+                GuestAnswer::Owed(page) => engine = self.wait_for_contents(engine, page),
                 GuestAnswer::Undo(operation) => {
                     drop(engine);
                     self.undo(operation);

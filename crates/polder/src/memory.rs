@@ -24,6 +24,9 @@ use crate::host::machine::MachineHost;
 use crate::host::memfd::MemfdHost;
 use crate::host::views::Views;
 use crate::host::{Host, HostKind, Vm};
+use crate::pager::{Pager, Paging, SourceStatistics};
+use crate::read_ahead::ReadAhead;
+use crate::source::{Source, SourceFailure};
 use crate::statistics::Statistics;
 use crate::sync::RwLock;
 use crate::vcpu::MachineVcpu;
@@ -57,7 +60,18 @@ pub struct Builder {
     initial: PageFacts,
     page_size: PageSize,
     pool: Option<HugePool>,
+    source: Option<Arc<dyn Source>>,
+    read_ahead: ReadAhead,
+    deadline: Duration,
+    fault_threads: Option<usize>,
 }
+
+/// How long is waited for contents, unless [`Builder::fault_deadline`] says.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// The fault threads of memory that has a source, unless [`Builder::fault_threads`] says: one
+/// answers while the others read.
+const FAULT_THREADS: usize = 4;
 
 impl Builder {
     /// On which host; the memfd one unless said.
@@ -116,6 +130,29 @@ impl Builder {
     pub fn owed(mut self) -> Self {
         self.initial.population = Population::Owed;
         self
+    }
+
+    /// Every page's contents are owed, and come from `source` when somebody touches them, or a
+    /// little before. Once none is owed any more, touches are plain faults that nobody is told of.
+    pub fn source(self, source: Arc<dyn Source>) -> Self {
+        Self { source: Some(source), ..self.owed() }
+    }
+
+    /// How much is brought with a page that somebody waits for.
+    pub fn read_ahead(self, read_ahead: ReadAhead) -> Self {
+        Self { read_ahead, ..self }
+    }
+
+    /// How long is waited for the source, at most: who waits longer for a page is denied it, as if
+    /// the source had failed. 10 s unless said.
+    pub fn fault_deadline(self, deadline: Duration) -> Self {
+        Self { deadline, ..self }
+    }
+
+    /// How many threads answer faults and read the source: 4 with a source (one of which never
+    /// reads), 1 without, unless said. With a source there are at least 2.
+    pub fn fault_threads(self, count: usize) -> Self {
+        Self { fault_threads: Some(count), ..self }
     }
 
     /// Every page is shared at first; private unless said.
@@ -192,7 +229,14 @@ impl Builder {
             backing: page_size.backing(self.host),
             initial: self.initial,
         };
-        Memory::of(Driver::new(config, host), page_size)
+        let mut driver = Driver::new(config, host);
+        driver.pager = self.source.map(|source| {
+            let (read_ahead, deadline) = (self.read_ahead, self.deadline);
+            let granule = Geometry::X86_64.pages(page_size.level());
+            Pager::new(Paging { source, read_ahead, deadline, granule })
+        });
+        let (least, usual) = if driver.pager.is_some() { (2, FAULT_THREADS) } else { (1, 1) };
+        Memory::of(driver, page_size, self.fault_threads.unwrap_or(usual).max(least))
     }
 
     /// The page size that can be had, or why none can.
@@ -236,12 +280,12 @@ pub struct Memory {
 impl Memory {
     #[cfg(test)]
     pub(crate) fn over(driver: Driver) -> Result<Self, Error> {
-        Self::of(driver, PageSize::Small)
+        Self::of(driver, PageSize::Small, 1)
     }
 
-    fn of(driver: Driver, page_size: PageSize) -> Result<Self, Error> {
+    fn of(driver: Driver, page_size: PageSize, fault_threads: usize) -> Result<Self, Error> {
         let driver = Arc::new(driver);
-        let faults = FaultThreads::start(&driver)?;
+        let faults = FaultThreads::start(&driver, fault_threads)?;
         Ok(Self { driver, faults, vms: AtomicU32::new(0), page_size, slots: RwLock::default() })
     }
 
@@ -262,6 +306,10 @@ impl Memory {
             page_size: PageSize::Small,
             pool: None,
             initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
+            source: None,
+            read_ahead: ReadAhead::Adaptive,
+            deadline: DEADLINE,
+            fault_threads: None,
         }
     }
 
@@ -661,6 +709,47 @@ impl Memory {
     /// ```
     pub fn settle(&self) -> Result<(), Error> {
         self.driver.settle()
+    }
+
+    /// Waits until the contents of pages are there, which the source is asked for where there is
+    /// one.
+    ///
+    /// # Errors
+    /// [`Refusal::SourceFailed`] naming the first page that can't be had, [`Refusal::Owed`] without
+    /// a source, [`Refusal::Beyond`].
+    pub fn bring(&self, range: PageRange) -> Result<(), Error> {
+        self.driver.claim(OnBusy::Wait, |engine| Ok(engine.check_whole(range)?))
+    }
+
+    /// Has the source asked for all that is still owed, behind whatever somebody waits for. Does
+    /// not wait; [`Memory::owed`] tells how much is left. Nothing is done without a source.
+    pub fn fill(&self) {
+        if let Some(pager) = &self.driver.pager {
+            pager.fill();
+            self.driver.host.views().nudge();
+        }
+    }
+
+    /// How many pages are owed: their contents are to come, and have not failed to.
+    pub fn owed(&self) -> PageCount {
+        let engine = self.driver.engine();
+        let all = PageRange::between(0, engine.config().pages.get()).expect("memory has pages");
+        let owed = engine.pages().runs(all).filter(|(_, it)| it.population == Population::Owed);
+        let to_come = owed.map(|(run, _)| {
+            let failed = engine.failed().within(run).map(|run| run.count().get());
+            run.count().get() - failed.sum::<u64>()
+        });
+        PageCount::new(to_come.sum()).expect("part of the object")
+    }
+
+    /// What the source was asked for, and what came of it; all zero without one.
+    pub fn source_statistics(&self) -> SourceStatistics {
+        self.driver.pager.as_ref().map(Pager::statistics).unwrap_or_default()
+    }
+
+    /// The pages that the source could not bring, and why: the first thousand runs of them.
+    pub fn source_failures(&self) -> Vec<SourceFailure> {
+        self.driver.pager.as_ref().map(Pager::failures).unwrap_or_default()
     }
 
     /// Reads bytes at a guest-physical address, all of them on shared pages.

@@ -54,6 +54,21 @@ pub enum RunError {
         #[source]
         source: std::io::Error,
     },
+    /// The file that memory is compared with can't be opened.
+    #[error("{path} can't be opened", path = .path.display())]
+    Source {
+        /// Which.
+        path: std::path::PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// More memory than the guest can read.
+    #[error("the guest that reads all of its memory reads up to {most}")]
+    TooLarge {
+        /// So much.
+        most: polder::units::ByteSize,
+    },
     /// Memory is to be mapped ahead where the VM has none.
     #[error("the guest has no memory at some of guest frames {gfns}")]
     NoMemoryThere {
@@ -108,6 +123,8 @@ impl RunError {
                 Some("raise the limits of processes and memory (ulimit -u, ulimit -v)")
             }
             Self::File { source, .. } if is_out_of_files(source) => Some(MORE_FILES),
+            Self::Source { .. } => Some("check the path"),
+            Self::TooLarge { .. } => Some("give a smaller file"),
             Self::File { .. } => Some("mount a devtmpfs on /dev"),
             Self::Vcpu { .. } => Some("see the kernel's log (dmesg) for what KVM says"),
         }

@@ -17,7 +17,7 @@ use crate::guest::{
 };
 use crate::report::Failure;
 use crate::requests::{Next, Requests};
-use crate::scenario::{HostAccess, Op, Pattern, WORD};
+use crate::scenario::{HostAccess, Op, Pattern, WORD, digest};
 use crate::vcpu::{FAULTS_KEPT, Ran};
 
 /// What ends a program early.
@@ -152,6 +152,7 @@ impl<'a> Interpreter<'a> {
                 }
                 Ok(0)
             }
+            Op::Digest { gpa, len } => self.digest(index, gpa, len),
             Op::Done => Ok(0),
         }
     }
@@ -267,6 +268,24 @@ impl<'a> Interpreter<'a> {
             }
         }
         Ok(())
+    }
+
+    fn digest(&self, op: u64, gpa: Gpa, len: u64) -> Result<u64, Stop> {
+        let mut all = Vec::new();
+        let mut bytes = [0; PAGE_BYTES];
+        for (at, count) in pages(gpa, len) {
+            self.go_on()?;
+            self.memory.read(at, &mut bytes[..count])?;
+            let words = bytes[..count].chunks_exact(8);
+            all.extend(words.map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes"))));
+        }
+        let arguments = [gpa.get(), len, digest(all), op, 0];
+        self.handled.fetch_add(1, Ordering::Relaxed);
+        match self.requests.answer(self.index, Request::parse(number::DIGEST, arguments)) {
+            Next::Failed { failure, .. } => Err(Stop::Failed(failure)),
+            Next::Answer(answer) => self.compare(op, gpa, 0, answer.cast_unsigned()),
+            Next::Done { .. } => unreachable!("a digest ends no program"),
+        }
     }
 
     /// A load; where there is no memory it gives all ones.

@@ -4,8 +4,8 @@ use std::fmt;
 
 use polder::units::{Gfn, Gpa, Level, PageIndex, PageRange};
 use polder::{
-    FolioCounts, Memory, MemoryFault, PageFacts, PageSize, PoolCounts, ReshapedCounts, Statistics,
-    VmId,
+    FolioCounts, Memory, MemoryFault, PageFacts, PageSize, PoolCounts, ReshapedCounts,
+    SourceStatistics, Statistics, VmId,
 };
 use polder_linux::Exit;
 
@@ -20,6 +20,8 @@ pub struct Progress<'a> {
     pub exits: u64,
     /// What happened to the memory.
     pub memory: Statistics,
+    /// What came from its source.
+    pub source: SourceStatistics,
     /// The memory, to be asked.
     pub of: &'a Memory,
     /// What it calls the guest's VM.

@@ -17,7 +17,7 @@ use crate::guest::Program;
 use crate::intruder::Intruder;
 use crate::machine::Interpreter;
 use crate::report::{End, Failure, Progress, Supervision};
-use crate::requests::Requests;
+use crate::requests::{Expected, Requests};
 use crate::scenario::Op;
 use crate::vcpu::{self, Ran};
 use crate::virtqueue::VirtqueueStatistics;
@@ -105,6 +105,12 @@ impl<'a> Threads<'a> {
     /// What the device on the virtqueue has done.
     pub(crate) fn virtqueue(&self) -> Option<VirtqueueStatistics> {
         self.requests.virtqueue()
+    }
+
+    /// Has the digests that the guest tells compared with these.
+    pub(crate) fn expect(mut self, expected: Expected<'a>) -> Self {
+        self.requests.expect(expected);
+        self
     }
 
     /// Runs vCPUs of KVM.
@@ -212,6 +218,7 @@ impl<'a> Threads<'a> {
         Progress {
             exits: self.exits.load(Ordering::Relaxed),
             memory: self.memory.statistics(),
+            source: self.memory.source_statistics(),
             of: self.memory,
             vm: self.vm,
             ahead: None,

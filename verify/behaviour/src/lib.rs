@@ -56,6 +56,10 @@ pub enum Section {
     Exits,
     /// Contents that are owed, and arrive.
     Population,
+    /// Contents that a source brings when they are touched.
+    Userfault,
+    /// KVM's own accesses to memory that is owed, or has failed.
+    KernelAccess,
     /// Mapping for a guest ahead of its touches.
     Prefault,
     /// Who reaches a private page.
@@ -66,7 +70,7 @@ pub enum Section {
 
 impl Section {
     /// Every section, in the table's order.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
         Self::Create,
         Self::Bind,
         Self::HostView,
@@ -76,6 +80,8 @@ impl Section {
         Self::Rmp,
         Self::Exits,
         Self::Population,
+        Self::Userfault,
+        Self::KernelAccess,
         Self::Prefault,
         Self::Reach,
         Self::Selftests,
@@ -94,6 +100,8 @@ impl fmt::Display for Section {
             Self::Rmp => "rmp",
             Self::Exits => "exits",
             Self::Population => "population",
+            Self::Userfault => "userfault",
+            Self::KernelAccess => "the kernel's own accesses",
             Self::Prefault => "prefault",
             Self::Reach => "reach",
             Self::Selftests => "the kernel's selftests",

@@ -104,6 +104,16 @@ fn population() {
 }
 
 #[test]
+fn userfault() {
+    section(Section::Userfault);
+}
+
+#[test]
+fn kernel_access() {
+    section(Section::KernelAccess);
+}
+
+#[test]
 fn prefault() {
     section(Section::Prefault);
 }

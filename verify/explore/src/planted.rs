@@ -254,6 +254,20 @@ pub const ALL: &[PlantedBug] = &[
         "population",
         "INV-3",
     ),
+    engine(
+        "discard-keeps-source",
+        "what is discarded stays owed: the source brings contents that were dropped",
+        EngineBug::DiscardKeepsSource,
+        "population",
+        "INV-3",
+    ),
+    driver(
+        "missing-only",
+        "a view traps missing pages only, and shows a page that another mapping is writing",
+        Slip::MissingOnly,
+        "population",
+        "INV-3",
+    ),
     driver(
         "publish-before-bytes",
         "a page is shown before its bytes are written",

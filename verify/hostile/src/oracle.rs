@@ -77,6 +77,8 @@ impl Oracle {
             Request::Doorbell { request } => self.ring(request),
             // Nothing can point to this memory.
             Request::Notify { .. } => EOPNOTSUPP,
+            // Nobody says what should be there.
+            Request::Digest { .. } => EINVAL,
             Request::Done { .. } | Request::Failed { .. } | Request::Exception { .. } => {
                 return None;
             }

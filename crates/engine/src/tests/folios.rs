@@ -205,7 +205,7 @@ fn a_granule_is_shown_once_all_of_it_is_whole() {
         range
     };
     assert_eq!(fill(&mut engine, pages(4, 7)), None);
-    assert!(matches!(engine.touch(View::Guest, page(5)), TouchAnswer::Wait));
+    assert!(matches!(engine.touch(View::Guest, page(5)), TouchAnswer::Owed));
     assert_eq!(fill(&mut engine, pages(7, 9)), Some(pages(4, 8)));
     assert_eq!(fill(&mut engine, pages(9, 15)), Some(pages(8, 12)));
     engine.fail(pages(15, 16)).unwrap();

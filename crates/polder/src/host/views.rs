@@ -44,6 +44,11 @@ pub(crate) trait Views: Send + Sync {
     /// Copies bytes of the object in, unchecked: the caller holds a claim on them.
     fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error>;
 
+    /// The same, of whole pages that nobody has seen yet.
+    fn fill(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        self.write(offset, from)
+    }
+
     /// Reads through the host view, as a device model's pointer does. The bytes lie in the object.
     fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error>;
 
@@ -102,11 +107,7 @@ impl MemfdViews {
         let host = Userfault::new(Arc::new(View::new(&memfd)?)).map_err(missing)?;
         let nudge = Nudge::new()?;
         let watching = Mutex::new(Watching { all: owed, kept: RangeSet::default() });
-        let freed = match size {
-            PageSize::Small => Level::Size4K,
-            PageSize::Thp | PageSize::Huge2M => Level::Size2M,
-            PageSize::Huge1G => Level::Size1G,
-        };
+        let freed = size.level();
         let views = Self { memfd, trusted, guest, host, watching, nudge, freed };
         views.host.watch(views.all()).map_err(missing)?;
         if owed {
@@ -414,6 +415,15 @@ impl Views for MemfdViews {
 
     fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
         Ok(self.trusted.write(offset, from)?)
+    }
+
+    /// By the memfd itself, not by the trusted view, of which each page would be a fault. Huge pages
+    /// come by that view only: hugetlb has no `pwrite`, and shmem takes its advice from a mapping.
+    fn fill(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        match self.freed {
+            Level::Size4K => Ok(self.memfd.write_at(offset, from)?),
+            Level::Size2M | Level::Size1G => self.write(offset, from),
+        }
     }
 
     fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {

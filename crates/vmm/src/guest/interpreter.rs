@@ -51,7 +51,7 @@ pub(super) fn interpreter(
         fill: a.create_label(),
         check: a.create_label(),
     };
-    let codes: [(i32, Emit); 13] = [
+    let codes: [(i32, Emit); 14] = [
         (code::FILL, fill_op),
         (code::CHECK, check_op),
         (code::REQUEST, request_op),
@@ -65,6 +65,7 @@ pub(super) fn interpreter(
         (code::ROAM, roam_op),
         (code::TIME, time_op),
         (code::STAND_STILL, stand_still_op),
+        (code::DIGEST, digest_op),
     ];
     let mut targets = codes.map(|_| a.create_label());
 
@@ -281,6 +282,31 @@ fn ticks(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.lfence()?;
     a.shl(rdx, 32)?;
     a.or(rax, rdx)
+}
+
+fn digest_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    let mut each = a.create_label();
+    a.mov(rcx, word(2))?;
+    a.mov(rbx, rdi)?;
+    a.lea(r8, ptr(rdi + rcx))?;
+    a.mov(r10, PATTERN_FACTOR)?;
+    a.xor(edx, edx)?;
+    a.set_label(&mut each)?;
+    a.xor(rdx, qword_ptr(rbx))?;
+    a.imul_2(rdx, r10)?;
+    a.rol(rdx, 29)?;
+    a.add(rbx, 8)?;
+    a.cmp(rbx, r8)?;
+    a.jb(each)?;
+    a.mov(rbx, rdi)?;
+    a.mov(rsi, r14)?;
+    a.mov(rax, number::DIGEST)?;
+    a.call(labels.gate)?;
+    a.mov(rbx, rax)?;
+    a.xor(eax, eax)?;
+    a.cmp(rax, rbx)?;
+    a.jne(labels.fail)?;
+    a.jmp(labels.passed)
 }
 
 fn done_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {

@@ -7,6 +7,7 @@
 //! | device | code | request | id | source | len | destination | expected outcome |
 //! | churn | code | gpa | len | seed | until | | |
 //! | roam | code | gpa | mask | count | seed | | |
+//! | digest | code | gpa | len | | | | |
 //! | load, store | code | gpa | value | | | | |
 //! | time, stand still | code | gpa | bytes | log | until | | |
 //! | set flag, wait flag | code | gpa | | | | | |
@@ -36,6 +37,7 @@ pub(super) mod code {
     pub(in crate::guest) const ROAM: i32 = 11;
     pub(in crate::guest) const TIME: i32 = 12;
     pub(in crate::guest) const STAND_STILL: i32 = 13;
+    pub(in crate::guest) const DIGEST: i32 = 14;
 }
 
 /// The record of an op.
@@ -84,6 +86,7 @@ pub(super) fn encode(op: &Op) -> [u64; 8] {
             let bytes = pages.saturating_mul(PAGE_SIZE);
             (code::STAND_STILL, [gpa.get(), bytes, log.get(), until.get(), 0, 0, 0])
         }
+        Op::Digest { gpa, len } => (code::DIGEST, [gpa.get(), len, 0, 0, 0, 0, 0]),
         Op::Done => (code::DONE, [0; 7]),
     };
     let [a, b, c, d, e, f, g] = words;

@@ -14,6 +14,7 @@
 //! | 0x103 | failed | op index | gpa | expected | found | checks passed |
 //! | 0x104 | exception | vector | rip | cr2 | error code | |
 //! | 0x105 | notify | gpa of a virtqueue | descriptors | | | |
+//! | 0x106 | digest | gpa | bytes | digest | op index | |
 //!
 //! Done, failed and exception are final: the VMM stops the vCPU. Resumed nevertheless, it says the same again.
 //!
@@ -53,6 +54,8 @@ pub mod number {
     pub const EXCEPTION: u64 = 0x104;
     /// Have the device look at its virtqueue.
     pub const NOTIFY: u64 = 0x105;
+    /// Have a digest compared.
+    pub const DIGEST: u64 = 0x106;
 }
 
 /// A request that makes sense, though perhaps not for memory that exists.
@@ -84,6 +87,17 @@ pub enum Request {
         /// How many descriptors it has, as the guest says.
         size: u64,
     },
+    /// A digest is to be compared with what should be there.
+    Digest {
+        /// The first byte.
+        gpa: Gpa,
+        /// The length in bytes: words, at most [`DIGEST_LEN_MAX`].
+        len: u64,
+        /// What the guest found.
+        digest: u64,
+        /// The op's index in its program.
+        op: u64,
+    },
     /// The program ended.
     Done {
         /// The checks that passed.
@@ -114,6 +128,9 @@ pub enum Request {
         error: u64,
     },
 }
+
+/// The most bytes that a digest is of: 16 MiB.
+pub const DIGEST_LEN_MAX: u64 = 16 << 20;
 
 /// Why registers are no request.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, thiserror::Error)]
@@ -154,6 +171,14 @@ pub enum RequestError {
     Expectation {
         /// The expectation.
         expect: u64,
+    },
+    /// A digest of bytes that are no words, or of too many.
+    #[error("a digest is of up to 16M of words, not of {len:#x} bytes at {gpa}")]
+    Digest {
+        /// The address.
+        gpa: Gpa,
+        /// The length in bytes.
+        len: u64,
     },
     /// A device request at no multiple of 8.
     #[error("a device request lies at a multiple of 8, not at {gpa}")]
@@ -243,6 +268,13 @@ impl Request {
                 Self::Failed { op: a, gpa: Gpa::new(b), expected: c, found: d, checks_passed: e }
             }
             number::EXCEPTION => Self::Exception { vector: a, rip: b, cr2: c, error: d },
+            number::DIGEST => {
+                let (gpa, words) = (Gpa::new(a), a.is_multiple_of(WORD) && b.is_multiple_of(WORD));
+                if !words || b == 0 || b > DIGEST_LEN_MAX || gpa.checked_add(b).is_none() {
+                    return Err(RequestError::Digest { gpa, len: b });
+                }
+                Self::Digest { gpa, len: b, digest: c, op: d }
+            }
             number => return Err(RequestError::Number { number }),
         })
     }

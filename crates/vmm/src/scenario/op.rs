@@ -19,6 +19,14 @@ pub const fn pattern(gpa: Gpa, seed: u64) -> u64 {
     (gpa.get() ^ seed).wrapping_mul(PATTERN_FACTOR)
 }
 
+/// The digest of words, one after the other; 0 of none. Each word is stirred in by steps that have
+/// an inverse, so that no single word changes without the digest.
+pub fn digest(words: impl IntoIterator<Item = u64>) -> u64 {
+    let stir =
+        |digest: u64, word: u64| (digest ^ word).wrapping_mul(PATTERN_FACTOR).rotate_left(29);
+    words.into_iter().fold(0, stir)
+}
+
 /// What words a piece of memory holds.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Pattern {
@@ -125,6 +133,15 @@ pub enum Op {
         count: u64,
         /// Of the order; not 0.
         seed: u64,
+    },
+    /// Reads every word of `[gpa..gpa + len)`, lowest first, and has the host compare their
+    /// [`digest`] with what should be there. Counts one check. A failure's found and expected are
+    /// digests.
+    Digest {
+        /// The first byte.
+        gpa: Gpa,
+        /// The length in bytes, at most 16 MiB.
+        len: u64,
     },
     /// Asks that `pages` pages from `gpa` on become private or shared, contents kept
     /// where the host can (`KVM_HC_MAP_GPA_RANGE`). Whatever the arguments, they are passed on as they are. Counts one
@@ -254,6 +271,7 @@ impl Op {
     pub const fn touched(&self) -> Option<(Gpa, u64)> {
         Some(match *self {
             Self::Fill { gpa, len, .. } | Self::Check { gpa, len, .. } => (gpa, len),
+            Self::Digest { gpa, len } => (gpa, len),
             Self::Churn { gpa, len, .. } | Self::Roam { gpa, len, .. } => (gpa, len),
             Self::Device { request, .. } => (request, DeviceRequest::BYTES),
             Self::Load { gpa, .. } | Self::Store { gpa, .. } => (gpa, WORD),

@@ -9,12 +9,14 @@ mod exits;
 mod guest_conversion;
 mod host_view;
 mod huge_pages;
+mod kernel_access;
 mod population;
 mod prefault;
 mod reach;
 mod rmp;
 mod selftests;
 mod together;
+mod userfault;
 
 pub use reach::way_of;
 
@@ -40,7 +42,7 @@ pub(crate) use together::DENIED_WHILE_FAILING;
 
 /// Every row, in the table's order within a section.
 pub fn cases() -> impl Iterator<Item = &'static Case> {
-    let files: [&[Case]; 15] = [
+    let files: [&[Case]; 17] = [
         create::CASES,
         bind::CASES,
         host_view::CASES,
@@ -53,6 +55,8 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
         rmp::CASES,
         exits::CASES,
         population::CASES,
+        userfault::CASES,
+        kernel_access::CASES,
         prefault::CASES,
         reach::CASES,
         selftests::CASES,

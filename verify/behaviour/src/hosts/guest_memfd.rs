@@ -56,6 +56,14 @@ impl Host for GuestMemfd {
         HostKind::GuestMemfd
     }
 
+    fn lacks(&self, section: Section) -> Option<&'static str> {
+        match section {
+            Section::Rmp => Some("only memory of an SNP guest has an RMP"),
+            Section::Userfault | Section::KernelAccess => Some(OWED),
+            _ => None,
+        }
+    }
+
     fn not_applicable(&self) -> &'static [(&'static str, &'static str)] {
         static ALL: LazyLock<Vec<(&str, &str)>> = LazyLock::new(|| {
             let owed = cases().filter(|case| case.section == Section::Population);

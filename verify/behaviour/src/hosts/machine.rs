@@ -175,6 +175,7 @@ impl Host for Machine {
             Section::HugePages if snp => {
                 Some("its contents are not preserved; its large entries are in section rmp")
             }
+            Section::KernelAccess => Some("these accesses are KVM's, and here KVM is simulated"),
             _ => None,
         }
     }

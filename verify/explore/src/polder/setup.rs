@@ -159,6 +159,8 @@ pub enum Slip {
     NoRetry,
     /// A page is published, and shown, before its bytes are written.
     PublishBeforeBytes,
+    /// The host view is watched for missing pages only: what is in the page cache the kernel maps.
+    MissingOnly,
     /// An answer is given back first and carried out then.
     AnswerAfterGivenBack,
     /// Bytes are copied without a claim.
