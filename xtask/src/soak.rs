@@ -133,6 +133,13 @@ const PARTS: &[Part] = &[
         environment: &[("POLDER_STRESS_SECONDS", "SECONDS")],
     },
     Part {
+        name: "misuse",
+        about: "the whole public API, called with any arguments by several threads",
+        build: &["test", "--no-run", "--release", "-p", "polder", "--test", "misuse"],
+        run: &["test", "--release", "-p", "polder", "--test", "misuse"],
+        environment: &[("PROPTEST_CASES", "4000")],
+    },
+    Part {
         name: "shuttle",
         about: "the driver, with every turn of its threads chosen",
         build: &["test", "--no-run", "--release", "-p", "polder", "--test", "shuttle"],

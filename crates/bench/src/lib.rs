@@ -15,11 +15,19 @@
 //! - Both do the same work and are given their input in the same way. A baseline that could not be
 //!   measured at the size of the case is measured at another, and the note says at which.
 
+mod access;
+mod bare;
+mod convert;
+mod faults;
+mod guest;
 mod here;
+mod hugepages;
 mod machine;
 mod map;
 mod prefault;
+mod stall;
 mod turns;
+mod userfault;
 
 use serde::Serialize;
 
@@ -95,7 +103,17 @@ pub struct Report {
 }
 
 /// Every bench.
-pub const ALL: &[Bench] = &[map::BENCH, machine::BENCH, prefault::BENCH];
+pub const ALL: &[Bench] = &[
+    map::BENCH,
+    machine::BENCH,
+    faults::BENCH,
+    convert::BENCH,
+    stall::BENCH,
+    access::BENCH,
+    prefault::BENCH,
+    hugepages::BENCH,
+    userfault::BENCH,
+];
 
 /// No bench has this name.
 #[derive(Debug, thiserror::Error)]
@@ -121,6 +139,18 @@ pub enum BenchError {
     /// No memory of Polder's can be had, or it failed.
     #[error("there is no memory to measure")]
     Memory(#[from] polder::Error),
+    /// The file to fill memory from can't be written or read.
+    #[error("the file to measure with can't be had at {path}", path = .path.display())]
+    File {
+        /// Where it was to be.
+        path: std::path::PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A guest did not find what it should have.
+    #[error("the guest failed: {0}")]
+    Guest(String),
     /// The kernel refused what the baseline does.
     #[error("the baseline can't be measured")]
     Baseline(#[from] polder_linux::Error),
@@ -132,6 +162,8 @@ impl BenchError {
         match self {
             Self::Vm(error) => error.way_out(),
             Self::Memory(error) => error.way_out(),
+            Self::File { .. } => Some("have 256M free there, or set TMPDIR"),
+            Self::Guest(_) => Some("report it: this is a bug in Polder"),
             Self::Baseline(_) => Some("see what this machine offers: polder doctor"),
         }
     }
@@ -154,5 +186,23 @@ impl Bench {
     pub fn report(&self, progress: &mut dyn FnMut(Progress)) -> Result<Report, BenchError> {
         let rows = (self.run)(progress)?;
         Ok(Report { bench: self.name, machine: here::describe(), rows })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    pub(crate) use polder_require::Facility;
+    use polder_require::require;
+
+    use super::{Measured, Row};
+
+    /// The rows of a bench, unless this machine lacks what it measures: then says so.
+    pub(crate) fn found(facility: Facility, measured: Measured) -> Option<Vec<Row>> {
+        use std::error::Error;
+        let found = measured.map_err(|error| match error.source() {
+            Some(source) => format!("{error}: {source}"),
+            None => error.to_string(),
+        });
+        require(facility, found)
     }
 }

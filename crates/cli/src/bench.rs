@@ -20,6 +20,7 @@ Examples:
   polder bench list                       what there is
   polder bench map                        the page map, as a table
   polder bench machine                    the simulated machine
+  polder bench faults                     a guest's faults on KVM; also convert and stall
   polder bench map --json | jq '.rows[] | select(.ratio < 1)'
 
 Exit status: 0 measured, 2 it could not be.")]

@@ -2,17 +2,21 @@
 
 mod bench;
 mod check;
+mod control;
 mod doctor;
+mod explain;
 mod interrupt;
 mod output;
 mod picture;
 mod play;
 mod run;
+mod run_from;
 mod trouble;
+mod usage;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// A virtual machine's memory: private and shared pages in one object, converted in place.
 #[derive(Parser)]
@@ -25,6 +29,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Run(run::Arguments),
+    Explain(explain::Arguments),
     Play(play::Arguments),
     Bench(bench::Arguments),
     Check(check::Arguments),
@@ -32,8 +37,13 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    match Cli::parse().command {
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
+        Err(error) => return usage::refuse(&error, &Cli::command()),
+    };
+    match command {
         Command::Run(arguments) => run::main(&arguments),
+        Command::Explain(arguments) => explain::main(&arguments),
         Command::Play(arguments) => play::main(&arguments),
         Command::Bench(arguments) => bench::main(&arguments),
         Command::Check(arguments) => check::main(&arguments),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use polder::units::{ByteSize, PAGE_SIZE, PageCount, PageRange};
+use polder::units::{ByteSize, Level, PAGE_SIZE, PageCount, PageRange};
 use polder::{PageFacts, Visibility};
 
 const COLUMNS: u64 = 64;
@@ -40,6 +40,7 @@ pub(crate) fn draw(
     pages: PageCount,
     facts: &[(PageRange, PageFacts)],
     touched: &[PageRange],
+    folios: &[(PageRange, Level)],
 ) -> String {
     let per_cell = pages.get().div_ceil(COLUMNS * ROWS).next_power_of_two();
     let mut cells = Vec::new();
@@ -61,8 +62,14 @@ pub(crate) fn draw(
         let offset = ByteSize::new(row * COLUMNS * per_cell * PAGE_SIZE).to_string();
         let glyphs: String = glyphs.iter().collect();
         let _ = writeln!(picture, "  {offset:>6} {glyphs}");
+        if folios.iter().any(|(_, level)| *level > Level::Size4K) {
+            let first = row * COLUMNS * per_cell;
+            let cells = (0..glyphs.chars().count() as u64).map(|cell| first + cell * per_cell);
+            let levels: String = cells.map(|at| letter(at, at + per_cell, folios)).collect();
+            let _ = writeln!(picture, "         {levels}");
+        }
     }
-    let size = |pages: u64| ByteSize::new(pages * PAGE_SIZE);
+    let size = |pages: u64| rounded(pages * PAGE_SIZE);
     let _ = writeln!(
         picture,
         "         █ private {}   ░ shared {}   ▒ both   · untouched {}   (a cell is {})",
@@ -72,6 +79,32 @@ pub(crate) fn draw(
         size(per_cell),
     );
     picture
+}
+
+/// The level of the smallest folio in the pages `[start..end)`, as a letter.
+fn letter(start: u64, end: u64, folios: &[(PageRange, Level)]) -> char {
+    let first = folios.partition_point(|(run, _)| run.end() <= start);
+    let within = folios[first..].iter().take_while(|(run, _)| run.start().get() < end);
+    match within.map(|(_, level)| *level).min() {
+        Some(Level::Size1G) => 'G',
+        Some(Level::Size2M) => 'M',
+        Some(Level::Size4K) => 'k',
+        None => ' ',
+    }
+}
+
+/// Bytes as a person reads them: three digits that count.
+fn rounded(bytes: u64) -> String {
+    let units = [(1 << 40, "T"), (1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")];
+    let Some((unit, name)) = units.into_iter().find(|&(unit, _)| bytes >= unit) else {
+        return bytes.to_string();
+    };
+    let tenths = (bytes / (unit / 1024) * 10 + 512) / 1024;
+    match tenths % 10 {
+        0 => format!("{}{name}", tenths / 10),
+        rest if tenths < 1000 => format!("{}.{rest}{name}", tenths / 10),
+        _ => format!("{}{name}", (tenths + 5) / 10),
+    }
 }
 
 /// The runs of equal visibility in the pages `[start..end)`, and how many pages of each were
@@ -104,6 +137,21 @@ mod tests {
     }
 
     #[test]
+    fn sizes_are_rounded_for_people() {
+        for (bytes, says) in [
+            (0, "0"),
+            (4096, "4K"),
+            (4500 << 10, "4.4M"),
+            (60968 << 10, "59.5M"),
+            (64 << 20, "64M"),
+            ((256 << 30) - (9 << 20), "256G"),
+            (u64::MAX, "16777216T"),
+        ] {
+            assert_eq!(rounded(bytes), says, "{bytes}");
+        }
+    }
+
+    #[test]
     fn every_kind_of_cell_is_drawn_and_counted() {
         let facts = |visibility| PageFacts { visibility, population: Population::Whole };
         let runs = [
@@ -112,11 +160,14 @@ mod tests {
             (range(8, 16), facts(Visibility::Private)),
         ];
         let touched = [range(0, 7), range(9, 10)];
-        let picture = draw(PageCount::from(1024), &runs, &touched);
+        let picture = draw(PageCount::from(1024), &runs, &touched, &[]);
         assert!(picture.starts_with("       0 █▒█·"), "{picture}");
         assert!(picture.contains("private 24K   ░ shared 8K"), "{picture}");
-        let picture = draw(PageCount::from(16), &runs, &touched);
+        let picture = draw(PageCount::from(16), &runs, &touched, &[]);
         assert!(picture.starts_with("       0 █████░░··█······\n"), "{picture}");
         assert!(picture.contains("untouched 32K"), "{picture}");
+        let folios = [(range(0, 8), Level::Size2M), (range(8, 16), Level::Size4K)];
+        let picture = draw(PageCount::from(16), &runs, &touched, &folios);
+        assert!(picture.contains("\n         MMMMMMMMkkkkkkkk\n"), "{picture}");
     }
 }

@@ -5,14 +5,17 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use polder::units::{ByteSize, GfnRange};
+use polder::units::{ByteSize, GfnRange, PageCount};
 use polder::{HostKind, PageSize, Platform};
 use polder_vmm::guest::Program;
 use polder_vmm::{
     Accelerator, Config, Conversion, End, Failure, Prefault, Progress, Report, Supervision,
+    VirtqueueStatistics,
 };
 use serde_json::json;
 
+use crate::control::Control;
+use crate::run_from::{From, Run};
 use crate::trouble::Trouble;
 use crate::{interrupt, output, picture};
 
@@ -30,6 +33,7 @@ Examples:
   polder run --json | jq .guest           for programs
   polder run --guest spin --timeout 2     a guest that never ends
   polder run --platform pkvm              a protected VM, on the simulated machine
+  polder run --from snapshot.mem          memory filled from a file while the guest runs
   polder run --memory 1G --prefault all   memory mapped before the guest touches it
 
 Exit status: 0 every check passed, 1 one failed or the guest did not end, 2 it could not be run,
@@ -41,11 +45,11 @@ pub(crate) struct Arguments {
     /// For which kind of VM: all but plain on the simulated machine only
     #[arg(long, value_enum, default_value_t = Kind::Plain)]
     platform: Kind,
-    /// The guest's memory: 16M to 1T
-    #[arg(long, value_name = "SIZE", default_value = "64M")]
-    memory: ByteSize,
+    /// The guest's memory: 16M to 1T; 64M unless said
+    #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
+    memory: Option<ByteSize>,
     /// The guest's vCPUs: 1 to 4
-    #[arg(long, value_name = "N", default_value_t = 2)]
+    #[arg(long, value_name = "N", default_value_t = 2, allow_negative_numbers = true)]
     vcpus: u32,
     /// The size of the pages that back the memory
     ///
@@ -54,10 +58,10 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SIZE", default_value = "4k")]
     page_size: PageSize,
     /// Decides the guest's patterns; the same seed is the same run
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     seed: u64,
     /// Seconds after which the guest is stopped
-    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, allow_negative_numbers = true)]
     timeout: u64,
     /// Hold each stage of every operation up by as much as this, by chance: shakes out races
     #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
@@ -79,7 +83,12 @@ pub(crate) struct Arguments {
     /// What the guest does: all but the first show how misbehaviour ends
     #[arg(long, value_enum, default_value_t = Guest::SelfTest)]
     guest: Guest,
+    #[command(flatten)]
+    from: From,
 }
+
+/// The guest's memory unless said.
+const MEMORY: ByteSize = ByteSize::new(64 << 20);
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Host {
@@ -181,12 +190,25 @@ fn choose(host: Host, kind: Kind) -> (HostKind, Option<Trouble>) {
 pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     let (host, instead) = choose(arguments.host, arguments.platform);
     if let Some(instead) = instead.as_ref().filter(|_| !arguments.json) {
-        output::note(&format!("note: this runs on the simulated machine, because {instead}"));
+        instead.note("note: this runs on the simulated machine");
+    }
+    if let Some(path) = arguments.from.file() {
+        let run = Run {
+            host,
+            instead: instead.as_ref(),
+            memory: arguments.memory,
+            page_size: arguments.page_size,
+            vcpus: arguments.vcpus,
+            seed: arguments.seed,
+            timeout: arguments.timeout,
+            json: arguments.json,
+        };
+        return arguments.from.main(path, &run);
     }
     let config = Config {
         host,
         platform: arguments.platform.platform(),
-        memory: arguments.memory,
+        memory: arguments.memory.unwrap_or(MEMORY),
         page_size: arguments.page_size,
         vcpus: arguments.vcpus,
         seed: arguments.seed,
@@ -207,7 +229,12 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
         },
         no_faults: arguments.no_faults_after_start,
     };
-    let mut supervisor = match Supervisor::new(arguments) {
+    let control = Control::listen();
+    if let (Err(why), false) = (&control, arguments.json) {
+        output::note(&format!("note: `polder explain` can't reach this run: {why}"));
+    }
+    let supervisor = Supervisor::new(arguments.timeout, arguments.json, control.ok());
+    let mut supervisor = match supervisor {
         Ok(supervisor) => supervisor,
         Err(error) => {
             return Trouble::new(&error, None).print(arguments.json);
@@ -229,31 +256,59 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
 }
 
 /// Watches the clock and Ctrl-C, and shows the progress line.
-struct Supervisor {
+pub(crate) struct Supervisor {
     start: Instant,
     timeout: Duration,
     line: ProgressBar,
+    /// The pages to bring, where memory is filled from a file.
+    pages: Option<PageCount>,
     running: ProgressStyle,
     /// While memory is mapped ahead.
     ahead: ProgressStyle,
+    control: Option<Control>,
 }
 
 impl Supervisor {
-    fn new(arguments: &Arguments) -> std::io::Result<Self> {
+    pub(crate) fn new(timeout: u64, json: bool, control: Option<Control>) -> std::io::Result<Self> {
         interrupt::hear()?;
         // On standard error, and only where that is a terminal.
-        let line = if arguments.json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
+        let line = if json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
         let running = ProgressStyle::with_template("{spinner} {elapsed} {msg}")
             .unwrap_or_else(|_| ProgressStyle::default_spinner());
         let ahead = ProgressStyle::with_template("{bar:30} {percent}% mapped ahead, {elapsed}")
             .unwrap_or_else(|_| ProgressStyle::default_bar());
         line.set_style(running.clone());
-        let timeout = Duration::from_secs(arguments.timeout);
-        Ok(Self { start: now(), timeout, line, running, ahead })
+        // KVM takes its time over a slot of a terabyte, and nobody looks meanwhile.
+        line.set_message("making the VM");
+        line.enable_steady_tick(Duration::from_millis(100));
+        let timeout = Duration::from_secs(timeout);
+        Ok(Self { start: now(), timeout, line, pages: None, running, ahead, control })
     }
 
-    fn look(&mut self, progress: Progress) -> Supervision {
+    /// For memory of so many pages that is filled from a file.
+    pub(crate) fn of_pages(mut self, pages: PageCount) -> Self {
+        let style = ProgressStyle::with_template("{bar:30} {percent}% {elapsed} {msg}");
+        self.line.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        self.line.set_length(pages.get());
+        self.pages = Some(pages);
+        self
+    }
+
+    /// Shows how far it is; says whether to go on.
+    pub(crate) fn look(&mut self, progress: Progress<'_>) -> Supervision {
+        if let Some(control) = &mut self.control {
+            control.serve(progress.of, progress.vm, self.start.elapsed());
+        }
         let memory = progress.memory;
+        let source = progress.source;
+        if self.pages.is_some() {
+            self.line.set_position(source.demanded + source.ahead + source.zeros + source.failed);
+            self.line.set_message(format!(
+                "{} faults, {} pages ahead",
+                memory.guest_faults, source.ahead
+            ));
+            return self.say();
+        }
         if let Some(ahead) = progress.ahead {
             self.line.set_style(self.ahead.clone());
             self.line.set_length(ahead.of);
@@ -268,8 +323,13 @@ impl Supervisor {
             memory.refused,
             memory.denied,
         ));
+        self.say()
+    }
+
+    fn say(&self) -> Supervision {
         self.line.tick();
         if interrupt::asked() {
+            self.line.set_message("interrupted: ending the VM");
             Supervision::Interrupt
         } else if self.start.elapsed() >= self.timeout {
             Supervision::TimeOut
@@ -279,7 +339,7 @@ impl Supervisor {
     }
 
     /// Takes the line away; returns how long it all took, in seconds.
-    fn finish(self) -> f64 {
+    pub(crate) fn finish(self) -> f64 {
         self.line.finish_and_clear();
         self.start.elapsed().as_secs_f64()
     }
@@ -290,7 +350,7 @@ fn now() -> Instant {
     Instant::now()
 }
 
-fn status(end: End) -> ExitCode {
+pub(crate) fn status(end: End) -> ExitCode {
     match end {
         End::Ok => ExitCode::SUCCESS,
         End::Failed(_) | End::TimedOut => ExitCode::FAILURE,
@@ -299,7 +359,7 @@ fn status(end: End) -> ExitCode {
 }
 
 /// How a run ended, in a word.
-fn exit(end: End) -> &'static str {
+pub(crate) fn exit(end: End) -> &'static str {
     match end {
         End::Ok => "ok",
         End::Failed(Failure::Check { .. }) => "check-failed",
@@ -315,13 +375,49 @@ fn exit(end: End) -> &'static str {
     }
 }
 
+/// Why a run did not end well, and what to do about it.
+fn why(arguments: &Arguments, end: End) -> Option<(&'static str, String)> {
+    let again = || format!("run it again with --seed {}: the same run", arguments.seed);
+    let report = || format!("{}; where it fails again, it is a bug: report it", again());
+    let (why, way_out) = match end {
+        End::Ok => return None,
+        End::TimedOut => {
+            ("it was still running", "give it more time: --timeout SECONDS".to_owned())
+        }
+        End::Interrupted => ("Ctrl-C, or SIGTERM", again()),
+        End::Failed(failure) => {
+            let why = match failure {
+                Failure::Check { .. } => "memory or an answer was not what it has to be",
+                Failure::Exception { .. } => "the guest handles no exception but its own requests",
+                Failure::TripleFault { .. } => {
+                    "an exception came that the guest could not take, so the CPU shut down"
+                }
+                Failure::MemoryFailure { .. } => {
+                    "the page is in quarantine, or the machine's memory is broken there"
+                }
+                Failure::MemoryFault { .. } => "the guest's memory is not what it takes it for",
+                Failure::TooFewChecks { .. } => "a part of its program was not run",
+                Failure::Intrusion { .. } => "a private page has to be out of the host's reach",
+                Failure::Exit { .. } => "nothing that the guest does causes such an exit",
+            };
+            (why, report())
+        }
+    };
+    match arguments.guest {
+        Guest::SelfTest => Some((why, way_out)),
+        Guest::TripleFault | Guest::Spin | Guest::Flood => {
+            Some((why, "leave --guest out: this one is to misbehave".to_owned()))
+        }
+    }
+}
+
 /// How a run ended, in a sentence.
-fn ended(arguments: &Arguments, end: End) -> String {
+pub(crate) fn ended(timeout: u64, end: End) -> String {
     match end {
         End::Ok => "every check passed".into(),
         End::Failed(failure) => failure.to_string(),
         End::TimedOut => {
-            format!("the guest did not end within {} s (--timeout)", arguments.timeout)
+            format!("the guest did not end within {timeout} s (--timeout)")
         }
         End::Interrupted => "interrupted".into(),
     }
@@ -341,7 +437,7 @@ fn to_json(
         "platform": arguments.platform.platform().to_string(),
         "private_memory": report.private_memory,
         "vcpus": arguments.vcpus,
-        "memory_bytes": arguments.memory.get(),
+        "memory_bytes": arguments.memory.unwrap_or(MEMORY).get(),
         "page_size": report.page_size.to_string(),
         "levels": {
             "4k": report.levels.size_4k,
@@ -369,6 +465,9 @@ fn to_json(
         },
         "seconds": seconds,
     });
+    if let Some(VirtqueueStatistics { chains, bytes, refused }) = report.virtqueue {
+        object["virtqueue"] = json!({ "chains": chains, "bytes": bytes, "refused": refused });
+    }
     if let Some(pool) = report.pool {
         object["pool"] = json!({
             "total": pool.total,
@@ -383,15 +482,25 @@ fn to_json(
     if let Some(instead) = instead {
         object["simulated_because"] = json!(instead);
     }
-    if report.end != End::Ok {
-        object["guest"]["why"] = ended(arguments, report.end).into();
+    if let Some((why, way_out)) = why(arguments, report.end) {
+        object["guest"]["what"] = ended(arguments.timeout, report.end).into();
+        object["guest"]["why"] = why.into();
+        object["guest"]["try"] = way_out.into();
     }
     object
 }
 
 fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64) -> String {
     let memory = report.memory;
-    let verdict = if report.end == End::Ok { "ok" } else { "FAILED" };
+    let verdict = match report.end {
+        End::Ok => "ok",
+        End::Failed(_) | End::TimedOut => "FAILED",
+        End::Interrupted => "STOPPED",
+    };
+    let why = why(arguments, report.end);
+    let why = why.map_or_else(String::new, |(why, way_out)| {
+        format!("\x20 why: {why}\n\x20 try: {way_out}\n")
+    });
     let conversion_by = match report.conversion_by {
         Conversion::Hypercall => "hypercall",
         Conversion::Port => "port (this KVM does not complete hypercalls)",
@@ -406,28 +515,36 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
             "\x20 private      none: this KVM can't keep memory private; all of it is shared\n"
         }
     };
-    let pages = arguments.memory.pages().unwrap_or_default();
+    let virtqueue = report.virtqueue.map_or(String::new(), |done| {
+        let VirtqueueStatistics { chains, bytes, refused } = done;
+        format!("\x20 virtqueue    {chains} chains, {bytes} bytes written; {refused} refused\n")
+    });
+    let memory_size = arguments.memory.unwrap_or(MEMORY);
+    let pages = memory_size.pages().unwrap_or_default();
     let ahead = report.ahead.map_or_else(String::new, |ahead| {
         format!("\x20 prefault     {} of {} pages\n", ahead.done, ahead.of)
     });
     format!(
-        "{verdict}: {ended}; {passed} checks passed, {failed} failed in {seconds:.1} s\n\
+        "{verdict}: {ended}; {passed} checks passed, {failed} failed in {seconds:.1} s\n{why}\
          \n\
-         \x20 guest        {vcpus} vCPUs, {size} on host {host}, \
+         \x20 VM           {vcpus} {vcpus_are}, {size} on host {host}, \
          accelerator {accelerator}{simulated}\n\
          {all_shared}\
-         \x20 requests by  {conversion_by}\n\
-         \x20 conversions  {to_shared} to shared, {to_private} to private, {converted} pages; \
+         \x20 requests     by {conversion_by}\n\
+         \x20 conversions  {to_shared} to shared, {to_private} to private, {converted} pages in all; \
          {refused} refused\n\
-         \x20 faults       {guest} of the guest, {mapped} of the host mapped, {denied} denied\n\
+         {virtqueue}\
+         \x20 guest        {guest} faults\n\
+         \x20 host         {mapped} touches of shared pages mapped, {denied} of private pages denied\n\
          {ahead}\
          {levels}\
          \n{picture}",
-        ended = ended(arguments, report.end),
+        ended = ended(arguments.timeout, report.end),
         passed = report.checks_passed,
         failed = report.checks_failed,
         vcpus = arguments.vcpus,
-        size = arguments.memory,
+        vcpus_are = if arguments.vcpus == 1 { "vCPU" } else { "vCPUs" },
+        size = memory_size,
         accelerator = report.accelerator,
         to_shared = memory.to_shared,
         to_private = memory.to_private,
@@ -438,7 +555,7 @@ fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64)
         mapped = memory.host_faults,
         denied = memory.denied,
         levels = levels(arguments, report),
-        picture = picture::draw(pages, &report.facts, &report.touched),
+        picture = picture::draw(pages, &report.facts, &report.touched, &report.folios),
     )
 }
 

@@ -1,10 +1,9 @@
 //! Errors as a person reads them: what, why, and what to do.
 
 use std::error::Error;
-use std::fmt;
 use std::process::ExitCode;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::output;
 
@@ -12,22 +11,12 @@ use crate::output;
 const STATUS: u8 = 2;
 
 /// An error, told.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Trouble {
     what: String,
     why: Option<String>,
     #[serde(rename = "try")]
     way_out: Option<String>,
-}
-
-impl fmt::Display for Trouble {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.what)?;
-        for more in [&self.why, &self.way_out].into_iter().flatten() {
-            write!(f, "; {more}")?;
-        }
-        Ok(())
-    }
 }
 
 impl Trouble {
@@ -41,18 +30,28 @@ impl Trouble {
         }
     }
 
+    /// One that is no value of an error type.
+    pub(crate) fn told(what: String, why: Option<String>, way_out: String) -> Self {
+        Self { what, why, way_out: Some(way_out) }
+    }
+
     /// Prints it: three lines for a person, one object for a program. Returns the exit status.
     pub(crate) fn print(&self, json: bool) -> ExitCode {
         if json {
             let object = serde_json::json!({ "error": self });
             return output::print(&format!("{object}\n"), ExitCode::from(STATUS));
         }
-        output::note(&format!("error: {}", self.what));
+        self.note("error");
+        ExitCode::from(STATUS)
+    }
+
+    /// Prints it for a person, beside the command's result; `kind` says what it is to him.
+    pub(crate) fn note(&self, kind: &str) {
+        output::note(&format!("{kind}: {}", self.what));
         for (name, line) in [("why", &self.why), ("try", &self.way_out)] {
             if let Some(line) = line {
                 output::note(&format!("  {name}: {line}"));
             }
         }
-        ExitCode::from(STATUS)
     }
 }

@@ -1,6 +1,7 @@
 //! `polder bench` as a user sees it. The benches themselves are tested where they are, with less
 //! of everything.
 
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Output};
 
 use serde_json::Value;
@@ -30,6 +31,33 @@ fn an_unknown_bench_is_answered_with_those_there_are() {
     let error = &json(&output)["error"];
     assert_eq!(error["what"], "there is no bench `mop`");
     assert!(error["try"].as_str().is_some_and(|names| names.contains("map")), "{error}");
+}
+
+#[test]
+fn a_bench_of_guests_says_what_this_machine_lacks_and_what_to_do() {
+    // Another user can't look into the directory that the program was built in.
+    let program = std::env::temp_dir().join(format!("polder-bench-{}", std::process::id()));
+    std::fs::copy(env!("CARGO_BIN_EXE_polder"), &program).unwrap();
+    let outputs = ["faults", "convert", "stall"].map(|bench| {
+        Command::new(&program).args(["bench", bench, "--json"]).uid(65534).gid(65534).output()
+    });
+    std::fs::remove_file(&program).unwrap();
+    for output in outputs {
+        let Ok(output) = output else {
+            println!("SKIPPED: only root can be another user");
+            return;
+        };
+        if output.status.success() {
+            println!("SKIPPED: everybody may use KVM and userfaultfd here");
+            return;
+        }
+        assert_eq!(output.status.code(), Some(2));
+        let error = &json(&output)["error"];
+        assert_eq!(error["what"], "there is no VM to measure");
+        let why = error["why"].as_str().unwrap();
+        assert!(why.contains("KVM") || why.contains("userfaultfd"), "{error}");
+        assert!(error["try"].is_string(), "{error}");
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //!
 //! `POLDER_SEEDS` is how many seeds each number of vCPUs is run with, 1 if that is not set.
 
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Output};
 use std::time::Duration;
 
@@ -122,7 +123,8 @@ fn the_simulated_machine_needs_nothing_and_passes_every_check() {
     for (guest, exit) in
         [("triple-fault", "triple-fault"), ("spin", "timeout"), ("flood", "timeout")]
     {
-        let output = output(&format!("run --json --host machine --timeout 1 --guest {guest}"));
+        let timeout = if exit == "timeout" { "--timeout 1" } else { "" };
+        let output = output(&format!("run --json --host machine {timeout} --guest {guest}"));
         assert_eq!(output.status.code(), Some(1));
         assert_eq!(json(&output)["guest"]["exit"], exit, "{guest}");
     }
@@ -161,10 +163,65 @@ fn misbehaving_guests_end_and_are_named() {
     for (guest, exit) in
         [("triple-fault", "triple-fault"), ("spin", "timeout"), ("flood", "timeout")]
     {
-        let output = output(&format!("run --json --timeout 1 --guest {guest}"));
+        let timeout = if exit == "timeout" { "--timeout 1" } else { "" };
+        let output = output(&format!("run --json {timeout} --guest {guest}"));
         assert_eq!(output.status.code(), Some(1));
         assert_eq!(json(&output)["guest"]["exit"], exit, "{guest}");
     }
+    let output = output("run --guest triple-fault");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let starts: Vec<&str> = text.lines().take(3).map(start).collect();
+    assert_eq!(starts, ["FAILED: ", "  why: ", "  try: "], "{text}");
+}
+
+/// What a line says is to follow.
+fn start(line: &str) -> &str {
+    line.split_inclusive(": ").next().unwrap_or_default()
+}
+
+#[test]
+fn a_user_who_may_not_use_kvm_or_userfaultfd_is_told_how_he_may() {
+    // Another user can't look into the directory that the program was built in.
+    let program = std::env::temp_dir().join(format!("polder-of-nobody-{}", std::process::id()));
+    std::fs::copy(env!("CARGO_BIN_EXE_polder"), &program).unwrap();
+    let as_nobody = |arguments: &str| {
+        Command::new(&program).args(arguments.split_whitespace()).uid(65534).gid(65534).output()
+    };
+    let outputs = ["run --host memfd", "run --guest triple-fault"].map(as_nobody);
+    std::fs::remove_file(&program).unwrap();
+    let [Ok(memfd), Ok(auto)] = outputs else {
+        println!("SKIPPED: only root can be another user");
+        return;
+    };
+    if memfd.status.success() {
+        println!("SKIPPED: everybody may use KVM and userfaultfd here");
+        return;
+    }
+    assert_eq!(memfd.status.code(), Some(2));
+    let text = String::from_utf8_lossy(&memfd.stderr);
+    let starts: Vec<&str> = text.lines().map(start).collect();
+    assert_eq!(starts, ["error: ", "  why: ", "  try: "], "{text}");
+
+    assert_eq!(auto.status.code(), Some(1), "the simulated machine needs nothing");
+    let text = String::from_utf8_lossy(&auto.stderr);
+    let starts: Vec<&str> = text.lines().map(start).collect();
+    assert_eq!(starts, ["note: ", "  why: ", "  try: "], "{text}");
+}
+
+#[test]
+fn memory_of_huge_pages_is_reported_with_its_levels_splits_and_pool() {
+    let huge = output("run --json --host machine --memory 16M --page-size 2m --guest triple-fault");
+    let report = json(&huge);
+    assert_eq!(report["page_size"], "2m", "{report}");
+    let levels = |level| report["levels"][level].as_u64().expect("a count");
+    assert_eq!(levels("4k") + 512 * levels("2m"), 4096, "{report}");
+    assert_eq!(report["pool"]["total"], 8);
+    assert!(report["splits"].is_u64() && report["merges"].is_u64(), "{report}");
+    let text = output("run --host machine --memory 16M --page-size 2m --guest triple-fault");
+    let text = String::from_utf8_lossy(&text.stdout).into_owned();
+    assert!(text.contains("MMMM") && text.contains("pool "), "{text}");
+    let small = output("run --json --host machine --memory 16M --guest triple-fault");
+    assert!(json(&small)["pool"].is_null());
 }
 
 #[test]
@@ -187,26 +244,36 @@ fn impossible_arguments_are_refused_with_a_way_out() {
     for (arguments, says) in [
         ("--memory 0", "16M to 1T"),
         ("--memory 4097", "16M to 1T"),
+        ("--memory -1", "K, M, G or T"),
         ("--memory 20000001", "multiple of the page size"),
         ("--memory 16384P", "K, M, G or T"),
         ("--memory 99999999999T", "2^64"),
         ("--memory 1025G", "16M to 1T"),
         ("--vcpus 0", "1 to 4"),
         ("--vcpus 5000", "1 to 4"),
-        ("--vcpus many", "invalid value"),
-        ("--page-size 2m", "4k is"),
-        ("--host abacus", "possible values"),
-        ("--seed -1", "--help"),
-        ("--timeout soon", "invalid value"),
+        ("--vcpus many", "whole number"),
+        ("--page-size 3m", "4k, thp, 2m or 1g"),
+        ("--host machine --page-size thp", "--page-size 2m or 1g"),
+        ("--host machine --memory 17M --page-size 2m", "multiple of the page size"),
+        ("--host abacus", "one of auto, memfd"),
+        ("--seed -1", "whole number"),
+        ("--timeout soon", "whole number"),
+        ("--timeout 99999999999999999999", "too large"),
+        ("--memroy 64M", "did you mean --memory"),
     ] {
         let output = output(&format!("run {arguments}"));
         let text = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{arguments}");
         assert!(text.contains(says), "{arguments}: {text}");
+        let starts: Vec<&str> = text.lines().map(start).collect();
+        assert_eq!(starts, ["error: ", "  why: ", "  try: "], "{arguments}: {text}");
         assert!(output.stdout.is_empty());
+
+        let error = &json(&self::output(&format!("run --json {arguments}")))["error"];
+        for part in ["what", "why", "try"] {
+            assert!(text.contains(error[part].as_str().unwrap()), "{arguments}: {error}");
+        }
     }
-    let output = output("run --json --vcpus 0");
-    assert_eq!(json(&output)["error"]["try"], "give --vcpus 1 to 4");
 }
 
 #[test]

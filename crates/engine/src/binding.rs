@@ -53,6 +53,11 @@ impl Binding {
         self.pages
     }
 
+    /// The largest level at which gfns and page indices are congruent.
+    pub(crate) const fn congruent(&self) -> Level {
+        self.congruent
+    }
+
     /// Its guest frames.
     pub fn gfns(&self) -> GfnRange {
         GfnRange::new(self.gfn, self.pages.count()).expect("checked when it was bound")

@@ -99,6 +99,13 @@ impl Engine {
     /// quarantine, and for a pinned page that would become private: nothing has been unmapped
     /// then. Busy where another operation holds a page.
     pub fn convert(&mut self, request: &ConversionRequest) -> Result<Start, Blocked> {
+        let begun = self.claim_for_conversion(request);
+        let &ConversionRequest { ref ranges, to, contents, by, .. } = request;
+        self.note_refused(Activity::Conversion { to, contents, by }, ranges, &begun);
+        begun
+    }
+
+    fn claim_for_conversion(&mut self, request: &ConversionRequest) -> Result<Start, Blocked> {
         let &ConversionRequest { ref ranges, to, contents, by, by_guest } = request;
         for &range in ranges {
             self.check_bounds(range)?;
@@ -147,7 +154,11 @@ impl Engine {
 
     /// Refuses pins of pages that become private, and of others that would be cut off with them:
     /// of a folio that is to be split, and of a granule that the host view may have mapped.
-    fn check_pins_around(&self, parts: &[PageRange], reshape: &Reshape) -> Result<(), Refusal> {
+    pub(crate) fn check_pins_around(
+        &self,
+        parts: &[PageRange],
+        reshape: &Reshape,
+    ) -> Result<(), Refusal> {
         for &part in parts {
             self.check_pins(part)?;
             let around = self.granules(part);

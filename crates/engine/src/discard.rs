@@ -7,6 +7,7 @@ use polder_units::PageRange;
 
 use crate::Visibility::{Private, Shared};
 use crate::operation::Program;
+use crate::plant::Bug;
 use crate::{Activity, Blocked, Engine, Operation, Population, Refusal, Stage, Step, View};
 
 /// A discard in flight.
@@ -31,6 +32,12 @@ impl Engine {
     /// Refused beyond the object, for a page in quarantine, for one that is pinned or mapped for a
     /// device, and where only the guest gives pages away; busy where an operation holds a page.
     pub fn discard(&mut self, range: PageRange) -> Result<Discard, Blocked> {
+        let begun = self.claim_for_discard(range);
+        self.note_refused(Activity::Discard, &[range], &begun);
+        begun
+    }
+
+    fn claim_for_discard(&mut self, range: PageRange) -> Result<Discard, Blocked> {
         self.check_bounds(range)?;
         if self.config.platform.guest_decides() {
             let (page, platform) = (range.start(), self.config.platform);
@@ -66,7 +73,9 @@ impl Engine {
     pub fn finish_discard(&mut self, discard: Operation<Cleared>) {
         let record = self.finish(&discard);
         for &part in &record.parts {
-            self.pages.set_population(part, Population::Whole);
+            if !self.plants.has(Bug::DiscardKeepsSource) {
+                self.pages.set_population(part, Population::Whole);
+            }
             self.failed.remove(part);
         }
         for view in [View::Host, View::Guest] {

@@ -141,10 +141,6 @@ impl Engine {
         devices.flat_map(|device| parts.iter().map(move |&part| step(device.id, part))).collect()
     }
 
-    fn all(&self) -> PageRange {
-        PageRange::between(0, self.config.pages.get()).expect("an object has pages")
-    }
-
     fn shared(&self, range: PageRange) -> Vec<PageRange> {
         let runs = self.pages.runs(range);
         let shared = runs.filter(|(_, facts)| facts.visibility == Visibility::Shared);

@@ -4,7 +4,7 @@ use core::fmt;
 
 use polder_units::{Gfn, GfnRange, Level, PageCount, PageIndex, PageRange, RangeError};
 
-use crate::{Activity, Contents, Holder, PinKind, Platform, Slot, Visibility};
+use crate::{Activity, Contents, Holder, PinKind, Platform, Slot, Visibility, VmId};
 
 /// A request that was refused; it changed nothing.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -88,6 +88,9 @@ pub enum Refusal {
     /// `EEXIST`: the slot is in use; unbind it first.
     #[error("slot {slot} is bound already; unbind it first")]
     SlotTaken { slot: Slot },
+    /// `EINVAL`: the VM has no slot at all.
+    #[error("vm {} has no slot; bind memory to it first", .vm.0)]
+    NoSlots { vm: VmId },
     /// `EINVAL`: the VM has no such slot.
     #[error("slot {slot} is not bound")]
     NoSuchSlot { slot: Slot },
@@ -97,9 +100,6 @@ pub enum Refusal {
     /// `EEXIST`: another slot of the VM has some of the pages.
     #[error("pages {range} overlap those of slot {slot}")]
     PagesTaken { range: PageRange, slot: Slot },
-    /// `EINVAL`: nothing is pinned under that id (any more).
-    #[error("there is no such pin")]
-    NoSuchPin,
 }
 
 /// The error codes of [`Refusal::errno`] and of interfaces shaped like the kernel's, by Linux's names
@@ -135,7 +135,7 @@ impl Refusal {
             Self::Unmovable { .. } => Errno::EOPNOTSUPP,
             Self::FolioPart { .. } | Self::Granule { .. } | Self::NoSuchDevice => Errno::EINVAL,
             Self::Range(_) | Self::Beyond { .. } | Self::Unbound { .. } => Errno::EINVAL,
-            Self::NoSuchSlot { .. } | Self::NoSuchPin => Errno::EINVAL,
+            Self::NoSuchSlot { .. } | Self::NoSlots { .. } => Errno::EINVAL,
             Self::Busy { .. } | Self::Pinned { .. } => Errno::EAGAIN,
             Self::Referenced { .. } | Self::Owed { .. } => Errno::EAGAIN,
             Self::Private { .. } => Errno::EACCES,

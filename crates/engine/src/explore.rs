@@ -77,9 +77,9 @@ impl Engine {
         self.in_flight.iter().take_while(|other| other.id() != in_flight.id()).count()
     }
 
-    /// Which pin it is, counted from 0.
-    pub fn place_of_pin(&self, id: PinId) -> usize {
-        self.pins.place_of(id)
+    /// Whose pin it is, counted from 0, and of which pages.
+    pub fn place_of_pin(&self, pin: PinId) -> (usize, PageRange) {
+        self.pins.place_of(pin)
     }
 
     /// Hashes all that what happens from here on depends on: places stand for ids, and how the

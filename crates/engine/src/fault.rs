@@ -83,6 +83,9 @@ pub enum TouchAnswer {
     Now(Answer),
     /// Not yet: ask again when an operation has ended.
     Wait,
+    /// Not yet: the page's contents are owed. Have them brought, if there is a source, and ask
+    /// again when an operation has ended.
+    Owed,
     /// Not yet: undo this operation, then ask again.
     Undo(Operation<Undoing>),
 }
@@ -140,6 +143,9 @@ pub enum GuestAnswer {
     Exit(MemoryFault),
     /// Not yet: ask again when an operation has ended.
     Wait,
+    /// Not yet: the contents of this page are owed. Have them brought, if there is a source, and
+    /// ask again when an operation has ended.
+    Owed(PageIndex),
     /// Not yet: undo this operation, then ask again.
     Undo(Operation<Undoing>),
 }
@@ -169,7 +175,7 @@ impl Engine {
         }
         let owed = |facts: PageFacts| facts.population == Population::Owed;
         if self.first_page(around, owed).is_some() && !self.plants.has(Bug::OwedShown) {
-            return TouchAnswer::Wait;
+            return TouchAnswer::Owed;
         }
         match view {
             View::Host => TouchAnswer::Now(self.map_around(view, page, Level::Size1G)),
@@ -215,7 +221,7 @@ impl Engine {
             return GuestAnswer::Exit(MemoryFault::SourceFailed(gfns));
         }
         if facts.population == Population::Owed {
-            return GuestAnswer::Wait;
+            return GuestAnswer::Owed(page);
         }
         if self.plants.has(Bug::NoFit) {
             bound = Level::Size1G;

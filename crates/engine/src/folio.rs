@@ -214,6 +214,26 @@ impl Engine {
         self.folios.counts()
     }
 
+    /// The runs of pages whose folios are of one level, in order.
+    pub fn folio_runs(&self) -> Vec<(PageRange, Level)> {
+        let mut runs: Vec<(PageRange, Level)> = Vec::new();
+        let (mut at, end) = (0, self.config.pages.get());
+        while let Some(page) = PageIndex::new(at).filter(|_| at < end) {
+            let level = self.folios.level(page);
+            // What is split to 4K is so up to the end of its 2M page.
+            let step = level.max(Level::Size2M.min(self.config.backing.folio));
+            let whole = PageRange::enclosing(page, step, self.config.geometry);
+            let next = if self.config.backing.folio == Level::Size4K { end } else { whole.end() };
+            let run = PageRange::between(at, next.min(end)).expect("it goes on");
+            match runs.last_mut().filter(|last| last.1 == level) {
+                Some(last) => last.0 = last.0.append(run).expect("they follow each other"),
+                None => runs.push((run, level)),
+            }
+            at = run.end();
+        }
+        runs
+    }
+
     /// How often folios were split and merged.
     pub fn reshaped(&self) -> Reshaped {
         self.folios.counts

@@ -24,8 +24,8 @@
 //!   **quarantined**: refused to everybody, for good, and reported.
 //!
 //! # Holes
-//! Pins are searched one by one and operations are kept in a list: both are meant for as many
-//! entries as there are threads and devices, not for millions.
+//! Who holds pins, and operations, are kept in lists: both are meant for as many entries as there
+//! are threads and devices, not for millions. How many pins a holder has does not matter.
 
 #![no_std]
 
@@ -39,10 +39,12 @@ mod copy;
 mod discard;
 mod dma;
 mod error;
+mod explain;
 #[cfg(feature = "explore")]
 mod explore;
 mod fault;
 mod folio;
+mod history;
 mod level;
 mod merge;
 mod move_pages;
@@ -58,6 +60,7 @@ mod preload;
 mod range_set;
 mod rmp;
 mod step;
+mod sync;
 mod wanted;
 
 #[cfg(test)]
@@ -76,16 +79,18 @@ pub use copy::Copying;
 pub use discard::{Cleared, Clearing, Discard};
 pub use dma::{Attached, Attaching, DeviceId};
 pub use error::{Errno, Refusal};
+pub use explain::{Clause, Explanation, Held, LevelLimit, Pinned, Shown};
 #[cfg(feature = "explore")]
 pub use fault::InFlight;
 pub use fault::{Answer, GuestAccess, GuestAnswer, MemoryFault, Response, TouchAnswer, View};
 pub use folio::{Backing, FolioCounts, Reshaped as ReshapedCounts};
+pub use history::{Came, Past};
 pub use level::{LevelLimits, Limit};
 pub use merge::{Merged, Merging};
 pub use move_pages::{MoveUnmapped, MoveUnpinned, Moved, Moving};
 pub use operation::{Activity, Blocked, OpId, Operation, Stage, Undoing};
 pub use page_map::{PageFacts, PageMap, PageReader, Population, Visibility};
-pub use pin::{Holder, PinId, PinKind};
+pub use pin::{AskEngine, Holder, Local, PinId, PinKind, Pinner, WaitFor, Waiting};
 #[cfg(feature = "plant")]
 pub use plant::Bug;
 pub use platform::{Contents, Platform};
@@ -141,6 +146,8 @@ pub struct Engine {
     failed: RangeSet,
     /// Pages whose undo failed; neither side may touch them again.
     quarantine: RangeSet,
+    /// The last operations that ended or were refused.
+    history: history::History,
     /// The bug planted in it; none, but where a checker is checked.
     plants: plant::Plants,
     /// The guest has begun: nobody but the guest puts anything onto its private pages.
@@ -171,12 +178,13 @@ impl Engine {
             wishes: wanted::Wishes::default(),
             operations: Vec::new(),
             in_flight: Vec::new(),
-            pins: Pins::default(),
+            pins: Pins::new(config.pages),
             devices: Vec::new(),
             launched: false,
             markers: <[RangeSet; 2]>::default(),
             failed: RangeSet::default(),
             quarantine: RangeSet::default(),
+            history: history::History::default(),
             plants: plant::Plants::default(),
             last_id: 0,
             config,
@@ -211,6 +219,11 @@ impl Engine {
     /// Whether nothing is in flight: no operation, no answer, no copy.
     pub fn is_idle(&self) -> bool {
         self.operations.is_empty() && self.in_flight.is_empty()
+    }
+
+    /// All pages.
+    fn all(&self) -> PageRange {
+        PageRange::between(0, self.config.pages.get()).expect("an object has pages")
     }
 
     fn next_id(&mut self) -> u64 {

@@ -15,11 +15,14 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 use core::marker::PhantomData;
+use core::ops::{Deref, DerefMut};
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use polder_units::{PageIndex, PageRange};
 
 use crate::folio::Reshape;
+use crate::history::Came;
+use crate::pin::PinGate;
 use crate::plant::{Bug, Plants};
 use crate::step::Undo;
 use crate::{Config, Contents, Engine, Refusal, Step, View, Visibility, VmId};
@@ -52,6 +55,17 @@ pub enum Activity {
     Attach,
     /// Taking it away from a device.
     Detach,
+}
+
+impl Activity {
+    /// Whether it takes pages from who may have pinned them. What is owed or private has no pin.
+    pub(crate) fn needs_unpinned(self) -> bool {
+        match self {
+            Self::Conversion { to, .. } => to == Visibility::Private,
+            Self::Discard | Self::Move => true,
+            Self::Population | Self::Merge | Self::Attach | Self::Detach => false,
+        }
+    }
 }
 
 impl fmt::Display for Activity {
@@ -145,7 +159,40 @@ pub(crate) struct Record {
     pub(crate) asked: Vec<PageRange>,
     pub(crate) reshape: Reshape,
     progress: Progress,
+    /// Whether pins of what it changes were looked for since it claimed it, and none was found.
+    pub(crate) unpinned: bool,
+    /// Why it failed, if that is known.
+    why: Option<Refusal>,
     pub(crate) abandoned: Arc<AtomicBool>,
+}
+
+/// An operation that has ended. Dropped, it lets its pages be pinned again, as what they are by
+/// then in the page map.
+pub(crate) struct Ended {
+    record: Record,
+    gate: Option<PinGate>,
+}
+
+impl Deref for Ended {
+    type Target = Record;
+
+    fn deref(&self) -> &Record {
+        &self.record
+    }
+}
+
+impl DerefMut for Ended {
+    fn deref_mut(&mut self) -> &mut Record {
+        &mut self.record
+    }
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        if let Some(gate) = &self.gate {
+            self.record.claims.iter().for_each(|&claim| gate.open(claim));
+        }
+    }
 }
 
 /// The steps of an operation, stage by stage.
@@ -186,6 +233,11 @@ enum Progress {
 }
 
 impl Record {
+    /// Whether it is on its way back.
+    pub(crate) fn is_undoing(&self) -> bool {
+        matches!(self.progress, Progress::Back { .. })
+    }
+
     pub(crate) fn is_abandoned(&self) -> bool {
         self.abandoned.load(Ordering::Acquire)
     }
@@ -252,8 +304,23 @@ impl Engine {
         let id = OpId(self.next_id());
         let abandoned = Arc::new(AtomicBool::new(false));
         let lease = Lease(Arc::clone(&abandoned));
-        let (asked, reshape) = (Vec::new(), Reshape::default());
-        let record = Record { id, activity, claims, parts, asked, reshape, progress, abandoned };
+        if !self.plants.has(Bug::PinnedWhileDrained) {
+            claims.iter().for_each(|&claim| self.pins.close(claim));
+        }
+        let (asked, reshape, why) = (Vec::new(), Reshape::default(), None);
+        let unpinned = !activity.needs_unpinned();
+        let record = Record {
+            id,
+            activity,
+            claims,
+            parts,
+            asked,
+            reshape,
+            progress,
+            unpinned,
+            why,
+            abandoned,
+        };
         self.operations.push(record);
         Operation::new(id, lease)
     }
@@ -295,13 +362,16 @@ impl Engine {
     /// of [`Engine::step_taken`] or [`Engine::undo`] the step counts as perhaps taken.
     ///
     /// # Panics
-    /// If the operation is not drained: no mapping may be touched before.
+    /// If the operation is not drained, or pins were not looked for ([`Engine::look_for_pins`]): no
+    /// mapping may be touched before.
     pub fn next_step<S: Stage>(&mut self, operation: &Operation<S>) -> Option<Step> {
         // With these planted answers are given on what is claimed.
         let planted = [Bug::OneTableUnclaimed, Bug::DeniedWhileClaimed];
         let planted = planted.into_iter().any(|bug| self.plants.has(bug));
         let drained = planted || self.is_drained(operation);
         assert!(drained, "a step was asked for before the range was drained");
+        let unpinned = self.record(operation.id).unpinned;
+        assert!(unpinned, "a step was asked for before pins were looked for");
         match &mut self.record_mut(operation.id).progress {
             Progress::Forward { program, taken, issued } => {
                 let step = (*taken < program.stage_ends[S::INDEX]).then(|| program.steps[*taken]);
@@ -339,6 +409,11 @@ impl Engine {
         Operation::new(operation.id, operation.lease)
     }
 
+    /// Notes what it is that an operation which is being undone failed for.
+    pub fn note_reason(&mut self, operation: &Operation<Undoing>, why: Refusal) {
+        self.record_mut(operation.id).why = Some(why);
+    }
+
     /// The step to take next on the way back, or `None` when all is undone.
     pub fn next_undo(&self, operation: &Operation<Undoing>) -> Option<Step> {
         match &self.record(operation.id).progress {
@@ -374,23 +449,33 @@ impl Engine {
         assert_eq!(self.next_undo(&operation), None, "there is more to undo");
         // Markers may have been lifted on the way. They stay in the set: lifting one that isn't
         // there is harmless, forgetting one that is would deny a shared page.
-        let record = self.end(operation.id);
+        let mut record = self.end(operation.id);
         if let (Activity::Conversion { to, .. }, true) = (record.activity, self.plants.one_table())
         {
             record.parts.iter().for_each(|&part| self.pages.set_visibility(part, to.other()));
         }
-        let Progress::Back { quarantined, .. } = record.progress else {
+        let Progress::Back { quarantined, .. } = &mut record.progress else {
             unreachable!("its handle would be of another type")
         };
+        let quarantined = core::mem::take(quarantined);
         for &range in &quarantined {
             self.quarantine.insert(range);
+            self.pins.close(range);
         }
+        let came = match quarantined.is_empty() {
+            true => Came::Undone(record.why.take()),
+            false => Came::Quarantined,
+        };
+        self.history.note(record.activity, &record.claims, &came);
         quarantined
     }
 
-    /// Ends an operation whose last stage is over. Returns what it was.
-    pub(crate) fn finish<S>(&mut self, operation: &Operation<S>) -> Record {
-        self.end(operation.id)
+    /// Ends an operation whose last stage is over. Returns what it was: to be kept until the page
+    /// map says what the pages have become.
+    pub(crate) fn finish<S>(&mut self, operation: &Operation<S>) -> Ended {
+        let record = self.end(operation.id);
+        self.history.note(record.activity, &record.claims, &Came::Done);
+        record
     }
 
     /// Notes that a view holds no markers on these pages any more.
@@ -400,9 +485,11 @@ impl Engine {
         }
     }
 
-    fn end(&mut self, id: OpId) -> Record {
+    fn end(&mut self, id: OpId) -> Ended {
         let at = self.operations.iter().position(|record| record.id == id);
-        self.operations.swap_remove(at.expect("a handle's operation is in flight"))
+        let record = self.operations.swap_remove(at.expect("a handle's operation is in flight"));
+        let gate = (!self.plants.has(Bug::PinnedWhileDrained)).then(|| self.pins.gate());
+        Ended { record, gate }
     }
 
     pub(crate) fn record(&self, id: OpId) -> &Record {

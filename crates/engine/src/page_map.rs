@@ -79,7 +79,6 @@
 
 mod facts;
 mod row;
-mod sync;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -241,6 +240,17 @@ impl PageReader {
     #[inline]
     pub fn level(&self, page: PageIndex) -> Level {
         self.tree.level(page)
+    }
+
+    /// Whether all of `range` has `facts`, which do not change meanwhile: the caller announced
+    /// itself. If they do, any answer.
+    ///
+    /// # Panics
+    /// If it reaches past the object.
+    #[inline]
+    pub fn are_all(&self, range: PageRange, facts: PageFacts) -> bool {
+        self.tree.is(range.start(), facts)
+            && (range.count() == PageCount::ONE || self.tree.are_all(range, facts))
     }
 }
 

@@ -52,6 +52,10 @@ pub enum Bug {
     MarkersForgotten,
     /// A conversion does not look for pins.
     PinsForgotten,
+    /// Pages that an operation has claimed can be pinned by who does not ask the engine.
+    PinnedWhileDrained,
+    /// An exclusive pin is granted without a look at pins that were taken without the lock.
+    ExclusiveUnchecked,
     /// A touch of a page whose contents are to come is answered.
     OwedShown,
     /// What a VMM wishes counts as granted, where the guest decides.
@@ -70,10 +74,14 @@ pub enum Bug {
     ReshapedWhilePinned,
     /// The level of a mapping is that of the folio, also where its pages are of two kinds.
     StaleLevel,
+    /// A population of some pages of a folio counts for all of it: they are in the page cache.
+    FolioPopulated,
     /// A huge page that its last unpin has given back is given back again.
     ReturnedTwice,
     /// Taking a page back that was not used loses the promise it was taken on.
     ReservationLost,
+    /// A discard leaves what is owed owed: the source brings the old contents.
+    DiscardKeepsSource,
 }
 
 /// Which bug is planted.

@@ -7,7 +7,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use polder_units::PageRange;
+use polder_units::{PageIndex, PageRange};
 
 use crate::operation::Program;
 use crate::plant::Bug;
@@ -38,6 +38,12 @@ impl Engine {
     /// first, for such a page is never owed; busy where an
     /// operation holds a page.
     pub fn populate(&mut self, range: PageRange) -> Result<Operation<Writing>, Blocked> {
+        let begun = self.claim_for_population(range);
+        self.note_refused(Activity::Population, &[range], &begun);
+        begun
+    }
+
+    fn claim_for_population(&mut self, range: PageRange) -> Result<Operation<Writing>, Blocked> {
         self.check_bounds(range)?;
         self.check_quarantine(range)?;
         if self.plants.has(Bug::ExistsWhileClaimed) && self.is_claimed(range) {
@@ -70,6 +76,10 @@ impl Engine {
     pub fn finish_population(&mut self, population: Operation<Published>) -> Option<Answer> {
         let record = self.finish(&population);
         self.pages.set_population(record.parts[0], Population::Whole);
+        if self.plants.has(Bug::FolioPopulated) {
+            let all = PageRange::between(0, self.config.pages.get()).expect("an object has pages");
+            self.pages.set_population(all, Population::Whole);
+        }
         let shown = self.whole_granules(record.claims[0])?;
         Some(self.answer(View::Guest, shown, Response::Map))
     }
@@ -88,6 +98,89 @@ impl Engine {
         })
     }
 
+    /// The same, showing a part of the pages only: the rest is mapped when it is touched.
+    pub fn finish_population_showing(
+        &mut self,
+        population: Operation<Published>,
+        shown: PageRange,
+    ) -> Option<Answer> {
+        let record = self.finish(&population);
+        let range = record.parts[0];
+        self.pages.set_population(range, Population::Whole);
+        let shown = self.granules(range.intersection(shown)?);
+        let shown = self.whole_granules(shown)?;
+        Some(self.answer(View::Guest, shown, Response::Map))
+    }
+
+    /// The first run of pages in `range` that can be populated: they are owed, their source has not
+    /// failed, and no operation holds them.
+    pub fn first_owed(&self, range: PageRange) -> Option<PageRange> {
+        let owed = self.pages.runs(range).filter(|(_, facts)| {
+            facts.population == Population::Owed
+                && (facts.visibility == Visibility::Shared
+                    || self.config.platform.host_fills_private())
+        });
+        owed.into_iter().find_map(|(run, _)| {
+            let mut left = Some(run);
+            while let Some(rest) = left {
+                let stop = [
+                    self.failed.first_in(rest),
+                    self.quarantine.first_in(rest),
+                    self.first_claimed(rest),
+                ];
+                let Some(stop) = stop.into_iter().flatten().min() else { return Some(rest) };
+                let free = PageRange::between(rest.start().get(), stop.get());
+                if free.is_some() {
+                    return free;
+                }
+                left = PageRange::between(stop.get() + 1, rest.end());
+            }
+            None
+        })
+    }
+
+    /// Refuses a range of which a page is not whole.
+    ///
+    /// # Errors
+    /// [`Refusal::SourceFailed`] and [`Refusal::Owed`], naming the first such page.
+    pub fn check_whole(&self, range: PageRange) -> Result<(), Refusal> {
+        self.check_bounds(range)?;
+        let owed = |facts: PageFacts| facts.population == Population::Owed;
+        match self.first_page(range, owed) {
+            Some(page) if self.failed.contains(page) => Err(Refusal::SourceFailed { page }),
+            Some(page) => Err(Refusal::Owed { page }),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the contents of `page` are still to come, or of another that views map only with it.
+    pub fn is_owed_page(&self, page: PageIndex) -> bool {
+        self.owed_with(page).is_some()
+    }
+
+    /// The first page that views map with `page` and whose contents are still to come.
+    fn owed_with(&self, page: PageIndex) -> Option<PageIndex> {
+        let mut runs = self.pages.runs(self.granules(PageRange::one(page)));
+        runs.find_map(|(run, facts)| {
+            let owed = facts.population == Population::Owed;
+            owed.then(|| self.failed.first_not_in(run)).flatten()
+        })
+    }
+
+    /// Whether contents of a page of the object are still to come, or being brought: nothing is
+    /// once this is false, for ever. `from` is where to look first, and told where to look next.
+    pub fn is_owed(&self, from: &mut PageIndex) -> bool {
+        let Some(rest) = PageRange::between(from.get(), self.config.pages.get()) else {
+            return false;
+        };
+        let next = self.pages.runs(rest).find_map(|(run, facts)| {
+            let owed = facts.population == Population::Owed;
+            owed.then(|| self.failed.first_not_in(run)).flatten()
+        });
+        *from = next.unwrap_or(*from);
+        next.is_some()
+    }
+
     /// Says that the contents of pages will not come: whoever touches one is denied from now on,
     /// until the pages are discarded.
     ///
@@ -101,6 +194,17 @@ impl Engine {
         }
         self.failed.insert(range);
         Ok(())
+    }
+
+    /// Says so of a page that a touch of `page` has waited for too long, unless its contents have
+    /// come, or it was said before. Returns that page: `page`, or another that views map only with
+    /// it.
+    ///
+    /// # Errors
+    /// Busy where an operation holds it.
+    pub fn fail_late(&mut self, page: PageIndex) -> Result<Option<PageIndex>, Blocked> {
+        let Some(late) = self.owed_with(page) else { return Ok(None) };
+        self.fail(PageRange::one(late)).map(|()| Some(late))
     }
 
     /// Says so of everything that is still owed, whatever goes on: the object is about to go.

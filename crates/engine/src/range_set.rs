@@ -36,6 +36,18 @@ impl RangeSet {
         self.within(range).next().map(PageRange::start)
     }
 
+    /// The first page of `range` that is not in it.
+    pub fn first_not_in(&self, range: PageRange) -> Option<PageIndex> {
+        let mut next = range.start().get();
+        for run in self.within(range) {
+            if run.start().get() > next {
+                break;
+            }
+            next = run.end();
+        }
+        PageRange::between(next, range.end()).map(PageRange::start)
+    }
+
     /// Its runs, in order.
     pub fn runs(&self) -> impl Iterator<Item = PageRange> {
         self.runs.iter().filter_map(|(&start, &end)| PageRange::between(start, end))
@@ -109,6 +121,8 @@ mod tests {
             prop_assert_eq!(pages, naive.iter().copied().collect::<Vec<_>>());
             let window = PageRange::between(start, start + count).unwrap();
             let within: Vec<_> = set.within(window).flat_map(PageRange::frames).collect();
+            let outside = window.frames().find(|page| !naive.contains(page));
+            prop_assert_eq!(set.first_not_in(window), outside);
             let naive: Vec<_> = naive.into_iter().filter(|&p| window.contains(p)).collect();
             prop_assert_eq!(within, naive);
         }

@@ -3,6 +3,7 @@
 mod bindings;
 mod conversion;
 mod dma;
+mod explain;
 mod folios;
 mod oracle;
 mod pkvm;
@@ -12,7 +13,7 @@ mod rmp;
 use std::vec;
 use std::vec::Vec;
 
-use polder_units::{Geometry, Level, PageCount, PageIndex, PageRange};
+use polder_units::{Geometry, Gfn, Level, PageCount, PageIndex, PageRange};
 
 use super::*;
 
@@ -59,6 +60,7 @@ fn stage<S: Stage>(
     taken: &mut Vec<Step>,
     fail: &mut Option<usize>,
 ) -> Result<Operation<S::Next>, Vec<Step>> {
+    engine.look_for_pins(&operation).unwrap();
     let mut step = engine.next_step(&operation);
     while let Some(now) = step {
         taken.push(now);
@@ -112,5 +114,5 @@ fn now(answer: TouchAnswer) -> Answer {
 }
 
 fn waits(engine: &mut Engine, page: PageIndex) -> bool {
-    matches!(engine.touch(View::Host, page), TouchAnswer::Wait)
+    matches!(engine.touch(View::Host, page), TouchAnswer::Wait | TouchAnswer::Owed)
 }

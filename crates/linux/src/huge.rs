@@ -60,11 +60,15 @@ pub fn shmem_huge_pages() -> bool {
         let chosen = text.split_once('[').and_then(|(_, rest)| rest.split_once(']'));
         chosen.map(|(chosen, _)| chosen.to_owned()).unwrap_or_default()
     };
-    let yes = |choice: &str| ["always", "within_size", "advise", "force"].contains(&choice);
-    match chosen("hugepages-2048kB/shmem_enabled").as_str() {
+    let yes = |choice: &str| ["always", "within_size", "advise"].contains(&choice);
+    let of_all = chosen("shmem_enabled");
+    match (of_all.as_str(), chosen("hugepages-2048kB/shmem_enabled").as_str()) {
+        // These two overrule what is chosen for a size.
+        ("deny", _) => false,
+        ("force", _) => true,
         // Before the sizes had choices of their own there was the one for all.
-        "inherit" | "" => yes(&chosen("shmem_enabled")),
-        of_size => yes(of_size),
+        (of_all, "inherit" | "") => yes(of_all),
+        (_, of_size) => yes(of_size),
     }
 }
 

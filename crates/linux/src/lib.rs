@@ -11,6 +11,7 @@
 //! | [`Vcpu`] | `KVM_RUN` |
 //! | [`HugetlbPool`], [`shmem_huge_pages`] | sysfs, and `/proc/self/smaps` |
 //! | [`Nudge`], [`wait()`], [`spawn`] | `eventfd(2)`, `poll(2)`, threads |
+//! | [`barrier`] | `membarrier(2)` |
 //! | [`sigbus`] | `sigaction(2)` of SIGBUS |
 //!
 //! # Rules
@@ -35,6 +36,7 @@ mod huge;
 #[cfg(feature = "inject")]
 pub mod inject;
 mod kvm;
+mod membarrier;
 mod memfd;
 mod pre_fault;
 pub mod sigbus;
@@ -49,13 +51,14 @@ use polder_units::ByteRange;
 pub use guest_memfd::{GuestMemfd, PrivateMemory, set_private};
 pub use huge::{HugetlbPool, shmem_huge_pages};
 pub use kvm::KvmSlot;
+pub use membarrier::{barrier, can_barrier};
 pub use memfd::Memfd;
 pub use pre_fault::{can_pre_fault, pre_fault};
 pub use rustix::io::Errno;
 pub use userfault::{Continued, Userfault, UserfaultOffer, Way};
 pub use vcpu::{Exit, FailedAt, Kicker, Vcpu};
 pub use view::{Touched, View};
-pub use wait::{Nudge, spawn, wait};
+pub use wait::{Deadline, Nudge, now, spawn, wait};
 
 /// A system call that failed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]

@@ -110,6 +110,26 @@ impl Memfd {
         punch_hole(&self.fd, range)
     }
 
+    /// Writes bytes at `offset`, by `pwrite(2)`: no mapping is touched, and nobody who watches one
+    /// is told.
+    ///
+    /// # Errors
+    /// Of `pwrite`: `ENOSPC` and `ENOMEM` where there is no memory.
+    pub fn write_at(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        let (mut left, mut at) = (from, offset);
+        while !left.is_empty() {
+            let call = Call::new("pwrite");
+            match call.make(|| rustix::io::pwrite(&self.fd, left, at))? {
+                0 => return Err(call.error(Errno::NOSPC)),
+                count => {
+                    left = &left[count..];
+                    at += count as u64;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The runs of pages that exist, in order: those that somebody touched. For reports; whether a
     /// page's contents are good is not asked here.
     ///

@@ -8,7 +8,7 @@ mod offer;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use polder_units::{ByteRange, Level, PAGE_SIZE, PageIndex, PageRange};
+use polder_units::{ByteRange, Level, PAGE_BYTES, PAGE_SIZE, PageIndex, PageRange};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl};
@@ -143,6 +143,24 @@ impl Userfault {
             let result = self.ask::<{ uapi::UFFDIO_CONTINUE }, _>(&mut resume);
             (result, resume.mapped)
         })
+    }
+
+    /// Makes a page of these bytes, maps it, and lets whoever waits for it go on: what a handler does
+    /// that has no memfd of its own. Polder does not. A page that exists already is left as it is.
+    ///
+    /// # Errors
+    /// Of `UFFDIO_COPY`.
+    pub fn copy(&self, page: PageIndex, from: &[u8; PAGE_BYTES]) -> Result<(), Error> {
+        let range = PageRange::one(page);
+        let uapi::uffdio_range { start: dst, len } = self.range(range.bytes());
+        let src = from.as_ptr().addr() as u64;
+        let mut copy = uapi::uffdio_copy { dst, src, len, mode: 0, copy: 0 };
+        let call = Call::on("UFFDIO_COPY", range.bytes());
+        match call.attempt(|| self.ask::<{ uapi::UFFDIO_COPY }, _>(&mut copy)) {
+            Ok(()) => Ok(()),
+            Err(Errno::EXIST) => self.wake(range),
+            Err(errno) => Err(call.error(errno)),
+        }
     }
 
     /// Puts a poison marker in the place of pages that are not mapped in the view: whoever touches

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use polder_units::{ByteRange, Level, PAGE_SHIFT, PageRange};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
+use vm_memory::VolatileSlice;
+use vm_memory::bitmap::BitmapSlice;
 
 use crate::call::{self, Call};
 use crate::copy::copy;
@@ -302,6 +304,27 @@ impl View {
         Call::new("read").make(read)
     }
 
+    /// `count` bytes at `offset` of the object, for what is written for the `vm-memory` crate. The
+    /// slice lives no longer than the view; `bitmap` goes with it, and is what tells others that
+    /// the bytes are in use.
+    ///
+    /// # Panics
+    /// If the bytes reach beyond the view.
+    #[inline(always)]
+    pub fn slice<B: BitmapSlice>(
+        &self,
+        offset: u64,
+        count: usize,
+        bitmap: B,
+    ) -> VolatileSlice<'_, B> {
+        let start = self.bytes(offset, count);
+        // SAFETY: the bytes lie in this mapping, which the slice borrows. `vm-memory` touches them
+        // by volatile accesses and copies of its own, as it does for its own mappings, which guest
+        // and kernel change meanwhile, too.
+        unsafe { VolatileSlice::with_bitmap(start, count, bitmap, None) }
+    }
+
+    #[inline(always)]
     fn bytes(&self, offset: u64, count: usize) -> *mut u8 {
         let start = usize::try_from(offset)
             .ok()

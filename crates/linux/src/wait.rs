@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
@@ -43,17 +43,42 @@ impl AsFd for Nudge {
     }
 }
 
-/// Waits until one of the descriptors can be read, or `at_most` has passed.
+/// Waits until one of the descriptors can be read, or `at_most` has passed. Returns which can be.
 ///
 /// # Errors
 /// Of `poll`.
 pub fn wait<const N: usize>(
     fds: [BorrowedFd<'_>; N],
     at_most: Option<Duration>,
-) -> Result<(), Error> {
+) -> Result<[bool; N], Error> {
     let mut fds = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
     let at_most = at_most.and_then(|time| Timespec::try_from(time).ok());
-    Call::new("poll").make(|| poll(&mut fds, at_most.as_ref())).map(drop)
+    Call::new("poll").make(|| poll(&mut fds, at_most.as_ref()))?;
+    // An error of a descriptor is for who reads it.
+    Ok(fds.map(|fd| !fd.revents().is_empty()))
+}
+
+/// A moment until which somebody waits. The clock is the monotonic one.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadline(Option<Instant>);
+
+impl Deadline {
+    /// So long from now; never, where that is past what the clock can say.
+    pub fn after(time: Duration) -> Self {
+        Self(now().checked_add(time))
+    }
+
+    /// How long it is until then; `None` from then on.
+    pub fn left(self) -> Option<Duration> {
+        let Some(moment) = self.0 else { return Some(Duration::MAX) };
+        moment.checked_duration_since(now()).filter(|left| !left.is_zero())
+    }
+}
+
+/// The time, by a clock that never goes back.
+#[expect(clippy::disallowed_methods, reason = "the one place that reads the clock for the library")]
+pub fn now() -> Instant {
+    Instant::now()
 }
 
 /// Starts a thread.

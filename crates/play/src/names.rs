@@ -291,6 +291,13 @@ pub const VERBS: &[VerbEntry] = &[
         "go on with what the actor was held in, or waited in",
     ),
     verb("look", &[], &["page"], &LOOK_KEYS, "check what is so of pages"),
+    verb(
+        "explain",
+        &[],
+        &["page"],
+        &[],
+        "tell all that is known of the first page, and why it is so, as `polder explain` does",
+    ),
     verb("audit", &[], &[], &[], "check that everything on the machine adds up"),
 ];
 

@@ -409,6 +409,7 @@ impl<'t> Reader<'t> {
             "rmp-release" => Verb::RmpRelease { place: self.place(table, what)? },
             "resume" => Verb::Resume { hold: table.get("hold").map(|key| key.hold()).transpose()? },
             "look" => Verb::Look(self.look(table, what)?),
+            "explain" => Verb::Explain { place: self.place(table, what)? },
             "audit" => Verb::Audit,
             other => unreachable!("the table of verbs has {other}, and nothing reads it"),
         })

@@ -193,6 +193,9 @@ impl Player<'_> {
             (Verb::Look(look), _) => {
                 self.look(look).map_or_else(|Stop(outcome)| *outcome, |()| Outcome::done())
             }
+            (Verb::Explain { place }, _) => {
+                self.explain(*place).unwrap_or_else(|Stop(outcome)| *outcome)
+            }
             (Verb::Audit, _) => self.audit(),
             (verb, Some(number)) => self.act(number, step, verb, &pages)?,
             (_, None) => return Err(format!("line {}: nobody does this", step.line)),
@@ -483,6 +486,15 @@ impl Player<'_> {
         Ok(())
     }
 
+    fn explain(&self, place: Place) -> Result<Outcome, Stop> {
+        let pages = self.world.pages(place, 0)?;
+        let Some(first) = pages.first() else { return Ok(Outcome::done()) };
+        let explanation = self.world.memory.explain(first.start())?;
+        // As it stands in what is told of a step.
+        let text = explanation.to_string().trim_end().replace('\n', "\n          ");
+        Ok(Outcome::new(Is::Ok, text))
+    }
+
     fn audit(&self) -> Outcome {
         match self.world.memory.simulated(|machine, _, _| machine.audit()) {
             Ok(Ok(())) => Outcome::done(),
@@ -569,6 +581,7 @@ impl Verb {
             | Self::Unsmash { place }
             | Self::Reclaim { place, .. }
             | Self::RmpHold { place, .. }
+            | Self::Explain { place }
             | Self::RmpRelease { place } => *place,
             Self::Bind { slot, .. } => Place::Pages(slot.pages),
             Self::Read { from: bytes, .. } | Self::Write { to: bytes, .. } => bytes.place,

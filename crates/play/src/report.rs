@@ -208,6 +208,7 @@ impl Verb {
             Self::Resume { hold: None } => "resume".into(),
             Self::Resume { hold: Some(hold) } => format!("resume, to be held {hold}"),
             Self::Look(look) => format!("look at {}", look.place),
+            Self::Explain { place } => format!("explain {place}"),
             Self::Audit => "audit".into(),
         }
     }

@@ -89,7 +89,7 @@ pub struct Actor {
 pub struct Step {
     /// The line that it begins at, from 1. Not a part of what is said.
     pub line: usize,
-    /// Who does it; nobody, for [`Verb::Look`] and [`Verb::Audit`].
+    /// Who does it; nobody, for [`Verb::Look`], [`Verb::Explain`] and [`Verb::Audit`].
     pub actor: Option<String>,
     /// What he does.
     pub verb: Verb,
@@ -167,6 +167,7 @@ pub enum Verb {
     RmpRelease { place: Place },
     Resume { hold: Option<Hold> },
     Look(Look),
+    Explain { place: Place },
     Audit,
 }
 

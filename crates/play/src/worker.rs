@@ -14,7 +14,7 @@ use polder::machine::{
 use polder::units::{GfnRange, PAGE_SIZE, PageIndex, PageRange};
 use polder::{Holder, MachineVcpu, OnBusy, Pin, Platform, Slot, Visibility};
 use polder_vmm::scenario::Op;
-use polder_vmm::{End, Failure, Supervision};
+use polder_vmm::{End, Failure, Progress, Supervision};
 
 use crate::names::{Is, Kind};
 use crate::outcome::{Outcome, Stop};
@@ -184,7 +184,7 @@ impl Worker<'_> {
             Verb::Release { name } => self.release(name),
             Verb::GupFast { place, name } => self.gup_fast(*place, name),
             Verb::Pvalidate { place, size, validate } => self.pvalidate(*place, *size, *validate),
-            Verb::Resume { .. } | Verb::Look(_) | Verb::Audit => {
+            Verb::Resume { .. } | Verb::Look(_) | Verb::Explain { .. } | Verb::Audit => {
                 Err(Stop::new(Is::Failed, "the player does this, not an actor"))
             }
             other => self.kernel(other),
@@ -332,7 +332,7 @@ impl Worker<'_> {
             ));
         }
         let run = |op: Op| -> Acted<End> {
-            let supervise = |_| match self.world.is_over() {
+            let supervise = |_: Progress<'_>| match self.world.is_over() {
                 true => Supervision::TimeOut,
                 false => Supervision::GoOn,
             };

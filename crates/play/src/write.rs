@@ -212,6 +212,7 @@ impl Scenario {
             | Verb::Split { place }
             | Verb::Psmash { place }
             | Verb::Unsmash { place }
+            | Verb::Explain { place }
             | Verb::RmpRelease { place } => keys.place(*place),
             Verb::Settle | Verb::Audit => keys,
             Verb::Bind { vm, slot: it } => {
@@ -330,6 +331,7 @@ impl Verb {
             Self::RmpRelease { .. } => "rmp-release",
             Self::Resume { .. } => "resume",
             Self::Look(_) => "look",
+            Self::Explain { .. } => "explain",
             Self::Audit => "audit",
         };
         debug_assert!(VERBS.iter().any(|verb| verb.name == name), "{name} is in no table");

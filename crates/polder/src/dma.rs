@@ -233,18 +233,23 @@ impl Driver {
         let mapped = Mutex::default();
         let entry = Entry { holder: holder.clone(), granule, dma, mapped };
         self.devices.0.lock().insert(id, Arc::new(entry));
-        self.drain(&attaching);
-        let attached = self.perform(attaching).inspect_err(|_| self.forget_told(id))?;
-        self.engine().finish_attach((id, attached), holder, granule);
+        let attached = self
+            .drain(attaching)
+            .and_then(|(engine, attaching)| self.take_steps(engine, attaching))
+            .inspect_err(|_| self.forget_told(id))?;
+        let (mut engine, attached) = attached;
+        engine.finish_attach((id, attached), holder, granule);
+        drop(engine);
         self.released();
         Ok(id)
     }
 
     fn detach(&self, id: DeviceId) -> Result<(), Error> {
         let detaching = self.claim(crate::OnBusy::Wait, |engine| engine.detach(id))?;
-        self.drain(&detaching);
-        let detached = self.perform(detaching)?;
-        self.engine().finish_detach(id, detached);
+        let (engine, detaching) = self.drain(detaching)?;
+        let (mut engine, detached) = self.take_steps(engine, detaching)?;
+        engine.finish_detach(id, detached);
+        drop(engine);
         self.forget_told(id);
         self.released();
         Ok(())

@@ -9,6 +9,7 @@
 //! The lock is `parking_lot`'s because that one is fair after a while: with the standard
 //! library's, one thread that reads guest memory in a loop keeps conversions out.
 
+use std::collections::BTreeSet;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -19,20 +20,22 @@ use std::time::Duration;
 mod tests;
 
 use polder_engine::{
-    Answer, Blocked, Config, Contents, ConversionRequest, Converted, Copying, Engine, GuestAccess,
-    GuestAnswer, MemoryFault, Operation, Refusal, Response, Slot, Stage, Start, Step, Undoing,
-    Visibility, VmId,
+    Activity, Answer, Blocked, Config, Contents, ConversionRequest, Converted, Copying, Engine,
+    GuestAccess, GuestAnswer, MemoryFault, Operation, Published, Refusal, Response, Slot, Stage,
+    Start, Step, Undoing, View, Visibility, VmId,
 };
-use polder_units::{Gfn, GfnRange, PageCount, PageRange};
+use polder_units::{Gfn, GfnRange, PAGE_BYTES, PageCount, PageIndex, PageRange};
 
 use crate::dma::Devices;
 use crate::host::views::Views;
 use crate::host::{Faulted, Host, Shown, Smashed, Translated};
+use crate::pager::Pager;
 use crate::prefault::{Came, Span};
 use crate::statistics::Counters;
 use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::unpinned::Patience;
 use crate::watch::{Moment, Reached, Watch};
-use crate::{Error, OnBusy, Vcpu};
+use crate::{DeadPin, Error, OnBusy, Vcpu};
 
 /// [`Driver::ask_again`], as a rule.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
@@ -56,6 +59,13 @@ pub(crate) struct Driver {
     begun: AtomicBool,
     /// Who is told what happens.
     pub(crate) watch: OnceLock<Arc<dyn Watch>>,
+    /// Pins that were given back because their holder's thread panicked.
+    pub(crate) dead_pins: Mutex<Vec<DeadPin>>,
+    /// Touches that wait to be answered: read from a queue of the kernel's, and kept for whichever
+    /// fault thread asks next. Waited for with the engine locked, never the other way round.
+    pub(crate) waiting: Mutex<BTreeSet<(View, PageIndex)>>,
+    /// Who brings what is owed, where there is a source.
+    pub(crate) pager: Option<Pager>,
 }
 
 /// The engine, locked.
@@ -133,7 +143,15 @@ impl Driver {
             ask_again: ASK_AGAIN,
             begun: AtomicBool::new(false),
             watch: OnceLock::new(),
+            dead_pins: Mutex::default(),
+            waiting: Mutex::default(),
+            pager: None,
         }
+    }
+
+    /// The object's size in pages.
+    pub(crate) fn pages(&self) -> u64 {
+        self.engine().config().pages.get()
     }
 
     /// The engine, locked. Not to be held across a system call.
@@ -141,10 +159,13 @@ impl Driver {
         self.try_engine().expect("the engine broke an invariant of its own")
     }
 
-    /// Tells those who wait that a claim was released.
+    /// Tells those who wait that a claim was released. Not with the engine locked.
     pub(crate) fn released(&self) {
         self.changed.notify_all();
-        self.host.views().nudge();
+        // Whoever has a touch wait saw the claim, and put the touch here before it was released.
+        if !self.waiting.lock().is_empty() {
+            self.host.views().nudge();
+        }
     }
 
     /// Tells those who wait in a call, and not the fault threads.
@@ -159,16 +180,26 @@ impl Driver {
         }
     }
 
-    /// Tells who watches how far an operation has come.
-    pub(crate) fn reached<S>(&self, operation: Operation<S>, stage: Reached) -> Operation<S> {
+    /// Tells who watches how far an operation has come, without the engine, which others have
+    /// meanwhile.
+    pub(crate) fn reached<'a>(&'a self, engine: Locked<'a>, stage: Reached) -> Locked<'a> {
+        if self.watch.get().is_none() {
+            return engine;
+        }
+        drop(engine);
         self.tell(Moment::Reached(stage));
-        operation
+        self.engine()
     }
 
     /// Waits until a claim was released, or for a while.
     fn wait(&self, locked: &mut Locked<'_>) {
         self.tell(Moment::Waits);
-        self.changed.wait_for(&mut locked.engine, self.ask_again);
+        self.wait_for(locked, self.ask_again);
+    }
+
+    /// Waits until a claim was released, or so long.
+    pub(crate) fn wait_for(&self, locked: &mut Locked<'_>, at_most: Duration) {
+        self.changed.wait_for(&mut locked.engine, at_most);
         assert!(!self.broken.load(Ordering::Relaxed), "the engine broke an invariant of its own");
     }
 
@@ -200,11 +231,21 @@ impl Driver {
         loop {
             match ask(&mut engine) {
                 Ok(given) => return Ok(given),
+                Err(Blocked::Refused(Refusal::Owed { page }))
+                    if self.pager.is_some() && on_busy == OnBusy::Wait =>
+                {
+                    if stop() {
+                        return Err(Error::Interrupted);
+                    }
+                    engine = self.wait_for_contents(engine, page);
+                }
                 Err(Blocked::Refused(refusal)) => return Err(refusal.into()),
                 Err(Blocked::Busy(refusal)) => match on_busy {
                     OnBusy::Refuse => return Err(refusal.into()),
-                    OnBusy::Wait if stop() => return Err(Error::Interrupted),
-                    OnBusy::Wait => self.wait(&mut engine),
+                    OnBusy::Wait | OnBusy::WaitForPins { .. } if stop() => {
+                        return Err(Error::Interrupted);
+                    }
+                    OnBusy::Wait | OnBusy::WaitForPins { .. } => self.wait(&mut engine),
                 },
                 Err(Blocked::Abandoned(operation)) => {
                     drop(engine);
@@ -215,9 +256,39 @@ impl Driver {
         }
     }
 
+    /// Waits until a page's contents may have come: has the source asked for them, if there is one.
+    fn wait_for_contents<'a>(&'a self, mut engine: Locked<'a>, page: PageIndex) -> Locked<'a> {
+        let Some(pager) = &self.pager else {
+            self.wait(&mut engine);
+            return engine;
+        };
+        pager.demand([page]);
+        // With the engine locked, so that what comes is not told of before this waits.
+        self.host.views().nudge();
+        self.wait(&mut engine);
+        drop(engine);
+        pager.expire(self);
+        self.engine()
+    }
+
+    /// Converts pages, as [`Self::convert_now`]; where pins are in the way and are to be waited
+    /// for, once they are gone.
+    pub(crate) fn convert(
+        &self,
+        find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
+        (to, contents): (Visibility, Contents),
+        (by, by_guest): (Option<VmId>, bool),
+        on_busy: OnBusy,
+    ) -> Result<Option<Converted>, Error> {
+        let activity = Activity::Conversion { to, contents, by };
+        self.unpinned(on_busy, activity, &find, || {
+            self.convert_now(&find, (to, contents), (by, by_guest), on_busy)
+        })
+    }
+
     /// Converts pages: all of them, or none. The pages are found and claimed in one hold of the
     /// lock, so that no slot can move under the request.
-    pub(crate) fn convert(
+    fn convert_now(
         &self,
         find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
         (to, contents): (Visibility, Contents),
@@ -232,15 +303,14 @@ impl Driver {
             Start::AlreadySo => return Ok(None),
             Start::Claimed(conversion) => conversion,
         };
-        let conversion = self.reached(conversion, Reached::Claimed);
-        self.drain(&conversion);
-        let conversion = self.reached(conversion, Reached::Drained);
-        let unmapped = self.reached(self.perform(conversion)?, Reached::Unmapped);
-        let unpinned = self.reached(self.perform(unmapped)?, Reached::Unpinned);
-        let reshaped = self.reached(self.perform(unpinned)?, Reached::Reshaped);
-        let protected = self.reached(self.perform(reshaped)?, Reached::Protected);
-        let settled = self.reached(self.perform(protected)?, Reached::Settled);
-        let converted = self.engine().finish_conversion(settled);
+        let (engine, conversion) = self.drain(conversion)?;
+        let (engine, unmapped) = self.perform(engine, conversion, Reached::Unmapped)?;
+        let (engine, unpinned) = self.perform(engine, unmapped, Reached::Unpinned)?;
+        let (engine, reshaped) = self.perform(engine, unpinned, Reached::Reshaped)?;
+        let (engine, protected) = self.perform(engine, reshaped, Reached::Protected)?;
+        let (mut engine, settled) = self.perform(engine, protected, Reached::Settled)?;
+        let converted = engine.finish_conversion(settled);
+        drop(engine);
         self.released();
         Ok(Some(converted))
     }
@@ -280,8 +350,20 @@ impl Driver {
         Ok(())
     }
 
-    /// Drops the contents of pages; whether the guest itself asked.
+    /// Drops the contents of pages, by the guest's own wish or the VMM's; where pins are in the way
+    /// and are to be waited for, once they are gone.
     pub(crate) fn discard(
+        &self,
+        range: PageRange,
+        by_guest: bool,
+        on_busy: OnBusy,
+    ) -> Result<(), Error> {
+        let find = |_: &Engine| Ok(vec![range]);
+        let discard = || self.discard_now(range, by_guest, on_busy);
+        self.unpinned(on_busy, Activity::Discard, find, discard)
+    }
+
+    fn discard_now(
         &self,
         range: PageRange,
         by_guest: bool,
@@ -291,12 +373,14 @@ impl Driver {
             true => engine.discard_for_guest(range),
             false => engine.discard(range),
         })?;
-        let discard = self.reached(discard, Reached::Claimed);
-        self.drain(&discard);
-        let discard = self.reached(discard, Reached::Drained);
-        let cleared = self.reached(self.perform(discard)?, Reached::Cleared);
-        self.engine().finish_discard(cleared);
+        let (engine, discard) = self.drain(discard)?;
+        let (mut engine, cleared) = self.perform(engine, discard, Reached::Cleared)?;
+        engine.finish_discard(cleared);
+        drop(engine);
         self.released();
+        if let Some(pager) = &self.pager {
+            pager.forget(self, range);
+        }
         Ok(())
     }
 
@@ -307,11 +391,10 @@ impl Driver {
         let pages = self.engine().mergeable(range);
         pages.into_iter().try_for_each(|page| {
             let merge = self.claim(on_busy, |engine| engine.merge(page))?;
-            let merge = self.reached(merge, Reached::Claimed);
-            self.drain(&merge);
-            let merge = self.reached(merge, Reached::Drained);
-            let merged = self.perform(merge)?;
-            self.engine().finish_merge(merged);
+            let (engine, merge) = self.drain(merge)?;
+            let (mut engine, merged) = self.take_steps(engine, merge)?;
+            engine.finish_merge(merged);
+            drop(engine);
             self.released();
             Ok(())
         })
@@ -320,15 +403,15 @@ impl Driver {
     /// Fills pages that are owed with `bytes`, and zeros after them.
     pub(crate) fn populate(&self, range: PageRange, bytes: &[u8]) -> Result<(), Error> {
         let writing = self.claim(OnBusy::Wait, |engine| engine.populate(range))?;
-        let writing = self.reached(writing, Reached::Claimed);
-        self.drain(&writing);
-        let writing = self.reached(writing, Reached::Drained);
+        let (engine, writing) = self.drain(writing)?;
+        drop(engine);
         if let Err(error) = self.host.views().write(range.start().offset(), bytes) {
             return Err(self.fail(writing, error));
         }
-        let writing = self.reached(writing, Reached::Written);
-        let published = self.reached(self.perform(writing)?, Reached::Published);
-        let answer = self.engine().finish_population(published);
+        self.tell(Moment::Reached(Reached::Written));
+        let (mut engine, published) = self.perform(self.engine(), writing, Reached::Published)?;
+        let answer = engine.finish_population(published);
+        drop(engine);
         match answer {
             Some(answer) => self.show_populated(answer),
             // What a view can map as a whole alone is not whole yet.
@@ -342,6 +425,68 @@ impl Driver {
         let mut given = Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
         // Should it fail, whoever waits is answered one by one.
         given.done(self.host.views().answer(view, response, range).is_ok());
+    }
+
+    /// Makes pages whole with `bytes`, or zeros for `None`, and shows those of `shown`; of all that
+    /// are still owed and held by nobody. Each run is told by `note` before anybody sees it. What
+    /// can't be written now for want of memory is owed as before.
+    pub(crate) fn land(
+        &self,
+        range: PageRange,
+        bytes: Option<&[u8]>,
+        shown: PageRange,
+        note: impl Fn(PageRange),
+    ) {
+        let mut left = Some(range);
+        while let Some(rest) = left {
+            let claimed = {
+                let mut engine = self.engine();
+                engine.first_owed(rest).map(|owed| (owed, engine.populate(owed)))
+            };
+            let Some((owed, claimed)) = claimed else { break };
+            left = PageRange::between(owed.end(), rest.end());
+            let Ok(writing) = claimed else { continue };
+            let Ok((engine, writing)) = self.drain(writing) else { continue };
+            drop(engine);
+            if let Some(bytes) = bytes {
+                let skipped = owed.start().offset() - range.start().offset();
+                let from = usize::try_from(skipped).expect("within the bytes of a slice");
+                let length = usize::try_from(owed.count().get()).expect("a part") * PAGE_BYTES;
+                let written =
+                    self.host.views().fill(owed.start().offset(), &bytes[from..][..length]);
+                if let Err(error) = written {
+                    self.fail(writing, error);
+                    continue;
+                }
+            }
+            self.tell(Moment::Reached(Reached::Written));
+            let published = self.perform(self.engine(), writing, Reached::Published);
+            let Ok((engine, published)) = published else { continue };
+            drop(engine);
+            note(owed);
+            self.show(published, shown);
+        }
+    }
+
+    /// Ends a population, and lets those go on who wait for a page of `shown` in the guest view.
+    fn show(&self, published: Operation<Published>, shown: PageRange) {
+        let Some(answer) = self.engine().finish_population_showing(published, shown) else {
+            return self.released();
+        };
+        let (view, response, range) = (answer.view(), answer.response(), answer.range());
+        let mut given = Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
+        self.tell(Moment::Answer(view, response, range));
+        let done = self.host.views().answer(view, response, range).is_ok();
+        given.done(done);
+        if done {
+            // They go on, and need no other answer.
+            let mut waiting = self.waiting.lock();
+            let before = waiting.len();
+            waiting.retain(|(of, page)| *of != view || !range.contains(*page));
+            let answered = before - waiting.len();
+            drop(waiting);
+            (0..answered).for_each(|_| self.counters.answered(view, Some(response)));
+        }
     }
 
     /// Says that the contents of pages will not come.
@@ -403,6 +548,8 @@ impl Driver {
                 }
                 GuestAnswer::Wait if stop() => return Ok(None),
                 GuestAnswer::Wait => self.wait(&mut engine),
+                GuestAnswer::Owed(_) if stop() => return Ok(None),
+                GuestAnswer::Owed(page) => engine = self.wait_for_contents(engine, page),
                 GuestAnswer::Undo(operation) => {
                     drop(engine);
                     self.undo(operation);
@@ -500,22 +647,52 @@ impl Driver {
         })
     }
 
-    /// Waits for the answers and copies in flight on what an operation claims.
-    pub(crate) fn drain<S>(&self, operation: &Operation<S>) {
-        let mut engine = self.engine();
-        while !engine.is_drained(operation) {
-            self.wait(&mut engine);
-        }
-    }
-
-    /// Takes all steps of a stage and goes on to the next.
-    pub(crate) fn perform<S: Stage>(
+    /// Looks for pins of what an operation claims that were taken without the lock, and waits for
+    /// the answers and copies in flight on it.
+    pub(crate) fn drain<S: Stage>(
         &self,
         operation: Operation<S>,
-    ) -> Result<Operation<S::Next>, Error> {
-        let mut engine = self.engine();
+    ) -> Result<(Locked<'_>, Operation<S>), Error> {
+        self.tell(Moment::Reached(Reached::Claimed));
+        let mut engine = self.pass_barrier();
+        let mut patience = Patience::short();
+        while let Err(refusal) = engine.look_for_pins(&operation) {
+            match self.wait_for_unpin(engine, &mut patience) {
+                Some(again) => engine = again,
+                None => return Err(self.fail(operation, refusal.into())),
+            }
+        }
+        while !engine.is_drained(&operation) {
+            self.wait(&mut engine);
+        }
+        Ok((self.reached(engine, Reached::Drained), operation))
+    }
+
+    /// Takes all steps of a stage, and tells that the next one is reached.
+    pub(crate) fn perform<'a, S: Stage>(
+        &'a self,
+        engine: Locked<'a>,
+        operation: Operation<S>,
+        next: Reached,
+    ) -> Result<(Locked<'a>, Operation<S::Next>), Error> {
+        let (engine, operation) = self.take_steps(engine, operation)?;
+        Ok((self.reached(engine, next), operation))
+    }
+
+    /// Takes all steps of a stage. The engine is let go of only where the host has something to do:
+    /// a conversion of one page takes no longer than its system call and as much again.
+    pub(crate) fn take_steps<'a, S: Stage>(
+        &'a self,
+        mut engine: Locked<'a>,
+        operation: Operation<S>,
+    ) -> Result<(Locked<'a>, Operation<S::Next>), Error> {
+        let watched = self.watch.get().is_some();
         let mut step = engine.next_step(&operation);
         while let Some(now) = step {
+            if !watched && !self.host.has_to_take(now) {
+                step = engine.step_taken(&operation);
+                continue;
+            }
             drop(engine);
             self.tell(Moment::Step(now));
             if let Err(error) = self.take(now) {
@@ -525,7 +702,8 @@ impl Driver {
             engine = self.engine();
             step = engine.step_taken(&operation);
         }
-        Ok(engine.advance(operation))
+        let operation = engine.advance(operation);
+        Ok((engine, operation))
     }
 
     /// Takes a step: on the host, or with a device.
@@ -535,7 +713,14 @@ impl Driver {
 
     /// Undoes an operation of our own because of `error`; returns what to tell the caller.
     pub(crate) fn fail<S: Stage>(&self, operation: Operation<S>, error: Error) -> Error {
-        let operation = self.engine().undo(operation);
+        let operation = {
+            let mut engine = self.engine();
+            let operation = engine.undo(operation);
+            if let Error::Refused(why) = &error {
+                engine.note_reason(&operation, why.clone());
+            }
+            operation
+        };
         match self.undo(operation) {
             pages if pages.is_empty() => error,
             pages => Error::Quarantined { pages, source: Box::new(error) },

@@ -178,7 +178,7 @@ impl Views for Troubled {
         self.host.views().touch_from(file, offset, count)
     }
 
-    fn host_view(&self) -> Option<*mut u8> {
+    fn host_view(&self) -> Option<&std::sync::Arc<polder_linux::View>> {
         self.host.views().host_view()
     }
 
@@ -253,7 +253,7 @@ impl Set {
         // Nobody is saved by asking again unprompted: a wake-up that is lost hangs the test.
         driver.ask_again = ask_again;
         let driver = Arc::new(driver);
-        let threads = FaultThreads::start(&driver).unwrap();
+        let threads = FaultThreads::start(&driver, 1).unwrap();
         Some(Self { driver, threads, plan, answers, unbinding, guest_view })
     }
 

@@ -162,6 +162,13 @@ pub enum Error {
 
 impl Error {
     /// What the user can do about it.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Platform, units::PageCount};
+    /// let builder = Memory::builder(PageCount::from(1u32)).platform(Platform::Snp);
+    /// let refused = builder.host(HostKind::Memfd).build().unwrap_err();
+    /// assert_eq!(refused.way_out(), Some("use --host machine, or another platform"));
+    /// ```
     pub fn way_out(&self) -> Option<&'static str> {
         match self {
             Self::Missing { way_out, .. } | Self::NotOffered { way_out, .. } => Some(way_out),
@@ -206,6 +213,11 @@ impl Error {
     }
 
     /// The error code for a guest or a kernel-shaped interface.
+    ///
+    /// ```
+    /// assert_eq!(polder::Error::Interrupted.errno(), polder::Errno::EINTR);
+    /// assert_eq!(polder::Errno::EINTR as i32, 4);
+    /// ```
     pub fn errno(&self) -> Errno {
         match self {
             Self::Refused(refusal) => refusal.errno(),

@@ -11,6 +11,17 @@ use crate::host::views::Views;
 /// The mapping that device models get pointers into. A touch of a shared page works; one of a
 /// private page raises SIGBUS (in a system call: fails with `EFAULT`); one of a page that is being
 /// converted waits.
+///
+/// It can't outlive its memory:
+///
+/// ```compile_fail
+/// # use polder::{HostKind, Memory, units::PageCount};
+/// let memory = Memory::builder(PageCount::from(2u32)).host(HostKind::Machine).build()?;
+/// let view = memory.host_view();
+/// drop(memory); // error: cannot move out of `memory` because it is borrowed
+/// view.touch_read(0, &mut [0])?;
+/// # Ok::<_, polder::Error>(())
+/// ```
 #[derive(Clone, Copy)]
 pub struct HostView<'a> {
     pub(crate) views: &'a dyn Views,
@@ -20,8 +31,16 @@ pub struct HostView<'a> {
 impl HostView<'_> {
     /// Where the object's page 0 is, if the view is memory of this process (not on the simulated
     /// machine). Valid while the memory lives; what is there changes at any time.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// let memory = Memory::builder(PageCount::from(2u32)).host(HostKind::Machine).build()?;
+    /// assert_eq!(memory.host_view().as_ptr(), None);
+    /// assert_eq!(memory.host_view().length(), 0x2000);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn as_ptr(self) -> Option<*mut u8> {
-        self.views.host_view()
+        self.views.host_view().map(|view| view.as_ptr())
     }
 
     /// Its length in bytes.
@@ -33,6 +52,19 @@ impl HostView<'_> {
     ///
     /// # Errors
     /// [`Error::Copy`] at the first byte denied.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// # let builder = Memory::builder(PageCount::from(2u32)).host(HostKind::Machine);
+    /// let memory = builder.clone().build()?;
+    /// assert!(memory.host_view().touch_read(0, &mut [0]).is_err(), "private");
+    /// let memory = builder.shared().build()?;
+    /// memory.host_view().touch_write(0x1000, b"hello")?;
+    /// let mut bytes = [0; 5];
+    /// memory.host_view().touch_read(0x1000, &mut bytes)?;
+    /// assert_eq!(&bytes, b"hello");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn touch_read(self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         self.check(offset, into.len())?;
         self.views.touch_read(offset, into)

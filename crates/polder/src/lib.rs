@@ -19,6 +19,33 @@
 //! # }
 //! ```
 //!
+//! # Contents
+//!
+//! | to | see |
+//! |---|---|
+//! | make memory, for a host and a kind of VM | [`Memory::builder`], [`Builder`], [`HostKind`], [`Platform`] |
+//! | show it to a VM | [`Memory::attach`], [`Memory::bind`], [`Memory::unbind`] |
+//! | make pages private and shared | [`Memory::convert`], [`Memory::convert_gfns`], [`Contents`]; wishes: [`Memory::want`] |
+//! | copy bytes | [`Memory::read`], [`Memory::write`] |
+//! | give device models pointers | [`Memory::host_view`], [`HostView`]; pages that have to stay shared: [`Memory::pin`], [`Pin`] |
+//! | drop contents | [`Memory::discard`] |
+//! | bring contents later | [`Builder::owed`], [`Memory::populate`], [`Memory::fail`], [`Memory::settle`] |
+//! | map ahead of a guest's touches | [`Memory::prefault`] |
+//! | handle a guest's exit | [`Memory::guest_fault`], [`MemoryFault`], [`Memory::page_of_failure`] |
+//! | learn why | [`Memory::explain`], [`Explanation`]; [`Error`], [`Refusal`], [`Error::way_out`] |
+//! | count | [`Memory::statistics`], [`Memory::facts`], [`Memory::resident`] |
+//! | speak the kernel's names and error codes | [`kvm`] |
+//! | run a guest on the simulated machine | [`MachineVcpu`], [`Memory::simulated`], [`machine`] |
+//! | see an operation from inside | [`Memory::watch`], [`Watch`] |
+//!
+//! A whole VMM is `examples/tiny_vmm.rs`.
+//!
+//! # What fails
+//! Every call that can fail returns an [`Error`] and has then changed nothing, unless it says so: a
+//! conversion is all or nothing. What is refused names the page and who holds it.
+//! [`Error::errno`] is the kernel's code for it, [`Error::way_out`] what to do about it.
+//!
+//! # Inside
 //! [`Memory`] is the engine ([`polder_engine`]: what may happen, and in which order), a host (where
 //! the bytes live and what cuts people off from them) and a driver between the two. The engine's
 //! lock is never held across a system call, nor while guest memory is touched.
@@ -31,7 +58,9 @@ struct Readme;
 mod dma;
 mod driver;
 mod error;
+mod explain;
 mod faults;
+pub mod guest_memory;
 mod host;
 mod host_view;
 mod huge_pool;
@@ -39,10 +68,14 @@ pub mod kvm;
 mod memory;
 mod move_pages;
 mod page_size;
+mod pager;
 mod pin;
 mod prefault;
+mod read_ahead;
+pub mod source;
 mod statistics;
 mod sync;
+mod unpinned;
 mod vcpu;
 mod watch;
 
@@ -58,16 +91,22 @@ pub use polder_engine::{
 pub use polder_machine as machine;
 /// The numbers of guest memory, each a type of its own.
 pub use polder_units as units;
+/// The crate whose traits [`guest_memory`] has, in the version that it has them of.
+pub use vm_memory;
 
 pub use dma::{Device, Dma, SimulatedDevice};
 pub use error::Error;
+pub use explain::{BindingOf, ClaimOf, Explanation, HostState, MappingLimit, PastOf, PinOf, RmpOf};
 pub use host::{HostKind, Vm};
 pub use host_view::HostView;
 pub use huge_pool::HugePool;
 pub use memory::{Builder, Memory, OnBusy};
 pub use page_size::{PageSize, UnknownPageSize};
-pub use pin::Pin;
+pub use pager::SourceStatistics;
+pub use pin::{DeadPin, Pin, Pinner};
 pub use prefault::{Prefaulted, Vcpu};
+pub use read_ahead::ReadAhead;
+pub use source::Source;
 pub use statistics::{RmpStatistics, Statistics};
 pub use vcpu::{GuestExit, MachineVcpu};
 pub use watch::{Delays, Moment, Reached, UnknownStage, Watch};

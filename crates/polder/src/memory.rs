@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use polder_engine::pool::PoolCounts;
 use polder_engine::{
@@ -23,11 +24,14 @@ use crate::host::machine::MachineHost;
 use crate::host::memfd::MemfdHost;
 use crate::host::views::Views;
 use crate::host::{Host, HostKind, Vm};
+use crate::pager::{Pager, Paging, SourceStatistics};
+use crate::read_ahead::ReadAhead;
+use crate::source::{Source, SourceFailure};
 use crate::statistics::Statistics;
 use crate::sync::RwLock;
 use crate::vcpu::MachineVcpu;
 use crate::watch::Watch;
-use crate::{HostView, HugePool, PageSize, Pin};
+use crate::{DeadPin, HostView, HugePool, PageSize, Pin, Pinner};
 
 /// What to do when another operation holds a part of the range.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -36,6 +40,15 @@ pub enum OnBusy {
     Wait,
     /// Fail with [`Refusal::Busy`].
     Refuse,
+    /// Wait until it has ended; and where pins are in the way, until they are gone, which no new
+    /// ones come between. [`Refusal::Pinned`] names who has not let go of his in time.
+    ///
+    /// Whoever holds a pin and waits for another one of the same range waits for himself: in the
+    /// end both fail.
+    WaitForPins {
+        /// How long to wait for pins, at most.
+        at_most: Duration,
+    },
 }
 
 /// How to make a [`Memory`].
@@ -47,15 +60,42 @@ pub struct Builder {
     initial: PageFacts,
     page_size: PageSize,
     pool: Option<HugePool>,
+    source: Option<Arc<dyn Source>>,
+    read_ahead: ReadAhead,
+    deadline: Duration,
+    fault_threads: Option<usize>,
 }
+
+/// How long is waited for contents, unless [`Builder::fault_deadline`] says.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// The fault threads of memory that has a source, unless [`Builder::fault_threads`] says: one
+/// answers while the others read.
+const FAULT_THREADS: usize = 4;
 
 impl Builder {
     /// On which host; the memfd one unless said.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// assert!(memory.is_in_place());
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn host(self, host: HostKind) -> Self {
         Self { host, ..self }
     }
 
     /// For which kind of VM; a plain one unless said.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Platform, units::PageCount};
+    /// let builder = Memory::builder(PageCount::from(16u32)).platform(Platform::Snp);
+    /// assert!(builder.clone().build().is_err(), "an SNP guest's memory is on the simulated machine");
+    /// let memory = builder.host(HostKind::Machine).build()?;
+    /// assert_eq!(memory.platform(), Platform::Snp);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn platform(self, platform: Platform) -> Self {
         Self { platform, ..self }
     }
@@ -79,12 +119,50 @@ impl Builder {
     /// Every page's contents are owed until [`Memory::populate`] brings them, or
     /// [`Memory::settle`] says that nothing more will come. Whoever touches such a page waits. Of an
     /// SNP guest's memory shared pages only can be owed.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::{PageCount, PageRange}};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).owed().build()?;
+    /// memory.populate(PageRange::between(0, 1).unwrap(), b"the kernel's first page")?;
+    /// memory.settle()?; // the rest is zeros
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn owed(mut self) -> Self {
         self.initial.population = Population::Owed;
         self
     }
 
+    /// Every page's contents are owed, and come from `source` when somebody touches them, or a
+    /// little before. Once none is owed any more, touches are plain faults that nobody is told of.
+    pub fn source(self, source: Arc<dyn Source>) -> Self {
+        Self { source: Some(source), ..self.owed() }
+    }
+
+    /// How much is brought with a page that somebody waits for.
+    pub fn read_ahead(self, read_ahead: ReadAhead) -> Self {
+        Self { read_ahead, ..self }
+    }
+
+    /// How long is waited for the source, at most: who waits longer for a page is denied it, as if
+    /// the source had failed. 10 s unless said.
+    pub fn fault_deadline(self, deadline: Duration) -> Self {
+        Self { deadline, ..self }
+    }
+
+    /// How many threads answer faults and read the source: 4 with a source (one of which never
+    /// reads), 1 without, unless said. With a source there are at least 2.
+    pub fn fault_threads(self, count: usize) -> Self {
+        Self { fault_threads: Some(count), ..self }
+    }
+
     /// Every page is shared at first; private unless said.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// memory.host_view().touch_write(0, b"hello")?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn shared(mut self) -> Self {
         self.initial.visibility = Visibility::Shared;
         self
@@ -97,6 +175,13 @@ impl Builder {
     /// with what to do about it; [`Error::NotOffered`] for an SNP guest's memory on another host
     /// than the simulated machine, and where its pages would be owed and private, for the guest
     /// alone can fill such; [`Error::Host`] where the kernel refuses the size.
+    ///
+    /// ```
+    /// # use polder::{Error, HostKind, Memory, Refusal, units::{PageCount, RangeError}};
+    /// let none = Memory::builder(PageCount::ZERO).host(HostKind::Machine).build();
+    /// assert_eq!(none.err(), Some(Error::Refused(Refusal::Range(RangeError::Empty))));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn build(self) -> Result<Memory, Error> {
         if self.pages.is_zero() {
             return Err(Refusal::Range(RangeError::Empty).into());
@@ -153,7 +238,14 @@ impl Builder {
             backing: page_size.backing(self.host),
             initial: self.initial,
         };
-        Memory::of(Driver::new(config, host), page_size)
+        let mut driver = Driver::new(config, host);
+        driver.pager = self.source.map(|source| {
+            let (read_ahead, deadline) = (self.read_ahead, self.deadline);
+            let granule = Geometry::X86_64.pages(page_size.level());
+            Pager::new(Paging { source, read_ahead, deadline, granule })
+        });
+        let (least, usual) = if driver.pager.is_some() { (2, FAULT_THREADS) } else { (1, 1) };
+        Memory::of(driver, page_size, self.fault_threads.unwrap_or(usual).max(least))
     }
 
     /// The page size that can be had, or why none can.
@@ -203,16 +295,24 @@ pub struct Memory {
 impl Memory {
     #[cfg(test)]
     pub(crate) fn over(driver: Driver) -> Result<Self, Error> {
-        Self::of(driver, PageSize::Small)
+        Self::of(driver, PageSize::Small, 1)
     }
 
-    fn of(driver: Driver, page_size: PageSize) -> Result<Self, Error> {
+    fn of(driver: Driver, page_size: PageSize, fault_threads: usize) -> Result<Self, Error> {
         let driver = Arc::new(driver);
-        let faults = FaultThreads::start(&driver)?;
+        let faults = FaultThreads::start(&driver, fault_threads)?;
         Ok(Self { driver, faults, vms: AtomicU32::new(0), page_size, slots: RwLock::default() })
     }
 
     /// Memory of `pages` pages of 4 KiB.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::ByteSize};
+    /// let size: ByteSize = "64M".parse()?;
+    /// let memory = Memory::builder(size.pages()?).host(HostKind::Machine).build()?;
+    /// assert_eq!(memory.pages().get(), 0x4000);
+    /// # Ok::<_, Box<dyn std::error::Error>>(())
+    /// ```
     pub fn builder(pages: PageCount) -> Builder {
         Builder {
             pages,
@@ -221,6 +321,10 @@ impl Memory {
             page_size: PageSize::Small,
             pool: None,
             initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
+            source: None,
+            read_ahead: ReadAhead::Adaptive,
+            deadline: DEADLINE,
+            fault_threads: None,
         }
     }
 
@@ -237,6 +341,14 @@ impl Memory {
     /// # Errors
     /// [`Error::WrongVm`] for the other kind; [`Error::NotOffered`] on host `guest_memfd` where
     /// this VM can't have the memory.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Vm, units::{Gfn, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// let vm = memory.attach(Vm::Machine)?;
+    /// memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn attach(&self, vm: impl Into<Vm>) -> Result<VmId, Error> {
         let id = VmId(self.vms.fetch_add(1, Ordering::Relaxed));
         self.driver.host.attach(id, vm.into())?;
@@ -247,6 +359,16 @@ impl Memory {
     ///
     /// # Errors
     /// [`Error::NotSimulated`] on another host.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Visibility, Vm, units::{Gfn, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let vcpu = memory.machine_vcpu(vm)?;
+    /// vcpu.write(Gpa::new(0x10_0000), Visibility::Private, b"the guest's own").unwrap();
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn machine_vcpu(&self, vm: VmId) -> Result<MachineVcpu, Error> {
         MachineVcpu::new(&self.driver, vm)
     }
@@ -258,6 +380,13 @@ impl Memory {
     ///
     /// # Errors
     /// [`Error::NotSimulated`] on another host.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// memory.simulated(|machine, _, _| machine.audit())?.expect("everything adds up");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn simulated<T>(
         &self,
         look: impl FnOnce(&mut polder_machine::Machine, ObjectId, ProcessId) -> T,
@@ -278,6 +407,15 @@ impl Memory {
     /// Tells somebody what happens to this memory, from now on and between its steps: a scenario,
     /// or whoever wants to see an operation from inside. Whether nobody was told before; there can
     /// be one only.
+    ///
+    /// ```
+    /// # use polder::{Delays, HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// use std::{sync::Arc, time::Duration};
+    ///
+    /// assert!(memory.watch(Arc::new(Delays::new(1, Duration::from_micros(50)))));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn watch(&self, watch: Arc<dyn Watch>) -> bool {
         self.driver.watch.set(watch).is_ok()
     }
@@ -299,6 +437,17 @@ impl Memory {
     /// [`Refusal::Beyond`], [`Refusal::SlotTaken`], [`Refusal::GfnsTaken`],
     /// [`Refusal::PagesTaken`]; [`Error::NoSuchVm`] for a VM that is not of this memory's
     /// [`Memory::attach`]; [`Error::Host`] where KVM refuses the slot.
+    ///
+    /// ```
+    /// # use polder::{Error, HostKind, Memory, Refusal, Slot, Vm, VmId, units::{Gfn, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// let vm = memory.attach(Vm::Machine)?;
+    /// let all = PageRange::between(0, 16).unwrap();
+    /// memory.bind(vm, Slot(0), Gfn::from(0x100), all)?;
+    /// let again = memory.bind(vm, Slot(0), Gfn::from(0x200), all);
+    /// assert_eq!(again, Err(Error::Refused(Refusal::SlotTaken { slot: Slot(0) })));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
         let _one_at_a_time = self.slots.write();
         self.driver.ask(|engine| engine.bind(vm, slot, gfn, pages))?;
@@ -315,6 +464,16 @@ impl Memory {
     /// # Errors
     /// [`Refusal::NoSuchSlot`]; [`Error::Host`] where KVM can't delete the slot, which is then
     /// still bound, and wishes what it did.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Vm, units::{Gfn, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// memory.unbind(vm, Slot(0))?;
+    /// assert!(memory.bindings().is_empty());
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
         let _one_at_a_time = self.slots.write();
         self.driver.unbind(vm, slot)
@@ -330,6 +489,17 @@ impl Memory {
     }
 
     /// Every binding.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Vm, units::{Gfn, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let (of, slot, binding) = memory.bindings()[0];
+    /// assert_eq!((of, slot), (vm, Slot(0)));
+    /// assert_eq!(binding.gfns().start(), Gfn::from(0x100));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn bindings(&self) -> Vec<(VmId, Slot, Binding)> {
         let engine = self.driver.engine();
         engine.bindings().map(|(vm, slot, binding)| (vm, slot, *binding)).collect()
@@ -339,6 +509,16 @@ impl Memory {
     ///
     /// # Errors
     /// [`Refusal::Unbound`] unless every frame is bound.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Vm, units::{Gfn, GfnRange, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let pages = memory.pages_of(vm, GfnRange::one(Gfn::from(0x103)))?;
+    /// assert_eq!(pages, [PageRange::between(3, 4).unwrap()]);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn pages_of(&self, vm: VmId, gfns: GfnRange) -> Result<Vec<PageRange>, Error> {
         self.driver.ask(|engine| engine.pages_of(vm, gfns))
     }
@@ -348,6 +528,19 @@ impl Memory {
     /// # Errors
     /// A [`Refusal`] naming the first page in the way and its holder, or [`Error::Host`]; nothing
     /// has changed then. [`Error::Quarantined`] if something had and could not be undone.
+    ///
+    /// ```
+    /// # use polder::{Contents, Error, Holder, HostKind, Memory, OnBusy, PinKind, Refusal, Visibility, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// let all = PageRange::between(0, 16).unwrap();
+    /// let private = || memory.convert(all, Visibility::Private, Contents::Preserve, OnBusy::Wait);
+    /// let pin = memory.pin(PageRange::between(3, 4).unwrap(), PinKind::Short, Holder::new("disk"))?;
+    /// let Err(Error::Refused(Refusal::Pinned { page, holder, .. })) = private() else { panic!() };
+    /// assert_eq!((page.get(), holder.to_string()), (3, "disk".into()));
+    /// drop(pin);
+    /// assert_eq!(private()?.get(), 16);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn convert(
         &self,
         range: PageRange,
@@ -363,6 +556,17 @@ impl Memory {
     ///
     /// # Errors
     /// As [`Memory::convert`], and [`Refusal::Unbound`].
+    ///
+    /// ```
+    /// # use polder::{Contents, HostKind, Memory, OnBusy, Slot, Visibility, Vm, units::{Gfn, GfnRange, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let frame = GfnRange::one(Gfn::from(0x102));
+    /// memory.convert_gfns(vm, frame, Visibility::Shared, Contents::Preserve, OnBusy::Wait)?;
+    /// memory.write(vm, frame.start().gpa(), b"hello")?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn convert_gfns(
         &self,
         vm: VmId,
@@ -391,6 +595,19 @@ impl Memory {
     ///
     /// # Errors
     /// [`Refusal::Unbound`] unless every frame is bound.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Visibility, Vm, units::{Gfn, GfnRange, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let frame = GfnRange::one(Gfn::from(0x102));
+    /// memory.want(vm, frame, Visibility::Shared)?;
+    /// let wish = memory.wanted(vm, frame)?[0];
+    /// assert_eq!((wish.wanted, wish.granted), (Visibility::Shared, Visibility::Private));
+    /// assert_eq!(memory.unmet().len(), 1);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn want(&self, vm: VmId, gfns: GfnRange, to: Visibility) -> Result<(), Error> {
         self.driver.claim(OnBusy::Wait, |engine| engine.want(vm, gfns, to))
     }
@@ -415,6 +632,17 @@ impl Memory {
     ///
     /// # Errors
     /// As [`Memory::convert`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, OnBusy, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// memory.host_view().touch_write(0, b"hello")?;
+    /// memory.discard(PageRange::between(0, 1).unwrap(), OnBusy::Wait)?;
+    /// let mut bytes = [1; 5];
+    /// memory.host_view().touch_read(0, &mut bytes)?;
+    /// assert_eq!(bytes, [0; 5]);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn discard(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
         self.driver.discard(range, false, on_busy)
     }
@@ -438,6 +666,15 @@ impl Memory {
     /// # Errors
     /// [`Refusal::Whole`] for a page whose contents are not owed, [`Error::TooManyBytes`], and as
     /// [`Memory::convert`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::{PageCount, PageRange}};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().owed().build()?;
+    /// let first = PageRange::between(0, 1).unwrap();
+    /// memory.populate(first, b"hello")?;
+    /// assert!(memory.populate(first, b"again").is_err(), "it is whole");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn populate(&self, range: PageRange, bytes: &[u8]) -> Result<(), Error> {
         if range.count().bytes().is_none_or(|size| size < bytes.len() as u64) {
             return Err(Error::TooManyBytes { range, bytes: bytes.len() });
@@ -450,6 +687,14 @@ impl Memory {
     ///
     /// # Errors
     /// [`Refusal::Whole`] for a page whose contents are not owed, [`Refusal::Beyond`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::{PageCount, PageRange}};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().owed().build()?;
+    /// memory.fail(PageRange::between(0, 1).unwrap())?;
+    /// assert!(memory.host_view().touch_read(0, &mut [0]).is_err());
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn fail(&self, range: PageRange) -> Result<(), Error> {
         self.driver.fail_source(range)
     }
@@ -459,8 +704,57 @@ impl Memory {
     /// # Errors
     /// [`Error::Host`]: it is so nevertheless, but the host goes on watching the guest's touches,
     /// which costs time. To stop that, say it again.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().owed().build()?;
+    /// memory.settle()?;
+    /// memory.host_view().touch_read(0, &mut [0])?; // would have waited
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn settle(&self) -> Result<(), Error> {
         self.driver.settle()
+    }
+
+    /// Waits until the contents of pages are there, which the source is asked for where there is
+    /// one.
+    ///
+    /// # Errors
+    /// [`Refusal::SourceFailed`] naming the first page that can't be had, [`Refusal::Owed`] without
+    /// a source, [`Refusal::Beyond`].
+    pub fn bring(&self, range: PageRange) -> Result<(), Error> {
+        self.driver.claim(OnBusy::Wait, |engine| Ok(engine.check_whole(range)?))
+    }
+
+    /// Has the source asked for all that is still owed, behind whatever somebody waits for. Does
+    /// not wait; [`Memory::owed`] tells how much is left. Nothing is done without a source.
+    pub fn fill(&self) {
+        if let Some(pager) = &self.driver.pager {
+            pager.fill();
+            self.driver.host.views().nudge();
+        }
+    }
+
+    /// How many pages are owed: their contents are to come, and have not failed to.
+    pub fn owed(&self) -> PageCount {
+        let engine = self.driver.engine();
+        let all = PageRange::between(0, engine.config().pages.get()).expect("memory has pages");
+        let owed = engine.pages().runs(all).filter(|(_, it)| it.population == Population::Owed);
+        let to_come = owed.map(|(run, _)| {
+            let failed = engine.failed().within(run).map(|run| run.count().get());
+            run.count().get() - failed.sum::<u64>()
+        });
+        PageCount::new(to_come.sum()).expect("part of the object")
+    }
+
+    /// What the source was asked for, and what came of it; all zero without one.
+    pub fn source_statistics(&self) -> SourceStatistics {
+        self.driver.pager.as_ref().map(Pager::statistics).unwrap_or_default()
+    }
+
+    /// The pages that the source could not bring, and why: the first thousand runs of them.
+    pub fn source_failures(&self) -> Vec<SourceFailure> {
+        self.driver.pager.as_ref().map(Pager::failures).unwrap_or_default()
     }
 
     /// Reads bytes at a guest-physical address, all of them on shared pages.
@@ -468,6 +762,16 @@ impl Memory {
     /// # Errors
     /// [`Refusal::Private`] and the other refusals, naming the page, before anything is read;
     /// [`Error::Copy`] in the middle.
+    ///
+    /// ```
+    /// # use polder::{Error, HostKind, Memory, Refusal, Slot, Vm, units::{Gfn, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let refused = memory.read(vm, Gpa::new(0x10_0000), &mut [0; 64]);
+    /// assert_eq!(refused, Err(Error::Refused(Refusal::Private { page: 0u32.into() })));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn read(&self, vm: VmId, gpa: Gpa, into: &mut [u8]) -> Result<(), Error> {
         let mut left = into;
         self.copy(vm, gpa, left.len(), |views, offset, count| {
@@ -481,6 +785,15 @@ impl Memory {
     ///
     /// # Errors
     /// As [`Memory::read`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Vm, units::{Gfn, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// memory.write(vm, Gpa::new(0x10_0ffe), b"across two pages")?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn write(&self, vm: VmId, gpa: Gpa, from: &[u8]) -> Result<(), Error> {
         let mut left = from;
         self.copy(vm, gpa, left.len(), |views, offset, count| {
@@ -521,13 +834,66 @@ impl Memory {
     }
 
     /// Pins pages of the object, which must be shared: they stay shared until the pin is dropped.
+    /// Waits for operations. Who pins often takes a [`Memory::pinner`].
     ///
     /// # Errors
-    /// [`Refusal::Private`] and the other refusals, naming the page.
+    /// [`Refusal::Private`] and the other refusals, naming the page; [`Refusal::Pinned`] by an
+    /// exclusive pin, and for one by any other.
+    ///
+    /// ```
+    /// # use polder::{Contents, Holder, HostKind, Memory, OnBusy, PinKind, Visibility, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// let page = PageRange::between(3, 4).unwrap();
+    /// let pin = memory.pin(page, PinKind::LongTerm, Holder::new("vhost-net"))?;
+    /// let private = || memory.convert(page, Visibility::Private, Contents::Preserve, OnBusy::Wait);
+    /// assert!(private().unwrap_err().to_string().contains("vhost-net"));
+    /// drop(pin);
+    /// private()?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn pin(&self, range: PageRange, kind: PinKind, holder: Holder) -> Result<Pin<'_>, Error> {
-        let pinned = |engine: &mut Engine| engine.pin(range, kind, holder.clone());
-        let id = self.driver.claim(OnBusy::Wait, pinned)?;
-        Ok(Pin { memory: self, id, range })
+        self.pin_or(range, kind, holder, OnBusy::Wait)
+    }
+
+    /// [`Memory::pin`] that does `on_busy` where an operation is in the way; or, of an exclusive
+    /// pin, another pin.
+    ///
+    /// # Errors
+    /// As [`Memory::pin`], and [`Refusal::Busy`].
+    pub fn pin_or(
+        &self,
+        range: PageRange,
+        kind: PinKind,
+        holder: Holder,
+        on_busy: OnBusy,
+    ) -> Result<Pin<'_>, Error> {
+        let id = match kind {
+            PinKind::Exclusive => self.driver.pin_exclusive(range, &holder, on_busy)?,
+            PinKind::Short | PinKind::LongTerm => {
+                self.driver.claim(on_busy, |engine| engine.pin(range, kind, holder.clone()))?
+            }
+        };
+        Ok(Pin::by_id(&self.driver, id, (kind, holder)))
+    }
+
+    /// A holder that pins often: without the engine's lock, where nothing is in the way.
+    ///
+    /// # Errors
+    /// [`Error::NotOffered`] for [`PinKind::Exclusive`].
+    pub fn pinner(&self, kind: PinKind, holder: Holder) -> Result<Pinner<'_>, Error> {
+        if kind == PinKind::Exclusive {
+            return Err(Error::NotOffered {
+                what: "an exclusive pin needs a look at all others",
+                way_out: "take each by Memory::pin",
+            });
+        }
+        let pinner = self.driver.engine().pinner(holder, kind);
+        Ok(Pinner { driver: &self.driver, pinner })
+    }
+
+    /// The pins that were given back because their holder's thread panicked, the last few of them.
+    pub fn pins_of_the_dead(&self) -> Vec<DeadPin> {
+        self.driver.dead_pins.lock().clone()
     }
 
     /// Says what a guest's access that KVM gave up on means (`KVM_EXIT_MMIO` without a device,
@@ -537,6 +903,17 @@ impl Memory {
     ///
     /// # Errors
     /// [`Error::Machine`] where the simulated machine could not map the page.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, MemoryFault, Slot, Visibility, Vm, units::{Gfn, GfnRange, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let fault = memory.guest_fault(vm, Gpa::new(0x9000), Visibility::Shared)?;
+    /// assert_eq!(fault, Some(MemoryFault::Unbound(GfnRange::one(Gfn::from(9)))));
+    /// assert_eq!(memory.guest_fault(vm, Gpa::new(0x10_0000), Visibility::Private)?, None);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn guest_fault(
         &self,
         vm: VmId,
@@ -570,6 +947,15 @@ impl Memory {
     ///
     /// # Errors
     /// [`Refusal::Beyond`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Population, Visibility, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// let all = PageRange::between(0, 16).unwrap();
+    /// let [(run, facts)] = memory.facts(all)?[..] else { panic!("all are alike") };
+    /// assert_eq!((run, facts.visibility, facts.population), (all, Visibility::Private, Population::Whole));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn facts(&self, range: PageRange) -> Result<Vec<(PageRange, PageFacts)>, Error> {
         self.driver.ask(|engine| {
             engine.check_bounds(range)?;
@@ -595,6 +981,15 @@ impl Memory {
     /// # Errors
     /// [`Error::Host`]; on host `guest_memfd` with `ENOSYS` where the kernel can't count the
     /// pages of one (it lacks `cachestat`). [`Memory::existing`] then has the shared ones alone.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// memory.host_view().touch_write(0x5000, &[1])?;
+    /// assert_eq!(memory.resident()?.get(), 1);
+    /// assert_eq!(memory.existing()?[0].start().get(), 5);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn resident(&self) -> Result<PageCount, Error> {
         self.driver.host.resident()
     }
@@ -607,6 +1002,15 @@ impl Memory {
 
     /// What a conversion to `to` can do at best for what is in the pages: [`Contents::Preserve`]
     /// where that is on offer, else [`Contents::Zero`], else [`Contents::Unspecified`].
+    ///
+    /// ```
+    /// # use polder::{Contents, HostKind, Memory, Platform, Visibility, units::PageCount};
+    /// let builder = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine);
+    /// let keeps = |memory: Memory| memory.keeps_most(Visibility::Shared);
+    /// assert_eq!(keeps(builder.clone().build()?), Contents::Preserve);
+    /// assert_eq!(keeps(builder.platform(Platform::Snp).build()?), Contents::Zero);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn keeps_most(&self, to: Visibility) -> Contents {
         self.driver.keeps_most(to)
     }
@@ -627,6 +1031,15 @@ impl Memory {
     pub fn levels(&self) -> FolioCounts {
         let of_host = self.driver.host.levels();
         of_host.unwrap_or_else(|| self.driver.engine().folio_counts())
+    }
+
+    /// The runs of pages whose folios are of one level; none of memory whose folios the kernel
+    /// splits and collapses by itself.
+    pub fn folios(&self) -> Vec<(PageRange, Level)> {
+        match self.driver.host.levels() {
+            Some(_) => Vec::new(),
+            None => self.driver.engine().folio_runs(),
+        }
     }
 
     /// How often folios were split, and merged.
@@ -681,6 +1094,15 @@ impl Memory {
     }
 
     /// What has happened so far.
+    ///
+    /// ```
+    /// # use polder::{Contents, HostKind, Memory, OnBusy, Visibility, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// let all = PageRange::between(0, 16).unwrap();
+    /// memory.convert(all, Visibility::Shared, Contents::Unspecified, OnBusy::Wait)?;
+    /// assert_eq!(memory.statistics().converted_pages, 16);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn statistics(&self) -> Statistics {
         self.driver.counters.read(self.driver.host.rmp_counts())
     }

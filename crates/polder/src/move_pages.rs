@@ -3,7 +3,7 @@
 use polder_units::PageRange;
 
 use crate::driver::Driver;
-use crate::watch::Reached;
+use crate::watch::{Moment, Reached};
 use crate::{Error, Memory, OnBusy};
 
 impl Memory {
@@ -66,29 +66,29 @@ impl Memory {
 impl Driver {
     fn move_pages(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
         let moving = self.claim(on_busy, |engine| engine.move_pages(range))?;
-        let moving = self.reached(moving, Reached::Claimed);
-        self.drain(&moving);
-        let moving = self.reached(moving, Reached::Drained);
-        let unmapped = self.reached(self.perform(moving)?, Reached::Unmapped);
-        let unpinned = self.reached(self.perform(unmapped)?, Reached::Unpinned);
-        let moved = self.reached(self.perform(unpinned)?, Reached::Moved);
-        self.engine().finish_move(moved);
+        let (engine, moving) = self.drain(moving)?;
+        let (engine, unmapped) = self.perform(engine, moving, Reached::Unmapped)?;
+        let (engine, unpinned) = self.perform(engine, unmapped, Reached::Unpinned)?;
+        let (mut engine, moved) = self.perform(engine, unpinned, Reached::Moved)?;
+        engine.finish_move(moved);
+        drop(engine);
         self.released();
         Ok(())
     }
 
     fn preload(&self, range: PageRange, bytes: &[u8]) -> Result<(), Error> {
         let preparing = self.claim(OnBusy::Wait, |engine| engine.preload(range))?;
-        let preparing = self.reached(preparing, Reached::Claimed);
-        self.drain(&preparing);
-        let preparing = self.reached(preparing, Reached::Drained);
-        let filling = self.perform(preparing)?;
+        let (engine, preparing) = self.drain(preparing)?;
+        let (engine, filling) = self.take_steps(engine, preparing)?;
+        drop(engine);
         if let Err(error) = self.host.views().write(range.start().offset(), bytes) {
             return Err(self.fail(filling, error));
         }
-        let filling = self.reached(filling, Reached::Written);
-        let preloaded = self.reached(self.perform(filling)?, Reached::Published);
-        self.engine().finish_preload(preloaded);
+        self.tell(Moment::Reached(Reached::Written));
+        let (mut engine, preloaded) =
+            self.perform(self.engine(), filling, Reached::Published)?;
+        engine.finish_preload(preloaded);
+        drop(engine);
         self.released();
         Ok(())
     }

@@ -36,6 +36,15 @@ impl PageSize {
         }
     }
 
+    /// The level of pages that memory is filled by.
+    pub(crate) const fn level(self) -> Level {
+        match self {
+            Self::Small => Level::Size4K,
+            Self::Thp | Self::Huge2M => Level::Size2M,
+            Self::Huge1G => Level::Size1G,
+        }
+    }
+
     /// What that is to the engine, on a host.
     pub(crate) const fn backing(self, host: HostKind) -> Backing {
         match (self, host) {

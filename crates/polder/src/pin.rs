@@ -1,21 +1,55 @@
-//! [`Pin`]: pages that stay shared.
+//! [`Pin`]: pages that stay shared. [`Pinner`]: who pins often.
 
 use std::fmt;
 
-use polder_engine::PinId;
+use polder_engine::{AskEngine, Holder, PinId, PinKind};
 use polder_units::PageRange;
 
-use crate::Memory;
+use crate::driver::Driver;
+use crate::{Error, OnBusy};
 
-/// Pages that stay shared while it is held. It can't outlive its memory.
+/// How many pins of dead holders are remembered.
+const DEAD_KEPT: usize = 64;
+
+/// Pages that stay shared while it is held. It can't outlive its memory, nor be given back twice:
+///
+/// ```compile_fail,E0505
+/// # use polder::{Holder, Memory, PinKind, units::PageRange};
+/// fn outlived(memory: Memory, pages: PageRange) {
+///     let pin = memory.pin(pages, PinKind::Short, Holder::new("a device")).unwrap();
+///     drop(memory);
+///     drop(pin);
+/// }
+/// ```
+/// ```compile_fail,E0382
+/// # use polder::{Holder, Memory, PinKind, units::PageRange};
+/// fn twice(memory: &Memory, pages: PageRange) {
+///     let pin = memory.pin(pages, PinKind::Short, Holder::new("a device")).unwrap();
+///     drop(pin);
+///     drop(pin);
+/// }
+/// ```
 #[must_use = "dropping it unpins the pages"]
 pub struct Pin<'a> {
-    pub(crate) memory: &'a Memory,
-    pub(crate) id: PinId,
-    pub(crate) range: PageRange,
+    driver: &'a Driver,
+    how: How<'a>,
+    range: PageRange,
 }
 
-impl Pin<'_> {
+/// How the pin was taken, and so is given back.
+enum How<'a> {
+    /// With the engine's lock. The id is there until then.
+    Id(Option<PinId>, PinKind, Holder),
+    /// Without it.
+    By(&'a polder_engine::Pinner),
+}
+
+impl<'a> Pin<'a> {
+    pub(crate) fn by_id(driver: &'a Driver, id: PinId, (kind, holder): (PinKind, Holder)) -> Self {
+        let range = id.range();
+        Self { driver, how: How::Id(Some(id), kind, holder), range }
+    }
+
     /// The pages.
     pub fn range(&self) -> PageRange {
         self.range
@@ -23,18 +57,98 @@ impl Pin<'_> {
 }
 
 impl Drop for Pin<'_> {
+    #[inline]
     fn drop(&mut self) {
-        let driver = &self.memory.driver;
-        if let Some(mut engine) = driver.try_engine() {
-            // A pin is given back once, here.
-            let _ = engine.unpin(self.id);
+        match &mut self.how {
+            How::By(pinner) => {
+                if pinner.unpin(self.range) {
+                    self.driver.changed();
+                }
+            }
+            How::Id(id, ..) => {
+                if let (Some(mut engine), Some(id)) = (self.driver.try_engine(), id.take()) {
+                    engine.unpin(id);
+                }
+                self.driver.released();
+            }
         }
-        driver.released();
+        if std::thread::panicking() {
+            self.note_dead();
+        }
+    }
+}
+
+impl Pin<'_> {
+    #[cold]
+    fn note_dead(&self) {
+        let (kind, holder) = match &self.how {
+            How::Id(_, kind, holder) => (*kind, holder.clone()),
+            How::By(pinner) => (pinner.kind(), pinner.holder().clone()),
+        };
+        let mut dead = self.driver.dead_pins.lock();
+        if dead.len() == DEAD_KEPT {
+            dead.remove(0);
+        }
+        dead.push(DeadPin { range: self.range, kind, holder });
     }
 }
 
 impl fmt::Debug for Pin<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pin").field("range", &self.range).finish_non_exhaustive()
+    }
+}
+
+/// A pin that was given back because the thread that held it panicked.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DeadPin {
+    /// Its pages.
+    pub range: PageRange,
+    /// How long it was meant to be held.
+    pub kind: PinKind,
+    /// Who held it.
+    pub holder: Holder,
+}
+
+/// A holder that pins often, without the engine's lock where nothing is in the way. It may be used
+/// by several threads; what it pins is held under its name.
+///
+/// ```no_run
+/// # use polder::{Error, Holder, Memory, OnBusy, PinKind, units::PageRange};
+/// # fn queue(memory: &Memory, buffer: PageRange) -> Result<(), Error> {
+/// let disk = memory.pinner(PinKind::Short, Holder::new("virtio-blk"))?;
+/// let in_flight = disk.pin(buffer, OnBusy::Wait)?;
+/// // ... a transfer ...
+/// drop(in_flight);
+/// # Ok(())
+/// # }
+/// ```
+pub struct Pinner<'a> {
+    pub(crate) driver: &'a Driver,
+    pub(crate) pinner: polder_engine::Pinner,
+}
+
+impl Pinner<'_> {
+    /// Pins pages of the object, which must be shared: they stay shared until the pin is dropped.
+    ///
+    /// # Errors
+    /// As [`Memory::pin_or`](crate::Memory::pin_or).
+    #[inline]
+    pub fn pin(&self, range: PageRange, on_busy: OnBusy) -> Result<Pin<'_>, Error> {
+        if let Err(AskEngine) = self.pinner.pin(range) {
+            self.driver.claim(on_busy, |engine| engine.pin_as(&self.pinner, range))?;
+        }
+        Ok(Pin { driver: self.driver, how: How::By(&self.pinner), range })
+    }
+
+    /// Who it is.
+    pub fn holder(&self) -> &Holder {
+        self.pinner.holder()
+    }
+}
+
+impl fmt::Debug for Pinner<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.pinner.fmt(f)
     }
 }

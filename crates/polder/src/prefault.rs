@@ -96,6 +96,18 @@ impl Memory {
     /// [`Refusal::SourceFailed`]: crate::Refusal::SourceFailed
     /// [`Refusal::Referenced`]: crate::Refusal::Referenced
     /// [`Refusal::Quarantined`]: crate::Refusal::Quarantined
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Visibility, Vm, units::{Gfn, GfnRange, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let vcpu = memory.machine_vcpu(vm)?;
+    /// let frames = GfnRange::between(0x108, 0x118).unwrap();
+    /// let done = memory.prefault(vm, &vcpu, frames)?;
+    /// assert_eq!((done.done.count().get(), done.left.map(|left| left.count().get())), (8, Some(8)));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn prefault<'a, P: GuestPage>(
         &self,
         vm: VmId,

@@ -24,6 +24,65 @@ pub(crate) fn thread_number() -> usize {
     NUMBER.with(|&number| number)
 }
 
+/// A number that no other thread has that is alive, small where few are: the place of the calling
+/// thread in what has one for each.
+#[cfg(not(shuttle))]
+#[inline(always)]
+pub(crate) fn thread_place() -> usize {
+    match place::MINE.get() {
+        place::NONE => place::take(),
+        mine => mine,
+    }
+}
+
+#[cfg(shuttle)]
+pub(crate) fn thread_place() -> usize {
+    thread_number()
+}
+
+/// The places of threads. One is given back when its thread ends, with what the thread left in it.
+#[cfg(not(shuttle))]
+mod place {
+    use std::cell::Cell;
+    use std::collections::BTreeSet;
+
+    use parking_lot::Mutex;
+
+    pub(super) const NONE: usize = usize::MAX;
+
+    std::thread_local! {
+        /// Apart from its guard, which would cost a look at every use.
+        pub(super) static MINE: Cell<usize> = const { Cell::new(NONE) };
+        static GUARD: Cell<Option<Guard>> = const { Cell::new(None) };
+    }
+
+    /// The places that are free: those up to the first number, but for the set.
+    static FREE: Mutex<(usize, BTreeSet<usize>)> = Mutex::new((0, BTreeSet::new()));
+
+    struct Guard(usize);
+
+    impl Drop for Guard {
+        fn drop(&mut self) {
+            MINE.set(NONE);
+            FREE.lock().1.insert(self.0);
+        }
+    }
+
+    #[cold]
+    pub(super) fn take() -> usize {
+        let mut free = FREE.lock();
+        let place = free.1.pop_first().unwrap_or_else(|| {
+            free.0 += 1;
+            free.0 - 1
+        });
+        drop(free);
+        MINE.set(place);
+        // A thread that is ending has nowhere to put the guard, and does not give its place back.
+        let _ = GUARD.try_with(|guard| guard.set(Some(Guard(place))));
+        place
+    }
+}
+
 /// `parking_lot`'s faces of shuttle's locks.
 #[cfg(shuttle)]
 mod shuttled {

@@ -115,6 +115,20 @@ impl MachineVcpu {
     ///
     /// # Errors
     /// [`GuestExit`]; the buffer is unchanged.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Visibility, Vm, units::{Gfn, GfnRange, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let vcpu = memory.machine_vcpu(vm)?;
+    /// let mut word = [1; 8];
+    /// vcpu.read(Gpa::new(0x10_0000), Visibility::Private, &mut word).unwrap();
+    /// assert_eq!(word, [0; 8]);
+    /// let exit = vcpu.read(Gpa::new(0x9000), Visibility::Private, &mut word).unwrap_err();
+    /// assert!(exit.to_string().contains("not bound"));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn read(&self, gpa: Gpa, side: Visibility, into: &mut [u8]) -> Result<(), GuestExit> {
         self.access((gfns(gpa, into.len()), side), |machine, id, side| {
             Ok(machine.vcpu(id)?.read(gpa, side, into)?)

@@ -10,7 +10,7 @@ use crate::scenario::ScenarioError;
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// The guest asked for can't be.
-    #[error(transparent)]
+    #[error("there is no such guest")]
     Scenario(#[from] ScenarioError),
     /// The guest does not assemble.
     #[error("the guest's image can't be made")]
@@ -54,6 +54,21 @@ pub enum RunError {
         #[source]
         source: std::io::Error,
     },
+    /// The file that memory is compared with can't be opened.
+    #[error("{path} can't be opened", path = .path.display())]
+    Source {
+        /// Which.
+        path: std::path::PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// More memory than the guest can read.
+    #[error("the guest that reads all of its memory reads up to {most}")]
+    TooLarge {
+        /// So much.
+        most: polder::units::ByteSize,
+    },
     /// Memory is to be mapped ahead where the VM has none.
     #[error("the guest has no memory at some of guest frames {gfns}")]
     NoMemoryThere {
@@ -81,6 +96,9 @@ impl RunError {
             Self::Scenario(_) => {
                 Some("give --memory a whole number of 4K pages from 16M to 1T, such as 512M")
             }
+            Self::Kvm(error) | Self::Vm { source: error, .. } if is_out_of_files(error) => {
+                Some(MORE_FILES)
+            }
             Self::Kvm(error) => Some(match error.kind() {
                 std::io::ErrorKind::NotFound => {
                     "enable virtualisation in the firmware and load the module kvm_intel or kvm_amd"
@@ -104,6 +122,9 @@ impl RunError {
             Self::Thread(_) => {
                 Some("raise the limits of processes and memory (ulimit -u, ulimit -v)")
             }
+            Self::File { source, .. } if is_out_of_files(source) => Some(MORE_FILES),
+            Self::Source { .. } => Some("check the path"),
+            Self::TooLarge { .. } => Some("give a smaller file"),
             Self::File { .. } => Some("mount a devtmpfs on /dev"),
             Self::Vcpu { .. } => Some("see the kernel's log (dmesg) for what KVM says"),
         }
@@ -113,6 +134,16 @@ impl RunError {
     pub(crate) fn vm(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
         move |error| Self::Vm { call, source: os(error) }
     }
+}
+
+const MORE_FILES: &str = "raise the limit of open files (ulimit -n)";
+
+/// Whether this process, or the machine, may have no more files.
+fn is_out_of_files(error: &std::io::Error) -> bool {
+    use polder_linux::Errno;
+    [Errno::MFILE, Errno::NFILE]
+        .iter()
+        .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
 /// An error of `kvm-ioctls` in the standard library's words.

@@ -3,6 +3,7 @@
 //! - [`scenario`]: what a guest does, as data: lists of [`Op`](scenario::Op).
 //! - [`guest`]: an image of it that a KVM vCPU runs, and the requests a guest makes.
 //! - [`run`](run()): a VM with that guest, on memory of [`polder`]; what came of it is a [`Report`].
+//! - [`run_from`]: a guest on memory that is filled from a file while it runs.
 //! - [`doctor`]: what this machine offers to all that.
 //! - [`Accesses`]: how a guest on the simulated machine reaches its memory.
 //! - [`Vm`]: a VM whose guest does what it is told, on memory that somebody else made.
@@ -12,6 +13,7 @@ mod ahead;
 mod device;
 pub mod doctor;
 mod error;
+mod from;
 pub mod guest;
 mod intruder;
 mod kvm;
@@ -23,15 +25,18 @@ mod run;
 pub mod scenario;
 mod threads;
 mod vcpu;
+mod virtqueue;
 mod vm;
 
 pub use accesses::{Accepting, Accesses, Changed, Rescinded};
 pub use ahead::Prefault;
 pub use error::RunError;
+pub use from::{FromConfig, FromReport, run_from};
 pub use intruder::Way;
 pub use kvm::{Conversion, check_kvm};
 pub use report::{Accelerator, Ahead, End, Failure, Progress, Report, Supervision};
-pub use requests::{Next, Requests};
+pub use requests::{Expected, Next, Requests};
 pub use roots::GuestRoot;
 pub use run::{Config, run};
+pub use virtqueue::VirtqueueStatistics;
 pub use vm::{Ended, IdleVcpu, Vm};

@@ -17,7 +17,7 @@ use crate::guest::{
 };
 use crate::report::Failure;
 use crate::requests::{Next, Requests};
-use crate::scenario::{HostAccess, Op, Pattern};
+use crate::scenario::{HostAccess, Op, Pattern, WORD, digest};
 use crate::vcpu::{FAULTS_KEPT, Ran};
 
 /// What ends a program early.
@@ -126,6 +126,10 @@ impl<'a> Interpreter<'a> {
                 let found = self.device(request, &device)?;
                 self.compare(index, request, i64::from(expect.code()).cast_unsigned(), found)
             }
+            Op::Notify { queue, size, expect } => {
+                let answer = self.request(number::NOTIFY, [queue.get(), size, 0, 0, 0])?;
+                self.compare(index, queue, i64::from(expect.code()).cast_unsigned(), answer)
+            }
             Op::Probe { gpa, pages, expect } => {
                 let readable = u64::from(expect == HostAccess::Readable);
                 let answer = self.request(number::PROBE, [gpa.get(), pages, readable, 0, 0])?;
@@ -137,6 +141,7 @@ impl<'a> Interpreter<'a> {
             }
             Op::Store { gpa, value } => self.store(gpa, value).map(|()| 0),
             Op::Churn { gpa, len, seed, until } => self.churn(index, (gpa, len), seed, until),
+            Op::Roam { gpa, len, count, seed } => self.roam((gpa, len), count, seed).map(|()| 0),
             Op::SetFlag { gpa } => self.store(gpa, 1).map(|()| 0),
             Op::WaitFlag { gpa } => {
                 while self.load(gpa)? == 0 {
@@ -145,8 +150,41 @@ impl<'a> Interpreter<'a> {
                 }
                 Ok(0)
             }
+            Op::Time { gpa, pages, log } => self.time(gpa, pages, log).map(|()| 0),
+            Op::StandStill { gpa, pages, log, until } => {
+                while self.load(until)? == 0 {
+                    self.go_on()?;
+                    for page in 0..pages {
+                        self.load(Gpa::new(gpa.get() + page * PAGE_SIZE))?;
+                        self.store(log, self.load(log)?.wrapping_add(1))?;
+                    }
+                    std::thread::yield_now();
+                }
+                Ok(0)
+            }
+            Op::Digest { gpa, len } => self.digest(index, gpa, len),
             Op::Done => Ok(0),
         }
+    }
+
+    fn roam(&self, (gpa, len): (Gpa, u64), count: u64, mut seed: u64) -> Result<(), Stop> {
+        for _ in 0..count {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            self.go_on()?;
+            self.load(Gpa::new(gpa.get() + (seed & crate::guest::mask(len))))?;
+        }
+        Ok(())
+    }
+
+    /// Reads pages; there is no clock to time it by.
+    fn time(&self, gpa: Gpa, pages: u64, log: Gpa) -> Result<(), Stop> {
+        for page in 0..pages {
+            self.load(Gpa::new(gpa.get() + page * PAGE_SIZE))?;
+            self.store(Gpa::new(log.get() + page * WORD), 0)?;
+        }
+        Ok(())
     }
 
     fn churn(
@@ -240,6 +278,24 @@ impl<'a> Interpreter<'a> {
             }
         }
         Ok(())
+    }
+
+    fn digest(&self, op: u64, gpa: Gpa, len: u64) -> Result<u64, Stop> {
+        let mut all = Vec::new();
+        let mut bytes = [0; PAGE_BYTES];
+        for (at, count) in pages(gpa, len) {
+            self.go_on()?;
+            self.memory.read(at, &mut bytes[..count])?;
+            let words = bytes[..count].chunks_exact(8);
+            all.extend(words.map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes"))));
+        }
+        let arguments = [gpa.get(), len, digest(all), op, 0];
+        self.handled.fetch_add(1, Ordering::Relaxed);
+        match self.requests.answer(self.index, Request::parse(number::DIGEST, arguments)) {
+            Next::Failed { failure, .. } => Err(Stop::Failed(failure)),
+            Next::Answer(answer) => self.compare(op, gpa, 0, answer.cast_unsigned()),
+            Next::Done { .. } => unreachable!("a digest ends no program"),
+        }
     }
 
     /// A load; where there is no memory it gives all ones.

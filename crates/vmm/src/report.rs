@@ -2,22 +2,30 @@
 
 use std::fmt;
 
-use polder::units::{Gfn, Gpa, PageIndex, PageRange};
+use polder::units::{Gfn, Gpa, Level, PageIndex, PageRange};
 use polder::{
-    FolioCounts, MemoryFault, PageFacts, PageSize, PoolCounts, ReshapedCounts, Statistics,
+    FolioCounts, Memory, MemoryFault, PageFacts, PageSize, PoolCounts, ReshapedCounts,
+    SourceStatistics, Statistics, VmId,
 };
 use polder_linux::Exit;
 
 use crate::intruder::Way;
 use crate::kvm::Conversion;
+use crate::virtqueue::VirtqueueStatistics;
 
 /// What a supervisor is told, some twenty times a second.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Progress {
+#[derive(Clone, Copy, Debug)]
+pub struct Progress<'a> {
     /// Exits of the guest that were handled.
     pub exits: u64,
     /// What happened to the memory.
     pub memory: Statistics,
+    /// What came from its source.
+    pub source: SourceStatistics,
+    /// The memory, to be asked.
+    pub of: &'a Memory,
+    /// What it calls the guest's VM.
+    pub vm: VmId,
     /// How far memory is mapped ahead, before the guest starts.
     pub ahead: Option<Ahead>,
 }
@@ -198,6 +206,8 @@ pub struct Report {
     pub checks_failed: u64,
     /// What happened to the memory.
     pub memory: Statistics,
+    /// What the device on the virtqueue did, where there is one.
+    pub virtqueue: Option<VirtqueueStatistics>,
     /// What every page is in the end.
     pub facts: Vec<(PageRange, PageFacts)>,
     /// The pages that were touched.
@@ -206,6 +216,8 @@ pub struct Report {
     pub page_size: PageSize,
     /// How many folios of each level there were in the end.
     pub levels: FolioCounts,
+    /// Where they are, in runs of one level; empty where the kernel alone knows.
+    pub folios: Vec<(PageRange, Level)>,
     /// How often they were split and merged.
     pub reshaped: ReshapedCounts,
     /// What their pool had in the end, while the guest's memory was held.

@@ -1,6 +1,7 @@
 //! What becomes of a guest's requests.
 
-use polder::units::GfnRange;
+use polder::guest_memory::GuestMemory;
+use polder::units::{GfnRange, Gpa};
 use polder::{Memory, OnBusy, VmId};
 
 use crate::device;
@@ -8,6 +9,7 @@ use crate::guest::{Request, RequestError};
 use crate::intruder::Intruder;
 use crate::report::Failure;
 use crate::scenario::Outcome;
+use crate::virtqueue::{Virtqueue, VirtqueueStatistics};
 
 /// The most pages that one request has the host try: what it costs is the host's time.
 const MOST_PROBED: u64 = 4096;
@@ -31,11 +33,18 @@ pub enum Next {
     },
 }
 
+/// The [digest](crate::scenario::digest) of what should be in that many bytes at an address, if
+/// anything should.
+pub type Expected<'a> = &'a (dyn Fn(Gpa, u64) -> Option<u64> + Sync);
+
 /// Answers the requests of one VM's guest.
 pub struct Requests<'a> {
     memory: &'a Memory,
     vm: VmId,
     intruder: Intruder<'a>,
+    /// None where no device can point to the memory.
+    virtqueue: Option<Virtqueue>,
+    expected: Option<Expected<'a>>,
 }
 
 impl<'a> Requests<'a> {
@@ -44,7 +53,28 @@ impl<'a> Requests<'a> {
     /// # Errors
     /// Of opening `/dev/zero`, which the host reads from when it tries a page.
     pub fn new(memory: &'a Memory, vm: VmId) -> std::io::Result<Self> {
-        Ok(Self { memory, vm, intruder: Intruder::new(memory, vm)? })
+        Ok(Self {
+            memory,
+            vm,
+            intruder: Intruder::new(memory, vm)?,
+            virtqueue: None,
+            expected: None,
+        })
+    }
+
+    /// With a device on a virtqueue in this guest memory.
+    pub(crate) fn with_virtqueue(self, guest: GuestMemory) -> Self {
+        Self { virtqueue: Some(Virtqueue::new(guest)), ..self }
+    }
+
+    /// What the device on the virtqueue has done.
+    pub(crate) fn virtqueue(&self) -> Option<VirtqueueStatistics> {
+        self.virtqueue.as_ref().map(Virtqueue::statistics)
+    }
+
+    /// Has digests compared with these.
+    pub(crate) fn expect(&mut self, expected: Expected<'a>) {
+        self.expected = Some(expected);
     }
 
     /// The memory that the requests are about.
@@ -71,13 +101,32 @@ impl<'a> Requests<'a> {
             Ok(Request::Doorbell { request }) => {
                 Next::Answer(i64::from(device::ring(self.memory, self.vm, request).code()))
             }
+            Ok(Request::Notify { queue, size }) => {
+                let notified = self.virtqueue.as_ref().map(|it| it.notify(queue, size));
+                Next::Answer(i64::from(notified.unwrap_or(Outcome::Unsupported).code()))
+            }
             Ok(Request::Done { checks_passed }) => Next::Done { checks_passed },
+            Ok(Request::Digest { gpa, len, digest, op }) => {
+                self.digest(vcpu, (gpa, len), digest, op)
+            }
             Ok(Request::Failed { op, gpa, expected, found, checks_passed }) => Next::Failed {
                 failure: Failure::Check { vcpu, op, gpa, expected, found },
                 checks_passed,
             },
             Ok(Request::Exception { vector, rip, cr2, error }) => Next::Failed {
                 failure: Failure::Exception { vcpu, vector, rip, cr2, error },
+                checks_passed: 0,
+            },
+        }
+    }
+
+    /// Compares a digest. Where nothing is expected, nothing can be right.
+    fn digest(&self, vcpu: u32, (gpa, len): (Gpa, u64), found: u64, op: u64) -> Next {
+        match self.expected.and_then(|expected| expected(gpa, len)) {
+            None => Next::Answer(i64::from(Outcome::Invalid.code())),
+            Some(expected) if expected == found => Next::Answer(0),
+            Some(expected) => Next::Failed {
+                failure: Failure::Check { vcpu, op, gpa, expected, found },
                 checks_passed: 0,
             },
         }

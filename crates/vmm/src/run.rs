@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polder::units::{ByteSize, Gfn, GfnRange, Gpa, PAGE_BYTES, PageRange};
-use polder::{Contents, Delays, HostKind, Memory, OnBusy, PageSize, Platform, Visibility, VmId};
+use polder::{
+    Contents, Delays, Holder, HostKind, Memory, OnBusy, PageSize, Platform, Visibility, VmId,
+};
 
 use crate::RunError;
 use crate::ahead::{self, Prefault};
@@ -97,7 +99,7 @@ fn check_no_faults(config: &Config, vm: Option<&kvm_ioctls::VmFd>) -> Result<(),
 /// A [`RunError`] with a way out, before the guest starts as a rule.
 pub fn run(
     config: &Config,
-    supervise: impl FnMut(Progress) -> Supervision,
+    supervise: impl FnMut(Progress<'_>) -> Supervision,
 ) -> Result<Report, RunError> {
     match config.host {
         HostKind::Memfd | HostKind::GuestMemfd => run_on_kvm(config, supervise),
@@ -105,23 +107,27 @@ pub fn run(
     }
 }
 
-fn scenario(config: &Config, conversions: Conversions) -> Result<Scenario, ScenarioError> {
+fn scenario(
+    config: &Config,
+    conversions: Conversions,
+    virtqueue: bool,
+) -> Result<Scenario, ScenarioError> {
     let vcpus =
         u8::try_from(config.vcpus).map_err(|_| ScenarioError::Vcpus { vcpus: config.vcpus })?;
     let (memory, seed) = (config.memory.get(), config.seed);
-    Scenario::generate(&scenario::Config { memory, vcpus, seed, conversions })
+    Scenario::generate(&scenario::Config { memory, vcpus, seed, conversions, virtqueue })
 }
 
 fn run_on_kvm(
     config: &Config,
-    supervise: impl FnMut(Progress) -> Supervision,
+    supervise: impl FnMut(Progress<'_>) -> Supervision,
 ) -> Result<Report, RunError> {
     // What can't be is told before anything is asked of KVM.
-    scenario(config, Conversions::KeepContents)?;
+    scenario(config, Conversions::KeepContents, true)?;
     let kvm = kvm::open()?;
     let transport = kvm::transport(&kvm)?;
     let (vm, conversions) = kvm::create_vm_for(&kvm, config.host)?;
-    let scenario = &scenario(config, conversions)?;
+    let scenario = &scenario(config, conversions, true)?;
     let image = Image::new(scenario, config.program, transport)?;
     let vm_of_memory = Arc::clone(&vm).into();
     let (memory, id) = bound(config, conversions, vm_of_memory).map_err(RunError::Memory)?;
@@ -138,14 +144,16 @@ fn run_on_kvm(
     let vcpus = vcpus.collect::<Result<Vec<_>, RunError>>()?;
     let churn = scenario.layout().churn;
     let private = (conversions.initial() == Visibility::Private).then_some(churn);
+    let device = memory.guest_memory(id, Holder::new("the device on a virtqueue"), OnBusy::Wait);
     let threads = Threads::new(&memory, id, private)?;
+    let threads = threads.with_virtqueue(device.map_err(RunError::Memory)?);
     if config.no_faults {
         check_no_faults(config, Some(&vm))?;
     }
     // KVM's number of it is the next one.
     let idle = config.ahead().map(|_| kvm::idle_vcpu(&kvm, &vm, config.vcpus)).transpose()?;
     let idle = idle.as_ref().map(polder::Vcpu::from);
-    let of = ((&memory, id), &threads);
+    let of = ((&*memory, id), &threads);
     let (ended, ahead) = ahead::run(config.ahead(), of, idle, supervise, |supervise| {
         config.check_mapped((&memory, id), idle)?;
         threads.run_on_kvm(vcpus, supervise)
@@ -156,19 +164,19 @@ fn run_on_kvm(
     };
     let least = least_checks(config, scenario);
     let by = (Accelerator::Kvm, conversion_by);
-    Ok(Report { ahead, ..report(&memory, by, ended, (scenario, least))? })
+    Ok(Report { ahead, ..report(&threads, by, ended, (scenario, least))? })
 }
 
 fn run_on_machine(
     config: &Config,
-    supervise: impl FnMut(Progress) -> Supervision,
+    supervise: impl FnMut(Progress<'_>) -> Supervision,
 ) -> Result<Report, RunError> {
     // A conversion of an SNP guest's memory loses what is in it.
     let conversions = match config.platform {
         Platform::Snp => Conversions::LoseContents,
         Platform::Plain | Platform::SwProtected | Platform::Pkvm => Conversions::KeepContents,
     };
-    let scenario = &scenario(config, conversions)?;
+    let scenario = &scenario(config, conversions, false)?;
     let (memory, id) = bound(config, conversions, polder::Vm::Machine).map_err(RunError::Memory)?;
     memory.settle().map_err(RunError::Memory)?;
     let vcpus = (0..config.vcpus).map(|_| memory.machine_vcpu(id));
@@ -180,14 +188,14 @@ fn run_on_machine(
     }
     let idle = memory.machine_vcpu(id).map_err(RunError::Memory)?;
     let idle = Some(polder::Vcpu::from(&idle));
-    let of = ((&memory, id), &threads);
+    let of = ((&*memory, id), &threads);
     let (ended, ahead) = ahead::run(config.ahead(), of, idle, supervise, |supervise| {
         config.check_mapped((&memory, id), idle)?;
         threads.run_on_machine(vcpus, config.program, programs, supervise)
     })?;
     let by = (Accelerator::Machine, Conversion::Hypercall);
     let told = (scenario, least_checks(config, scenario));
-    Ok(Report { ahead, ..report(&memory, by, ended, told)? })
+    Ok(Report { ahead, ..report(&threads, by, ended, told)? })
 }
 
 /// Memory as the scenario has it, bound to a VM; its contents are owed where a host can have that.
@@ -195,7 +203,7 @@ fn bound(
     config: &Config,
     conversions: Conversions,
     vm: polder::Vm,
-) -> Result<(Memory, VmId), polder::Error> {
+) -> Result<(Arc<Memory>, VmId), polder::Error> {
     let pages = config.memory.pages().expect("the scenario's memory is whole pages");
     let memory = Memory::builder(pages).host(config.host).platform(config.platform);
     let memory = memory.page_size(config.page_size);
@@ -207,6 +215,7 @@ fn bound(
     if let Some(most) = config.delays {
         memory.watch(Arc::new(Delays::new(config.seed, most)));
     }
+    let memory = Arc::new(memory);
     let id = memory.attach(vm)?;
     let ram = scenario::ram(config.memory.get()).into_iter().flatten();
     kvm::bind(&memory, id, ram)?;
@@ -222,11 +231,12 @@ fn least_checks(config: &Config, scenario: &Scenario) -> u64 {
 }
 
 fn report(
-    memory: &Memory,
+    threads: &Threads<'_>,
     (accelerator, conversion_by): (Accelerator, Conversion),
     (mut end, ran): (End, Vec<Ran>),
     (scenario, least): (&Scenario, u64),
 ) -> Result<Report, RunError> {
+    let memory = threads.memory();
     // The guest says how many, and may say anything.
     let passed = ran.iter().fold(0u64, |sum, ran| sum.saturating_add(ran.checks_passed));
     if end == End::Ok && passed < least {
@@ -241,10 +251,12 @@ fn report(
         checks_passed: passed,
         checks_failed: u64::from(matches!(end, End::Failed(Failure::Check { .. }))),
         memory: memory.statistics(),
+        virtqueue: threads.virtqueue(),
         facts: memory.facts(all).map_err(RunError::Memory)?,
         touched: memory.existing().map_err(RunError::Memory)?,
         page_size: memory.page_size(),
         levels: memory.levels(),
+        folios: memory.folios(),
         reshaped: memory.reshaped(),
         pool: memory.pool(),
         ahead: None,

@@ -6,6 +6,7 @@ use std::thread::{Builder, Thread};
 use std::time::Duration;
 
 use kvm_ioctls::VcpuFd;
+use polder::guest_memory::GuestMemory;
 use polder::units::{Gfn, GfnRange};
 use polder::{MachineVcpu, Memory, VmId};
 use polder_linux::Kicker;
@@ -16,9 +17,10 @@ use crate::guest::Program;
 use crate::intruder::Intruder;
 use crate::machine::Interpreter;
 use crate::report::{End, Failure, Progress, Supervision};
-use crate::requests::Requests;
+use crate::requests::{Expected, Requests};
 use crate::scenario::Op;
 use crate::vcpu::{self, Ran};
+use crate::virtqueue::VirtqueueStatistics;
 
 /// How often a supervisor is asked.
 const SUPERVISE: Duration = Duration::from_millis(50);
@@ -60,6 +62,7 @@ impl Drop for CountOut<'_> {
 /// A guest that runs on some memory.
 pub(crate) struct Threads<'a> {
     memory: &'a Memory,
+    vm: VmId,
     requests: Requests<'a>,
     intruder: Intruder<'a>,
     /// Pages that are private for good, which the host tries all the while.
@@ -79,6 +82,7 @@ impl<'a> Threads<'a> {
         let no_file = |source| RunError::File { path: "/dev/zero", source };
         Ok(Self {
             memory,
+            vm,
             requests: Requests::new(memory, vm).map_err(no_file)?,
             intruder: Intruder::new(memory, vm).map_err(no_file)?,
             private,
@@ -88,11 +92,32 @@ impl<'a> Threads<'a> {
         })
     }
 
+    /// With a device on a virtqueue in this guest memory.
+    pub(crate) fn with_virtqueue(self, guest: GuestMemory) -> Self {
+        Self { requests: self.requests.with_virtqueue(guest), ..self }
+    }
+
+    /// The memory.
+    pub(crate) fn memory(&self) -> &'a Memory {
+        self.memory
+    }
+
+    /// What the device on the virtqueue has done.
+    pub(crate) fn virtqueue(&self) -> Option<VirtqueueStatistics> {
+        self.requests.virtqueue()
+    }
+
+    /// Has the digests that the guest tells compared with these.
+    pub(crate) fn expect(mut self, expected: Expected<'a>) -> Self {
+        self.requests.expect(expected);
+        self
+    }
+
     /// Runs vCPUs of KVM.
     pub(crate) fn run_on_kvm(
         &self,
         vcpus: Vec<(u32, VcpuFd)>,
-        supervise: impl FnMut(Progress) -> Supervision,
+        supervise: impl FnMut(Progress<'_>) -> Supervision,
     ) -> Result<(End, Vec<Ran>), RunError> {
         let kickers: Vec<Kicker> = vcpus.iter().map(|_| Kicker::default()).collect();
         let jobs = vcpus.into_iter().zip(&kickers).map(|(vcpu, kicker)| {
@@ -107,7 +132,7 @@ impl<'a> Threads<'a> {
         vcpus: Vec<MachineVcpu>,
         program: Program,
         programs: &[Vec<Op>],
-        supervise: impl FnMut(Progress) -> Supervision,
+        supervise: impl FnMut(Progress<'_>) -> Supervision,
     ) -> Result<(End, Vec<Ran>), RunError> {
         let kickers: Vec<Arc<AtomicBool>> = vcpus.iter().map(MachineVcpu::kicker).collect();
         let jobs = (0..).zip(vcpus).zip(programs).map(|((index, vcpu), ops)| {
@@ -131,7 +156,7 @@ impl<'a> Threads<'a> {
         &self,
         jobs: Vec<J>,
         kick: impl Fn(),
-        mut supervise: impl FnMut(Progress) -> Supervision,
+        mut supervise: impl FnMut(Progress<'_>) -> Supervision,
     ) -> Result<(End, Vec<Ran>), RunError> {
         let (running, supervisor) = (AtomicUsize::new(0), std::thread::current());
         let thread = |name: &str| Builder::new().name(name.to_owned());
@@ -189,9 +214,15 @@ impl<'a> Threads<'a> {
         }
     }
 
-    pub(crate) fn progress(&self) -> Progress {
-        let (exits, memory) = (self.exits.load(Ordering::Relaxed), self.memory.statistics());
-        Progress { exits, memory, ahead: None }
+    pub(crate) fn progress(&self) -> Progress<'_> {
+        Progress {
+            exits: self.exits.load(Ordering::Relaxed),
+            memory: self.memory.statistics(),
+            source: self.memory.source_statistics(),
+            of: self.memory,
+            vm: self.vm,
+            ahead: None,
+        }
     }
 
     /// Tries pages that are private for good, one after the other, until the end.

@@ -11,6 +11,7 @@ use polder::{
 };
 
 use crate::guest::{Chunk, Image, Program, Transport};
+use crate::requests::Expected;
 use crate::roots::GuestRoot;
 use crate::scenario::{BOOT_END, Op, ScenarioError, VCPUS_MAX};
 use crate::threads::Threads;
@@ -123,6 +124,14 @@ impl Vm {
         }
     }
 
+    /// The VM, on KVM: for who shows it memory that is not Polder's.
+    pub fn kvm(&self) -> Option<&Arc<VmFd>> {
+        match &self.0 {
+            Kind::Kvm(vm) => Some(&vm.fd),
+            Kind::Machine(_) => None,
+        }
+    }
+
     /// How many slots the VM has for the caller: 0 to that less 1.
     pub fn slots(&self) -> u32 {
         match &self.0 {
@@ -157,15 +166,40 @@ impl Vm {
         &self,
         (memory, id): (&Memory, VmId),
         programs: &[Vec<Op>],
+        supervise: impl FnMut(Progress<'_>) -> Supervision,
+    ) -> Result<Ended, RunError> {
+        let threads = Threads::new(memory, id, None)?;
+        self.go((memory, id), &threads, programs, supervise)
+    }
+
+    /// The same, of a guest that tells [digests](Op::Digest), which have to be as expected.
+    ///
+    /// # Errors
+    /// As [`Vm::run`].
+    pub fn run_expecting(
+        &self,
+        (memory, id): (&Memory, VmId),
+        programs: &[Vec<Op>],
+        expected: Expected<'_>,
+        supervise: impl FnMut(Progress) -> Supervision,
+    ) -> Result<Ended, RunError> {
+        let threads = Threads::new(memory, id, None)?.expect(expected);
+        self.go((memory, id), &threads, programs, supervise)
+    }
+
+    fn go(
+        &self,
+        (memory, id): (&Memory, VmId),
+        threads: &Threads<'_>,
+        programs: &[Vec<Op>],
         supervise: impl FnMut(Progress) -> Supervision,
     ) -> Result<Ended, RunError> {
         if !(1..=usize::from(VCPUS_MAX)).contains(&programs.len()) {
             let vcpus = u32::try_from(programs.len()).unwrap_or(u32::MAX);
             return Err(ScenarioError::Vcpus { vcpus }.into());
         }
-        let threads = Threads::new(memory, id, None)?;
         let (end, ran) = match &self.0 {
-            Kind::Kvm(vm) => vm.run(&threads, programs, supervise)?,
+            Kind::Kvm(vm) => vm.run(threads, programs, supervise)?,
             Kind::Machine(root) => {
                 let vcpus = programs.iter().map(|_| vcpu_on(*root, memory, id));
                 let vcpus = vcpus.collect::<Result<Vec<_>, _>>().map_err(RunError::Memory)?;
@@ -214,7 +248,7 @@ impl KvmVm {
         &self,
         threads: &Threads<'_>,
         programs: &[Vec<Op>],
-        supervise: impl FnMut(Progress) -> Supervision,
+        supervise: impl FnMut(Progress<'_>) -> Supervision,
     ) -> Result<(End, Vec<Ran>), RunError> {
         let image = Image::of_programs(programs, Program::SelfTest, self.transport)?;
         let mut boot = self.boot.lock().unwrap_or_else(PoisonError::into_inner);

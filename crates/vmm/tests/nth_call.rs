@@ -13,7 +13,7 @@ use polder_linux::inject::{self, Plan, When};
 use polder_linux::{Errno, inject::Outcome};
 use polder_require::{Facility, patience, require};
 use polder_vmm::scenario::{Op, Pattern, Visibility};
-use polder_vmm::{End, Failure, Supervision, Vm};
+use polder_vmm::{End, Failure, Progress, Supervision, Vm};
 
 const PAGES: u64 = 12;
 
@@ -284,7 +284,7 @@ impl<'a> Life<'a> {
         ops.push(Op::Done);
         // The supervisor is asked some twenty times a second.
         let mut left = 20 * patience(Duration::from_secs(2)).as_secs();
-        let supervise = |_| {
+        let supervise = |_: Progress<'_>| {
             left = left.saturating_sub(1);
             if left == 0 { Supervision::TimeOut } else { Supervision::GoOn }
         };

@@ -5,8 +5,8 @@ use std::time::Duration;
 use polder::units::{Gfn, GfnRange, Gpa, PAGE_SIZE, PageRange};
 use polder::{HostKind, Memory, MemoryFault, OnBusy, Slot, VmId};
 use polder_require::{Facility, patience, require};
-use polder_vmm::scenario::{HostAccess, Op, Outcome, Pattern, Visibility};
-use polder_vmm::{End, Ended, Failure, Supervision, Vm};
+use polder_vmm::scenario::{HostAccess, Op, Outcome, Pattern, Visibility, WORD};
+use polder_vmm::{End, Ended, Failure, Progress, Supervision, Vm};
 
 fn a_vm(host: HostKind) -> Option<Vm> {
     let facility = match host {
@@ -62,6 +62,44 @@ fn ops_run_on_memory_that_somebody_else_made() {
 }
 
 #[test]
+fn a_guest_times_its_reads_and_how_long_it_stood_still() {
+    for host in HostKind::ALL {
+        let Some(vm) = a_vm(host) else { continue };
+        let pages = PageRange::between(0, 8).expect("a range");
+        let memory = Memory::builder(pages.count()).shared().host(host).build().expect("memory");
+        let id = vm.attach(&memory).expect("a VM of the host's");
+        memory.bind(id, Slot(0), Vm::RAM.gfn(), pages).expect("a slot");
+        let at = |bytes| Gpa::new(Vm::RAM.get() + bytes);
+        // The log is in the last page, the flag in its last word.
+        let (log, until) = (at(7 * PAGE_SIZE), at(8 * PAGE_SIZE - WORD));
+        let words = |count: usize| {
+            let mut bytes = vec![0; count * 8];
+            memory.read(id, log, &mut bytes).expect("shared");
+            let words = bytes.chunks_exact(8);
+            words.map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect::<Vec<_>>()
+        };
+        let has_clock = host != HostKind::Machine;
+
+        let run = |programs: &[Vec<Op>]| {
+            let ended = vm.run((&memory, id), programs, |_| Supervision::GoOn).expect("it runs");
+            assert_eq!(ended.end, End::Ok, "{host}");
+        };
+        run(&[vec![Op::Time { gpa: Vm::RAM, pages: 6, log }, Op::Done]]);
+        let [times @ .., after] = &words(7)[..] else { unreachable!("7 words") };
+        assert!(times.iter().all(|&ticks| (ticks > 0) == has_clock), "{host}: {times:?}");
+        assert_eq!(*after, 0, "{host}: a word a page");
+
+        memory.write(id, log, &[0; 16]).expect("shared");
+        let still = Op::StandStill { gpa: Vm::RAM, pages: 6, log, until };
+        // The other vCPU reads until the first word says that a pass is over, and ends it.
+        let wait = Op::WaitFlag { gpa: log };
+        run(&[vec![still, Op::Done], vec![wait, Op::SetFlag { gpa: until }, Op::Done]]);
+        let [count, longest] = words(2)[..] else { unreachable!("2 words") };
+        assert!(count > 0 && (longest > 0) == has_clock, "{host}: {count}, {longest}");
+    }
+}
+
+#[test]
 fn frames_that_the_guest_tried_before_they_were_bound_are_memory_once_they_are() {
     for host in HostKind::ALL {
         let Some(vm) = a_vm(host) else { continue };
@@ -70,7 +108,7 @@ fn frames_that_the_guest_tried_before_they_were_bound_are_memory_once_they_are()
         let id = vm.attach(&memory).expect("a VM of the host's");
         let run = |op| {
             let mut left = 20 * patience(Duration::from_secs(2)).as_secs();
-            let supervise = |_| {
+            let supervise = |_: Progress<'_>| {
                 left = left.saturating_sub(1);
                 if left == 0 { Supervision::TimeOut } else { Supervision::GoOn }
             };

@@ -27,10 +27,13 @@ pub trait Host: Sync {
 
     /// Why a whole section does not apply to it.
     fn lacks(&self, section: Section) -> Option<&'static str> {
-        match section {
-            Section::Rmp => Some("only memory of an SNP guest has an RMP"),
-            Section::Pkvm => {
+        match (section, self.kind()) {
+            (Section::Rmp, _) => Some("only memory of an SNP guest has an RMP"),
+            (Section::Pkvm, _) => {
                 Some("only memory of a protected VM under pKVM is the guest's to share")
+            }
+            (Section::HugePages, HostKind::GuestMemfd) => {
+                Some("the kernel's guest_memfd has pages of 4K only")
             }
             _ => None,
         }
@@ -71,11 +74,37 @@ pub trait Host: Sync {
     /// contain of them: a line for each.
     fn inherited(&self, memory: &Memory) -> Vec<String>;
 
+    /// Whether a way leads to the bytes of a private page.
+    fn reaches(&self, way: Way) -> bool;
+
     /// What only a host can do that has its kernel and hardware within reach. The cases that need
     /// it are not applicable to others.
     fn inside(&self) -> Option<&dyn Inside> {
         None
     }
+}
+
+/// A way by which somebody may try to reach a private page.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Way {
+    /// A touch of the host view.
+    Pointer,
+    /// A system call that is given a part of the host view.
+    SystemCall,
+    /// A read by the API.
+    Api,
+    /// `/proc/self/mem`.
+    Mem {
+        /// Where the host view is; else where any other mapping of the memory is.
+        host_view: bool,
+    },
+    /// A second opening of the descriptors that are memory.
+    Descriptor,
+    /// `/proc/PID/mem`, by another process.
+    Traced {
+        /// As of [`Way::Mem`].
+        host_view: bool,
+    },
 }
 
 /// What goes wrong on the host.

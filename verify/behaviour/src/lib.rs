@@ -28,8 +28,8 @@ use std::fmt;
 
 use polder_require::Facility;
 
-pub use cases::cases;
-pub use host::{Guest, Host, Inside, Trouble};
+pub use cases::{cases, way_of};
+pub use host::{Guest, Host, Inside, Trouble, Way};
 pub use hosts::{hosts, planted, planted_in_engine};
 pub use table::{Cell, cell, render};
 pub use verdict::{Verdict, run, run_within};
@@ -48,12 +48,18 @@ pub enum Section {
     Discard,
     /// Private to shared and back.
     Conversion,
+    /// Huge pages, split and merged.
+    HugePages,
     /// SEV-SNP's reverse map table.
     Rmp,
     /// Guest accesses that end in the VMM.
     Exits,
     /// Contents that are owed, and arrive.
     Population,
+    /// Contents that a source brings when they are touched.
+    Userfault,
+    /// KVM's own accesses to memory that is owed, or has failed.
+    KernelAccess,
     /// Mapping for a guest ahead of its touches.
     Prefault,
     /// Devices that have what is shared mapped.
@@ -62,25 +68,31 @@ pub enum Section {
     Move,
     /// A protected VM under pKVM.
     Pkvm,
+    /// Who reaches a private page.
+    Reach,
     /// What the kernel's own selftests assert, through the kernel's interface.
     Selftests,
 }
 
 impl Section {
     /// Every section, in the table's order.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 17] = [
         Self::Create,
         Self::Bind,
         Self::HostView,
         Self::Discard,
         Self::Conversion,
+        Self::HugePages,
         Self::Rmp,
         Self::Exits,
         Self::Population,
+        Self::Userfault,
+        Self::KernelAccess,
         Self::Prefault,
         Self::Devices,
         Self::Move,
         Self::Pkvm,
+        Self::Reach,
         Self::Selftests,
     ];
 }
@@ -93,13 +105,17 @@ impl fmt::Display for Section {
             Self::HostView => "host view",
             Self::Discard => "discard",
             Self::Conversion => "conversion",
+            Self::HugePages => "huge pages",
             Self::Rmp => "rmp",
             Self::Exits => "exits",
             Self::Population => "population",
+            Self::Userfault => "userfault",
+            Self::KernelAccess => "the kernel's own accesses",
             Self::Prefault => "prefault",
             Self::Devices => "devices",
             Self::Move => "preload and move",
             Self::Pkvm => "pkvm",
+            Self::Reach => "reach",
             Self::Selftests => "the kernel's selftests",
         })
     }

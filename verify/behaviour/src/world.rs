@@ -12,7 +12,7 @@ use polder_require::Facility;
 use polder_vmm::scenario::{HostAccess, Op, Outcome, Pattern, pattern};
 use polder_vmm::{End, Ended};
 
-use crate::host::{Guest, Host, Inside, Trouble};
+use crate::host::{Guest, Host, Inside, Trouble, Way};
 use crate::{Ran, Skipped};
 
 /// A host, in the words of the cases.
@@ -26,6 +26,11 @@ impl<'a> World<'a> {
     /// The world of a host.
     pub fn new(host: &'a dyn Host) -> Self {
         Self(host)
+    }
+
+    /// Which host.
+    pub fn kind(&self) -> polder::HostKind {
+        self.0.kind()
     }
 
     /// Builds memory of the host; that it is refused is the case's affair.
@@ -173,6 +178,11 @@ impl<'a> World<'a> {
     /// [`Host::inherited`].
     pub fn inherited(&self, memory: &Memory) -> Vec<String> {
         self.0.inherited(memory)
+    }
+
+    /// [`Host::reaches`].
+    pub fn reaches(&self, way: Way) -> bool {
+        self.0.reaches(way)
     }
 
     /// [`Host::inside`], where the case applies only to hosts that have it.

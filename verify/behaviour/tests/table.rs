@@ -104,8 +104,23 @@ fn population() {
 }
 
 #[test]
+fn userfault() {
+    section(Section::Userfault);
+}
+
+#[test]
+fn kernel_access() {
+    section(Section::KernelAccess);
+}
+
+#[test]
 fn prefault() {
     section(Section::Prefault);
+}
+
+#[test]
+fn reach() {
+    section(Section::Reach);
 }
 
 #[test]

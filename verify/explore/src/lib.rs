@@ -28,6 +28,8 @@ mod fold;
 pub mod models;
 pub mod planted;
 pub mod polder;
+#[cfg(test)]
+mod pool;
 pub mod search;
 mod system;
 
@@ -157,7 +159,7 @@ mod tests {
 
     #[test]
     fn no_interleaving_of_a_small_configuration_breaks_an_invariant() {
-        let small = ["failures", "abandoned", "population", "levels", "apart"];
+        let small = ["failures", "abandoned", "population", "levels", "apart", "folios", "pieces"];
         let of_snp = ["snp-contention", "snp-apart", "snp-part", "snp-other"];
         for name in small.into_iter().chain(of_snp) {
             let setup = polder::named(name).expect("a configuration");

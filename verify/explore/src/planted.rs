@@ -71,6 +71,9 @@ impl PlantedBug {
         if (setup.first_gfn, setup.slot_pages) != (setup.first_page, setup.pages) {
             return Err("its slot does not show all pages from the first on".into());
         }
+        if setup.pooled {
+            return Err("its huge pages have two pages or four".into());
+        }
         // In a scenario no step is made to fail and no thread dies, and a huge page has 512 pages.
         let held = Setup { held: true, huge: false, failures: 0, deaths: 0, ..setup };
         let found = search::shortest(&World::new(&held), SHORTEST_AMONG, &mut |_, _| true);
@@ -206,6 +209,41 @@ pub const ALL: &[PlantedBug] = &[
         "INV-4",
     ),
     engine(
+        "split-not-minimal",
+        "a folio is split though all of it is converted",
+        EngineBug::SplitNotMinimal,
+        "folios",
+        "INV-5",
+    ),
+    engine(
+        "neighbours-unclaimed",
+        "of a folio that is split or merged the rest is not claimed",
+        EngineBug::NeighboursUnclaimed,
+        "folios",
+        "INV-4",
+    ),
+    engine(
+        "reshaped-while-pinned",
+        "a folio with a pinned page in it is split",
+        EngineBug::ReshapedWhilePinned,
+        "pieces",
+        "INV-7",
+    ),
+    engine(
+        "stale-level",
+        "a page is mapped at the level of its folio, whatever else is in it",
+        EngineBug::StaleLevel,
+        "levels",
+        "INV-5",
+    ),
+    engine(
+        "folio-populated",
+        "contents of some pages of a folio count for all of it",
+        EngineBug::FolioPopulated,
+        "population",
+        "INV-3",
+    ),
+    engine(
         "pins-forgotten",
         "a conversion does not look for pins",
         EngineBug::PinsForgotten,
@@ -216,6 +254,20 @@ pub const ALL: &[PlantedBug] = &[
         "owed-shown",
         "a touch of a page whose contents are to come is answered",
         EngineBug::OwedShown,
+        "population",
+        "INV-3",
+    ),
+    engine(
+        "discard-keeps-source",
+        "what is discarded stays owed: the source brings contents that were dropped",
+        EngineBug::DiscardKeepsSource,
+        "population",
+        "INV-3",
+    ),
+    driver(
+        "missing-only",
+        "a view traps missing pages only, and shows a page that another mapping is writing",
+        Slip::MissingOnly,
         "population",
         "INV-3",
     ),

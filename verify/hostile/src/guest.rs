@@ -118,7 +118,8 @@ fn ask(requests: &Requests<'_>, oracle: &mut Oracle, bytes: &mut Bytes<'_>) {
         0 => bytes.of(&ACCESSES),
         _ => (true, PORT, 4),
     };
-    let known = [12, 12, 12, number::PROBE, number::DOORBELL, number::DONE, number::FAILED];
+    let known =
+        [12, 12, 12, number::PROBE, number::DOORBELL, number::DONE, number::FAILED, number::NOTIFY];
     let mut registers = kvm_regs {
         rax: if bytes.byte().is_multiple_of(16) { bytes.word() } else { bytes.of(&known) },
         rbx: address(bytes),

@@ -20,6 +20,7 @@ fn index(number: u64) -> usize {
 
 const EINVAL: i64 = -22;
 const EFAULT: i64 = -14;
+const EOPNOTSUPP: i64 = -95;
 
 /// The oracle.
 #[derive(Debug)]
@@ -74,6 +75,10 @@ impl Oracle {
                 pages.frames().filter(differs).count().try_into().expect("4096 at most")
             }
             Request::Doorbell { request } => self.ring(request),
+            // Nothing can point to this memory.
+            Request::Notify { .. } => EOPNOTSUPP,
+            // Nobody says what should be there.
+            Request::Digest { .. } => EINVAL,
             Request::Done { .. } | Request::Failed { .. } | Request::Exception { .. } => {
                 return None;
             }

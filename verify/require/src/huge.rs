@@ -53,9 +53,19 @@ impl HugetlbPages {
         let file = pool.join("nr_hugepages");
         let _held = lock(&file)?;
         let before = number(&file)?;
-        fs::write(&file, (before + count).to_string())
-            .map_err(|error| format!("{}: {error}", file.display()))?;
-        let after = number(&file)?;
+        let mut after = before;
+        // The kernel gives up soon where memory is in pieces, or full of files that were read.
+        for help in [None, Some("compact_memory"), Some("drop_caches"), Some("compact_memory")] {
+            if let Some(help) = help {
+                let _ = fs::write(Path::new("/proc/sys/vm").join(help), "1");
+            }
+            fs::write(&file, (before + count).to_string())
+                .map_err(|error| format!("{}: {error}", file.display()))?;
+            after = number(&file)?;
+            if after >= before + count {
+                break;
+            }
+        }
         let pages = Self { pool, count: after.saturating_sub(before) };
         if pages.count == count {
             return Ok(pages);

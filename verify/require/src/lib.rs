@@ -30,6 +30,8 @@ pub enum Facility {
     GiganticPages,
     /// The pages of any file counted (`cachestat`).
     Cachestat,
+    /// A process that may look into another of the same user (ptrace).
+    Ptrace,
 }
 
 impl Facility {
@@ -44,6 +46,7 @@ impl Facility {
             Self::HugePages => "huge-pages",
             Self::GiganticPages => "gigantic-pages",
             Self::Cachestat => "cachestat",
+            Self::Ptrace => "ptrace",
         }
     }
 

@@ -208,7 +208,7 @@ fn huge_pages(pool: &Pool) -> Finding {
         return Finding::unknown(&name, "their number can't be read");
     };
     let reserved = pool.reserved.unwrap_or(0);
-    let what = format!("{free} of {total} free, {reserved} reserved; not used by Polder yet");
+    let what = format!("{free} of {total} free, {reserved} reserved");
     if free > reserved {
         return Finding::there(&name, what);
     }
@@ -236,7 +236,7 @@ fn shmem_thp(facts: &Facts) -> Finding {
         None | Some("inherit") => (all, FILE),
         Some(choice) => (choice, OF_SIZE),
     };
-    let what = format!("{choice} for 2M; not used by Polder yet");
+    let what = format!("{choice} for 2M");
     match choice {
         "never" | "deny" => Finding::missing(NAME, what, format!("echo advise | sudo tee {file}")),
         _ => Finding::there(NAME, what),

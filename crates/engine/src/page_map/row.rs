@@ -7,7 +7,7 @@ use alloc::boxed::Box;
 use core::ops::Range;
 
 use super::facts::{Change, FACTS};
-use super::sync::{AtomicU64, Ordering, zeroed_words};
+use crate::sync::{AtomicU64, Ordering, zeroed_words};
 
 /// Of a large page: its pages differ, or are about to. Its bits of [`FACTS`] are 0 then.
 pub(super) const MIXED: u8 = 0b0100;
@@ -74,14 +74,23 @@ impl<const BITS: usize> Row<BITS> {
     pub(super) fn run_end(&self, range: Range<usize>) -> usize {
         let first = Self::all(self.get(range.start));
         let compared = Self::all((FACTS | MIXED) & Self::PAGE);
-        for (index, within) in Self::words_of(range.clone()) {
-            let word = self.words[index].load(Ordering::Relaxed);
-            let differing = (word ^ first) & compared & within;
-            if differing != 0 {
-                return index * Self::PER_WORD + differing.trailing_zeros() as usize / BITS;
-            }
+        let (start, end) = (range.start / Self::PER_WORD, range.end.div_ceil(Self::PER_WORD));
+        let from = u64::MAX << Self::shift(range.start);
+        let differing = |word: &AtomicU64| (word.load(Ordering::Relaxed) ^ first) & compared;
+        let found = |index: usize, differing: u64| {
+            index * Self::PER_WORD + differing.trailing_zeros() as usize / BITS
+        };
+        // The first word has pages before the range; what the last one has after it is cut off.
+        let at_start = differing(&self.words[start]) & from;
+        if at_start != 0 {
+            return found(start, at_start).min(range.end);
         }
-        range.end
+        let mut rest = (start + 1..).zip(&self.words[start + 1..end]);
+        let other = rest.find_map(|(index, word)| match differing(word) {
+            0 => None,
+            differing => Some(found(index, differing)),
+        });
+        other.map_or(range.end, |other| other.min(range.end))
     }
 
     pub(super) fn heap_bytes(&self) -> usize {

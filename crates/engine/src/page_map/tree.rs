@@ -7,7 +7,7 @@ use polder_units::{Geometry, Level, PageCount, PageIndex, PageRange};
 
 use super::facts::{Change, FACTS, PageFacts};
 use super::row::{LargePages, Leaves, MIXED, SPLIT};
-use super::sync::OnceBox;
+use crate::sync::OnceBox;
 
 /// What the writer and all readers share.
 pub(super) struct Tree {
@@ -92,6 +92,35 @@ impl Tree {
             return Level::Size4K;
         }
         if self.ends_inside(page, self.shift_2m) { Level::Size2M } else { Level::Size4K }
+    }
+
+    /// Whether `page` has `facts`; quick where it lies in a uniform 1G page.
+    #[inline]
+    pub(super) fn is(&self, page: PageIndex, facts: PageFacts) -> bool {
+        let entry = self.row_1g.get(self.checked(page) >> self.shift_1g);
+        if entry & MIXED == 0 { entry & FACTS == facts.bits() } else { self.get(page) == facts }
+    }
+
+    /// Whether all of `range` has `facts`. While they stay what they are, it does not matter that
+    /// what is around changes: what is uniform with a page of the range has, as far as it lies in
+    /// the range, that page's facts.
+    #[inline(never)]
+    pub(super) fn are_all(&self, range: PageRange, facts: PageFacts) -> bool {
+        let (mut at, end) = (range.start(), range.end());
+        loop {
+            if self.get(at) != facts {
+                return false;
+            }
+            let shift = match self.level(at) {
+                Level::Size4K => 0,
+                Level::Size2M => self.shift_2m,
+                Level::Size1G => self.shift_1g,
+            };
+            match PageIndex::new(((at.get() >> shift) + 1) << shift) {
+                Some(next) if next.get() < end => at = next,
+                _ => return true,
+            }
+        }
     }
 
     /// Changes one fact of the pages of `range`. One caller at a time.

@@ -47,6 +47,13 @@ fn sharing_a_page_splits_along_the_path_alone_and_prepares_that_first() {
         ]
     );
     assert_eq!(counts(&engine), [4, 3, 1]);
+    let levels = [(pages(0, 4), 2), (pages(4, 8), 4), (pages(8, 16), 2), (pages(16, 32), 1)];
+    let levels = levels.map(|(run, level)| match level {
+        1 => (run, Level::Size1G),
+        2 => (run, Level::Size2M),
+        _ => (run, Level::Size4K),
+    });
+    assert_eq!(engine.folio_runs(), levels);
     assert_eq!(engine.reshaped(), ReshapedCounts { splits: 2, merges: 0 });
     assert_eq!(preserve(&mut engine, pages(6, 7), Visibility::Shared).len(), 2, "no more");
 }
@@ -123,7 +130,7 @@ fn a_pinned_neighbour_refuses_what_would_split_its_folio_and_is_named() {
     assert!(matches!(refusal, Refusal::Pinned { page: at, .. } if at == page(6)), "{refusal:?}");
     let share = request(pages(8, 9), Visibility::Private, Contents::Preserve);
     convert(&mut engine, &share, None).unwrap();
-    engine.unpin(pin).unwrap();
+    engine.unpin(pin);
     convert(&mut engine, &private, None).unwrap();
     assert_eq!(counts(&engine), [8, 6, 0]);
 }
@@ -175,7 +182,7 @@ fn what_a_view_maps_as_a_whole_is_shown_and_denied_as_a_whole() {
     let pin = engine.pin(pages(4, 5), PinKind::Short, Holder::new("virtio-net")).unwrap();
     let private = request(pages(6, 7), Visibility::Private, Contents::Preserve);
     assert!(matches!(claim(&mut engine, &private), Err(Refusal::Pinned { .. })));
-    engine.unpin(pin).unwrap();
+    engine.unpin(pin);
     let steps = preserve(&mut engine, pages(6, 7), Visibility::Private);
     assert_eq!(steps[0], Step::UnmapHost(pages(4, 8)));
     let guest = now(engine.touch(View::Guest, page(6)));
@@ -198,7 +205,7 @@ fn a_granule_is_shown_once_all_of_it_is_whole() {
         range
     };
     assert_eq!(fill(&mut engine, pages(4, 7)), None);
-    assert!(matches!(engine.touch(View::Guest, page(5)), TouchAnswer::Wait));
+    assert!(matches!(engine.touch(View::Guest, page(5)), TouchAnswer::Owed));
     assert_eq!(fill(&mut engine, pages(7, 9)), Some(pages(4, 8)));
     assert_eq!(fill(&mut engine, pages(9, 15)), Some(pages(8, 12)));
     engine.fail(pages(15, 16)).unwrap();
@@ -337,7 +344,7 @@ proptest! {
                 }
             }
             if let Some(id) = pinned.take() {
-                engine.unpin(id).unwrap();
+                engine.unpin(id);
             } else if pin {
                 pinned = engine.pin(PageRange::one(range.start()), PinKind::Short, Holder::new("a device")).ok();
             }

@@ -68,7 +68,7 @@ fn both(
         }
         Act::Unpin => {
             let Some((pin, range)) = pins.pop() else { return };
-            engine.unpin(pin).unwrap();
+            engine.unpin(pin);
             range.frames().for_each(|page| naive.get_mut(&page.get()).unwrap().pins -= 1);
         }
         Act::Touch { page } => {

@@ -79,3 +79,49 @@ fn a_copy_of_several_runs_holds_all_of_them_or_none() {
     assert!(engine.is_drained(&other), "the copy that waits holds nothing");
     drop((draining, other));
 }
+
+#[test]
+fn what_can_be_brought_is_found_around_what_is_whole_failed_or_held() {
+    let mut engine = engine(Platform::Plain, Population::Owed);
+    let all = pages(0, 64);
+    assert_eq!(engine.first_owed(all), Some(all));
+    let writing = engine.populate(pages(2, 4)).unwrap();
+    engine.fail(pages(0, 1)).unwrap();
+    engine.fail(pages(4, 6)).unwrap();
+    assert_eq!(engine.first_owed(pages(0, 8)), Some(pages(1, 2)));
+    assert_eq!(engine.first_owed(pages(2, 8)), Some(pages(6, 8)));
+    assert_eq!(engine.first_owed(pages(2, 6)), None);
+    let published = stage(&mut engine, writing, &mut Vec::new(), &mut None).unwrap();
+    let shown = engine.finish_population_showing(published, pages(3, 9)).unwrap();
+    assert_eq!(shown.range(), pages(3, 4));
+    engine.answered(shown, None);
+    assert_eq!(engine.first_owed(pages(2, 64)), Some(pages(6, 64)));
+}
+
+#[test]
+fn that_nothing_is_owed_any_more_is_noticed_whatever_failed() {
+    let mut engine = engine(Platform::Plain, Population::Owed);
+    let mut from = page(0);
+    assert!(engine.is_owed(&mut from));
+    engine.fail(pages(0, 8)).unwrap();
+    assert!(engine.is_owed(&mut from) && from == page(8));
+    let writing = engine.populate(pages(8, 64)).unwrap();
+    assert!(engine.is_owed(&mut from), "it is being brought");
+    let published = stage(&mut engine, writing, &mut Vec::new(), &mut None).unwrap();
+    assert!(engine.finish_population_showing(published, pages(0, 1)).is_none());
+    assert!(!engine.is_owed(&mut from));
+}
+
+#[test]
+fn a_page_is_late_only_while_it_is_owed_and_nobody_is_at_work_on_it() {
+    let mut engine = engine(Platform::Plain, Population::Owed);
+    let writing = engine.populate(pages(0, 1)).unwrap();
+    assert!(matches!(engine.fail_late(page(0)), Err(Blocked::Busy(_))));
+    let published = stage(&mut engine, writing, &mut Vec::new(), &mut None).unwrap();
+    let shown = engine.finish_population(published).unwrap();
+    engine.answered(shown, None);
+    assert_eq!(engine.fail_late(page(0)).unwrap(), None);
+    assert_eq!(engine.fail_late(page(1)).unwrap(), Some(page(1)));
+    assert_eq!(engine.fail_late(page(1)).unwrap(), None);
+    assert!(engine.failed().contains(page(1)));
+}

@@ -6,7 +6,7 @@ pub(crate) use linux_raw_sys::general::{
     UFFD_API, UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_MINOR_SHMEM,
     UFFD_FEATURE_MISSING_HUGETLBFS, UFFD_FEATURE_MISSING_SHMEM, UFFD_FEATURE_POISON,
     UFFD_USER_MODE_ONLY, UFFDIO_REGISTER_MODE_MINOR, UFFDIO_REGISTER_MODE_MISSING, uffdio_api,
-    uffdio_continue, uffdio_poison, uffdio_range, uffdio_register,
+    uffdio_continue, uffdio_copy, uffdio_poison, uffdio_range, uffdio_register,
 };
 use rustix::ioctl::{Opcode, opcode};
 
@@ -25,6 +25,8 @@ pub(crate) const UFFDIO_UNREGISTER: Opcode =
     opcode::read::<uffdio_range>(UFFDIO, number(sys::_UFFDIO_UNREGISTER));
 pub(crate) const UFFDIO_WAKE: Opcode =
     opcode::read::<uffdio_range>(UFFDIO, number(sys::_UFFDIO_WAKE));
+pub(crate) const UFFDIO_COPY: Opcode =
+    opcode::read_write::<uffdio_copy>(UFFDIO, number(sys::_UFFDIO_COPY));
 pub(crate) const UFFDIO_CONTINUE: Opcode =
     opcode::read_write::<uffdio_continue>(UFFDIO, number(sys::_UFFDIO_CONTINUE));
 pub(crate) const UFFDIO_POISON: Opcode =

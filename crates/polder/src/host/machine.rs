@@ -40,6 +40,7 @@ use self::pkvm::Pkvm;
 use self::rmp::Rmp;
 use super::views::Views;
 use super::{Faulted, Host, Shown, Smashed, Translated, Vm, failed};
+use crate::explain::HostFacts;
 use crate::huge_pool::HugePool;
 use crate::prefault::Span;
 use crate::sync::{Condvar, Mutex, MutexGuard};
@@ -517,6 +518,31 @@ impl Host for MachineHost {
     fn settle(&self, _: &[PageRange]) -> Result<(), Error> {
         self.answered();
         Ok(())
+    }
+
+    fn explain(&self, page: PageIndex) -> Result<HostFacts, Error> {
+        let vms: Vec<(VmId, polder_machine::VmId)> =
+            self.vms.lock().iter().map(|(id, attached)| (*id, attached.vm)).collect();
+        let machine = self.lock();
+        let one = PageRange::one(page);
+        let mut stage2 = Vec::new();
+        for (vm, gfns) in machine.gfns_of(self.object, one) {
+            let Some((id, _)) = vms.iter().find(|(_, known)| *known == vm) else { continue };
+            let spte = machine.spte(vm, gfns.start()).map_err(refused)?;
+            stage2.extend(spte.map(|spte| (*id, spte.level)));
+        }
+        let Some(backing) = machine.backing(self.object, page).map_err(refused)? else {
+            return Ok(HostFacts { stage2, ..HostFacts::default() });
+        };
+        let holders = machine.holders_of(PfnRange::one(backing.pfn));
+        let references = holders.map(|holder| format!("{} of {}", holder.pin, holder.process));
+        Ok(HostFacts {
+            memory: true,
+            folio: Some(backing.level),
+            rmp: machine.rmp_entry(backing.pfn).filter(|_| self.is_snp()),
+            stage2,
+            references: references.collect(),
+        })
     }
 
     fn existing(&self) -> Result<Vec<PageRange>, Error> {

@@ -80,6 +80,11 @@ impl Host for MemfdHost {
         }
     }
 
+    fn has_to_take(&self, step: Step) -> bool {
+        use Step::{CheckReferences, Protect, Publish, UnmapGuest};
+        !matches!(step, UnmapGuest(_) | CheckReferences(_) | Protect(..) | Publish(_))
+    }
+
     fn views(&self) -> &dyn Views {
         &self.views
     }

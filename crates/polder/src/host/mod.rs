@@ -13,9 +13,10 @@ use kvm_ioctls::VmFd;
 use polder_engine::pool::PoolCounts;
 use polder_engine::{FolioCounts, GuestAccess, Slot, Step, Visibility, VmId};
 use polder_linux::Errno;
-use polder_units::{AddressSpace, Gfn, GfnRange, PageCount, PageRange};
+use polder_units::{AddressSpace, Gfn, GfnRange, PageCount, PageIndex, PageRange};
 
 use self::views::Views;
+use crate::explain::HostFacts;
 use crate::prefault::Span;
 use crate::{Error, Vcpu};
 
@@ -39,6 +40,12 @@ impl HostKind {
 
     /// Whether private and shared pages are the same memory, so that a conversion can keep what is
     /// in them ([`Contents::Preserve`](crate::Contents::Preserve)) where the platform can, too.
+    ///
+    /// ```
+    /// # use polder::HostKind;
+    /// assert!(HostKind::Memfd.is_in_place() && !HostKind::GuestMemfd.is_in_place());
+    /// assert_eq!("machine".parse(), Ok(HostKind::Machine));
+    /// ```
     pub const fn is_in_place(self) -> bool {
         match self {
             Self::Memfd | Self::Machine => true,
@@ -93,6 +100,11 @@ impl From<Arc<VmFd>> for Vm {
 pub(crate) trait Host: Send + Sync {
     /// Takes a step of an operation.
     fn take(&self, step: Step) -> Result<(), Error>;
+
+    /// Whether there is anything to do for a step. Where there is not, it need not be taken.
+    fn has_to_take(&self, _: Step) -> bool {
+        true
+    }
 
     /// How the bytes are reached, and who touches them.
     fn views(&self) -> &dyn Views;
@@ -193,6 +205,12 @@ pub(crate) trait Host: Send + Sync {
     /// How many pages of memory it takes up, on all sides.
     fn resident(&self) -> Result<PageCount, Error> {
         Ok(total(&self.existing()?))
+    }
+
+    /// What it has of a page.
+    fn explain(&self, page: PageIndex) -> Result<HostFacts, Error> {
+        let memory = self.existing()?.iter().any(|run| run.contains(page));
+        Ok(HostFacts { memory, ..HostFacts::default() })
     }
 
     /// How many folios of each level there are, where the engine does not know: those that the

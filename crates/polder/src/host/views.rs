@@ -44,6 +44,11 @@ pub(crate) trait Views: Send + Sync {
     /// Copies bytes of the object in, unchecked: the caller holds a claim on them.
     fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error>;
 
+    /// The same, of whole pages that nobody has seen yet.
+    fn fill(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        self.write(offset, from)
+    }
+
     /// Reads through the host view, as a device model's pointer does. The bytes lie in the object.
     fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error>;
 
@@ -53,8 +58,8 @@ pub(crate) trait Views: Send + Sync {
     /// Has the kernel read a file into the host view.
     fn touch_from(&self, file: BorrowedFd<'_>, offset: u64, count: usize) -> Result<usize, Error>;
 
-    /// Where the host view is, if it is memory of this process.
-    fn host_view(&self) -> Option<*mut u8>;
+    /// The host view, if it is memory of this process.
+    fn host_view(&self) -> Option<&Arc<View>>;
 
     /// The page at an address in the guest view, if that is memory of this process.
     fn guest_page(&self, address: usize) -> Option<PageIndex>;
@@ -102,11 +107,7 @@ impl MemfdViews {
         let host = Userfault::new(Arc::new(View::new(&memfd)?)).map_err(missing)?;
         let nudge = Nudge::new()?;
         let watching = Mutex::new(Watching { all: owed, kept: RangeSet::default() });
-        let freed = match size {
-            PageSize::Small => Level::Size4K,
-            PageSize::Thp | PageSize::Huge2M => Level::Size2M,
-            PageSize::Huge1G => Level::Size1G,
-        };
+        let freed = size.level();
         let views = Self { memfd, trusted, guest, host, watching, nudge, freed };
         views.host.watch(views.all()).map_err(missing)?;
         if owed {
@@ -391,10 +392,13 @@ impl Views for MemfdViews {
         at_most: Option<Duration>,
     ) -> Result<(), Error> {
         let fds = [self.guest.as_fd(), self.host.as_fd(), self.nudge.as_fd()];
-        polder_linux::wait(fds, at_most)?;
-        self.nudge.take();
+        let [guest, host, nudged] = polder_linux::wait(fds, at_most)?;
+        if nudged {
+            self.nudge.take();
+        }
         let mut touches = Vec::new();
-        for view in [ViewKind::Guest, ViewKind::Host] {
+        let touched = [(ViewKind::Guest, guest), (ViewKind::Host, host)];
+        for (view, _) in touched.into_iter().filter(|&(_, touched)| touched) {
             self.watched(view).touches(&mut touches)?;
             into.extend(touches.drain(..).map(|page| (view, page)));
         }
@@ -413,6 +417,15 @@ impl Views for MemfdViews {
         Ok(self.trusted.write(offset, from)?)
     }
 
+    /// By the memfd itself, not by the trusted view, of which each page would be a fault. Huge pages
+    /// come by that view only: hugetlb has no `pwrite`, and shmem takes its advice from a mapping.
+    fn fill(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
+        match self.freed {
+            Level::Size4K => Ok(self.memfd.write_at(offset, from)?),
+            Level::Size2M | Level::Size1G => self.write(offset, from),
+        }
+    }
+
     fn touch_read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         Ok(self.host.view().read(offset, into)?)
     }
@@ -425,8 +438,8 @@ impl Views for MemfdViews {
         Ok(self.host.view().read_from(file, offset, count)?)
     }
 
-    fn host_view(&self) -> Option<*mut u8> {
-        Some(self.host.view().as_ptr())
+    fn host_view(&self) -> Option<&Arc<View>> {
+        Some(self.host.view())
     }
 
     fn guest_page(&self, address: usize) -> Option<PageIndex> {

@@ -49,7 +49,8 @@ pub struct Chunk {
 /// ```
 /// use polder_vmm::guest::{Image, Program, Transport};
 /// use polder_vmm::scenario::{Config, Conversions, Scenario};
-/// let config = Config { memory: 64 << 20, vcpus: 1, seed: 1, conversions: Conversions::KeepContents };
+/// let config = Config { memory: 64 << 20, vcpus: 1, seed: 1,
+///     conversions: Conversions::KeepContents, virtqueue: true };
 /// let scenario = Scenario::generate(&config)?;
 /// let image = Image::new(&scenario, Program::SelfTest, Transport::Port)?;
 /// assert_eq!(image.vcpus.len(), 1);
@@ -184,8 +185,14 @@ mod tests {
 
     fn scenario(memory: u64, vcpus: u8, seed: u64) -> Scenario {
         // The one that is longer.
-        Scenario::generate(&Config { memory, vcpus, seed, conversions: Conversions::LoseContents })
-            .unwrap()
+        Scenario::generate(&Config {
+            memory,
+            vcpus,
+            seed,
+            conversions: Conversions::LoseContents,
+            virtqueue: true,
+        })
+        .unwrap()
     }
 
     #[test]

@@ -51,7 +51,7 @@ pub(super) fn interpreter(
         fill: a.create_label(),
         check: a.create_label(),
     };
-    let codes: [(i32, Emit); 10] = [
+    let codes: [(i32, Emit); 14] = [
         (code::FILL, fill_op),
         (code::CHECK, check_op),
         (code::REQUEST, request_op),
@@ -62,6 +62,10 @@ pub(super) fn interpreter(
         (code::SET_FLAG, set_flag_op),
         (code::WAIT_FLAG, wait_flag_op),
         (code::DONE, done_op),
+        (code::ROAM, roam_op),
+        (code::TIME, time_op),
+        (code::STAND_STILL, stand_still_op),
+        (code::DIGEST, digest_op),
     ];
     let mut targets = codes.map(|_| a.create_label());
 
@@ -185,6 +189,32 @@ fn churn_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
     a.jmp(labels.next)
 }
 
+/// Places are of Marsaglia's xorshift64: 13, 7, 17.
+fn roam_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    let mut each = a.create_label();
+    for (register, index) in [(r9, 2), (rcx, 3), (r8, 4)] {
+        a.mov(register, word(index))?;
+    }
+    a.test(rcx, rcx)?;
+    a.je(labels.next)?;
+    a.set_label(&mut each)?;
+    for (shift, left) in [(13, true), (7, false), (17, true)] {
+        a.mov(rax, r8)?;
+        if left {
+            a.shl(rax, shift)?;
+        } else {
+            a.shr(rax, shift)?;
+        }
+        a.xor(r8, rax)?;
+    }
+    a.mov(rax, r8)?;
+    a.and(rax, r9)?;
+    a.mov(rbx, qword_ptr(rdi + rax))?;
+    a.dec(rcx)?;
+    a.jne(each)?;
+    a.jmp(labels.next)
+}
+
 fn set_flag_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
     a.mov(qword_ptr(rdi), 1)?;
     a.jmp(labels.next)
@@ -195,6 +225,88 @@ fn wait_flag_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError>
     a.jne(labels.next)?;
     a.pause()?;
     a.jmp(labels.run)
+}
+
+fn time_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    let mut each = a.create_label();
+    a.mov(rcx, word(2))?;
+    a.add(rcx, rdi)?;
+    a.mov(rsi, word(3))?;
+    a.set_label(&mut each)?;
+    a.cmp(rdi, rcx)?;
+    a.jae(labels.next)?;
+    ticks(a)?;
+    a.mov(r8, rax)?;
+    a.mov(rbx, qword_ptr(rdi))?;
+    ticks(a)?;
+    a.sub(rax, r8)?;
+    a.mov(qword_ptr(rsi), rax)?;
+    a.add(rsi, 8)?;
+    a.add(rdi, 0x1000)?;
+    a.jmp(each)
+}
+
+fn stand_still_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    let (mut pass, mut each, mut shorter) = (a.create_label(), a.create_label(), a.create_label());
+    a.mov(rsi, word(3))?;
+    a.mov(r9, word(4))?;
+    ticks(a)?;
+    a.mov(r8, rax)?;
+    a.set_label(&mut pass)?;
+    a.mov(rdi, word(1))?;
+    a.mov(rcx, word(2))?;
+    a.add(rcx, rdi)?;
+    a.set_label(&mut each)?;
+    a.mov(rbx, qword_ptr(rdi))?;
+    ticks(a)?;
+    a.mov(r10, rax)?;
+    a.sub(rax, r8)?;
+    a.mov(r8, r10)?;
+    a.cmp(rax, qword_ptr(rsi + 8))?;
+    a.jbe(shorter)?;
+    a.mov(qword_ptr(rsi + 8), rax)?;
+    a.set_label(&mut shorter)?;
+    a.inc(qword_ptr(rsi))?;
+    a.cmp(qword_ptr(r9), 0)?;
+    a.jne(labels.next)?;
+    a.add(rdi, 0x1000)?;
+    a.cmp(rdi, rcx)?;
+    a.jb(each)?;
+    a.jmp(pass)
+}
+
+/// RAX = the time-stamp counter, once all loads before are done. Changes RDX.
+fn ticks(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.lfence()?;
+    a.rdtsc()?;
+    a.lfence()?;
+    a.shl(rdx, 32)?;
+    a.or(rax, rdx)
+}
+
+fn digest_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    let mut each = a.create_label();
+    a.mov(rcx, word(2))?;
+    a.mov(rbx, rdi)?;
+    a.lea(r8, ptr(rdi + rcx))?;
+    a.mov(r10, PATTERN_FACTOR)?;
+    a.xor(edx, edx)?;
+    a.set_label(&mut each)?;
+    a.xor(rdx, qword_ptr(rbx))?;
+    a.imul_2(rdx, r10)?;
+    a.rol(rdx, 29)?;
+    a.add(rbx, 8)?;
+    a.cmp(rbx, r8)?;
+    a.jb(each)?;
+    a.mov(rbx, rdi)?;
+    a.mov(rsi, r14)?;
+    a.mov(rax, number::DIGEST)?;
+    a.call(labels.gate)?;
+    a.mov(rbx, rax)?;
+    a.xor(eax, eax)?;
+    a.cmp(rax, rbx)?;
+    a.jne(labels.fail)?;
+    a.jmp(labels.passed)
 }
 
 fn done_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {

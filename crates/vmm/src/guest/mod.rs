@@ -33,7 +33,9 @@ pub use boot::VcpuStart;
 pub use code::{Program, Transport};
 pub use image::{Chunk, Image, ImageError};
 pub use probe::HypercallProbe;
+pub(crate) use record::mask;
 pub use request::{
-    DEVICE_LEN_MAX, DEVICE_PENDING, DeviceRequest, DeviceRequestError, KVM_HC_MAP_GPA_RANGE,
-    MAP_GPA_RANGE_ENCRYPTED, PORT, Request, RequestError, STATUS_OFFSET, number,
+    DEVICE_LEN_MAX, DEVICE_PENDING, DIGEST_LEN_MAX, DeviceRequest, DeviceRequestError,
+    KVM_HC_MAP_GPA_RANGE, MAP_GPA_RANGE_ENCRYPTED, PORT, Request, RequestError, STATUS_OFFSET,
+    number,
 };

@@ -3,15 +3,18 @@
 //! | op | word 0 | 1 | 2 | 3 | 4 | 5 | 6 |
 //! |---|---|---|---|---|---|---|---|
 //! | fill, check | code | gpa | len | offset | seed | factor | invert |
-//! | convert, probe | code | gpa | pages | third argument | expected answer | number | |
+//! | convert, notify, probe | code | gpa | pages | third argument | expected answer | number | |
 //! | device | code | request | id | source | len | destination | expected outcome |
 //! | churn | code | gpa | len | seed | until | | |
+//! | roam | code | gpa | mask | count | seed | | |
+//! | digest | code | gpa | len | | | | |
 //! | load, store | code | gpa | value | | | | |
+//! | time, stand still | code | gpa | bytes | log | until | | |
 //! | set flag, wait flag | code | gpa | | | | | |
 //!
 //! The word of a pattern at `a` is `((a + offset) ^ seed) * factor ^ invert`, whichever it is.
 
-use polder_units::Gpa;
+use polder_units::{Gpa, PAGE_SIZE};
 
 use super::request::{DeviceRequest, KVM_HC_MAP_GPA_RANGE, MAP_GPA_RANGE_ENCRYPTED, number};
 use crate::scenario::{HostAccess, Op, Outcome, PATTERN_FACTOR, Pattern, Visibility};
@@ -31,6 +34,10 @@ pub(super) mod code {
     pub(in crate::guest) const SET_FLAG: i32 = 8;
     pub(in crate::guest) const WAIT_FLAG: i32 = 9;
     pub(in crate::guest) const DONE: i32 = 10;
+    pub(in crate::guest) const ROAM: i32 = 11;
+    pub(in crate::guest) const TIME: i32 = 12;
+    pub(in crate::guest) const STAND_STILL: i32 = 13;
+    pub(in crate::guest) const DIGEST: i32 = 14;
 }
 
 /// The record of an op.
@@ -54,6 +61,9 @@ pub(super) fn encode(op: &Op) -> [u64; 8] {
             let done = answer(Outcome::Done);
             (code::REQUEST, [gpa.get(), pages, expect, done, number::PROBE, 0, 0])
         }
+        Op::Notify { queue, size, expect } => {
+            (code::REQUEST, [queue.get(), size, 0, answer(expect), number::NOTIFY, 0, 0])
+        }
         Op::Device { request, id, source, len, destination, expect } => {
             let [id, source, len, destination, _] =
                 DeviceRequest { id, source, len, destination }.words();
@@ -64,12 +74,28 @@ pub(super) fn encode(op: &Op) -> [u64; 8] {
         Op::Churn { gpa, len, seed, until } => {
             (code::CHURN, [gpa.get(), len, seed, until.get(), 0, 0, 0])
         }
+        Op::Roam { gpa, len, count, seed } => {
+            (code::ROAM, [gpa.get(), mask(len), count, seed, 0, 0, 0])
+        }
         Op::SetFlag { gpa } => (code::SET_FLAG, [gpa.get(), 0, 0, 0, 0, 0, 0]),
         Op::WaitFlag { gpa } => (code::WAIT_FLAG, [gpa.get(), 0, 0, 0, 0, 0, 0]),
+        Op::Time { gpa, pages, log } => {
+            (code::TIME, [gpa.get(), pages.saturating_mul(PAGE_SIZE), log.get(), 0, 0, 0, 0])
+        }
+        Op::StandStill { gpa, pages, log, until } => {
+            let bytes = pages.saturating_mul(PAGE_SIZE);
+            (code::STAND_STILL, [gpa.get(), bytes, log.get(), until.get(), 0, 0, 0])
+        }
+        Op::Digest { gpa, len } => (code::DIGEST, [gpa.get(), len, 0, 0, 0, 0, 0]),
         Op::Done => (code::DONE, [0; 7]),
     };
     let [a, b, c, d, e, f, g] = words;
     [u64::from(code.cast_unsigned()), a, b, c, d, e, f, g]
+}
+
+/// Where words may be in a length that is a power of two.
+pub(crate) const fn mask(len: u64) -> u64 {
+    len.wrapping_sub(1) & !7
 }
 
 fn piece(gpa: Gpa, len: u64, pattern: Pattern) -> [u64; 7] {

@@ -13,8 +13,10 @@
 //! | 0x102 | done | checks passed | | | | |
 //! | 0x103 | failed | op index | gpa | expected | found | checks passed |
 //! | 0x104 | exception | vector | rip | cr2 | error code | |
+//! | 0x105 | notify | gpa of a virtqueue | descriptors | | | |
+//! | 0x106 | digest | gpa | bytes | digest | op index | |
 //!
-//! The last three are final: the VMM stops the vCPU. Resumed nevertheless, it says the same again.
+//! Done, failed and exception are final: the VMM stops the vCPU. Resumed nevertheless, it says the same again.
 //!
 //! All of this is an allegation: a hostile guest puts anything in its registers. Only
 //! [`Request::parse`] and [`DeviceRequest::parse`] make a checked type of it. What they can't know
@@ -50,6 +52,10 @@ pub mod number {
     pub const FAILED: u64 = 0x103;
     /// An exception was taken.
     pub const EXCEPTION: u64 = 0x104;
+    /// Have the device look at its virtqueue.
+    pub const NOTIFY: u64 = 0x105;
+    /// Have a digest compared.
+    pub const DIGEST: u64 = 0x106;
 }
 
 /// A request that makes sense, though perhaps not for memory that exists.
@@ -73,6 +79,24 @@ pub enum Request {
     Doorbell {
         /// The request's address, a multiple of 8.
         request: Gpa,
+    },
+    /// The device is to look at the virtqueue at this address.
+    Notify {
+        /// Its descriptors' address.
+        queue: Gpa,
+        /// How many descriptors it has, as the guest says.
+        size: u64,
+    },
+    /// A digest is to be compared with what should be there.
+    Digest {
+        /// The first byte.
+        gpa: Gpa,
+        /// The length in bytes: words, at most [`DIGEST_LEN_MAX`].
+        len: u64,
+        /// What the guest found.
+        digest: u64,
+        /// The op's index in its program.
+        op: u64,
     },
     /// The program ended.
     Done {
@@ -104,6 +128,9 @@ pub enum Request {
         error: u64,
     },
 }
+
+/// The most bytes that a digest is of: 16 MiB.
+pub const DIGEST_LEN_MAX: u64 = 16 << 20;
 
 /// Why registers are no request.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, thiserror::Error)]
@@ -144,6 +171,14 @@ pub enum RequestError {
     Expectation {
         /// The expectation.
         expect: u64,
+    },
+    /// A digest of bytes that are no words, or of too many.
+    #[error("a digest is of up to 16M of words, not of {len:#x} bytes at {gpa}")]
+    Digest {
+        /// The address.
+        gpa: Gpa,
+        /// The length in bytes.
+        len: u64,
     },
     /// A device request at no multiple of 8.
     #[error("a device request lies at a multiple of 8, not at {gpa}")]
@@ -227,11 +262,19 @@ impl Request {
                 return Err(RequestError::Doorbell { gpa: Gpa::new(a) });
             }
             number::DOORBELL => Self::Doorbell { request: Gpa::new(a) },
+            number::NOTIFY => Self::Notify { queue: Gpa::new(a), size: b },
             number::DONE => Self::Done { checks_passed: a },
             number::FAILED => {
                 Self::Failed { op: a, gpa: Gpa::new(b), expected: c, found: d, checks_passed: e }
             }
             number::EXCEPTION => Self::Exception { vector: a, rip: b, cr2: c, error: d },
+            number::DIGEST => {
+                let (gpa, words) = (Gpa::new(a), a.is_multiple_of(WORD) && b.is_multiple_of(WORD));
+                if !words || b == 0 || b > DIGEST_LEN_MAX || gpa.checked_add(b).is_none() {
+                    return Err(RequestError::Digest { gpa, len: b });
+                }
+                Self::Digest { gpa, len: b, digest: c, op: d }
+            }
             number => return Err(RequestError::Number { number }),
         })
     }

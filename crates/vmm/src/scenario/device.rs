@@ -7,6 +7,7 @@ use super::generate::Conversions;
 use super::layout::Layout;
 use super::op::{HostAccess, Op, Outcome, Pattern, Visibility, WORD};
 use super::random::Random;
+use super::virtqueue;
 
 /// Offset in the payload, offset in the answer, length: words, pages, and neither.
 const TRANSFERS: [(u64, u64, u64); 6] = [
@@ -32,7 +33,7 @@ struct Bounce<'a> {
 pub(super) fn transfers(
     ops: &mut Vec<Op>,
     layout: &Layout,
-    conversions: Conversions,
+    (conversions, virtqueue): (Conversions, bool),
     random: &mut Random,
 ) {
     let area = |all| Area::new(all, conversions);
@@ -50,6 +51,10 @@ pub(super) fn transfers(
     bounce.response.fill_unchecked(ops, all, random.word());
     if conversions.initial() == Visibility::Private {
         bounce.refused_memory(ops);
+    }
+    if virtqueue {
+        let areas = (&mut bounce.payload, &mut bounce.response);
+        virtqueue::chains(ops, layout, areas, conversions, random);
     }
     bounce.convert(ops, Visibility::Private);
     bounce.convert(ops, Visibility::Shared);

@@ -19,6 +19,8 @@ pub struct Config {
     pub seed: u64,
     /// What the host makes of the guest's conversions.
     pub conversions: Conversions,
+    /// Whether there is a device on a virtqueue: not where nothing can point to the memory.
+    pub virtqueue: bool,
 }
 
 /// What a host makes of a guest's conversions.
@@ -54,19 +56,19 @@ impl Conversions {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, thiserror::Error)]
 pub enum ScenarioError {
     /// Too little or too much memory.
-    #[error("the guest needs 16M to 1T of memory, not {}", ByteSize::new(*.memory))]
+    #[error("a guest has 16M to 1T of memory, not {}", ByteSize::new(*.memory))]
     Memory {
         /// What was asked for, in bytes.
         memory: u64,
     },
     /// A part of a page.
-    #[error("{memory:#x} bytes of memory are not a multiple of the page size, 4096")]
+    #[error("{memory} bytes of memory are no multiple of the page size, 4096")]
     Unaligned {
         /// What was asked for, in bytes.
         memory: u64,
     },
     /// No vCPU, or too many.
-    #[error("the guest has 1 to 4 vCPUs, not {vcpus}")]
+    #[error("a guest has 1 to 4 vCPUs, not {vcpus}")]
     Vcpus {
         /// What was asked for.
         vcpus: u32,
@@ -80,7 +82,8 @@ pub enum ScenarioError {
 ///
 /// ```
 /// use polder_vmm::scenario::{Config, Conversions, Op, Scenario};
-/// let config = Config { memory: 64 << 20, vcpus: 2, seed: 1, conversions: Conversions::KeepContents };
+/// let config = Config { memory: 64 << 20, vcpus: 2, seed: 1,
+///     conversions: Conversions::KeepContents, virtqueue: true };
 /// let scenario = Scenario::generate(&config)?;
 /// assert!(scenario.least_checks() > 1000);
 /// assert_eq!(scenario.program(1).last(), Some(&Op::Done));
@@ -100,7 +103,7 @@ impl Scenario {
     /// [`ScenarioError`] if the memory is too small, too large or no whole pages, or the number of
     /// vCPUs is not 1 to 4.
     pub fn generate(config: &Config) -> Result<Self, ScenarioError> {
-        let Config { memory, vcpus, seed, conversions: how } = *config;
+        let Config { memory, vcpus, seed, conversions: how, virtqueue } = *config;
         if !(MEMORY_MIN..=MEMORY_MAX).contains(&memory) {
             return Err(ScenarioError::Memory { memory });
         }
@@ -116,7 +119,7 @@ impl Scenario {
             .map(|vcpu| {
                 let mut random = Random::new(random.word());
                 match vcpu {
-                    0 => everything(&layout, vcpus, how, &mut random),
+                    0 => everything(&layout, vcpus, (how, virtqueue), &mut random),
                     1 => churn(&layout, &mut random),
                     2 => conversions(&layout, (1, vcpu), how, &mut random),
                     _ => conversions(&layout, (2, vcpu), how, &mut random),
@@ -153,8 +156,11 @@ impl Scenario {
                 op,
                 Op::Fill { .. }
                     | Op::Store { .. }
+                    | Op::Roam { .. }
                     | Op::SetFlag { .. }
                     | Op::WaitFlag { .. }
+                    | Op::Time { .. }
+                    | Op::StandStill { .. }
                     | Op::Done
             )
         };
@@ -163,10 +169,15 @@ impl Scenario {
 }
 
 /// vCPU 0.
-fn everything(layout: &Layout, vcpus: u8, how: Conversions, random: &mut Random) -> Vec<Op> {
+fn everything(
+    layout: &Layout,
+    vcpus: u8,
+    (how, virtqueue): (Conversions, bool),
+    random: &mut Random,
+) -> Vec<Op> {
     let mut ops = Vec::new();
     let mut area = Area::new(layout.areas[0], how);
-    device::transfers(&mut ops, layout, how, random);
+    device::transfers(&mut ops, layout, (how, virtqueue), random);
     refusal::beyond_memory(&mut ops, layout);
     area.story(&mut ops, random);
     refusal::refused(&mut ops, layout, layout.areas[0]);

@@ -1,8 +1,8 @@
 //! Where things lie in the guest's memory.
 //!
 //! ```text
-//! 0     2M      2M+68K    3M-4K   3M      4M         8M         12M       16M
-//! | boot | bounce | unused | flags | churn | area v0 | area v2 | area v3 | untouched ...
+//! 0     2M      2M+68K 2M+76K    3M-4K   3M      4M         8M         12M       16M
+//! | boot | bounce | queue | unused | flags | churn | area v0 | area v2 | area v3 | untouched ...
 //!
 //! ... 3G [MMIO hole] 4G ... | second area of v0 | ...   where memory is larger than 3G + 4M
 //! ```
@@ -56,6 +56,8 @@ pub struct Layout {
     pub payload: GfnRange,
     /// The device's answer.
     pub response: GfnRange,
+    /// The device's virtqueue: descriptors and available ring, and on its own page the used ring.
+    pub queue: GfnRange,
     /// The page of flags: private for good.
     pub flags: GfnRange,
     /// What vCPU 1 churns: private for good.
@@ -77,6 +79,7 @@ impl Layout {
             request: bounce(0, 1),
             payload: bounce(1, BUFFER_PAGES),
             response: bounce(1 + BUFFER_PAGES, BUFFER_PAGES),
+            queue: bounce(1 + 2 * BUFFER_PAGES, 2),
             flags: range(FLAGS, PAGE_SIZE),
             churn: range(CHURN, CHURN_LEN),
             areas: [1, 2, 3].map(|slot| range(slot * AREA, AREA)),
@@ -134,8 +137,9 @@ mod tests {
     fn nothing_overlaps() {
         let layout = Layout::new(8 << 30, &mut Random::new(1));
         let [a, b, c] = layout.areas;
-        let Layout { boot, request, payload, response, flags, churn, high_area, .. } = layout;
-        let all = [boot, request, payload, response, flags, churn, a, b, c, high_area.unwrap()];
+        let Layout { boot, request, payload, response, queue, flags, churn, .. } = layout;
+        let high = layout.high_area.unwrap();
+        let all = [boot, request, payload, response, queue, flags, churn, a, b, c, high];
         for (i, x) in all.iter().enumerate() {
             assert!(all[i + 1..].iter().all(|y| !x.overlaps(*y)), "{x}");
             assert!(ram(8 << 30).into_iter().flatten().any(|ram| ram.contains_range(*x)), "{x}");

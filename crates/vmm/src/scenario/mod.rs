@@ -23,8 +23,10 @@ mod random;
 mod refusal;
 #[cfg(test)]
 mod tests;
+mod virtqueue;
 
 pub use generate::{Config, Conversions, Scenario, ScenarioError};
 pub use layout::{BOOT_END, Layout, MEMORY_MAX, MEMORY_MIN, MMIO_END, MMIO_START, VCPUS_MAX, ram};
 pub(crate) use op::PATTERN_FACTOR;
-pub use op::{HostAccess, Op, Outcome, Pattern, Visibility, WORD, pattern};
+pub use op::{HostAccess, Op, Outcome, Pattern, Visibility, WORD, digest, pattern};
+pub(crate) use random::Random;

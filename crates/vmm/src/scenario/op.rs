@@ -1,7 +1,7 @@
 //! The ops, and the patterns memory is filled with.
 
 pub use polder::Visibility;
-use polder_units::Gpa;
+use polder_units::{Gpa, PAGE_SIZE};
 
 use crate::guest::DeviceRequest;
 
@@ -17,6 +17,14 @@ pub(crate) const PATTERN_FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 /// seen at the wrong address is noticed; and it costs the guest one multiplication.
 pub const fn pattern(gpa: Gpa, seed: u64) -> u64 {
     (gpa.get() ^ seed).wrapping_mul(PATTERN_FACTOR)
+}
+
+/// The digest of words, one after the other; 0 of none. Each word is stirred in by steps that have
+/// an inverse, so that no single word changes without the digest.
+pub fn digest(words: impl IntoIterator<Item = u64>) -> u64 {
+    let stir =
+        |digest: u64, word: u64| (digest ^ word).wrapping_mul(PATTERN_FACTOR).rotate_left(29);
+    words.into_iter().fold(0, stir)
 }
 
 /// What words a piece of memory holds.
@@ -114,6 +122,27 @@ pub enum Op {
         /// What to expect.
         pattern: Pattern,
     },
+    /// Reads `count` words at random places of `[gpa..gpa + len)`, whose order `seed` decides. No
+    /// check.
+    Roam {
+        /// The first byte.
+        gpa: Gpa,
+        /// The length in bytes: a power of two.
+        len: u64,
+        /// How many words.
+        count: u64,
+        /// Of the order; not 0.
+        seed: u64,
+    },
+    /// Reads every word of `[gpa..gpa + len)`, lowest first, and has the host compare their
+    /// [`digest`] with what should be there. Counts one check. A failure's found and expected are
+    /// digests.
+    Digest {
+        /// The first byte.
+        gpa: Gpa,
+        /// The length in bytes, at most 16 MiB.
+        len: u64,
+    },
     /// Asks that `pages` pages from `gpa` on become private or shared, contents kept
     /// where the host can (`KVM_HC_MAP_GPA_RANGE`). Whatever the arguments, they are passed on as they are. Counts one
     /// check if the answer is `expect`. On a failure found is the answer, sign-extended.
@@ -144,6 +173,17 @@ pub enum Op {
         /// Where the answer goes.
         destination: Gpa,
         /// The outcome.
+        expect: Outcome,
+    },
+    /// Notifies the device of the virtqueue of `size` descriptors at `queue`, laid out as a legacy
+    /// device's: it does all chains that are available there. Counts one check if the answer is
+    /// `expect`; on a failure the address is `queue` and found is the answer, sign-extended.
+    Notify {
+        /// The descriptors.
+        queue: Gpa,
+        /// How many.
+        size: u64,
+        /// The answer.
         expect: Outcome,
     },
     /// Asks the host to try each page right now, by its API and by a touch of the raw pointer.
@@ -196,6 +236,31 @@ pub enum Op {
         /// The flag.
         gpa: Gpa,
     },
+    /// Reads the first word of each of `pages` pages from `gpa` on, and stores how long each read
+    /// took to the words from `log` on: in ticks of the vCPU's TSC, 0 on the simulated machine, which
+    /// has no clock. No check.
+    Time {
+        /// The address of the first page.
+        gpa: Gpa,
+        /// How many pages of 4 KiB.
+        pages: u64,
+        /// Where the times go: a word a page.
+        log: Gpa,
+    },
+    /// Reads the first word of each of `pages` pages from `gpa` on, over and over, until the word at
+    /// `until` is not 0. Counts the pages read in the word at `log`, and keeps the longest time from
+    /// one to the next in the word after it: in ticks as [`Op::Time`], and more than it holds
+    /// already. No check.
+    StandStill {
+        /// The address of the first page.
+        gpa: Gpa,
+        /// How many pages of 4 KiB.
+        pages: u64,
+        /// Where count and longest time go: two words.
+        log: Gpa,
+        /// The flag that ends it.
+        until: Gpa,
+    },
     /// Reports how many checks have passed, and stops.
     Done,
 }
@@ -206,11 +271,16 @@ impl Op {
     pub const fn touched(&self) -> Option<(Gpa, u64)> {
         Some(match *self {
             Self::Fill { gpa, len, .. } | Self::Check { gpa, len, .. } => (gpa, len),
-            Self::Churn { gpa, len, .. } => (gpa, len),
+            Self::Digest { gpa, len } => (gpa, len),
+            Self::Churn { gpa, len, .. } | Self::Roam { gpa, len, .. } => (gpa, len),
             Self::Device { request, .. } => (request, DeviceRequest::BYTES),
             Self::Load { gpa, .. } | Self::Store { gpa, .. } => (gpa, WORD),
             Self::SetFlag { gpa } | Self::WaitFlag { gpa } => (gpa, WORD),
-            Self::Convert { .. } | Self::Probe { .. } | Self::Done => return None,
+            Self::Time { gpa, pages, .. } | Self::StandStill { gpa, pages, .. } => {
+                (gpa, pages.saturating_mul(PAGE_SIZE))
+            }
+            Self::Convert { .. } | Self::Notify { .. } | Self::Probe { .. } => return None,
+            Self::Done => return None,
         })
     }
 }

@@ -8,8 +8,14 @@ use proptest::prelude::*;
 use super::*;
 
 fn scenario(memory: u64, vcpus: u8, seed: u64) -> Scenario {
-    Scenario::generate(&Config { memory, vcpus, seed, conversions: Conversions::KeepContents })
-        .unwrap()
+    Scenario::generate(&Config {
+        memory,
+        vcpus,
+        seed,
+        conversions: Conversions::KeepContents,
+        virtqueue: true,
+    })
+    .unwrap()
 }
 
 /// Words by address. Of the pages of an area only one word is kept, each page's another.
@@ -103,6 +109,58 @@ impl Machine {
         Outcome::Done
     }
 
+    /// `bytes` bytes of a word, 8 at most.
+    fn field(&self, at: u64, bytes: u64) -> u64 {
+        let word = self.word(Gpa::new(at & !7)) >> (at % 8 * 8);
+        if bytes == 8 { word } else { word & ((1 << (bytes * 8)) - 1) }
+    }
+
+    fn set_field(&mut self, at: u64, bytes: u64, value: u64) {
+        let (shift, mask) = (at % 8 * 8, ((1 << (bytes * 8)) - 1));
+        let word = self.words.entry(at & !7).or_default();
+        *word = *word & !(mask << shift) | (value & mask) << shift;
+    }
+
+    /// A virtqueue's device, with no state but what lies in the ring.
+    fn notify(&mut self, queue: Gpa, size: u64) -> Outcome {
+        if !size.is_power_of_two() || !queue.get().is_multiple_of(16) {
+            return Outcome::Invalid;
+        }
+        let (table, available, used) =
+            (queue.get(), queue.get() + 16 * size, queue.get() + PAGE_SIZE);
+        if !self.host_reaches(queue, PAGE_SIZE) || !self.host_reaches(Gpa::new(used), PAGE_SIZE) {
+            return Outcome::Fault;
+        }
+        while self.field(used + 2, 2) != self.field(available + 2, 2) {
+            let index = self.field(used + 2, 2);
+            let head = self.field(available + 4 + 2 * (index % size), 2);
+            let (mut reads, mut at, mut write) = (Vec::new(), table + 16 * head, None);
+            while write.is_none() {
+                let piece = (Gpa::new(self.field(at, 8)), self.field(at + 8, 4));
+                match self.field(at + 12, 2) {
+                    1 => reads.push(piece),
+                    2 => write = Some(piece),
+                    flags => panic!("a descriptor with flags {flags:#x}"),
+                }
+                at = table + 16 * self.field(at + 14, 2);
+            }
+            let write = write.unwrap();
+            let all = reads.iter().chain([&write]).all(|&(gpa, len)| self.host_reaches(gpa, len));
+            if all || self.bug == Some(Bug::AnswersPrivate) {
+                let words = reads.iter().flat_map(|&(gpa, len)| Self::kept(gpa, len));
+                let answer: Vec<u64> = words.map(|gpa| !self.word(gpa)).collect();
+                for (at, word) in (write.0.get()..).step_by(8).zip(answer) {
+                    self.words.insert(at, word);
+                }
+            }
+            let place = used + 4 + 8 * (index % size);
+            self.set_field(place, 4, head);
+            self.set_field(place + 4, 4, if all { write.1 } else { 0 });
+            self.set_field(used + 2, 2, index + 1);
+        }
+        Outcome::Done
+    }
+
     fn check(&self, gpa: Gpa, len: u64, pattern: Pattern) {
         for gpa in Self::kept(gpa, len) {
             assert_eq!(self.word(gpa), pattern.word(gpa), "{gpa}");
@@ -125,6 +183,12 @@ impl Machine {
                     let mut all = Self::pages(gpa, pages * PAGE_SIZE);
                     assert!(all.all(|page| self.shared.contains(&page) == readable), "{op:?}");
                 }
+                Op::Notify { queue, size, expect } => {
+                    assert_eq!(self.notify(queue, size), expect, "{op:?}");
+                }
+                Op::Load { gpa, expect } if gpa.get() < 4 << 20 => {
+                    assert_eq!(self.word(gpa), expect, "{op:?}");
+                }
                 Op::Load { gpa, expect } => {
                     assert!(self.ram.iter().all(|ram| !ram.contains(gpa.gfn())), "{op:?}");
                     assert_eq!(expect, u64::MAX);
@@ -141,6 +205,9 @@ impl Machine {
                         self.words.insert(gpa.get(), pattern.word(gpa));
                     }
                 }
+                Op::Store { gpa, value } if gpa.get() < 4 << 20 => {
+                    self.words.insert(gpa.get(), value);
+                }
                 Op::SetFlag { gpa } => drop(self.words.insert(gpa.get(), 1)),
                 Op::WaitFlag { gpa } => assert_eq!(self.word(gpa), 1, "{op:?}"),
                 _ => {}
@@ -151,9 +218,9 @@ impl Machine {
 
 /// What a vCPU may fill, check and have converted.
 fn own(layout: &Layout, vcpu: u8) -> Vec<GfnRange> {
-    let Layout { request, payload, response, .. } = *layout;
+    let Layout { request, payload, response, queue, .. } = *layout;
     match vcpu {
-        0 => [request, payload, response, layout.areas[0]]
+        0 => [request, payload, response, queue, layout.areas[0]]
             .into_iter()
             .chain(layout.high_area)
             .collect(),
@@ -235,6 +302,7 @@ fn what_does_not_fit_is_refused() {
             vcpus,
             seed: 0,
             conversions: Conversions::KeepContents,
+            virtqueue: true,
         })
         .unwrap_err()
     };

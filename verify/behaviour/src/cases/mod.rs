@@ -11,11 +11,17 @@ mod guest_conversion;
 mod host_view;
 mod moves;
 mod pkvm;
+mod huge_pages;
+mod kernel_access;
 mod population;
 mod prefault;
+mod reach;
 mod rmp;
 mod selftests;
 mod together;
+mod userfault;
+
+pub use reach::way_of;
 
 use crate::{Case, Section};
 
@@ -34,13 +40,17 @@ pub(crate) use moves::{
     LAUNCHED, MOVES, MOVES_BUSY, MOVES_PINNED, MOVES_UNTOLD, NO_MOVE, NO_PRELOAD, NOT_PRELOADED,
     PRELOADED, UNMOVABLE,
 };
+pub(crate) use huge_pages::SPLIT as SPLIT_FOLIOS;
 pub(crate) use population::{CONTINUE_FAILS, PLAIN_FAULTS};
 pub(crate) use prefault::{FAILED_STOPS, OWED_STOPS, STILL_OWED, UNTOLD};
+pub(crate) use reach::{
+    DESCRIPTOR, MEM_HOST_VIEW, MEM_OTHER_VIEWS, TRACED_HOST_VIEW, TRACED_OTHER_VIEWS,
+};
 pub(crate) use together::DENIED_WHILE_FAILING;
 
 /// Every row, in the table's order within a section.
 pub fn cases() -> impl Iterator<Item = &'static Case> {
-    let files: [&[Case]; 16] = [
+    let files: [&[Case]; 20] = [
         create::CASES,
         bind::CASES,
         host_view::CASES,
@@ -49,13 +59,17 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
         conversion::CASES,
         contents::CASES,
         together::CASES,
+        huge_pages::CASES,
         rmp::CASES,
         exits::CASES,
         population::CASES,
+        userfault::CASES,
+        kernel_access::CASES,
         prefault::CASES,
         devices::CASES,
         moves::CASES,
         pkvm::CASES,
+        reach::CASES,
         selftests::CASES,
     ];
     files.into_iter().flatten()

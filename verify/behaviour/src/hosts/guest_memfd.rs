@@ -11,7 +11,7 @@ use polder_vmm::{RunError, Vm};
 
 use super::memfd::{MOVED, Memfd};
 use super::{KERNEL_MOVES, NO_DEVICE};
-use crate::host::{Guest, Host, Trouble};
+use crate::host::{Guest, Host, Trouble, Way};
 use crate::{Section, Skipped, cases};
 
 /// The guest_memfd host.
@@ -70,6 +70,14 @@ impl Host for GuestMemfd {
         HostKind::GuestMemfd
     }
 
+    fn lacks(&self, section: Section) -> Option<&'static str> {
+        match section {
+            Section::Rmp => Some("only memory of an SNP guest has an RMP"),
+            Section::Userfault | Section::KernelAccess => Some(OWED),
+            _ => None,
+        }
+    }
+
     fn not_applicable(&self) -> &'static [(&'static str, &'static str)] {
         static ALL: LazyLock<Vec<(&str, &str)>> = LazyLock::new(|| {
             let owed = cases().filter(|case| case.section == Section::Population);
@@ -98,6 +106,11 @@ impl Host for GuestMemfd {
 
     fn in_trouble(&self, trouble: Trouble, run: &mut (dyn FnMut() + Send)) -> Result<(), Skipped> {
         Memfd.in_trouble(trouble, run)
+    }
+
+    /// Nobody: the kernel keeps private pages from the process, and shows them by no descriptor.
+    fn reaches(&self, _: Way) -> bool {
+        false
     }
 
     fn mapped(&self, memory: &Memory, range: PageRange) -> Vec<PageIndex> {

@@ -11,10 +11,10 @@ use polder::{
     Bug, Error, GuestExit, HostKind, Memory, MemoryFault, Platform, Prefaulted, Visibility, VmId,
 };
 use polder_vmm::scenario::Op;
-use polder_vmm::{Accepting, Accesses, Ended, GuestRoot, IdleVcpu, Supervision, Vm};
+use polder_vmm::{Accepting, Accesses, Ended, GuestRoot, IdleVcpu, Progress, Supervision, Vm};
 
 use super::LOOKS;
-use crate::host::{Guest, Host, Inside, Trouble};
+use crate::host::{Guest, Host, Inside, Trouble, Way};
 use crate::{Section, Skipped, cases};
 
 /// The simulated machine, for a kind of VM, with a bug planted or without.
@@ -51,6 +51,8 @@ const NEVER_FAILS: &str = "the simulated kernel unmaps and frees without fail; t
     tests (`polder/src/driver_tests.rs`) have every step fail on it";
 const EITHER: &str = "without hardware that tells them apart (SNP), stage 2 lets either kind of \
     access through once a page is mapped";
+const SIMULATED: &str =
+    "simulated memory is data of this process, and no mapping or descriptor of it";
 const OTHER_MAPS: &str = "another process's own mapping is the kernel's to fill: the machine lets \
     it map what it likes, and hardware (SNP) refuses writes only";
 const IN_PLACE: &str = "memory is converted in place: every treatment of contents is on offer";
@@ -61,9 +63,14 @@ const ANOTHER: &str = "this row is about another platform";
 type Reason = (&'static str, &'static str);
 
 /// What holds on the machine for every kind of VM.
-const EVERY: [Reason; 13] = [
+const EVERY: [Reason; 18] = [
     (cases::NO_MOVE, "the simulated kernel moves pages when asked"),
     (cases::NO_PRELOAD, "the host writes private pages, until they are their guest's"),
+    (cases::MEM_HOST_VIEW, SIMULATED),
+    (cases::MEM_OTHER_VIEWS, SIMULATED),
+    (cases::DESCRIPTOR, SIMULATED),
+    (cases::TRACED_HOST_VIEW, SIMULATED),
+    (cases::TRACED_OTHER_VIEWS, SIMULATED),
     (cases::STEP_FAILS, NEVER_FAILS),
     (cases::QUARANTINE, NEVER_FAILS),
     (cases::QUARANTINE_EXIT, NEVER_FAILS),
@@ -91,14 +98,14 @@ const fn reasons<const MORE: usize, const ALL: usize>(more: [Reason; MORE]) -> [
     all
 }
 
-const PLAIN: &[Reason] = &reasons::<4, 17>([
+const PLAIN: &[Reason] = &reasons::<4, 22>([
     (cases::UNMOVABLE, ANOTHER),
     (cases::LOST, IN_PLACE),
     (cases::IMPLICIT, EITHER),
     (cases::MISMATCH, EITHER),
 ]);
 
-const PROTECTED: &[Reason] = &reasons::<8, 21>([
+const PROTECTED: &[Reason] = &reasons::<8, 26>([
     (cases::UNMOVABLE, ANOTHER),
     (cases::LOST, IN_PLACE),
     (cases::IMPLICIT, EITHER),
@@ -124,7 +131,7 @@ const DROPPED_FIRST: &str = "contents of a page that an SNP guest shares are dro
     told: that it fails then leaves the page in quarantine";
 const UNMOVABLE: &str = "nobody here moves an SNP guest's private pages";
 
-const SNP: &[Reason] = &reasons::<24, 37>([
+const SNP: &[Reason] = &reasons::<24, 42>([
     (cases::FAILS, DROPPED_FIRST),
     (cases::MOVES, UNMOVABLE),
     (cases::MOVES_BUSY, UNMOVABLE),
@@ -238,12 +245,21 @@ impl Host for Machine {
         }
         match (section, self.platform) {
             (Section::Selftests, Platform::Pkvm) => Some(NO_SELFTESTS),
-            (Section::Population, Platform::Pkvm) => Some(SHARES_WHOLE),
+            (Section::Population | Section::Userfault, Platform::Pkvm) => Some(SHARES_WHOLE),
             (Section::Discard, Platform::Pkvm) => Some(GUEST_FREES),
             (Section::Rmp, Platform::Snp) | (Section::Pkvm, Platform::Pkvm) => None,
             (Section::Rmp, _) => Some("only memory of an SNP guest has an RMP"),
             (Section::Pkvm, _) => {
                 Some("only memory of a protected VM under pKVM is the guest's to share")
+            }
+            (Section::HugePages, Platform::Snp) => {
+                Some("its contents are not preserved; its large entries are in section rmp")
+            }
+            (Section::HugePages, Platform::Pkvm) => {
+                Some("pKVM's tables have entries of 4K only here, and such memory is refused")
+            }
+            (Section::KernelAccess, _) => {
+                Some("these accesses are KVM's, and here KVM is simulated")
             }
             _ => None,
         }
@@ -301,6 +317,10 @@ impl Host for Machine {
         Vec::from_iter(inherited.expect("memory of this host"))
     }
 
+    fn reaches(&self, _: Way) -> bool {
+        false
+    }
+
     fn inside(&self) -> Option<&dyn Inside> {
         Some(self)
     }
@@ -324,7 +344,7 @@ impl Guest for MachineGuest {
 
     fn run(&self, memory: (&Memory, VmId), programs: &[Vec<Op>]) -> Ended {
         let mut looks = 0;
-        let supervise = |_| {
+        let supervise = |_: Progress<'_>| {
             looks += 1;
             if looks < LOOKS { Supervision::GoOn } else { Supervision::TimeOut }
         };

@@ -8,14 +8,14 @@ use polder::units::{Gpa, PAGE_SIZE, PageIndex, PageRange};
 use polder::{HostKind, Memory, MemoryFault, Visibility, VmId};
 use polder_require::Facility;
 use polder_vmm::scenario::Op;
-use polder_vmm::{End, Ended, Failure, IdleVcpu, RunError, Supervision, Vm};
+use polder_vmm::{End, Ended, Failure, IdleVcpu, Progress, RunError, Supervision, Vm};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
 };
 
 use super::{KERNEL_MOVES, LOOKS, NO_DEVICE};
-use crate::host::{Guest, Host, Trouble};
+use crate::host::{Guest, Host, Trouble, Way};
 use crate::{Skipped, cases};
 
 /// The memfd host.
@@ -35,6 +35,10 @@ impl Host for Memfd {
         &[
             (cases::IMPLICIT, SAME_ACCESS),
             (cases::MISMATCH, SAME_ACCESS),
+            (
+                cases::SPLIT_FOLIOS,
+                "a part of the kernel's huge page is mapped, or shown by the API; none is split",
+            ),
             (cases::LOST, "memory is converted in place: every treatment of contents is on offer"),
             (
                 cases::REFERENCED,
@@ -127,6 +131,14 @@ impl Host for Memfd {
         range.frames().zip(present).filter(|(_, present)| *present).map(|(page, _)| page).collect()
     }
 
+    fn reaches(&self, way: Way) -> bool {
+        match way {
+            Way::Pointer | Way::SystemCall | Way::Api => false,
+            Way::Mem { host_view } | Way::Traced { host_view } => !host_view,
+            Way::Descriptor => true,
+        }
+    }
+
     fn inherited(&self, memory: &Memory) -> Vec<String> {
         let smaps = std::fs::read_to_string("/proc/self/smaps").expect("procfs");
         let start = format!("{:x}-", address(memory));
@@ -194,7 +206,7 @@ impl Guest for Vm {
 
     fn run(&self, memory: (&Memory, VmId), programs: &[Vec<Op>]) -> Ended {
         let mut looks = 0;
-        let supervise = |_| {
+        let supervise = |_: Progress<'_>| {
             looks += 1;
             if looks < LOOKS { Supervision::GoOn } else { Supervision::TimeOut }
         };

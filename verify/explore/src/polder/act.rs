@@ -76,6 +76,11 @@ pub(super) enum Act {
     Unlock(Pfn),
     Split(PageIndex),
     Collapse(PageIndex),
+    /// The driver has what a split of a folio takes, splits it, merges it, or gives that back.
+    PrepareSplit(PageRange),
+    SplitFolio(PageRange),
+    MergeFolio(PageRange),
+    ReleaseTables(PageRange),
     /// Their memory is freed.
     Punch(PageRange),
     /// What was resolved is mapped in stage 2; whether it is current.
@@ -249,6 +254,23 @@ impl Act {
             Self::Collapse(page) => {
                 plain(machine.merge_folios(object, page, Level::Size2M, OTHERS))
             }
+            Self::PrepareSplit(folio) => {
+                let level = level_of(machine, folio);
+                plain(machine.prepare_split(object, folio.start(), level))
+            }
+            Self::SplitFolio(folio) => plain(split(machine, object, folio)),
+            Self::MergeFolio(folio) => {
+                let (page, level) = (folio.start(), level_of(machine, folio));
+                match machine.merge_folios_keeping_tables(object, page, level, DRIVER) {
+                    Err(Error::Exists { .. }) => Done::Well,
+                    merged => plain(merged),
+                }
+            }
+            Self::ReleaseTables(folio) => {
+                let level = level_of(machine, folio);
+                machine.release_tables(object, folio.start(), level);
+                Done::Well
+            }
             Self::Punch(pages) => plain(punch(machine, object, pages)),
             Self::MapGuest(resolved, level, current) => {
                 let resolved = if current { resolved.renewed(machine) } else { resolved };
@@ -379,6 +401,27 @@ fn migrate(machine: &mut Machine, object: ObjectId, pages: PageRange) -> Result<
     Ok(())
 }
 
+fn level_of(machine: &Machine, folio: PageRange) -> Level {
+    let is = |level: &Level| machine.geometry().pages(*level) == folio.count();
+    Level::ALL.into_iter().find(is).expect("a folio's pages")
+}
+
+/// Splits a folio to those of the next level, unless it is split.
+fn split(machine: &mut Machine, object: ObjectId, folio: PageRange) -> Result<(), Error> {
+    let page = folio.start();
+    let backing =
+        |machine: &Machine| machine.backing(object, page)?.ok_or(Error::Hole { object, page });
+    let there = backing(machine)?;
+    if there.level < level_of(machine, folio) {
+        return Ok(());
+    }
+    machine.lock_folio(there.pfn, DRIVER)?;
+    let split = machine.split_folio(object, page, DRIVER);
+    let now = backing(machine)?;
+    machine.unlock_folio(now.pfn, DRIVER)?;
+    split.map(|_| ())
+}
+
 /// Frees the folios of a range; a part of one, which can't be freed, is made zeros.
 fn punch(machine: &mut Machine, object: ObjectId, pages: PageRange) -> Result<(), Error> {
     let geometry = machine.geometry();
@@ -393,6 +436,9 @@ fn punch(machine: &mut Machine, object: ObjectId, pages: PageRange) -> Result<()
         }
     })
 }
+
+/// Polder's driver.
+const DRIVER: LockOwner = LockOwner(0);
 
 /// The kernel, and CPUs, that Polder knows nothing of.
 const OTHERS: LockOwner = LockOwner(1);

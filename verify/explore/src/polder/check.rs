@@ -112,9 +112,11 @@ impl World {
             let page = first(apart);
             return broken("INV-9", format!("hardware takes {page} for what it is not"));
         }
+        self.check_folios(out)?;
         let Err(wrong) = self.machine.audit() else { return Ok(()) };
         let invariant = match wrong {
             Discrepancy::RmpLevel { .. } | Discrepancy::RmpAlignment { .. } => "INV-5",
+            Discrepancy::Frames { .. } => "INV-6",
             Discrepancy::RmpOwner { .. } | Discrepancy::FreeAssigned { .. } => "INV-9",
             Discrepancy::Ownership { .. } | Discrepancy::StaleOwner { .. } => "INV-9",
             Discrepancy::NotExclusive { .. } => "INV-7",
@@ -192,6 +194,8 @@ impl World {
             Refusal::Whole { .. } => true,
             Refusal::Pinned { .. } if self.device_keeps(task) => true,
             Refusal::Pinned { .. } => {
+                // A neighbour's counts where its folio would have to be split.
+                let pages = if self.setup.pooled { Pages::MAX } else { pages };
                 (0..8).any(|page| promised.pins[page] > 0 && pages & 1 << page != 0)
             }
             Refusal::Private { .. } => pages & promised.private != 0,

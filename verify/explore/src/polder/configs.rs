@@ -36,6 +36,7 @@ fn small() -> Setup {
         pages: 2,
         geometry: Geometry::new(2, 2).expect("powers of two"),
         huge: false,
+        pooled: false,
         initial: SHARED,
         accepted: false,
         donated: 0,
@@ -70,6 +71,8 @@ pub fn all() -> Vec<Setup> {
         slots(),
         levels(),
         apart(),
+        folios(),
+        pieces(),
         moves(),
         dma(),
         exclusive(),
@@ -323,6 +326,46 @@ fn exclusive() -> Setup {
             actor("converter", Role::Caller, &[convert(0, 1, PRIVATE), convert(0, 1, SHARED)]),
         ],
         ..small()
+    }
+}
+
+/// A folio of four pages, of two of two.
+fn pooled() -> Setup {
+    let geometry = Geometry::new(2, 2).expect("powers of two");
+    Setup { pages: 4, slot_pages: 4, geometry, huge: true, pooled: true, ..small() }
+}
+
+fn folios() -> Setup {
+    Setup {
+        name: "folios",
+        about: "a 1G folio of the pool that is split along the path, and merged again, amid touches",
+        initial: PRIVATE,
+        failures: 1,
+        actors: vec![
+            actor("vcpu 0", Role::Vcpu(0), &[Task::GuestWrite(1, 1), Task::GuestRead(3)]),
+            actor("thread", Role::Thread(0), &[Task::HostWrite(0, 2)]),
+            faults(),
+            actor("converter", Role::Caller, &[convert(0, 1, SHARED), convert(0, 1, PRIVATE)]),
+            actor("other", Role::Caller, &[convert(2, 4, SHARED)]),
+        ],
+        ..pooled()
+    }
+}
+
+fn pieces() -> Setup {
+    Setup {
+        name: "pieces",
+        about: "shared folios of the pool, pins of their pages, and a page that becomes private",
+        deaths: 1,
+        actors: vec![
+            actor("vcpu", Role::Vcpu(0), &[Task::GuestRead(0)]),
+            actor("thread", Role::Thread(0), &[Task::HostRead(1)]),
+            faults(),
+            actor("pinner", Role::Pinner, &[Task::Gup(1)]),
+            actor("backend", Role::Caller, &[Task::Pin(1)]),
+            actor("converter", Role::Caller, &[convert(0, 1, PRIVATE), convert(1, 2, PRIVATE)]),
+        ],
+        ..pooled()
     }
 }
 

@@ -45,7 +45,9 @@ impl World {
                     given[count] = Some((answer, None));
                     count += 1;
                 }
-                TouchAnswer::Wait => self.say(|| format!("page {page} has to wait")),
+                TouchAnswer::Wait | TouchAnswer::Owed => {
+                    self.say(|| format!("page {page} has to wait"));
+                }
                 TouchAnswer::Undo(operation) => {
                     self.say(|| format!("page {page} is held by an operation nobody drives"));
                     undo = Some(self.engine(|engine| engine.park(operation)));

@@ -146,7 +146,7 @@ impl World {
                 self.go(actor, Stage::GuestAllocate(answer, level));
                 self.check_level(&answer, level, gfn)
             }
-            GuestAnswer::Wait => {
+            GuestAnswer::Wait | GuestAnswer::Owed(_) => {
                 self.say(|| "has to wait".into());
                 Ok(())
             }

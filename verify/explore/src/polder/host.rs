@@ -1,17 +1,23 @@
 //! Touches of the host view, and the kernel's pins of it.
 
 use polder_machine::{GupFast, GupStep, HostExit, PinKind, Sigbus};
-use polder_units::PageRange;
+use polder_units::{PageIndex, PageRange};
 
 use super::act::{Act, Done};
 use super::guest::token;
-use super::{Came, Role, Stage, Task, World};
+use super::{Came, Role, Slip, Stage, Task, World};
 use crate::system::Violation;
 
 impl World {
     pub(super) fn touch(&mut self, actor: usize, task: Task, page: u8) -> Result<(), Violation> {
         let role = self.role(actor);
         let Role::Thread(index) = role else { unreachable!("no thread: {role:?}") };
+        let there = PageRange::one(PageIndex::from(u32::from(page)));
+        if self.setup.slips(Slip::MissingOnly) && self.faults(role, page) && !self.has_hole(there) {
+            // The page is in the page cache: a view that is watched for missing pages only has the
+            // kernel map it, and nobody is told.
+            self.act(Act::MapHost(there)).is_well();
+        }
         if self.faults(role, page) {
             self.touched |= 1 << page;
             self.say(|| format!("touches page {page}, and is stopped"));

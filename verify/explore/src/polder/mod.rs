@@ -18,6 +18,7 @@ mod check;
 mod configs;
 mod copy;
 mod fault;
+mod folio;
 mod guest;
 mod hardware;
 mod host;
@@ -88,6 +89,8 @@ struct Promised {
     given: Pages,
     /// How often each is pinned by the library.
     pins: [u8; 8],
+    /// Of memory of a pool, the level of the folio that each page is to be of.
+    folios: [u8; 8],
 }
 
 /// A state of the product and all that is at work on it.
@@ -136,6 +139,7 @@ impl World {
             unknown: private,
             accepted: if setup.accepted { all } else { 0 },
             given: if setup.accepted { all } else { 0 },
+            folios: [folio::first(&setup); 8],
             ..Promised::default()
         };
         Self {

@@ -2,8 +2,8 @@
 
 use polder_explored_engine::{
     Clearing, Contents, ConversionRequest, Draining, Engine, Merging, MoveUnmapped, MoveUnpinned,
-    Moving, OpId, Operation, Protected, Published, Reshaped, Response, Settled, Stage as OpStage,
-    Start, Step, Unmapped, Unpinned, Visibility, Writing,
+    Moving, OpId, Operation, Protected, Published, Refusal, Reshaped, Response, Settled,
+    Stage as OpStage, Start, Step, Unmapped, Unpinned, Visibility, Writing,
 };
 
 use super::act::Act;
@@ -78,6 +78,22 @@ fn go_on(
     None
 }
 
+/// Looks for pins that came without the engine's lock.
+fn look_for_pins(engine: &mut Engine, task: Task, op: OpId) -> Result<(), Refusal> {
+    fn look<S: OpStage>(engine: &mut Engine, op: OpId) -> Result<(), Refusal> {
+        let operation = engine.resume::<S>(op);
+        let found = engine.look_for_pins(&operation);
+        engine.park(operation);
+        found
+    }
+    match task {
+        Task::Convert { .. } => look::<Draining>(engine, op),
+        Task::Populate { .. } => look::<Writing>(engine, op),
+        Task::Merge { .. } => look::<Merging>(engine, op),
+        _ => look::<Clearing>(engine, op),
+    }
+}
+
 /// In how many holds of the machine's lock a host takes a step; unmapping flushes in one more.
 /// What it does about the RMP is as many as the entries make it.
 fn parts_of(step: Step) -> u8 {
@@ -139,6 +155,7 @@ impl World {
     pub(super) fn drained(&mut self, actor: usize, op: OpId) -> Result<(), Violation> {
         let Some(task) = self.task(actor) else { return Ok(()) };
         self.say(|| "no answer is in flight".into());
+        self.engine(|engine| look_for_pins(engine, task, op)).expect("none came since the claim");
         match task {
             Task::Populate { .. } if self.setup.slips(Slip::PublishBeforeBytes) => {
                 self.next_step(actor, task, op, 0, false)
@@ -223,6 +240,9 @@ impl World {
                     Visibility::Shared => self.promised.private &= !pages,
                 }
                 self.converted(pages & !already, to);
+                if pages & !already != 0 {
+                    self.reshaped(pages, to);
+                }
                 if contents == Contents::Zero {
                     self.promised.owed &= !(pages & !already);
                     self.promised.unknown &= !(pages & !already);
@@ -420,11 +440,9 @@ impl World {
             Step::Assign(_) | Step::Unassign(_) | Step::Reassign(_) | Step::Smash(_) => {
                 self.perform_rmp(step, part)
             }
-            Step::PrepareSplit(_)
-            | Step::SplitFolio(_)
-            | Step::MergeFolio(_)
-            | Step::ReleaseTables(_) => {
-                unreachable!("no setup has the engine split folios: {step}")
+            Step::SplitFolio(range) | Step::MergeFolio(range) if self.any_pinned(range) => {
+                let what = format!("the folio of pages {range} is reshaped, and one is pinned");
+                Err(Violation::new("INV-7", what))
             }
             Step::Merge(range) => self.perform_merge(range, part),
             Step::Thaw(range) => self.perform_thaw(range, part, 0),
@@ -481,15 +499,18 @@ impl World {
             | (Step::Merge(_) | Step::Thaw(_) | Step::Launch(_), _) => {
                 unreachable!("one for the RMP: {step}")
             }
-            (
-                Step::PrepareSplit(_)
-                | Step::SplitFolio(_)
-                | Step::MergeFolio(_)
-                | Step::ReleaseTables(_),
-                _,
-            ) => unreachable!("one for folios: {step}"),
+            (Step::PrepareSplit(folio), _) => self.act(Act::PrepareSplit(folio)).is_well(),
+            (Step::SplitFolio(folio), _) => self.act(Act::SplitFolio(folio)).is_well(),
+            (Step::MergeFolio(folio), _) => self.act(Act::MergeFolio(folio)).is_well(),
+            (Step::ReleaseTables(folio), _) => self.act(Act::ReleaseTables(folio)).is_well(),
             (Step::Quarantine(range), _) => self.answer_host(Response::Poison, range),
         }
+    }
+
+    /// Whether the library pins a page of a range.
+    fn any_pinned(&self, range: polder_units::PageRange) -> bool {
+        let pages = set(range);
+        (0..8).any(|page| self.promised.pins[page] > 0 && pages & 1 << page != 0)
     }
 
     fn unmap_host(&mut self, range: polder_units::PageRange) -> bool {

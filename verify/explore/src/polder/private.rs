@@ -124,7 +124,7 @@ impl World {
                 self.done(actor);
                 Err(Violation::new("INV-8", format!("told that {fault}, wrongly")))
             }
-            GuestAnswer::Wait => Ok(()),
+            GuestAnswer::Wait | GuestAnswer::Owed(_) => Ok(()),
             GuestAnswer::Undo(operation) => {
                 self.say(|| "meets an operation that nobody drives, and undoes it".into());
                 self.begin_undo(actor, operation, false)

@@ -273,6 +273,9 @@ impl World {
                 self.meets_another(self.called(step, part).1)
             }
             Step::Merge(range) => self.merge_is_blocked(range, part),
+            Step::SplitFolio(range) | Step::MergeFolio(range) => {
+                self.references(range) == References::Transient
+            }
             Step::Free(range) => part == 2 && self.any_locked(range),
             _ => false,
         }

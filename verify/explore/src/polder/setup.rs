@@ -21,6 +21,8 @@ pub struct Setup {
     pub geometry: Geometry,
     /// Whether the object begins as one 2M folio, and not with a folio for each page.
     pub huge: bool,
+    /// Whether that is of a pool, of the largest level that fits, and split by the engine.
+    pub pooled: bool,
     /// What every page is at first.
     pub initial: Visibility,
     /// Whether its pages have memory at first that an SNP guest was given and has accepted.
@@ -178,6 +180,8 @@ pub enum Slip {
     NoRetry,
     /// A page is published, and shown, before its bytes are written.
     PublishBeforeBytes,
+    /// The host view is watched for missing pages only: what is in the page cache the kernel maps.
+    MissingOnly,
     /// An answer is given back first and carried out then.
     AnswerAfterGivenBack,
     /// Bytes are copied without a claim.

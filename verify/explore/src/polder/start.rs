@@ -23,6 +23,12 @@ pub(super) fn alike(setup: &Setup) -> [u8; MOST] {
     alike
 }
 
+/// The level of a folio that is all of the memory.
+pub(super) fn pooled_level(setup: &Setup) -> Level {
+    let is_all = |level: &Level| setup.geometry.pages(*level).get() == setup.pages.into();
+    Level::ALL.into_iter().find(is_all).expect("memory of the pool is one folio")
+}
+
 pub(super) fn engine(setup: &Setup) -> Engine {
     let population = if setup.owed { Population::Owed } else { Population::Whole };
     let mut engine = Engine::new(Config {
@@ -31,7 +37,7 @@ pub(super) fn engine(setup: &Setup) -> Engine {
         platform: setup.platform,
         in_place: true,
         host_view_level: Level::Size4K,
-        backing: Backing::ANY,
+        backing: if setup.pooled { Backing::split(pooled_level(setup)) } else { Backing::ANY },
         initial: PageFacts { visibility: setup.initial, population },
     });
     if let Some(Bug::Engine(bug)) = setup.bug {
@@ -77,7 +83,11 @@ fn device(
 
 pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine::Error> {
     let pages = PageCount::from(u32::from(setup.pages));
-    let frames = pages.checked_add(pages).unwrap_or(pages);
+    let mut frames = pages.checked_add(pages).unwrap_or(pages);
+    if setup.pooled {
+        // Of tables, all that can be used and prepared.
+        frames = frames.checked_add(pages).unwrap_or(frames);
+    }
     let mut config = polder_machine::Config::symbolic(frames, setup.geometry);
     // As large as the pages that can be in it, so that nothing stale is evicted.
     config.tlb_entries = u32::from(setup.pages + setup.first_gfn).next_power_of_two();
@@ -118,7 +128,11 @@ pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine:
     }
     let slot = range(setup.first_page, setup.first_page + setup.slot_pages);
     machine.bind(vm, setup.gfn(setup.first_page), object, slot)?;
-    if setup.huge {
+    if setup.pooled {
+        let level = pooled_level(setup);
+        machine.fill_pool(level, 1);
+        machine.allocate_from_pool(object, PageIndex::from(0), level)?;
+    } else if setup.huge {
         machine.allocate(object, PageIndex::from(0), Level::Size2M)?;
     }
     if setup.accepted {

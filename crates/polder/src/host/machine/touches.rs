@@ -197,7 +197,7 @@ impl Views for MachineHost {
         Ok(done)
     }
 
-    fn host_view(&self) -> Option<*mut u8> {
+    fn host_view(&self) -> Option<&std::sync::Arc<polder_linux::View>> {
         None
     }
 

@@ -1,0 +1,553 @@
+//! The pager: has contents brought from the source that somebody waits for.
+//!
+//! ```text
+//! touch --> demand --> window --> read --> claim --> write --> publish --> show, wake
+//!                      no lock, no claim |  the pages are held only while their bytes are written
+//! ```
+//! A read holds nothing: while it lasts its pages can be converted, discarded, populated by somebody
+//! else, or denied because it takes too long; what of its bytes nobody wants any more is dropped
+//! when it comes. The claim begins when the bytes are there, so what a slow source holds up is who
+//! waits for its bytes, and nobody else.
+//!
+//! Demands go before what is read ahead, and that before the filling of all that is owed. A batch
+//! that can't be read is asked for page by page, so that exactly the pages fail that can't be had.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use polder_engine::{Blocked, Engine};
+use polder_units::{PAGE_BYTES, PageCount, PageIndex, PageRange};
+
+use crate::OnBusy;
+use crate::driver::Driver;
+use crate::read_ahead::{ReadAhead, Windows};
+use crate::source::{Extent, Source, SourceError, SourceFailure};
+use crate::sync::Mutex;
+
+/// The most pages that are read at once; whoever waits for one waits for all of them.
+const AT_ONCE: u64 = 64;
+
+/// The most pages of one read, however many come together: 2 MiB.
+const READ_MOST: u64 = 512;
+
+/// A read that takes as long has gone to a disk or further: what comes next is told ahead.
+const SLOW: Duration = Duration::from_millis(1);
+
+/// How many failures are remembered.
+const FAILURES_KEPT: usize = 1024;
+
+/// How a [`Memory`](crate::Memory)'s contents are brought.
+#[derive(Clone, Debug)]
+pub(crate) struct Paging {
+    pub(crate) source: Arc<dyn Source>,
+    pub(crate) read_ahead: ReadAhead,
+    pub(crate) deadline: Duration,
+    /// The pages that come together, whatever the source would have.
+    pub(crate) granule: PageCount,
+}
+
+pub(crate) struct Pager {
+    source: Arc<dyn Source>,
+    deadline: Duration,
+    /// What is brought starts and ends at multiples of it, where pages are owed.
+    granule: u64,
+    state: Mutex<State>,
+    buffers: Mutex<Vec<Vec<u8>>>,
+    /// Whether the last read took [`SLOW`].
+    slow: AtomicBool,
+    counters: Counters,
+}
+
+struct State {
+    /// Pages that somebody waits for.
+    demands: BTreeMap<PageIndex, Demand>,
+    /// What is being read.
+    reading: Vec<Reading>,
+    /// What to read ahead.
+    ahead: VecDeque<PageRange>,
+    windows: Windows,
+    /// Where filling goes on, if it is asked for.
+    filling: Option<PageIndex>,
+    failures: Vec<SourceFailure>,
+    /// No page before it is owed.
+    owed_from: PageIndex,
+    /// The host has been told that nothing is owed any more.
+    let_go: bool,
+    last_id: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Demand {
+    since: Instant,
+    /// It is not being read, nor was it tried since it was asked for last.
+    pending: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Reading {
+    id: u64,
+    range: PageRange,
+}
+
+/// Something to bring.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Job {
+    id: u64,
+    range: PageRange,
+    why: Why,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Why {
+    /// Somebody waits for this page.
+    Demand(PageIndex),
+    /// Somebody may, soon.
+    Ahead,
+    /// All is to be brought.
+    Fill,
+}
+
+/// What a source has been asked for so far, and what came.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct SourceStatistics {
+    /// Pages whose demand had them brought.
+    pub demanded: u64,
+    /// Pages brought before anybody asked for them.
+    pub ahead: u64,
+    /// Pages that turned out to be zeros without being read; counted in neither of the above.
+    pub zeros: u64,
+    /// Reads of the source.
+    pub reads: u64,
+    /// Bytes that came.
+    pub bytes: u64,
+    /// Pages whose contents could not be brought.
+    pub failed: u64,
+}
+
+#[derive(Default)]
+struct Counters {
+    demanded: AtomicU64,
+    ahead: AtomicU64,
+    zeros: AtomicU64,
+    reads: AtomicU64,
+    bytes: AtomicU64,
+    failed: AtomicU64,
+}
+
+fn add(counter: &AtomicU64, count: u64) {
+    counter.fetch_add(count, Ordering::Relaxed);
+}
+
+impl Pager {
+    pub(crate) fn new(paging: Paging) -> Self {
+        let state = State {
+            demands: BTreeMap::new(),
+            reading: Vec::new(),
+            ahead: VecDeque::new(),
+            windows: Windows::new(paging.read_ahead),
+            filling: None,
+            failures: Vec::new(),
+            owed_from: PageIndex::from(0),
+            let_go: false,
+            last_id: 0,
+        };
+        let granule = paging.granule.max(paging.source.granule()).get().max(1);
+        Self {
+            source: paging.source,
+            deadline: paging.deadline,
+            granule,
+            state: Mutex::new(state),
+            buffers: Mutex::default(),
+            slow: AtomicBool::new(false),
+            counters: Counters::default(),
+        }
+    }
+
+    /// Notes that somebody waits for pages. With or without the engine locked.
+    pub(crate) fn demand(&self, pages: impl IntoIterator<Item = PageIndex>) {
+        let now = polder_linux::now();
+        let mut state = self.state.lock();
+        for page in pages {
+            let demand = state.demands.entry(page).or_insert(Demand { since: now, pending: true });
+            demand.pending = true;
+        }
+    }
+
+    /// Whether there is something to bring that nobody is bringing.
+    pub(crate) fn has_work(&self) -> bool {
+        self.state.lock().has_work()
+    }
+
+    /// Whether somebody waits for something: then the time is looked at now and then.
+    pub(crate) fn is_awaited(&self) -> bool {
+        !self.state.lock().demands.is_empty()
+    }
+
+    /// Begins to bring all that is owed.
+    pub(crate) fn fill(&self) {
+        let mut state = self.state.lock();
+        state.filling.get_or_insert(PageIndex::from(0));
+    }
+
+    /// Nothing is owed for pages any more.
+    pub(crate) fn forget(&self, driver: &Driver, pages: PageRange) {
+        self.source.forget(pages);
+        self.state.lock().demands.retain(|page, _| !pages.contains(*page));
+        self.let_go(driver);
+    }
+
+    /// The pages that could not be brought, the first [`FAILURES_KEPT`] of them.
+    pub(crate) fn failures(&self) -> Vec<SourceFailure> {
+        self.state.lock().failures.clone()
+    }
+
+    pub(crate) fn statistics(&self) -> SourceStatistics {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let Counters { demanded, ahead, zeros, reads, bytes, failed } = &self.counters;
+        SourceStatistics {
+            demanded: of(demanded),
+            ahead: of(ahead),
+            zeros: of(zeros),
+            reads: of(reads),
+            bytes: of(bytes),
+            failed: of(failed),
+        }
+    }
+
+    /// Brings what there is to bring, until nothing is left or it is told to stop.
+    pub(crate) fn work(&self, driver: &Driver, stop: impl Fn() -> bool) {
+        while !stop()
+            && let Some(job) = self.next_job(driver)
+        {
+            self.bring(driver, job);
+        }
+    }
+
+    /// Denies pages that somebody has waited for too long.
+    pub(crate) fn expire(&self, driver: &Driver) {
+        let now = polder_linux::now();
+        let late: Vec<PageIndex> = {
+            let state = self.state.lock();
+            let is_late = |demand: &Demand| now.duration_since(demand.since) >= self.deadline;
+            state.demands.iter().filter(|(_, it)| is_late(it)).map(|(page, _)| *page).collect()
+        };
+        for page in late {
+            // Where an operation holds it, it is being shown, or the next look finds it free.
+            let why = SourceError::Late(self.deadline);
+            if self.deny(&mut driver.engine(), page, why).is_ok() {
+                driver.released();
+            }
+        }
+    }
+
+    /// Has the engine deny a page, unless it has come. With the engine locked: nobody is denied who
+    /// can't be told why.
+    fn deny(&self, engine: &mut Engine, page: PageIndex, why: SourceError) -> Result<(), Blocked> {
+        if let Some(late) = engine.fail_late(page)? {
+            self.note_failure(late, why);
+        }
+        self.state.lock().demands.remove(&page);
+        Ok(())
+    }
+
+    fn next_job(&self, driver: &Driver) -> Option<Job> {
+        let pages = driver.pages();
+        let granule = self.granule;
+        let mut state = self.state.lock();
+        if let Some(page) = state.next_demand() {
+            let window = state.windows.window(page.get());
+            let start = page.get() - page.get() % granule;
+            let end = (page.get() + window).next_multiple_of(granule).min(pages);
+            let now = end.min(start + AT_ONCE.max(granule));
+            let range = state.unread(page, (start, now));
+            let rest = PageRange::between(now, end);
+            state.ahead.extend(rest);
+            let job = state.begin(range, Why::Demand(page));
+            drop(state);
+            if let Some(rest) = rest.filter(|_| self.slow.load(Ordering::Relaxed)) {
+                self.source.will_need(rest);
+            }
+            return Some(job);
+        }
+        if let Some(range) = state.next_ahead(AT_ONCE.max(granule)) {
+            return Some(state.begin(range, Why::Ahead));
+        }
+        let from = state.filling?;
+        // The lock of the pager is never waited for with the engine's held, but the other way round
+        // it is: the engine is asked without it.
+        drop(state);
+        let rest = PageRange::between(from.get(), pages)?;
+        let owed = driver.engine().first_owed(rest);
+        let mut state = self.state.lock();
+        let Some(owed) = owed else {
+            state.filling = None;
+            return None;
+        };
+        let most = AT_ONCE.max(granule);
+        let end = owed.end().min(owed.start().get() + most);
+        state.filling = PageIndex::new(end);
+        let range = PageRange::between(owed.start().get(), end)?;
+        Some(state.begin(range, Why::Fill))
+    }
+
+    /// Brings the pages of a job that are owed.
+    fn bring(&self, driver: &Driver, job: Job) {
+        // Should this thread die, nobody takes the pages for being read.
+        let _ended = Ended { pager: self, job };
+        let mut left = Some(job.range);
+        while let Some(rest) = left {
+            let Some(owed) = driver.engine().first_owed(rest) else { break };
+            let done = match self.source.extent(owed) {
+                Extent::Zeros(zeros) => self.zeros(driver, within(zeros, owed), job),
+                Extent::Bytes(bytes) => self.read(driver, within(bytes, owed), job),
+            };
+            left = PageRange::between(done, rest.end());
+            let demanded = || self.state.lock().next_demand().is_some();
+            if let (Some(rest), true) = (left, job.why == Why::Ahead && demanded()) {
+                self.state.lock().ahead.push_front(rest);
+                break;
+            }
+        }
+        self.meet(driver, job.range);
+        self.let_go(driver);
+    }
+
+    /// Forgets the demands for pages that are there, or will not come. What is left was held by an
+    /// operation, and is asked for again when that has ended.
+    fn meet(&self, driver: &Driver, range: PageRange) {
+        let demands: Vec<PageIndex> = {
+            let state = self.state.lock();
+            let demands = state.demands.range(range.start()..);
+            demands.map(|(page, _)| *page).take_while(|page| range.contains(*page)).collect()
+        };
+        let owed = {
+            let engine = driver.engine();
+            demands.iter().map(|&page| engine.is_owed_page(page)).collect::<Vec<_>>()
+        };
+        let mut state = self.state.lock();
+        for (page, owed) in demands.iter().zip(owed) {
+            if !owed {
+                state.demands.remove(page);
+            } else if let Some(demand) = state.demands.get_mut(page) {
+                demand.pending = false;
+            }
+        }
+    }
+
+    /// Makes pages zeros without reading anything. Returns the number of the page to go on at.
+    fn zeros(&self, driver: &Driver, range: PageRange, job: Job) -> u64 {
+        let shown = match job.why {
+            Why::Demand(page) => PageRange::one(page),
+            // Zeros that nobody asked for take up memory once somebody does.
+            Why::Ahead | Why::Fill => PageRange::one(range.start()),
+        };
+        driver.land(range, None, shown, |run| add(&self.counters.zeros, run.count().get()));
+        range.end()
+    }
+
+    /// Reads pages and makes them whole. Returns the number of the page to go on at.
+    fn read(&self, driver: &Driver, range: PageRange, job: Job) -> u64 {
+        let mut buffer = self.buffers.lock().pop().unwrap_or_default();
+        let most = self.granule.clamp(AT_ONCE, READ_MOST);
+        let end = range.end().min(range.start().get() + most);
+        let range = PageRange::between(range.start().get(), end).unwrap_or(range);
+        let came = self.read_into(range, &mut buffer);
+        let next = match came {
+            Ok(came) => {
+                let got = came.and_then(|end| PageRange::between(range.start().get(), end));
+                if let Some(got) = got {
+                    let length = usize::try_from(got.count().get()).unwrap_or(0) * PAGE_BYTES;
+                    driver.land(got, Some(&buffer[..length]), got, |run| self.count(run, job));
+                }
+                got.map_or(range.end(), PageRange::end)
+            }
+            Err(why) if range.count() == PageCount::ONE => {
+                self.failed(driver, range.start(), why, job);
+                range.end()
+            }
+            Err(_) => self.one_by_one(driver, range, job, &mut buffer),
+        };
+        self.buffers.lock().push(buffer);
+        next
+    }
+
+    /// Reads pages of which some can't be read.
+    fn one_by_one(&self, driver: &Driver, range: PageRange, job: Job, buffer: &mut Vec<u8>) -> u64 {
+        // First the one that somebody waits for.
+        let wanted = match job.why {
+            Why::Demand(page) if range.contains(page) => Some(page),
+            _ => None,
+        };
+        let others = range.frames().filter(|page| Some(*page) != wanted);
+        for page in wanted.into_iter().chain(others) {
+            let one = PageRange::one(page);
+            match self.read_into(one, buffer) {
+                Ok(_) => {
+                    let bytes = &buffer[..PAGE_BYTES];
+                    driver.land(one, Some(bytes), one, |run| self.count(run, job));
+                }
+                Err(why) => self.failed(driver, page, why, job),
+            }
+        }
+        range.end()
+    }
+
+    /// One read. Returns the number of the page at which it stopped.
+    fn read_into(
+        &self,
+        range: PageRange,
+        buffer: &mut Vec<u8>,
+    ) -> Result<Option<u64>, SourceError> {
+        let asked =
+            usize::try_from(range.count().get()).unwrap_or(usize::MAX / PAGE_BYTES) * PAGE_BYTES;
+        if buffer.len() < asked {
+            buffer.resize(asked, 0);
+        }
+        let into = &mut buffer[..asked];
+        add(&self.counters.reads, 1);
+        let start = polder_linux::now();
+        let read = catch_unwind(AssertUnwindSafe(|| self.source.read(range, into)));
+        self.slow.store(start.elapsed() >= SLOW, Ordering::Relaxed);
+        let came = read.map_err(|_| SourceError::Panicked)??;
+        add(&self.counters.bytes, came as u64);
+        match came {
+            0 => Err(SourceError::Ended(range.start().offset())),
+            _ if came > asked || !came.is_multiple_of(PAGE_BYTES) => {
+                Err(SourceError::WrongLength { asked, came })
+            }
+            _ => Ok(Some(range.start().get() + (came / PAGE_BYTES) as u64)),
+        }
+    }
+
+    /// Counts pages that are whole now.
+    fn count(&self, run: PageRange, job: Job) {
+        let demanded = u64::from(matches!(job.why, Why::Demand(page) if run.contains(page)));
+        add(&self.counters.demanded, demanded);
+        add(&self.counters.ahead, run.count().get() - demanded);
+    }
+
+    /// A page can't be read. What nobody waits for, and nobody has asked to be filled, may be read
+    /// another time.
+    fn failed(&self, driver: &Driver, page: PageIndex, why: SourceError, job: Job) {
+        let waited_for =
+            job.why == Why::Demand(page) || self.state.lock().demands.contains_key(&page);
+        if !waited_for && job.why != Why::Fill {
+            return;
+        }
+        let deny = |engine: &mut Engine| self.deny(engine, page, why.clone());
+        // Nothing refuses it.
+        let _ = driver.claim(OnBusy::Wait, deny);
+        driver.released();
+    }
+
+    fn note_failure(&self, page: PageIndex, why: SourceError) {
+        add(&self.counters.failed, 1);
+        let mut state = self.state.lock();
+        let source_name = self.source.name();
+        if let Some(last) = state.failures.last_mut()
+            && last.why == why
+            && let Some(longer) = last.pages.append(PageRange::one(page))
+        {
+            last.pages = longer;
+        } else if state.failures.len() < FAILURES_KEPT {
+            state.failures.push(SourceFailure { pages: PageRange::one(page), source_name, why });
+        }
+    }
+
+    /// Has the host stop watching the guest view, once nothing is owed any more: faults are plain
+    /// from then on.
+    fn let_go(&self, driver: &Driver) {
+        let mut from = {
+            let state = self.state.lock();
+            if state.let_go {
+                return;
+            }
+            state.owed_from
+        };
+        let failed = {
+            let engine = driver.engine();
+            let owed = engine.is_owed(&mut from);
+            (!owed).then(|| engine.failed().runs().collect::<Vec<_>>())
+        };
+        let first = {
+            let mut state = self.state.lock();
+            state.owed_from = state.owed_from.max(from);
+            failed.is_some() && !std::mem::replace(&mut state.let_go, true)
+        };
+        if let Some(failed) = failed.filter(|_| first) {
+            // That it goes on watching costs time, and is no error.
+            let _ = driver.host.settle(&failed);
+        }
+    }
+}
+
+/// A part of `whole`, whatever a source says.
+fn within(part: PageRange, whole: PageRange) -> PageRange {
+    let end = part.end().clamp(whole.start().get() + 1, whole.end());
+    PageRange::between(whole.start().get(), end).unwrap_or(whole)
+}
+
+impl State {
+    fn has_work(&self) -> bool {
+        self.next_demand().is_some() || !self.ahead.is_empty() || self.filling.is_some()
+    }
+
+    /// The page that somebody has waited for longest, and that is not being read.
+    fn next_demand(&self) -> Option<PageIndex> {
+        let pending = self.demands.iter().filter(|(page, demand)| {
+            demand.pending && !self.reading.iter().any(|it| it.range.contains(**page))
+        });
+        pending.min_by_key(|(_, demand)| demand.since).map(|(page, _)| *page)
+    }
+
+    /// What to read ahead next, `at_once` pages at most.
+    fn next_ahead(&mut self, at_once: u64) -> Option<PageRange> {
+        while let Some(range) = self.ahead.pop_front() {
+            let start = range.start().get();
+            let now = PageRange::between(start, range.end().min(start + at_once))?;
+            if let Some(rest) = PageRange::between(now.end(), range.end()) {
+                self.ahead.push_front(rest);
+            }
+            if !self.reading.iter().any(|it| it.range.overlaps(now)) {
+                return Some(now);
+            }
+        }
+        None
+    }
+
+    /// The part of `[start..end)` around `page` that is not being read.
+    fn unread(&self, page: PageIndex, (start, end): (u64, u64)) -> PageRange {
+        let (mut start, mut end) = (start, end);
+        for reading in &self.reading {
+            if reading.range.start() > page {
+                end = end.min(reading.range.start().get());
+            } else {
+                start = start.max(reading.range.end());
+            }
+        }
+        PageRange::between(start, end).unwrap_or(PageRange::one(page))
+    }
+
+    fn begin(&mut self, range: PageRange, why: Why) -> Job {
+        self.last_id += 1;
+        let id = self.last_id;
+        self.reading.push(Reading { id, range });
+        Job { id, range, why }
+    }
+}
+
+/// Ends a job, also if its thread dies in it.
+struct Ended<'a> {
+    pager: &'a Pager,
+    job: Job,
+}
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        let mut state = self.pager.state.lock();
+        state.reading.retain(|it| it.id != self.job.id);
+    }
+}

@@ -1,0 +1,158 @@
+//! Waiting for pins to go: before an operation, and before an exclusive pin.
+//!
+//! Who waits closes the pages first, so that nobody pins them any more who does not hold them
+//! already: he comes to his turn as soon as those have let go. Faults and copies go on meanwhile;
+//! nobody who holds a pin is denied his page.
+
+use std::time::Duration;
+
+use polder_engine::{Activity, Engine, Holder, PinId, Refusal, WaitFor, Waiting};
+use polder_linux::Deadline;
+use polder_units::PageRange;
+
+use crate::driver::{Driver, Locked};
+use crate::{Error, OnBusy};
+
+/// Pins that pass by themselves are waited for so often: first others have their turn, then a while
+/// passes each time. Somebody copies a few bytes, or has found that he came too late.
+const LOOKS: u32 = 40;
+const YIELDS: u32 = 20;
+const PAUSE: Duration = Duration::from_micros(50);
+
+/// Who unpins says so if he is asked to; but not who pinned around a few bytes.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+
+/// For how long pins are waited for.
+pub(crate) struct Patience {
+    looked: u32,
+    deadline: Option<Deadline>,
+}
+
+impl Patience {
+    /// As long as pins take that pass by themselves.
+    pub(crate) fn short() -> Self {
+        Self { looked: 0, deadline: None }
+    }
+
+    fn of(on_busy: OnBusy) -> Self {
+        let deadline = match on_busy {
+            OnBusy::Wait | OnBusy::Refuse => None,
+            OnBusy::WaitForPins { at_most } => Some(Deadline::after(at_most)),
+        };
+        Self { looked: 0, deadline }
+    }
+}
+
+/// A wait that is over when this is dropped, also by a panic.
+struct Closed<'a> {
+    driver: &'a Driver,
+    waiting: Option<Waiting>,
+}
+
+impl Drop for Closed<'_> {
+    fn drop(&mut self) {
+        if let Some(waiting) = self.waiting.take() {
+            if let Some(mut engine) = self.driver.try_engine() {
+                engine.stop_waiting(waiting);
+            }
+            self.driver.released();
+        }
+    }
+}
+
+impl Driver {
+    /// The engine, locked once every thread has passed a barrier, where somebody pins counting on
+    /// that.
+    pub(crate) fn pass_barrier(&self) -> Locked<'_> {
+        let engine = self.engine();
+        if !engine.needs_barrier() {
+            return engine;
+        }
+        drop(engine);
+        polder_linux::barrier();
+        self.engine()
+    }
+
+    /// Lets a little time pass, with the lock given up; `None` when patience is at its end.
+    pub(crate) fn wait_for_unpin<'a>(
+        &'a self,
+        mut engine: Locked<'a>,
+        patience: &mut Patience,
+    ) -> Option<Locked<'a>> {
+        patience.looked += 1;
+        if let (Some(deadline), YIELDS..) = (patience.deadline, patience.looked) {
+            self.wait_for(&mut engine, deadline.left()?.min(LOOK_AGAIN));
+            return Some(engine);
+        }
+        drop(engine);
+        match patience.looked {
+            LOOKS.. => return None,
+            YIELDS.. => crate::sync::sleep(PAUSE),
+            _ => crate::sync::yield_now(),
+        }
+        Some(self.engine())
+    }
+
+    /// Makes an attempt; if pins are in its way and `on_busy` says so, again once they are gone.
+    pub(crate) fn unpinned<T>(
+        &self,
+        on_busy: OnBusy,
+        activity: Activity,
+        find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
+        attempt: impl Fn() -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let first = attempt();
+        let (OnBusy::WaitForPins { .. }, Err(Error::Refused(Refusal::Pinned { .. }))) =
+            (on_busy, &first)
+        else {
+            return first;
+        };
+        let mut patience = Patience::of(on_busy);
+        let waiting = self.claim(on_busy, |engine| {
+            let ranges = find(engine)?;
+            engine.wait_for_pins(&ranges, WaitFor::Operation(activity))
+        })?;
+        let closed = Closed { driver: self, waiting: Some(waiting) };
+        let mut engine = self.pass_barrier();
+        while let Some(refusal) = closed.waiting.as_ref().and_then(|it| engine.still_pinned(it)) {
+            match self.wait_for_unpin(engine, &mut patience) {
+                Some(again) => engine = again,
+                None => return Err(refusal.into()),
+            }
+        }
+        drop(engine);
+        attempt()
+    }
+
+    /// Pins pages exclusively.
+    pub(crate) fn pin_exclusive(
+        &self,
+        range: PageRange,
+        holder: &Holder,
+        on_busy: OnBusy,
+    ) -> Result<PinId, Error> {
+        let mut patience = Patience::of(on_busy);
+        let waiting = self.claim(on_busy, |engine| {
+            engine.wait_for_pins(&[range], WaitFor::Exclusive(holder.clone()))
+        })?;
+        let mut closed = Closed { driver: self, waiting: Some(waiting) };
+        let mut engine = self.pass_barrier();
+        while let Some(waiting) = closed.waiting.take() {
+            let (waiting, refusal) = match engine.pin_exclusive(waiting) {
+                Ok(pin) => return Ok(pin),
+                Err(refused) => refused,
+            };
+            closed.waiting = Some(waiting);
+            let passes = matches!(refusal, Refusal::Pinned { .. } | Refusal::Busy { .. });
+            if !passes {
+                drop(engine);
+                return Err(refusal.into());
+            }
+            match self.wait_for_unpin(engine, &mut patience) {
+                Some(again) => engine = again,
+                None => return Err(refusal.into()),
+            }
+        }
+        unreachable!("the wait goes on until it is over")
+    }
+}
