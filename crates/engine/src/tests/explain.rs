@@ -62,7 +62,7 @@ fn the_last_operations_are_told_with_what_came_of_them() {
     assert_eq!(came, [(1, &Came::Done), (2, &pinned)]);
     assert_eq!(engine.explain(page(9)).past, []);
 
-    engine.unpin(pin).unwrap();
+    engine.unpin(pin);
     convert(&mut engine, &private, Some(0)).unwrap_err();
     assert_eq!(engine.explain(page(0)).past.last().unwrap().came, Came::Undone(None));
     // However much happens elsewhere, so much is kept and no more.
