@@ -363,12 +363,7 @@ impl Driver {
         self.unpinned(on_busy, Activity::Discard, find, discard)
     }
 
-    fn discard_now(
-        &self,
-        range: PageRange,
-        by_guest: bool,
-        on_busy: OnBusy,
-    ) -> Result<(), Error> {
+    fn discard_now(&self, range: PageRange, by_guest: bool, on_busy: OnBusy) -> Result<(), Error> {
         let discard = self.claim(on_busy, |engine| match by_guest {
             true => engine.discard_for_guest(range),
             false => engine.discard(range),

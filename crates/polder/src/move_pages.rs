@@ -85,8 +85,7 @@ impl Driver {
             return Err(self.fail(filling, error));
         }
         self.tell(Moment::Reached(Reached::Written));
-        let (mut engine, preloaded) =
-            self.perform(self.engine(), filling, Reached::Published)?;
+        let (mut engine, preloaded) = self.perform(self.engine(), filling, Reached::Published)?;
         engine.finish_preload(preloaded);
         drop(engine);
         self.released();

@@ -9,10 +9,10 @@ mod discard;
 mod exits;
 mod guest_conversion;
 mod host_view;
-mod moves;
-mod pkvm;
 mod huge_pages;
 mod kernel_access;
+mod moves;
+mod pkvm;
 mod population;
 mod prefault;
 mod reach;
@@ -36,11 +36,11 @@ pub(crate) use devices::{FAILS, REACHES};
 pub(crate) use exits::{FAILED, MISMATCH, PLAIN_VM, QUARANTINE_EXIT};
 pub(crate) use guest_conversion::IMPLICIT;
 pub(crate) use host_view::{CHILD, OTHER, STRAY};
+pub(crate) use huge_pages::SPLIT as SPLIT_FOLIOS;
 pub(crate) use moves::{
     LAUNCHED, MOVES, MOVES_BUSY, MOVES_PINNED, MOVES_UNTOLD, NO_MOVE, NO_PRELOAD, NOT_PRELOADED,
     PRELOADED, UNMOVABLE,
 };
-pub(crate) use huge_pages::SPLIT as SPLIT_FOLIOS;
 pub(crate) use population::{CONTINUE_FAILS, PLAIN_FAULTS};
 pub(crate) use prefault::{FAILED_STOPS, OWED_STOPS, STILL_OWED, UNTOLD};
 pub(crate) use reach::{
