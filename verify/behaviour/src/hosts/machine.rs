@@ -89,6 +89,7 @@ const EVERY: [Reason; 18] = [
 
 /// The reasons that hold for every kind of VM, and more.
 const fn reasons<const MORE: usize, const ALL: usize>(more: [Reason; MORE]) -> [Reason; ALL] {
+    assert!(ALL == EVERY.len() + MORE, "all of them, and no more");
     let mut all = [("", ""); ALL];
     let mut at = 0;
     while at < ALL {
@@ -173,7 +174,8 @@ const ONE_OWNER: &str =
     "pKVM's hypervisor gives a page to one guest: a second VM's bind is refused";
 
 /// What holds for a protected VM's memory under pKVM.
-const PKVM: &[Reason] = &reasons::<39, 52>([
+const PKVM: &[Reason] = &reasons::<40, 58>([
+    ("the fault for an access of the other kind says what was wanted", EITHER),
     (cases::LOST, IN_PLACE),
     (cases::IMPLICIT, EITHER),
     (cases::MISMATCH, EITHER),
