@@ -174,7 +174,7 @@ const ONE_OWNER: &str =
     "pKVM's hypervisor gives a page to one guest: a second VM's bind is refused";
 
 /// What holds for a protected VM's memory under pKVM.
-const PKVM: &[Reason] = &reasons::<40, 58>([
+const PKVM: &[Reason] = &reasons::<39, 57>([
     ("the fault for an access of the other kind says what was wanted", EITHER),
     (cases::LOST, IN_PLACE),
     (cases::IMPLICIT, EITHER),
@@ -214,7 +214,6 @@ const PKVM: &[Reason] = &reasons::<40, 58>([
     ("touches meanwhile see right bytes or are denied; none maps late", GUEST_CONVERTS),
     ("contents zeroed are zeros for the guest, too", ITS_OWN),
     ("contents of pages that are so already are not zeroed", ITS_OWN),
-    ("contents that can't be kept: refused, and nothing has changed", ITS_OWN),
     ("discards meanwhile leave zeros", GUEST_FREES),
     ("discards meanwhile leave zeros, also while others are owed", GUEST_FREES),
     (
