@@ -11,8 +11,8 @@
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use polder_engine::{
-    Config, Contents, ConversionRequest, Engine, Holder, Operation, PageFacts, PinKind, Pinner,
-    Platform, Population, Stage, Start, Visibility,
+    Backing, Config, Contents, ConversionRequest, Engine, Holder, Operation, PageFacts, PinKind,
+    Pinner, Platform, Population, Stage, Start, Visibility,
 };
 use polder_units::{Geometry, Level, PageCount, PageRange};
 
@@ -30,6 +30,7 @@ fn engine(visibility: Visibility) -> Engine {
         platform: Platform::Plain,
         in_place: true,
         host_view_level: Level::Size4K,
+        backing: Backing::ANY,
         initial: PageFacts { visibility, population: Population::Whole },
     })
 }
@@ -45,7 +46,8 @@ fn steps<S: Stage>(engine: &mut Engine, operation: Operation<S>) -> Operation<S:
 /// Converts page 1, as the driver does; whether it was not refused.
 fn convert(engine: &mut Engine, to: Visibility, meanwhile: impl FnOnce()) -> bool {
     let contents = Contents::Preserve;
-    let request = ConversionRequest { ranges: vec![pages(1, 2)], to, contents, by: None };
+    let ranges = vec![pages(1, 2)];
+    let request = ConversionRequest { ranges, to, contents, by: None, by_guest: false };
     let Ok(Start::Claimed(draining)) = engine.convert(&request) else { return false };
     if engine.look_for_pins(&draining).is_err() {
         let undoing = engine.undo(draining);
