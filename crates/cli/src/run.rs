@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use polder::units::{ByteSize, GfnRange, PageCount};
-use polder::{HostKind, PageSize};
+use polder::{HostKind, PageSize, Platform};
 use polder_vmm::guest::Program;
 use polder_vmm::{
     Accelerator, Config, Conversion, End, Failure, Prefault, Progress, Report, Supervision,
@@ -32,6 +32,7 @@ Examples:
   polder run --page-size 2m               in huge pages, reserved before it starts
   polder run --json | jq .guest           for programs
   polder run --guest spin --timeout 2     a guest that never ends
+  polder run --platform pkvm              a protected VM, on the simulated machine
   polder run --from snapshot.mem          memory filled from a file while the guest runs
   polder run --memory 1G --prefault all   memory mapped before the guest touches it
 
@@ -41,6 +42,9 @@ pub(crate) struct Arguments {
     /// Where the memory lives
     #[arg(long, value_enum, default_value_t = Host::Auto)]
     host: Host,
+    /// For which kind of VM: all but plain on the simulated machine only
+    #[arg(long, value_enum, default_value_t = Kind::Plain)]
+    platform: Kind,
     /// The guest's memory: 16M to 1T; 64M unless said
     #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
     memory: Option<ByteSize>,
@@ -99,6 +103,30 @@ enum Host {
     Machine,
 }
 
+/// Kinds of VM.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// An ordinary VM: the VMM decides what is private
+    Plain,
+    /// KVM's software-protected type
+    SwProtected,
+    /// SEV-SNP: an RMP has the last word
+    Snp,
+    /// A protected VM under pKVM: the guest alone shares its pages
+    Pkvm,
+}
+
+impl Kind {
+    fn platform(self) -> Platform {
+        match self {
+            Self::Plain => Platform::Plain,
+            Self::SwProtected => Platform::SwProtected,
+            Self::Snp => Platform::Snp,
+            Self::Pkvm => Platform::Pkvm,
+        }
+    }
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Guest {
     /// Converts and checks its memory
@@ -145,8 +173,10 @@ fn ahead(text: &str) -> Result<Ahead, String> {
 }
 
 /// The host to run on, and why it is not the one that is tried first.
-fn choose(host: Host) -> (HostKind, Option<Trouble>) {
+fn choose(host: Host, kind: Kind) -> (HostKind, Option<Trouble>) {
     match host {
+        // What no machine here has is simulated: that is what was asked for.
+        Host::Auto if kind != Kind::Plain => (HostKind::Machine, None),
         Host::Memfd => (HostKind::Memfd, None),
         Host::GuestMemfd => (HostKind::GuestMemfd, None),
         Host::Machine => (HostKind::Machine, None),
@@ -158,7 +188,7 @@ fn choose(host: Host) -> (HostKind, Option<Trouble>) {
 }
 
 pub(crate) fn main(arguments: &Arguments) -> ExitCode {
-    let (host, instead) = choose(arguments.host);
+    let (host, instead) = choose(arguments.host, arguments.platform);
     if let Some(instead) = instead.as_ref().filter(|_| !arguments.json) {
         instead.note("note: this runs on the simulated machine");
     }
@@ -177,6 +207,7 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     }
     let config = Config {
         host,
+        platform: arguments.platform.platform(),
         memory: arguments.memory.unwrap_or(MEMORY),
         page_size: arguments.page_size,
         vcpus: arguments.vcpus,
@@ -403,6 +434,7 @@ fn to_json(
         "host": host.to_string(),
         "accelerator": report.accelerator.to_string(),
         "conversion_by": report.conversion_by.to_string(),
+        "platform": arguments.platform.platform().to_string(),
         "private_memory": report.private_memory,
         "vcpus": arguments.vcpus,
         "memory_bytes": arguments.memory.unwrap_or(MEMORY).get(),

@@ -31,8 +31,13 @@ fn main() {
 
 #[inline(never)]
 fn convert(engine: &mut Engine, page: PageRange, to: Visibility) {
-    let request =
-        ConversionRequest { ranges: vec![page], to, contents: Contents::Preserve, by: None };
+    let request = ConversionRequest {
+        ranges: vec![page],
+        to,
+        contents: Contents::Preserve,
+        by: None,
+        by_guest: false,
+    };
     let Ok(Start::Claimed(claimed)) = engine.convert(&request) else { return };
     assert!(engine.look_for_pins(&claimed).is_ok(), "nothing is pinned");
     assert!(engine.is_drained(&claimed), "nobody else is here");

@@ -70,6 +70,8 @@ pub struct ConversionRequest {
     pub contents: Contents,
     /// The VM whose wish it is; all, where the VMM decides for them.
     pub by: Option<VmId>,
+    /// Whether the guest itself asked, by a hypercall of its own.
+    pub by_guest: bool,
 }
 
 /// How a conversion began.
@@ -92,18 +94,19 @@ impl Engine {
     /// Claims the pages for a conversion.
     ///
     /// # Errors
-    /// Refused beyond the object, for contents that platform and host can't offer, for a page in
+    /// Refused beyond the object, for what only the guest decides
+    /// ([`Platform::guest_decides`](crate::Platform::guest_decides)), for contents that platform and host can't offer, for a page in
     /// quarantine, and for a pinned page that would become private: nothing has been unmapped
     /// then. Busy where another operation holds a page.
     pub fn convert(&mut self, request: &ConversionRequest) -> Result<Start, Blocked> {
         let begun = self.claim_for_conversion(request);
-        let &ConversionRequest { ref ranges, to, contents, by } = request;
+        let &ConversionRequest { ref ranges, to, contents, by, .. } = request;
         self.note_refused(Activity::Conversion { to, contents, by }, ranges, &begun);
         begun
     }
 
     fn claim_for_conversion(&mut self, request: &ConversionRequest) -> Result<Start, Blocked> {
-        let &ConversionRequest { ref ranges, to, contents, by } = request;
+        let &ConversionRequest { ref ranges, to, contents, by, by_guest } = request;
         for &range in ranges {
             self.check_bounds(range)?;
         }
@@ -120,6 +123,11 @@ impl Engine {
             self.grant(by, ranges, &parts);
             return Ok(Start::AlreadySo);
         }
+        if self.config.platform.guest_decides() && !by_guest {
+            let (page, platform) = (parts[0].start(), self.config.platform);
+            return Err(Refusal::GuestDecides { page, platform }.into());
+        }
+        self.check_granules(&parts)?;
         let reshape = self.reshape(&parts, to);
         let claims = self.with_neighbours(ranges, &reshape);
         for &claim in claims.iter().filter(|claim| !ranges.contains(claim)) {
@@ -186,10 +194,16 @@ impl Engine {
         let rmp = self.config.platform.has_rmp();
         // Where hardware has the last word, the guest keeps no mapping of what the pages were:
         // the RMP is asked when a TLB is filled, and not again (AMD APM volume 2, 15.36.10).
-        let from_guest = cut().filter(|&part| rmp || !to_private || reshaped(part));
+        // Under pKVM the guest keeps its mapping, which is right for both.
+        let zaps = !self.config.platform.hypervisor_keeps_stage2();
+        let from_guest = cut().filter(|&part| zaps && (rmp || !to_private || reshaped(part)));
         let from_host = cut().filter(|_| to_private).map(Step::UnmapHost);
+        let late = to_private && self.plants.has(Bug::DmaUnmappedLate);
+        let from_devices = if to_private { self.dma_steps(parts, to) } else { Vec::new() };
+        let (early, late) =
+            if late { (Vec::new(), from_devices) } else { (from_devices, Vec::new()) };
         let cut_off = from_host.chain(from_guest.map(Step::UnmapGuest));
-        let cut_off = reshape.prepare().chain(cut_off);
+        let cut_off = early.into_iter().chain(reshape.prepare()).chain(cut_off);
         let check = each().filter(|_| to_private).map(Step::CheckReferences);
         let protect = each().filter(|_| !rmp).map(|part| Step::Protect(part, to));
         let protect = protect.chain(self.rmp_steps(parts, to));
@@ -209,7 +223,8 @@ impl Engine {
                 .filter(|&part| !to_private && self.may_have_markers(part))
                 .map(Step::UnmapHost)
                 .chain(each().filter(|_| self.frees(how)).map(Step::Free))
-                .chain(reshape.release()),
+                .chain(reshape.release())
+                .chain(if to_private { late } else { self.dma_steps(parts, to) }),
         )
     }
 

@@ -8,7 +8,7 @@ use polder_units::PageRange;
 use crate::Visibility::{Private, Shared};
 use crate::operation::Program;
 use crate::plant::Bug;
-use crate::{Activity, Blocked, Engine, Operation, Population, Stage, Step, View};
+use crate::{Activity, Blocked, Engine, Operation, Population, Refusal, Stage, Step, View};
 
 /// A discard in flight.
 pub type Discard = Operation<Clearing>;
@@ -29,8 +29,8 @@ impl Engine {
     /// Claims the pages for a discard.
     ///
     /// # Errors
-    /// Refused beyond the object, for a page in quarantine and for a pinned page; busy where an
-    /// operation holds a page.
+    /// Refused beyond the object, for a page in quarantine, for one that is pinned or mapped for a
+    /// device, and where only the guest gives pages away; busy where an operation holds a page.
     pub fn discard(&mut self, range: PageRange) -> Result<Discard, Blocked> {
         let begun = self.claim_for_discard(range);
         self.note_refused(Activity::Discard, &[range], &begun);
@@ -39,16 +39,32 @@ impl Engine {
 
     fn claim_for_discard(&mut self, range: PageRange) -> Result<Discard, Blocked> {
         self.check_bounds(range)?;
+        if self.config.platform.guest_decides() {
+            let (page, platform) = (range.start(), self.config.platform);
+            return Err(Refusal::GuestDecides { page, platform }.into());
+        }
+        self.discard_for_guest(range)
+    }
+
+    /// The same because the guest itself asked, and whoever decides.
+    ///
+    /// # Errors
+    /// As [`Engine::discard`], but for that.
+    pub fn discard_for_guest(&mut self, range: PageRange) -> Result<Discard, Blocked> {
+        self.check_bounds(range)?;
         self.check_quarantine(range)?;
         // What a view maps as a whole it unmaps as a whole.
         let whole = self.granules(range);
         self.check_claims(whole)?;
         self.check_pins(range)?;
+        self.check_dma(range)?;
         let private = self.pages.runs(range).filter(|(_, facts)| facts.visibility == Private);
         let private: Vec<PageRange> = private.map(|(run, _)| run).collect();
-        let unmap = [Step::UnmapHost(whole), Step::UnmapGuest(whole)];
+        let guest =
+            (!self.config.platform.hypervisor_keeps_stage2()).then_some(Step::UnmapGuest(whole));
+        let unmap = [Step::UnmapHost(whole)].into_iter().chain(guest);
         // Memory that is freed while assigned can be given to nobody.
-        let steps = unmap.into_iter().chain(self.rmp_steps(&private, Shared));
+        let steps = unmap.chain(self.rmp_steps(&private, Shared));
         let program = Program::default().stage(steps.chain([Step::Free(range)]));
         Ok(self.begin(Activity::Discard, vec![whole], vec![range], program))
     }

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use polder_units::{Gfn, GfnRange, PageCount, PageIndex, PageRange, RangeError};
+use polder_units::{Gfn, GfnRange, Level, PageCount, PageIndex, PageRange, RangeError};
 
 use crate::{Activity, Contents, Holder, PinKind, Platform, Slot, Visibility, VmId};
 
@@ -49,6 +49,36 @@ pub enum Refusal {
          share the page first, or have the guest copy what it needs"
     )]
     GuestFills { page: PageIndex, platform: Platform },
+    /// `EPERM`: only the guest's own request changes whose a page is.
+    #[error(
+        "page {page} is the guest's to share and to take back under {platform}: a wish changes \
+         nothing; note it with want, and have the guest ask"
+    )]
+    GuestDecides { page: PageIndex, platform: Platform },
+    /// `EPERM`: bytes for a private page of a guest that has begun.
+    #[error(
+        "page {page} is private, and the guest has begun: preload before that, or have the guest \
+         copy what it needs"
+    )]
+    Launched { page: PageIndex },
+    /// `EEXIST`: bytes for a page that is shared.
+    #[error("page {page} is shared; write to it instead")]
+    NotPrivate { page: PageIndex },
+    /// `EOPNOTSUPP`: a private page that nobody can move.
+    #[error(
+        "page {page} is private, and nobody can move private memory of {platform}; have the guest \
+         share the page first"
+    )]
+    Unmovable { page: PageIndex, platform: Platform },
+    /// `EINVAL`: a part of a folio was to be moved.
+    #[error("page {page} is a part of a {level} folio: move all of it")]
+    FolioPart { page: PageIndex, level: Level },
+    /// `EINVAL`: pages that are no multiple of what a device is told at a time.
+    #[error("pages {range} cut what a device maps at a time, {granule} pages; take whole ones")]
+    Granule { range: PageRange, granule: PageCount },
+    /// `EINVAL`: no device is attached under that id (any more).
+    #[error("there is no such device")]
+    NoSuchDevice,
     /// `EHWPOISON`: an operation on the page failed and could not be undone.
     #[error("page {page} is in quarantine: an operation on it failed and could not be undone")]
     Quarantined { page: PageIndex },
@@ -78,6 +108,7 @@ pub enum Refusal {
 #[expect(missing_docs, reason = "Linux's names")]
 #[repr(i32)]
 pub enum Errno {
+    EPERM = 1,
     ENOENT = 2,
     EINTR = 4,
     EIO = 5,
@@ -99,6 +130,10 @@ impl Refusal {
     pub const fn errno(&self) -> Errno {
         match self {
             Self::NoSlot { .. } => Errno::ENOENT,
+            Self::GuestDecides { .. } | Self::Launched { .. } => Errno::EPERM,
+            Self::NotPrivate { .. } => Errno::EEXIST,
+            Self::Unmovable { .. } => Errno::EOPNOTSUPP,
+            Self::FolioPart { .. } | Self::Granule { .. } | Self::NoSuchDevice => Errno::EINVAL,
             Self::Range(_) | Self::Beyond { .. } | Self::Unbound { .. } => Errno::EINVAL,
             Self::NoSuchSlot { .. } | Self::NoSlots { .. } => Errno::EINVAL,
             Self::Busy { .. } | Self::Pinned { .. } => Errno::EAGAIN,

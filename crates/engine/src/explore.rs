@@ -99,6 +99,7 @@ impl Engine {
         }
         u64::MAX.hash(state);
         self.pins.fingerprint(state);
+        (&self.devices, self.launched).hash(state);
         self.wishes.hash(state);
         self.markers.hash(state);
         self.failed.hash(state);

@@ -37,6 +37,7 @@ mod binding;
 mod convert;
 mod copy;
 mod discard;
+mod dma;
 mod error;
 mod explain;
 #[cfg(feature = "explore")]
@@ -46,6 +47,7 @@ mod folio;
 mod history;
 mod level;
 mod merge;
+mod move_pages;
 mod operation;
 mod page_map;
 mod pin;
@@ -54,6 +56,7 @@ mod platform;
 pub mod pool;
 mod populate;
 mod prefault;
+mod preload;
 mod range_set;
 mod rmp;
 mod step;
@@ -74,6 +77,7 @@ pub use convert::{
 };
 pub use copy::Copying;
 pub use discard::{Cleared, Clearing, Discard};
+pub use dma::{Attached, Attaching, DeviceId};
 pub use error::{Errno, Refusal};
 pub use explain::{Clause, Explanation, Held, LevelLimit, Pinned, Shown};
 #[cfg(feature = "explore")]
@@ -83,6 +87,7 @@ pub use folio::{Backing, FolioCounts, Reshaped as ReshapedCounts};
 pub use history::{Came, Past};
 pub use level::{LevelLimits, Limit};
 pub use merge::{Merged, Merging};
+pub use move_pages::{MoveUnmapped, MoveUnpinned, Moved, Moving};
 pub use operation::{Activity, Blocked, OpId, Operation, Stage, Undoing};
 pub use page_map::{PageFacts, PageMap, PageReader, Population, Visibility};
 pub use pin::{AskEngine, Holder, Local, PinId, PinKind, Pinner, WaitFor, Waiting};
@@ -90,6 +95,7 @@ pub use pin::{AskEngine, Holder, Local, PinId, PinKind, Pinner, WaitFor, Waiting
 pub use plant::Bug;
 pub use platform::{Contents, Platform};
 pub use populate::{Published, Writing};
+pub use preload::{Filling, Preloaded, Preparing};
 pub use range_set::RangeSet;
 pub use rmp::{LargeRmpEntry, NotLarge, can_install_large_rmp_entry};
 pub use step::Step;
@@ -132,6 +138,8 @@ pub struct Engine {
     operations: Vec<Record>,
     in_flight: Vec<InFlight>,
     pins: Pins,
+    /// Devices that have what is shared mapped.
+    devices: Vec<dma::Device>,
     /// Pages in whose place a view holds a poison marker, by view.
     markers: [RangeSet; 2],
     /// Pages that are owed for good: their source failed.
@@ -142,6 +150,8 @@ pub struct Engine {
     history: history::History,
     /// The bug planted in it; none, but where a checker is checked.
     plants: plant::Plants,
+    /// The guest has begun: nobody but the guest puts anything onto its private pages.
+    launched: bool,
     /// The last id given out, to operations, answers and pins alike.
     last_id: u64,
 }
@@ -169,6 +179,8 @@ impl Engine {
             operations: Vec::new(),
             in_flight: Vec::new(),
             pins: Pins::new(config.pages),
+            devices: Vec::new(),
+            launched: false,
             markers: <[RangeSet; 2]>::default(),
             failed: RangeSet::default(),
             quarantine: RangeSet::default(),

@@ -49,6 +49,12 @@ pub enum Activity {
     Discard,
     /// Merging RMP entries.
     Merge,
+    /// Moving pages to other memory.
+    Move,
+    /// Mapping what is shared for a device.
+    Attach,
+    /// Taking it away from a device.
+    Detach,
 }
 
 impl Activity {
@@ -56,8 +62,8 @@ impl Activity {
     pub(crate) fn needs_unpinned(self) -> bool {
         match self {
             Self::Conversion { to, .. } => to == Visibility::Private,
-            Self::Discard => true,
-            Self::Population | Self::Merge => false,
+            Self::Discard | Self::Move => true,
+            Self::Population | Self::Merge | Self::Attach | Self::Detach => false,
         }
     }
 }
@@ -69,6 +75,9 @@ impl fmt::Display for Activity {
             Self::Population => f.write_str("population"),
             Self::Discard => f.write_str("discard"),
             Self::Merge => f.write_str("merge"),
+            Self::Move => f.write_str("move"),
+            Self::Attach => f.write_str("device that is being attached"),
+            Self::Detach => f.write_str("device that is being detached"),
         }
     }
 }
@@ -356,9 +365,10 @@ impl Engine {
     /// If the operation is not drained, or pins were not looked for ([`Engine::look_for_pins`]): no
     /// mapping may be touched before.
     pub fn next_step<S: Stage>(&mut self, operation: &Operation<S>) -> Option<Step> {
-        let given = [Bug::OneTableUnclaimed, Bug::DeniedWhileClaimed];
-        let given = given.into_iter().any(|bug| self.plants.has(bug));
-        let drained = given || self.is_drained(operation);
+        // With these planted answers are given on what is claimed.
+        let planted = [Bug::OneTableUnclaimed, Bug::DeniedWhileClaimed];
+        let planted = planted.into_iter().any(|bug| self.plants.has(bug));
+        let drained = planted || self.is_drained(operation);
         assert!(drained, "a step was asked for before the range was drained");
         let unpinned = self.record(operation.id).unpinned;
         assert!(unpinned, "a step was asked for before pins were looked for");

@@ -369,7 +369,9 @@ impl Engine {
         if !self.plants.has(Bug::PinsForgotten) {
             let Record { activity, parts, reshape, .. } = self.record(operation.id());
             match activity {
-                Activity::Discard => parts.iter().try_for_each(|&part| self.check_pins(part))?,
+                Activity::Discard | Activity::Move => {
+                    parts.iter().try_for_each(|&part| self.check_pins(part))?
+                }
                 activity if activity.needs_unpinned() => self.check_pins_around(parts, reshape)?,
                 _ => {}
             }

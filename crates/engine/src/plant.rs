@@ -58,6 +58,14 @@ pub enum Bug {
     ExclusiveUnchecked,
     /// A touch of a page whose contents are to come is answered.
     OwedShown,
+    /// What a VMM wishes counts as granted, where the guest decides.
+    WantedIsGranted,
+    /// A device keeps what becomes private until references were looked for and hardware was told.
+    DmaUnmappedLate,
+    /// A device keeps what becomes private.
+    DmaForgotten,
+    /// Pages are moved while they are mapped.
+    MovedMapped,
     /// A folio is split though all of it is converted.
     SplitNotMinimal,
     /// Of a folio that is split or merged the rest is not claimed.

@@ -38,13 +38,16 @@ pub enum Platform {
     /// private or shared (the C-bit) and has to agree with what is granted and with the RMP. See
     /// `docs/snp.md`.
     Snp,
+    /// A protected VM under pKVM. The guest alone decides, by its own share and unshare; a guest
+    /// access is neither private nor shared. See `docs/pkvm.md`.
+    Pkvm,
 }
 
 impl Platform {
     /// Whether a guest access says if it is to private or to shared memory.
     pub const fn tells_accesses_apart(self) -> bool {
         match self {
-            Self::Plain => false,
+            Self::Plain | Self::Pkvm => false,
             Self::SwProtected | Self::Snp => true,
         }
     }
@@ -52,17 +55,38 @@ impl Platform {
     /// Whether hardware keeps a table of who owns each frame (the RMP), which a conversion changes.
     pub const fn has_rmp(self) -> bool {
         match self {
-            Self::Plain | Self::SwProtected => false,
+            Self::Plain | Self::SwProtected | Self::Pkvm => false,
             Self::Snp => true,
         }
     }
 
     /// Whether the host can write the contents of private pages. An SNP guest's are encrypted by a
     /// key that the host has not; the firmware's `SNP_LAUNCH_UPDATE` takes pages before the guest
-    /// starts only (SEV-SNP firmware ABI, 56860), and is not modelled.
+    /// starts only (SEV-SNP firmware ABI, 56860): [`Engine::preload`](crate::Engine::preload). A
+    /// page of pKVM's is the host's until the guest first touches it.
     pub const fn host_fills_private(self) -> bool {
         match self {
-            Self::Plain | Self::SwProtected => true,
+            Self::Plain | Self::SwProtected | Self::Pkvm => true,
+            Self::Snp => false,
+        }
+    }
+
+    /// Whether nobody but the guest changes what is private and what is shared: a VMM's wish
+    /// changes nothing.
+    pub const fn guest_decides(self) -> bool {
+        matches!(self, Self::Pkvm)
+    }
+
+    /// Whether a hypervisor keeps the guest's stage 2, and the host can take nothing out of it.
+    pub const fn hypervisor_keeps_stage2(self) -> bool {
+        matches!(self, Self::Pkvm)
+    }
+
+    /// Whether private pages can go to other memory. Those of pKVM's are moved by the hypervisor;
+    /// those of an SNP guest only the firmware could (`SNP_PAGE_MOVE`), which is not modelled.
+    pub const fn moves_private(self) -> bool {
+        match self {
+            Self::Plain | Self::SwProtected | Self::Pkvm => true,
             Self::Snp => false,
         }
     }
@@ -72,10 +96,13 @@ impl Platform {
     ///
     /// Of an SNP guest nothing is preserved: what was private is ciphertext to the host, what was
     /// shared is garbage to the guest. Zeros can be had where the host has the last word, that is
-    /// to shared; a page that becomes private has what its guest writes after validating it.
+    /// to shared; a page that becomes private has what its guest writes after validating it. Under
+    /// pKVM all of it is the guest's: its contents stay, and zeros are the guest's to write.
     pub const fn offers(self, contents: Contents, to: Visibility, in_place: bool) -> bool {
         match (self, contents) {
             (Self::Plain | Self::SwProtected, Contents::Preserve) => in_place,
+            (Self::Pkvm, Contents::Preserve) => true,
+            (Self::Pkvm, Contents::Zero) => false,
             (Self::Snp, Contents::Preserve) => false,
             (Self::Plain | Self::SwProtected, Contents::Zero) => true,
             (Self::Snp, Contents::Zero) => matches!(to, Visibility::Shared),
@@ -101,6 +128,7 @@ impl fmt::Display for Platform {
             Self::Plain => "plain",
             Self::SwProtected => "sw-protected",
             Self::Snp => "snp",
+            Self::Pkvm => "pkvm",
         })
     }
 }

@@ -6,7 +6,7 @@ use core::fmt;
 
 use polder_units::PageRange;
 
-use crate::Visibility;
+use crate::{DeviceId, Visibility};
 
 /// One thing for a host to do. A host does it wholly and reports success, or reports failure; a
 /// step that failed may have been done in part, and so is undone too. Doing one twice is harmless.
@@ -56,6 +56,16 @@ pub enum Step {
     Free(PageRange),
     /// Prepare freshly written pages for their first use.
     Publish(PageRange),
+    /// Make freshly written pages a guest's that has not begun, with what is in them
+    /// (`SNP_LAUNCH_UPDATE`).
+    Launch(PageRange),
+    /// Have other memory behind the pages, with the same in it. Nobody has them mapped, but for a
+    /// guest whose stage 2 a hypervisor keeps, which moves them itself.
+    Move(PageRange),
+    /// Map the pages for a device.
+    MapDma(DeviceId, PageRange),
+    /// Take the pages away from a device: its domain, and its IOTLB.
+    UnmapDma(DeviceId, PageRange),
     /// Cut everybody off from the pages for good.
     Quarantine(PageRange),
 }
@@ -80,19 +90,24 @@ impl Step {
             | Self::ReleaseTables(range)
             | Self::Free(range)
             | Self::Publish(range)
+            | Self::Launch(range)
+            | Self::Move(range)
+            | Self::MapDma(_, range)
+            | Self::UnmapDma(_, range)
             | Self::Quarantine(range) => range,
         }
     }
 
     /// What is left of it where some of its pages are in quarantine: the RMP entries of those stay
-    /// as they are.
+    /// as they are, and no device gets them.
     pub(crate) fn without(self, quarantined: PageRange) -> Vec<Self> {
-        let with: fn(PageRange) -> Self = match self {
-            Self::Unassign(_) => Self::Unassign,
-            Self::Reassign(_) => Self::Reassign,
-            _ => return vec![self],
-        };
-        self.range().without(quarantined).into_iter().flatten().map(with).collect()
+        let rest = self.range().without(quarantined).into_iter().flatten();
+        match self {
+            Self::Unassign(_) => rest.map(Self::Unassign).collect(),
+            Self::Reassign(_) => rest.map(Self::Reassign).collect(),
+            Self::MapDma(device, _) => rest.map(|part| Self::MapDma(device, part)).collect(),
+            _ => vec![self],
+        }
     }
 
     /// How to undo it.
@@ -115,6 +130,11 @@ impl Step {
             Self::ReleaseTables(_) => Undo::Nothing,
             // Nobody may see what a failed population left behind.
             Self::Publish(range) => Undo::Step(Self::Free(range)),
+            Self::Launch(range) => Undo::Step(Self::Unassign(range)),
+            // A page that has moved is as good where it is.
+            Self::Move(_) => Undo::Nothing,
+            Self::MapDma(device, range) => Undo::Step(Self::UnmapDma(device, range)),
+            Self::UnmapDma(device, range) => Undo::Step(Self::MapDma(device, range)),
             Self::Free(_) => Undo::Impossible,
         }
     }
@@ -148,6 +168,10 @@ impl fmt::Display for Step {
             Self::ReleaseTables(_) => write!(f, "release the split tables of pages {range}"),
             Self::Free(_) => write!(f, "free pages {range}"),
             Self::Publish(_) => write!(f, "publish pages {range}"),
+            Self::Launch(_) => write!(f, "launch pages {range}"),
+            Self::Move(_) => write!(f, "move pages {range}"),
+            Self::MapDma(..) => write!(f, "map pages {range} for a device"),
+            Self::UnmapDma(..) => write!(f, "take pages {range} away from a device"),
             Self::Quarantine(_) => write!(f, "quarantine pages {range}"),
         }
     }

@@ -2,9 +2,11 @@
 
 mod bindings;
 mod conversion;
+mod dma;
 mod explain;
 mod folios;
 mod oracle;
+mod pkvm;
 mod population;
 mod rmp;
 
@@ -40,7 +42,7 @@ fn plain() -> Engine {
 }
 
 fn request(range: PageRange, to: Visibility, contents: Contents) -> ConversionRequest {
-    ConversionRequest { ranges: vec![range], to, contents, by: None }
+    ConversionRequest { ranges: vec![range], to, contents, by: None, by_guest: false }
 }
 
 fn claim(engine: &mut Engine, request: &ConversionRequest) -> Result<Start, Refusal> {

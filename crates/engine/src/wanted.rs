@@ -6,6 +6,8 @@
 //! overrides no other binding's wish: it stays, and is reported as unmet. Bindings that disagree
 //! about a page show as such: one of them is unmet.
 //!
+//! Where the guest decides (pKVM), a wish stays one until the guest has asked.
+//!
 //! Kept is where a wish differs from what is granted, which is nowhere as a rule.
 
 use alloc::collections::BTreeMap;
@@ -13,6 +15,7 @@ use alloc::vec::Vec;
 
 use polder_units::{GfnRange, PageRange};
 
+use crate::plant::Bug;
 use crate::{Blocked, Engine, RangeSet, Refusal, Slot, Visibility, VmId};
 
 /// What a binding wishes a run of its pages to be, and what they are.
@@ -67,6 +70,9 @@ impl Engine {
             self.check_claims(run)?;
         }
         for run in runs {
+            if self.plants.has(Bug::WantedIsGranted) {
+                self.pages.set_visibility(run, to);
+            }
             let shown: Vec<_> = self.shown(vm, run).collect();
             shown.into_iter().for_each(|(slot, pages)| self.wish(vm, slot, pages, to));
         }

@@ -3,13 +3,15 @@
 //! Every access of the machine passes here when its translation is made: a host CPU's and a
 //! vCPU's when their TLB is filled (what a TLB holds is not checked again, as on SNP: AMD APM
 //! volume 2, section 15.36.10), a device's and the trusted view's at each access. A machine
-//! without SNP lets everybody in; with it, [`Rmp`] decides. pKVM's ownership map goes here too.
+//! without SNP and pKVM lets everybody in; with them, [`Rmp`] or [`Pkvm`] decides.
 
 use alloc::boxed::Box;
+use alloc::collections::BTreeSet;
 
 use polder_units::{Level, PageCount, Pfn};
 
 use crate::Asid;
+use crate::pkvm::{self, Pkvm};
 use crate::rmp::Rmp;
 
 /// How a frame is reached.
@@ -25,9 +27,10 @@ pub enum Path {
     Device,
 }
 
-/// The check that an access did not pass, by its name in AMD APM volume 2, section 15.36.10.
+/// The check that an access did not pass; the RMP's by their names in AMD APM volume 2, section
+/// 15.36.10.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, thiserror::Error)]
-pub enum RmpCheck {
+pub enum AccessCheck {
     /// Another processor is at work on the RMP entry: try again.
     #[error("its rmp entry is in use")]
     InUse,
@@ -55,6 +58,15 @@ pub enum RmpCheck {
     /// VMRUN of a page that is no VMSA.
     #[error("it is no vmsa")]
     Vmsa,
+    /// pKVM: the host's stage 2 has no such page. It is a guest's, or the hypervisor's.
+    #[error("the host's stage 2 has no page there: it is a guest's, or the hypervisor's")]
+    HostStage2,
+    /// pKVM: the IOMMU keeps from the host's devices what the host's stage 2 has not.
+    #[error("the iommu keeps it from the host's devices")]
+    Iommu,
+    /// The kernel has taken it out of its direct map.
+    #[error("it is not in the kernel's direct map")]
+    DirectMap,
 }
 
 /// An access that the hardware refused.
@@ -68,12 +80,12 @@ pub struct Refused {
     /// Whether it was a write.
     pub write: bool,
     /// The check that it did not pass.
-    pub check: RmpCheck,
+    pub check: AccessCheck,
 }
 
 /// What the one who was refused meets (AMD APM volume 2, section 15.36.10, table 15-39).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum RmpFault {
+pub enum AccessFault {
     /// `#PF` with the RMP bit, in the host.
     PageFault,
     /// `#VMEXIT(NPF)` with the RMP bit.
@@ -90,19 +102,26 @@ pub enum RmpFault {
     InvalidVmsa,
     /// The IOMMU refuses the device.
     Iommu,
+    /// A stage-2 abort of the host's, handed back by the hypervisor: `SIGSEGV` to a process, and
+    /// to the kernel an oops (`is_pkvm_stage2_abort()`, arch/arm64/mm/fault.c).
+    HostAbort,
+    /// A page fault of the kernel's own, in its direct map: an oops.
+    Oops,
 }
 
 impl Refused {
     /// What the one who was refused meets.
-    pub const fn fault(&self) -> RmpFault {
+    pub const fn fault(&self) -> AccessFault {
         match (self.path, self.check) {
-            (_, RmpCheck::Vmsa) => RmpFault::InvalidVmsa,
-            (Path::Host, _) => RmpFault::PageFault,
-            (Path::Device, _) => RmpFault::Iommu,
-            (_, RmpCheck::Validated) => RmpFault::NotValidated,
-            (path, check) => RmpFault::Npf {
+            (_, AccessCheck::Vmsa) => AccessFault::InvalidVmsa,
+            (_, AccessCheck::HostStage2) => AccessFault::HostAbort,
+            (_, AccessCheck::DirectMap) => AccessFault::Oops,
+            (Path::Host, _) => AccessFault::PageFault,
+            (Path::Device, _) => AccessFault::Iommu,
+            (_, AccessCheck::Validated) => AccessFault::NotValidated,
+            (path, check) => AccessFault::Npf {
                 enc: matches!(path, Path::GuestPrivate),
-                sizem: matches!(check, RmpCheck::InstructionSize),
+                sizem: matches!(check, AccessCheck::InstructionSize),
             },
         }
     }
@@ -129,22 +148,28 @@ impl Access {
         Self { path: Path::Device, private: None, pfn, level: Level::Size4K, write }
     }
 
-    pub(crate) const fn refused(&self, check: RmpCheck) -> Refused {
+    pub(crate) const fn refused(&self, check: AccessCheck) -> Refused {
         let Self { path, pfn, write, .. } = *self;
         Refused { path, pfn, write, check }
     }
 }
 
-/// The hardware that keeps private memory private: none, or SNP.
+/// What keeps memory from those who may not reach it: none, SNP, or pKVM; and the frames that the
+/// kernel keeps from itself.
 #[derive(Clone, Hash, Default)]
 pub(crate) struct Protection {
     pub(crate) rmp: Option<Box<Rmp>>,
+    pub(crate) pkvm: Option<Box<Pkvm>>,
+    pub(crate) off_direct_map: BTreeSet<u64>,
 }
 
 impl Protection {
     /// Whether the access may be made.
     #[inline]
     pub(crate) fn check(&self, access: &Access) -> Result<(), Refused> {
+        if let Some(pkvm) = &self.pkvm {
+            pkvm::check(pkvm, access)?;
+        }
         match &self.rmp {
             None => Ok(()),
             Some(rmp) => rmp.check(access),
@@ -153,6 +178,12 @@ impl Protection {
 
     /// Whether the kernel may write `count` frames from `pfn` on, by 4K mappings.
     pub(crate) fn check_block(&self, pfn: Pfn, count: PageCount) -> Result<(), Refused> {
+        if let Some(pkvm) = &self.pkvm
+            && let Some(gone) = pkvm.first_gone(pfn.get(), pfn.get() + count.get())
+        {
+            let (path, pfn) = (Path::Host, Pfn::new(gone).unwrap_or(pfn));
+            return Err(Refused { path, pfn, write: true, check: AccessCheck::HostStage2 });
+        }
         match &self.rmp {
             None => Ok(()),
             Some(rmp) => rmp.check_block(pfn, count),

@@ -12,7 +12,7 @@ use crate::anonymous::Behind;
 use crate::folio::GUP_PIN_COUNTING_BIAS;
 use crate::host_mmu::HostEntry;
 use crate::table::Found;
-use crate::{Bound, Hva, Machine, ProcessId, Thread, VcpuId, VmId, Vpn};
+use crate::{Bound, Hva, Machine, PinKind, ProcessId, Thread, VcpuId, VmId, Vpn};
 
 /// Something on the machine that does not add up.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, thiserror::Error)]
@@ -77,9 +77,49 @@ pub enum Discrepancy {
         /// The page, by its number in the space that the root translates.
         page: u64,
     },
-    /// A frame is free and the RMP still has it assigned: whoever is given it can't write it.
-    #[error("pfn {pfn} is free and still assigned in the rmp")]
+    /// A frame is free, and RMP or pKVM has it for a guest: whoever is given it can't write it.
+    #[error("pfn {pfn} is free and still assigned to a guest")]
     FreeAssigned {
+        /// The frame.
+        pfn: Pfn,
+    },
+    /// A frame is pinned exclusively, and by another pin as well (INV-7).
+    #[error("pfn {pfn} is pinned exclusively, and by another as well")]
+    NotExclusive {
+        /// The frame.
+        pfn: Pfn,
+    },
+    /// pKVM's tables do not say the same of a frame.
+    #[error("host, hypervisor, guests and iommu do not agree about pfn {pfn}")]
+    Ownership {
+        /// The frame.
+        pfn: Pfn,
+    },
+    /// A TLB or IOTLB of the host's leads to a frame that is no longer its own.
+    #[error("a tlb or iotlb of the host leads to pfn {pfn}, which it has no page for")]
+    StaleOwner {
+        /// The frame.
+        pfn: Pfn,
+    },
+    /// A domain maps a frame that nobody pins: it may be freed, or moved, under the device.
+    #[error("{domain} maps at gfn {gfn:#x} a frame that nobody pins")]
+    DmaUnpinned {
+        /// The domain.
+        domain: crate::DomainId,
+        /// The device's page.
+        gfn: u64,
+    },
+    /// An IOTLB remembers what its domain no longer maps.
+    #[error("the iotlb of {domain} is stale at gfn {gfn:#x}")]
+    Iotlb {
+        /// The domain.
+        domain: crate::DomainId,
+        /// The device's page.
+        gfn: u64,
+    },
+    /// A frame is free and not in the direct map: the kernel can't zero it for its next owner.
+    #[error("pfn {pfn} is free and not in the direct map")]
+    FreeUnmapped {
         /// The frame.
         pfn: Pfn,
     },
@@ -145,9 +185,13 @@ impl Machine {
     /// The first thing that does not, in the order of [`Discrepancy`].
     pub fn audit(&self) -> Result<(), Discrepancy> {
         self.audit_counts()?;
+        self.audit_pins()?;
         self.audit_host()?;
         self.audit_guests()?;
         self.audit_rmp()?;
+        self.audit_iommu()?;
+        self.audit_pkvm()?;
+        self.audit_direct_map()?;
         let used: u64 = self.folios.0.iter().map(|found| self.pages(found.level)).sum();
         let pooled = self.pool.frames(|level| self.pages(level));
         let (free, all) = (self.free_frames(), self.config.frames.get());
@@ -156,6 +200,24 @@ impl Machine {
         } else {
             Err(Discrepancy::Frames { free, used, pooled, all })
         }
+    }
+
+    fn audit_pins(&self) -> Result<(), Discrepancy> {
+        let settled = || self.pins.iter().filter(|(_, pin)| !pin.speculative);
+        for (id, pin) in settled().filter(|(_, pin)| pin.kind == PinKind::Exclusive) {
+            let others = settled().filter(|(other, _)| *other != id);
+            let mut shared = others.flat_map(|(_, other)| &other.pages);
+            if let Some(pfn) = shared.find(|pfn| pin.pages.contains(pfn)) {
+                return Err(Discrepancy::NotExclusive { pfn: *pfn });
+            }
+        }
+        Ok(())
+    }
+
+    fn audit_direct_map(&self) -> Result<(), Discrepancy> {
+        let off = self.protection.off_direct_map.iter().filter_map(|pfn| Pfn::new(*pfn));
+        let mut free = off.filter(|pfn| self.folios.get(*pfn).is_err());
+        free.next().map_or(Ok(()), |pfn| Err(Discrepancy::FreeUnmapped { pfn }))
     }
 
     fn audit_counts(&self) -> Result<(), Discrepancy> {
@@ -279,6 +341,10 @@ impl Machine {
     fn audit_guests(&self) -> Result<(), Discrepancy> {
         for (id, vm) in self.vms.iter() {
             for Found { start, level, entry } in vm.table.iter() {
+                // What pKVM maps does not come from a slot: `pkvm/audit.rs` looks at it.
+                if self.protection.pkvm.is_some() {
+                    continue;
+                }
                 let bound = Gfn::new(start).and_then(|gfn| self.bound(id, gfn).ok());
                 let behind = bound.and_then(|it| self.behind(it));
                 let right = behind.is_some_and(|it| {

@@ -57,6 +57,27 @@ pub enum Error {
     /// SNP is not enabled, or the VM is none of SNP.
     #[error("the machine's snp is not enabled, or the vm is not one of snp")]
     NoSnp,
+    /// pKVM is not enabled.
+    #[error("the machine's pkvm is not enabled")]
+    NoPkvm,
+    /// The hypervisor keeps stage 2: the host asks it, and maps nothing itself.
+    #[error("stage 2 of {vm} is the hypervisor's: donate or share the page")]
+    Protected {
+        /// The VM.
+        vm: crate::VmId,
+    },
+    /// pKVM's hypervisor did not do it.
+    #[error(transparent)]
+    Pkvm(#[from] crate::PkvmFail),
+    /// Another's pin is in the way of a pin, or this one's would be in the way of another's.
+    #[error("pfn {} can't be pinned so: {} of {} has it", .by.pfn, .by.pin, .by.process)]
+    Pinned {
+        /// Who has it.
+        by: crate::Holder,
+    },
+    /// The IOMMU translates no such access.
+    #[error(transparent)]
+    Iommu(#[from] crate::IommuFault),
     /// Something is there already: `EEXIST`.
     #[error("there is already something at {number:#x}")]
     Exists {

@@ -167,6 +167,12 @@ impl Frames {
         }
     }
 
+    /// Makes what a frame contains a guest's private memory.
+    pub(crate) fn encrypt(&mut self, cipher: Cipher, pfn: Pfn) {
+        let kept = self.kept_mut(pfn);
+        cipher.apply(pfn, 0, kept);
+    }
+
     /// Takes the lowest free block of `level`, as it is; `None` if there is none.
     pub(crate) fn take(&mut self, level: Level) -> Option<Pfn> {
         self.free.take(level).and_then(Pfn::new)

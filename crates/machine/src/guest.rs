@@ -25,7 +25,7 @@ use crate::table::{Found, Table};
 use crate::tlb::{Tlb, Translation, guest_tag};
 use crate::vm::{Slot, TdpEntry};
 use crate::{
-    Error, Intercept, Machine, ObjectId, PageFault, Path, Plant, Refused, RmpCheck, RmpResult,
+    AccessCheck, Error, Intercept, Machine, ObjectId, PageFault, Path, Plant, Refused, RmpResult,
     RmpSize, VmId,
 };
 
@@ -192,6 +192,7 @@ pub struct Vcpu<'a> {
     frames: &'a mut Frames,
     pub(crate) protection: &'a mut Protection,
     pub(crate) snp: Option<Snp>,
+    pub(crate) vm: VmId,
     plants: &'a Plants,
 }
 
@@ -257,6 +258,7 @@ impl Machine {
             frames: &mut self.frames,
             protection: &mut self.protection,
             snp: vm.snp,
+            vm: vcpu.vm,
             plants: &self.plants,
         })
     }
@@ -521,7 +523,7 @@ impl Vcpu<'_> {
         let private = self.snp.filter(|_| side == Side::Private).map(|snp| (snp.asid, gfn));
         let access = Access { path: side.path(), private, pfn, level, write };
         match rmp.check(&access) {
-            Err(Refused { check: RmpCheck::PageSize, .. })
+            Err(Refused { check: AccessCheck::PageSize, .. })
                 if self.plants.has(Plant::NoSizeCheck) => {}
             checked => checked?,
         }

@@ -4,15 +4,22 @@
 //! folio that has just gone from the page table, or been freed and used again. It looks a second
 //! time and lets go if the entry changed; in between, a holder of the folio lock sees a reference
 //! that nobody will answer for. Each of its three steps is one [`GupFast::step`].
+//!
+//! # Exclusive pins
+//! No kernel has them; they are what was proposed for pKVM and Gunyah (`FOLL_EXCLUSIVE`, thread 3),
+//! as Polder would have them. Kept by frame, not in the reference count: a frame that is pinned
+//! exclusively has that pin and no other, by whichever process's mapping and by GUP-fast as well,
+//! which looks after it has taken its reference. Plain references (page cache, mappings) do not
+//! conflict. Who never asks for one has a kernel without them.
 
 use alloc::vec::Vec;
 
-use polder_units::{PAGE_SHIFT, Pfn, PfnRange};
+use polder_units::{Level, PAGE_SHIFT, PageRange, Pfn, PfnRange};
 
 use crate::access::Access;
 use crate::chunk::{self, chunks, chunks_mut};
 use crate::table::index;
-use crate::{Error, HostExit, HostPte, Machine, PinId, Plant, ProcessId, Vpn, VpnRange};
+use crate::{Error, HostExit, HostPte, Machine, ObjectId, PinId, Plant, ProcessId, Vpn, VpnRange};
 
 /// How long a pin is meant to last.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -21,6 +28,8 @@ pub enum PinKind {
     Short,
     /// Until further notice (`FOLL_LONGTERM`): registered buffers, VFIO.
     LongTerm,
+    /// Until further notice, and nobody else may pin it (`FOLL_EXCLUSIVE`, as proposed).
+    Exclusive,
 }
 
 #[derive(Clone, Hash)]
@@ -103,7 +112,7 @@ impl GupFast {
             Stage::ReadEntry => Ok(self.read(machine)),
             Stage::Grab { entry, pfn } => {
                 // folio_try_get() fails on a count of 0; a frame in use again is another's folio.
-                if machine.counts(pfn).is_err() {
+                if machine.counts(pfn).is_err() || self.is_kept_out(machine, pfn) {
                     return Ok(GupStep::Fallback);
                 }
                 let pages = alloc::vec![pfn];
@@ -119,6 +128,12 @@ impl GupFast {
                 Ok(GupStep::Fallback)
             }
         }
+    }
+
+    /// Whether a pin of this kind is not to be had.
+    fn is_kept_out(&self, machine: &Machine, pfn: Pfn) -> bool {
+        let ignores = machine.plants.has(Plant::GupFastIgnoresExclusive);
+        !ignores && machine.pin_conflict(self.kind, pfn).is_some()
     }
 
     /// The entry, as an access of this kind may use it.
@@ -138,7 +153,9 @@ impl Machine {
     /// The whole range is one step: who wants zaps to fall between its pages pins each by itself.
     ///
     /// # Errors
-    /// What a touch of the first page that cannot be had meets; nothing is pinned then.
+    /// What a touch of the first page that cannot be had meets; [`HostExit::Pinned`] where an
+    /// exclusive pin is in the way, or a pin in the way of an exclusive one: of those a
+    /// [speculative](Holder::speculative) one is soon gone. Nothing is pinned then.
     pub fn pin_user_pages(
         &mut self,
         process: ProcessId,
@@ -148,7 +165,41 @@ impl Machine {
     ) -> Result<PinId, HostExit> {
         let pages: Result<Vec<_>, HostExit> =
             range.frames().map(|vpn| Ok(self.fault_in(process, vpn, write)?.pfn)).collect();
-        Ok(self.add_pin(process, kind, pages?, false)?)
+        let pages = pages?;
+        for (vpn, pfn) in range.frames().zip(&pages) {
+            if let Some(by) = self.pin_conflict(kind, *pfn) {
+                return Err(HostExit::Pinned { vpn, by });
+            }
+        }
+        Ok(self.add_pin(process, kind, pages, false)?)
+    }
+
+    /// Pins pages of an object for a process, by no mapping of its (`memfd_pin_folios()`, mm/gup.c).
+    /// Holes are allocated.
+    ///
+    /// # Errors
+    /// [`Error::Beyond`] the object's end; [`Error::NoMemory`]; [`Error::Pinned`] as
+    /// [`Machine::pin_user_pages`]. Nothing is pinned then.
+    pub fn pin_object_pages(
+        &mut self,
+        process: ProcessId,
+        object: ObjectId,
+        range: PageRange,
+        kind: PinKind,
+    ) -> Result<PinId, Error> {
+        self.object_range(object, range)?;
+        let mut pages = Vec::new();
+        for page in range.frames() {
+            let pfn = match self.backing(object, page)? {
+                Some(backing) => backing.pfn,
+                None => self.allocate(object, page, Level::Size4K)?,
+            };
+            if let Some(by) = self.pin_conflict(kind, pfn) {
+                return Err(Error::Pinned { by });
+            }
+            pages.push(pfn);
+        }
+        self.add_pin(process, kind, pages, false)
     }
 
     /// Releases a pin (`unpin_user_pages()`); a folio that only it held is freed.
@@ -157,10 +208,22 @@ impl Machine {
     /// [`Error::Gone`] if there is no such pin: released before, or never taken.
     pub fn unpin(&mut self, pin: PinId) -> Result<(), Error> {
         let pin = self.pins.remove(pin)?;
+        self.exclusive -= u32::from(pin.kind == PinKind::Exclusive);
         if pin.counted {
             pin.pages.into_iter().for_each(|pfn| self.unpin_folio(pfn));
         }
         Ok(())
+    }
+
+    /// Who keeps a pin of this kind from a frame.
+    fn pin_conflict(&self, kind: PinKind, pfn: Pfn) -> Option<Holder> {
+        if self.exclusive == 0 && kind != PinKind::Exclusive {
+            return None;
+        }
+        let conflicts = |other: &Holder| {
+            kind == PinKind::Exclusive || (other.kind == PinKind::Exclusive && !other.speculative)
+        };
+        self.holders_of(PfnRange::one(pfn)).find(conflicts)
     }
 
     /// The frames of a pin, in the order of the range that was pinned.
@@ -244,6 +307,8 @@ impl Machine {
         if counted {
             pages.iter().for_each(|pfn| self.folios.pin(*pfn));
         }
-        self.pins.insert(Pin { process, kind, speculative, counted, pages })
+        let pin = self.pins.insert(Pin { process, kind, speculative, counted, pages })?;
+        self.exclusive += u32::from(kind == PinKind::Exclusive);
+        Ok(pin)
     }
 }

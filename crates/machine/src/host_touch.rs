@@ -75,6 +75,14 @@ pub enum HostExit {
         /// Where.
         vpn: Vpn,
     },
+    /// Another's pin is in the way of a pin, or this one's would be in the way of another's.
+    #[error("page {vpn} can't be pinned so: {} of {} has it", .by.pin, .by.process)]
+    Pinned {
+        /// Where.
+        vpn: Vpn,
+        /// Who has it.
+        by: crate::Holder,
+    },
     /// The hardware refused.
     #[error(transparent)]
     Refused(#[from] Refused),

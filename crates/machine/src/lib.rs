@@ -8,11 +8,12 @@
 //! ```text
 //!  process: VMAs -> host page table -> TLB ─┐
 //!  GUP, GUP-fast: host page table -> pin ───┤
-//!  device: a pin ───────────────────────────┼─> frame ── folio: lock, refs, mapcount, pincount
+//!  device: a pin, or IOMMU domain -> IOTLB ─┼─> frame ── folio: lock, refs, mapcount, pincount
 //!  guest: slots -> stage 2, of a root -> TLB ┤               └─ page cache of an object
-//!  the driver's trusted view ───────────────┘
+//!  the driver's trusted view: direct map ───┘
 //! ```
-//! Where a line reaches the frame, hardware may refuse it: the RMP, on a machine with SNP.
+//! Where a line reaches the frame, hardware may refuse it: the RMP, on a machine with SNP; stage 2 of
+//! the host, and the IOMMU, on one with pKVM.
 //!
 //! # Vocabulary
 //! | word | here |
@@ -44,6 +45,11 @@
 //!   again.
 //! - **SEV-SNP**, if enabled: the reverse map table, its instructions with every result, access
 //!   checks and ciphertext. See `docs/snp.md`.
+//! - **pKVM**, if enabled: a hypervisor with a table for host, itself, guests and IOMMU, and its
+//!   hypercalls, which change them together or not at all. See `docs/pkvm.md`.
+//! - **An IOMMU**: domains with page tables, faults, and an IOTLB that stays stale until flushed.
+//! - **The direct map**, which frames can be taken out of; **migration** of folios; **exclusive
+//!   pins**, beside a kernel without them.
 //! - **A pool of huge pages**, and the tables that a split of one takes: see [`Machine::fill_pool`].
 //! - **Memory that runs out**, by size or by [`Machine::fail_allocation`].
 //! - **Bugs**, when planted: see [`Plant`].
@@ -54,8 +60,13 @@
 //! | a touch of an absent page | [`HostExit::Fault`], [`Exit::Fault`] |
 //! | a touch of a denied page | [`HostExit::Sigbus`] |
 //! | an allocation | [`Error::NoMemory`]; in a fault, a `SIGBUS` |
-//! | an access that the RMP does not let through | [`Refused`], and what its [`RmpFault`] says |
+//! | an access that the RMP does not let through | [`Refused`], and what its [`AccessFault`] says |
 //! | an instruction on the RMP | an [`RmpFail`], which has its code |
+//! | an access that pKVM's stage 2 or the direct map lacks | [`Refused`], likewise |
+//! | a hypercall of pKVM's | a [`PkvmFail`], which has the kernel's code |
+//! | memory of the hypervisor's tables | [`PkvmFail::NoMemory`], by [`Machine::fail_hypervisor`] |
+//! | a device's access | [`Error::Iommu`] |
+//! | a pin that another pin keeps out | [`HostExit::Pinned`] |
 //! | a folio lock held by another | [`Error::Locked`], [`HostExit::Wait`] |
 //! | a fault resolved before an invalidation | [`Error::Stale`] |
 //! | a driver's mistake | an [`Error`] that changed nothing |
@@ -63,9 +74,10 @@
 //! | a count of ours below what is held | a panic |
 //!
 //! # What is not modelled
-//! - pKVM's ownership: [`Path`] names the accesses that it will check. No IOMMU tables (a device
-//!   writes where it pinned), direct map: later parts.
-//! - Of SNP: VMPLs but 0, launch and attestation, page swap and move; the head of `rmp.rs` has it
+//! - Of pKVM and the IOMMU: entries above 4K; the heads of `pkvm.rs` and `iommu.rs` have it all.
+//! - A device without a domain (`dma_read`, `dma_write`) goes by what it pinned: an IOMMU in
+//!   passthrough.
+//! - Of SNP: VMPLs but 0, attestation, page swap and move; the head of `rmp.rs` has it
 //!   all.
 //! - Memory order: a step sees all earlier ones. Torn words and store buffers do not exist.
 //! - An access of many pages is one step, and so is a range that is unmapped, poisoned or pinned
@@ -80,7 +92,7 @@
 //!   as the pages it looks at.
 //! - Of guest page tables: NX, global pages, PAE and five levels, supervisor accesses.
 //! - In host page tables: accessed and dirty bits, write protection of single entries, `mprotect`,
-//!   partial `munmap`, anonymous memory (which no process maps), swap, migration.
+//!   partial `munmap`, anonymous memory (which no process maps), swap.
 //! - `FOLL_LONGTERM` refuses nothing and migrates nothing; it is remembered as the pin's purpose.
 //!
 //! # Example
@@ -121,18 +133,23 @@ mod address;
 mod anonymous;
 mod audit;
 mod chunk;
+mod direct_map;
 mod error;
 mod folio;
 mod frames;
 mod guest;
 mod guest_table;
+mod gunyah;
 mod gup;
 mod host_mmu;
 mod host_touch;
+mod iommu;
 mod machine;
+mod migrate;
 mod mmu;
 mod nested;
 mod object;
+mod pkvm;
 mod plant;
 mod pool;
 mod process;
@@ -147,7 +164,7 @@ mod tdp;
 mod tlb;
 mod vm;
 
-pub use access::{Path, Refused, RmpCheck, RmpFault};
+pub use access::{AccessCheck, AccessFault, Path, Refused};
 pub use address::{Hva, Vpn, VpnRange};
 pub use audit::Discrepancy;
 pub use error::Error;
@@ -155,18 +172,21 @@ pub use folio::{Counts, GUP_PIN_COUNTING_BIAS, LockOwner};
 pub use frames::Contents;
 pub use guest::{Exit, GuestFault, Op, Ran, Request, Side, Vcpu, VcpuId};
 pub use guest_table::{Pte, Untranslated};
+pub use gunyah::{MEM_RECLAIM, Memparcel, Transfer};
 pub use gup::{GupFast, GupStep, Holder, PinKind};
 pub use host_mmu::HostPte;
 pub use host_touch::{HostExit, HostFault, Sigbus};
+pub use iommu::IommuFault;
 pub use machine::{Config, Machine};
 pub use mmu::{Alias, PageFault, Touch};
 pub use nested::Intercept;
 pub use object::Backing;
+pub use pkvm::{Ask, Component, PageState, PkvmFail, PkvmResult};
 pub use plant::Plant;
 pub use pool::PoolCounts;
 pub use process::{Thread, View};
 pub use rmp::{Asid, FirmwareFail, RmpEntry, RmpFail, RmpOwner, RmpResult, RmpSize, RmpUpdate};
 pub use root::{L2, Root};
-pub use slab::{ObjectId, PinId, ProcessId, VmId};
+pub use slab::{DomainId, ObjectId, PinId, ProcessId, VmId};
 pub use tdp::{Resolved, Spte};
 pub use vm::Bound;

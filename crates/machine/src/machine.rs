@@ -8,6 +8,7 @@ use crate::access::Protection;
 use crate::folio::Folios;
 use crate::frames::Frames;
 use crate::gup::Pin;
+use crate::iommu::Domain;
 use crate::object::Object;
 use crate::plant::Plants;
 use crate::pool::Pool;
@@ -15,7 +16,7 @@ use crate::process::Process;
 use crate::slab::Slab;
 use crate::table::space;
 use crate::vm::{Sequence, Vm};
-use crate::{Contents, Error, ObjectId, PinId, Plant, ProcessId, VmId};
+use crate::{Contents, DomainId, Error, ObjectId, PinId, Plant, ProcessId, VmId};
 
 /// What a machine is made of.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -63,6 +64,9 @@ pub struct Machine {
     pub(crate) processes: Slab<ProcessId, Process>,
     pub(crate) vms: Slab<VmId, Vm>,
     pub(crate) pins: Slab<PinId, Pin>,
+    pub(crate) domains: Slab<DomainId, Domain>,
+    /// How many of the pins are exclusive.
+    pub(crate) exclusive: u32,
     pub(crate) pool: Pool,
     pub(crate) protection: Protection,
     pub(crate) plants: Plants,
@@ -101,6 +105,8 @@ impl Machine {
             processes: Slab::new(),
             vms: Slab::new(),
             pins: Slab::new(),
+            domains: Slab::new(),
+            exclusive: 0,
             pool: Pool::default(),
             protection: Protection::default(),
             plants: Plants::default(),
@@ -157,10 +163,11 @@ impl Machine {
         }
         let pfn = self.frames.take(level).ok_or(Error::NoMemory { level })?;
         let pages = self.config.geometry.pages(level);
-        // The kernel zeroes what it allocates: an RMP #PF if a page was freed while assigned.
-        if let Err(refused) = self.protection.check_block(pfn, pages) {
+        // The kernel zeroes what it allocates, by its direct map: an RMP #PF if a page was freed
+        // while assigned, an abort if it was while a guest's under pKVM.
+        if let Err(error) = self.check_kernel_block(pfn, level) {
             self.frames.free(pfn, level);
-            return Err(refused.into());
+            return Err(error);
         }
         self.frames.zero(pfn, pages);
         Ok(pfn)

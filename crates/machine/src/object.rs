@@ -208,6 +208,7 @@ impl Machine {
             let first = range.start().get().max(start);
             let pfn = frame_at(*entry, first - start);
             let count = page_count(end - first);
+            self.check_direct_map(pfn, count, true)?;
             self.protection.check_block(pfn, count)?;
             self.frames.zero(pfn, count);
         }
@@ -228,6 +229,7 @@ impl Machine {
         for (page, at, bytes) in chunks_mut(offset, buffer) {
             match PageIndex::new(page).and_then(|page| object.backing(page)) {
                 Some(Backing { pfn, .. }) => {
+                    self.check_direct_map(pfn, page_count(1), false)?;
                     self.protection.check(&Access::host(pfn, Level::Size4K, false))?;
                     self.frames.read(pfn, at, bytes);
                 }
@@ -256,6 +258,7 @@ impl Machine {
             }
             let backing = self.objects.get(object)?.backing(page);
             let Backing { pfn, .. } = backing.ok_or(Error::Hole { object, page })?;
+            self.check_direct_map(pfn, page_count(1), true)?;
             self.protection.check(&Access::host(pfn, Level::Size4K, true))?;
             self.frames.write(pfn, at, bytes);
         }

@@ -23,6 +23,14 @@ pub enum Plant {
     KeptValidated,
     /// A guest's access is let through though stage 2 and the RMP disagree about its size.
     NoSizeCheck,
+    /// GUP-fast does not look whether a page is pinned exclusively.
+    GupFastIgnoresExclusive,
+    /// A change of pKVM's tables that fails half-way is left half-way.
+    HalfDonation,
+    /// What the host loses under pKVM stays open to its devices.
+    IommuForgotten,
+    /// pKVM's hypervisor gives pages to the host as they are.
+    NotScrubbed,
     /// A prefault calls what it maps accessed.
     AccessedSet,
     /// A page that others have, too, is written to without a copy.
@@ -35,7 +43,7 @@ pub enum Plant {
 
 impl Plant {
     /// Every plant.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 17] = [
         Self::SkipFlush,
         Self::StaleGup,
         Self::StaleSequence,
@@ -45,6 +53,10 @@ impl Plant {
         Self::LargeOverAssigned,
         Self::KeptValidated,
         Self::NoSizeCheck,
+        Self::GupFastIgnoresExclusive,
+        Self::HalfDonation,
+        Self::IommuForgotten,
+        Self::NotScrubbed,
         Self::AccessedSet,
         Self::CopyForgotten,
         Self::StaleShadow,

@@ -121,7 +121,7 @@ impl Machine {
     }
 
     /// Refuses unless the page cache holds the only references of the folio of `pfn`.
-    fn check_only_cached(&self, pfn: Pfn) -> Result<(), Error> {
+    pub(crate) fn check_only_cached(&self, pfn: Pfn) -> Result<(), Error> {
         let shared = self.folios.get(pfn)?.entry.shared;
         if shared > 0 {
             return Err(Error::Referenced { pfn, foreign: shared.into() });

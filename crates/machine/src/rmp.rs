@@ -8,9 +8,9 @@
 //! | table 15-35, who owns a page | [`RmpEntry::owner`] |
 //! | 15.36.5 RMPUPDATE, 15.36.11 PSMASH | [`Machine::rmpupdate`], [`Machine::psmash`] |
 //! | 15.36.6 PVALIDATE, 15.36.7 RMPADJUST, table 15-40 | [`Vcpu::pvalidate`], [`Vcpu::rmpadjust`] |
-//! | table 15-39, access checks | [`RmpCheck`](crate::RmpCheck), made in `rmp/check.rs` |
+//! | table 15-39, access checks | [`AccessCheck`](crate::AccessCheck), made in `rmp/check.rs` |
 //! | table 15-41, VMRUN's checks | [`Machine::vmrun`] |
-//! | the firmware's PAGE_UNSMASH and PAGE_RECLAIM | [`Machine::page_unsmash`], [`Machine::page_reclaim`] |
+//! | the firmware's PAGE_UNSMASH, PAGE_RECLAIM, LAUNCH_UPDATE | [`Machine::page_unsmash`], [`Machine::page_reclaim`], [`Machine::launch_update`] |
 //!
 //! # The rule
 //! The entry of a 2M-aligned frame says the level of all of its 2M. A 4K entry is found by its own
@@ -29,6 +29,7 @@
 //! its vCPU runs.
 //!
 //! # Not modelled
+//! - Launch, but for `SNP_LAUNCH_UPDATE` of a page ([`Machine::launch_update`]); attestation.
 //! - VMPLs other than 0, and with them RMPADJUST but for the VMSA bit.
 //! - Memory outside of the RMP; the RMP's own pages; the direct map (the trusted view writes as
 //!   through 4K mappings, which `adjust_direct_map()` of arch/x86/virt/svm/sev.c makes true).

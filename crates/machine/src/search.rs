@@ -9,7 +9,7 @@ use core::hash::{Hash, Hasher};
 use polder_units::{Gfn, Pfn};
 
 use crate::tlb::guest_tag;
-use crate::{Machine, Side, Thread, VcpuId, VmId, Vpn};
+use crate::{DomainId, Machine, Side, Thread, VcpuId, VmId, Vpn};
 
 impl Machine {
     /// The frame that a thread's TLB has for a page, however stale.
@@ -24,6 +24,16 @@ impl Machine {
         state.tlb.hit(guest_tag(gfn.get(), side == Side::Private, 0), false)
     }
 
+    /// The frame that a domain's IOTLB has for a device's page, however stale.
+    pub fn remembered_by_device(&self, domain: DomainId, gfn: Gfn) -> Option<Pfn> {
+        self.domains.get(domain).ok()?.iotlb.hit(gfn.get(), false)
+    }
+
+    /// The first word of a frame, whoever may reach it: what a checker looks for secrets in.
+    pub fn word_of(&self, pfn: Pfn) -> u64 {
+        self.frames.read_u64(pfn, 0)
+    }
+
     /// Hashes everything but what the CPUs remember.
     pub fn hash_without_tlbs<H: Hasher>(&self, state: &mut H) {
         self.frames.hash(state);
@@ -34,14 +44,14 @@ impl Machine {
             process.table.hash(state);
         }
         for (id, vm) in self.vms.iter() {
-            (id, &vm.slots, vm.invalidating, vm.snp).hash(state);
+            (id, &vm.slots, vm.invalidating, vm.snp, vm.protected).hash(state);
             vm.table.hash(state);
             (&vm.shadow, vm.two_dimensional).hash(state);
             for vcpu in &vm.vcpus {
                 (&vcpu.program, vcpu.next, vcpu.paging, vcpu.roots).hash(state);
             }
         }
-        (&self.pins, &self.plants, self.zero_page).hash(state);
+        (&self.pins, &self.domains, &self.plants, self.zero_page).hash(state);
         self.protection.hash(state);
     }
 

@@ -60,6 +60,10 @@ id! {
     ProcessId, "process"
 }
 id! {
+    /// A domain of the IOMMU.
+    DomainId, "iommu domain"
+}
+id! {
     /// A virtual machine.
     VmId, "vm"
 }
@@ -102,6 +106,10 @@ impl<K: Id, T> Slab<K, T> {
     pub(crate) fn get_mut(&mut self, id: K) -> Result<&mut T, Error> {
         let thing = self.things.get_mut(id.number() as usize).and_then(Option::as_mut);
         thing.ok_or(Error::Gone { what: K::WHAT, number: id.number() })
+    }
+
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.things.iter_mut().flatten()
     }
 
     pub(crate) fn remove(&mut self, id: K) -> Result<T, Error> {

@@ -130,7 +130,7 @@ impl Machine {
     ///
     /// # Errors
     /// [`Error::Stale`]: resolve again; [`Error::TooLarge`] above [`Resolved::largest`];
-    /// [`Error::Gone`].
+    /// [`Error::Protected`] where a hypervisor keeps stage 2; [`Error::Gone`].
     pub fn tdp_map(
         &mut self,
         resolved: &Resolved,
@@ -138,6 +138,7 @@ impl Machine {
         writable: bool,
     ) -> Result<Level, Error> {
         let Resolved { vm, gfn, pfn, largest, touch, .. } = *resolved;
+        self.check_stage2_is_ours(vm)?;
         self.check_current(resolved)?;
         if level > largest {
             return Err(Error::TooLarge { level, largest });
@@ -236,8 +237,9 @@ impl Machine {
     /// Returns whether there was one: only then a flush is needed.
     ///
     /// # Errors
-    /// [`Error::Gone`].
+    /// [`Error::Protected`] where a hypervisor keeps stage 2; [`Error::Gone`].
     pub fn tdp_unmap(&mut self, vm: VmId, range: GfnRange) -> Result<bool, Error> {
+        self.check_stage2_is_ours(vm)?;
         let Vm { table, shadow, .. } = self.vms.get_mut(vm)?;
         let mut any = shadow.zap(range.start().get(), range.end());
         table.drain(range.start().get(), range.end(), |_| any = true);
@@ -247,8 +249,9 @@ impl Machine {
     /// A whole invalidation in one step: begin, unmap, flush, end.
     ///
     /// # Errors
-    /// [`Error::Gone`].
+    /// As [`Machine::tdp_unmap`]; nothing has begun then.
     pub fn tdp_zap(&mut self, vm: VmId, range: GfnRange) -> Result<bool, Error> {
+        self.check_stage2_is_ours(vm)?;
         self.invalidate_begin(vm, range)?;
         let any = self.tdp_unmap(vm, range)?;
         self.flush_vm(vm, range)?;

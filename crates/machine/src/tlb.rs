@@ -118,6 +118,17 @@ impl Tlb {
         }
     }
 
+    /// Forgets whatever leads to a frame, at whichever page: a flush by what stage 2 or the IOMMU
+    /// translates to.
+    pub(crate) fn forget_frame(&mut self, pfn: Pfn) {
+        for slot in 0..self.entries.len() {
+            let cached = self.entries[slot];
+            if cached.tag != NOTHING && cached.pfn == pfn {
+                self.drop_entry(slot);
+            }
+        }
+    }
+
     fn drop_if(&mut self, wanted: impl Fn(u64) -> bool) {
         for slot in 0..self.entries.len() {
             let tag = self.entries[slot].tag;

@@ -79,6 +79,8 @@ pub(crate) struct Vm {
     pub(crate) invalidating: Option<Invalidating>,
     /// Of an SNP guest.
     pub(crate) snp: Option<Snp>,
+    /// A protected VM of pKVM's.
+    pub(crate) protected: bool,
 }
 
 impl Vm {
@@ -179,15 +181,18 @@ impl Machine {
             sequence,
             invalidating: None,
             snp,
+            protected: false,
         })
     }
 
     /// Destroys a VM with its vCPUs, slots and stage 2. What the RMP assigned to it stays so until
-    /// the driver takes it away.
+    /// the driver takes it away; what pKVM gave it is the host's again, scrubbed.
     ///
     /// # Errors
     /// [`Error::Gone`].
     pub fn destroy_vm(&mut self, vm: VmId) -> Result<(), Error> {
+        self.vms.get(vm)?;
+        self.reclaim_all(vm);
         self.vms.remove(vm)?;
         if let Some(rmp) = &mut self.protection.rmp {
             let of_vm = |user: &User| matches!(user, User::Vcpu(vcpu) if vcpu.vm == vm);

@@ -48,4 +48,5 @@ pub use scenario::{
 };
 
 /// Every platform.
-pub const PLATFORMS: [Platform; 3] = [Platform::Plain, Platform::SwProtected, Platform::Snp];
+pub const PLATFORMS: [Platform; 4] =
+    [Platform::Plain, Platform::SwProtected, Platform::Snp, Platform::Pkvm];

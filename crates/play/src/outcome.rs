@@ -2,7 +2,9 @@
 
 use std::error::Error as _;
 
-use polder::machine::{Discrepancy, Exit, FirmwareFail, HostExit, Refused, RmpCheck, RmpFail};
+use polder::machine::{
+    AccessCheck, Discrepancy, Exit, FirmwareFail, HostExit, PkvmFail, Refused, RmpFail,
+};
 use polder::units::PAGE_SIZE;
 use polder::{Error, GuestExit, MemoryFault, Refusal};
 
@@ -147,6 +149,9 @@ fn refusal(refusal: &Refusal) -> (Is, Option<u64>, Option<String>) {
         Refusal::SourceFailed { page } => on(Is::SourceFailed, page),
         Refusal::Whole { page } => on(Is::Whole, page),
         Refusal::Quarantined { page } => on(Is::Quarantined, page),
+        Refusal::GuestDecides { page, .. } => on(Is::NotAsked, page),
+        Refusal::Launched { page } => on(Is::Launched, page),
+        Refusal::Unmovable { page, .. } => on(Is::Unmovable, page),
         Refusal::Contents { .. } => (Is::Contents, None, None),
         Refusal::SlotTaken { .. } => (Is::SlotTaken, None, None),
         Refusal::GfnsTaken { .. } => (Is::GfnsTaken, None, None),
@@ -166,6 +171,7 @@ impl From<Error> for Outcome {
             Error::Quarantined { .. } => (Is::Quarantined, None, None),
             Error::Machine(error) => (Self::from(*error).is, None, None),
             Error::Rmp { page, fail } => (Self::from(*fail).is, Some(page.get()), None),
+            Error::Pkvm { page, fail } => (Self::from(*fail).is, Some(page.get()), None),
             Error::Firmware { page, .. } => (Is::Failed, Some(page.get()), None),
             Error::NotOffered { .. }
             | Error::Missing { .. }
@@ -207,15 +213,18 @@ impl From<GuestExit> for Outcome {
 impl From<Refused> for Outcome {
     fn from(refused: Refused) -> Self {
         let is = match refused.check {
-            RmpCheck::InUse => Is::RmpInUse,
-            RmpCheck::HypervisorOwned => Is::HypervisorOwned,
-            RmpCheck::GuestOwned => Is::GuestOwned,
-            RmpCheck::ReverseMap => Is::ReverseMap,
-            RmpCheck::Mutable => Is::Immutable,
-            RmpCheck::PageSize => Is::PageSize,
-            RmpCheck::InstructionSize => Is::InstructionSize,
-            RmpCheck::Validated => Is::NotValidated,
-            RmpCheck::Vmsa => Is::Failed,
+            AccessCheck::InUse => Is::RmpInUse,
+            AccessCheck::HypervisorOwned => Is::HypervisorOwned,
+            AccessCheck::GuestOwned => Is::GuestOwned,
+            AccessCheck::ReverseMap => Is::ReverseMap,
+            AccessCheck::Mutable => Is::Immutable,
+            AccessCheck::PageSize => Is::PageSize,
+            AccessCheck::InstructionSize => Is::InstructionSize,
+            AccessCheck::Validated => Is::NotValidated,
+            AccessCheck::Vmsa => Is::Failed,
+            AccessCheck::HostStage2 => Is::HostAbort,
+            AccessCheck::Iommu => Is::Iommu,
+            AccessCheck::DirectMap => Is::NoDirectMap,
         };
         Self::new(is, refused.to_string())
     }
@@ -231,6 +240,21 @@ impl From<RmpFail> for Outcome {
             RmpFail::Overlap => Is::FailOverlap,
             RmpFail::SizeMismatch => Is::FailSizeMismatch,
             RmpFail::BadAddress => Is::FailBadAddress,
+        };
+        Self::new(is, fail.to_string())
+    }
+}
+
+impl From<PkvmFail> for Outcome {
+    fn from(fail: PkvmFail) -> Self {
+        let is = match fail {
+            PkvmFail::Undefined => Is::Undefined,
+            PkvmFail::Permission => Is::Eperm,
+            PkvmFail::NotFound => Is::Enoent,
+            PkvmFail::Busy => Is::Ebusy,
+            PkvmFail::NoMemory => Is::Enomem,
+            PkvmFail::NotAsked => Is::NotAsked,
+            PkvmFail::Input => Is::FailInput,
         };
         Self::new(is, fail.to_string())
     }
@@ -260,6 +284,7 @@ impl From<HostExit> for Outcome {
             HostExit::Fault(_) => Is::NotPinned,
             HostExit::Wait { .. } => Is::Locked,
             HostExit::Sigbus { .. } | HostExit::Segv { .. } => Is::Denied,
+            HostExit::Pinned { .. } => Is::Pinned,
             HostExit::Refused(refused) => return refused.into(),
             HostExit::Invalid(error) => return error.into(),
         };
@@ -285,7 +310,9 @@ impl From<polder::machine::Error> for Outcome {
             Machine::NoMemory { .. } => Is::NoMemory,
             Machine::NoSlot { .. } => Is::Unbound,
             Machine::Beyond { .. } | Machine::OutOfBounds { .. } => Is::Beyond,
-            Machine::NoSnp => Is::Undefined,
+            Machine::NoSnp | Machine::NoPkvm | Machine::Protected { .. } => Is::Undefined,
+            Machine::Pkvm(fail) => return fail.into(),
+            Machine::Iommu(_) => Is::Iommu,
             _ => Is::Failed,
         };
         Self::new(is, error.to_string())

@@ -331,7 +331,13 @@ impl<'t> Reader<'t> {
                 to: need("to")?.word(&[Visibility::Private, Visibility::Shared])?,
             },
             "discard" => Verb::Discard { place: self.place(table, what)? },
+            "move" => Verb::Move { place: self.place(table, what)? },
+            "relinquish" => Verb::Relinquish { place: self.place(table, what)? },
             "populate" => Verb::Populate {
+                place: self.place(table, what)?,
+                bytes: self.bytes(&need("bytes")?)?,
+            },
+            "preload" => Verb::Preload {
                 place: self.place(table, what)?,
                 bytes: self.bytes(&need("bytes")?)?,
             },

@@ -560,6 +560,9 @@ impl Verb {
             Self::Convert { place, .. }
             | Self::Want { place, .. }
             | Self::Discard { place }
+            | Self::Move { place }
+            | Self::Relinquish { place }
+            | Self::Preload { place, .. }
             | Self::Populate { place, .. }
             | Self::Fail { place }
             | Self::Pin { place, .. }

@@ -154,6 +154,9 @@ impl Verb {
             }
             Self::Want { place, to, vm: number } => format!("wish {place}{} {to}", vm(*number)),
             Self::Discard { place } => format!("discard {place}"),
+            Self::Move { place } => format!("move {place}"),
+            Self::Relinquish { place } => format!("relinquish {place}"),
+            Self::Preload { place, bytes } => format!("preload {place} with {bytes:?}"),
             Self::Populate { place, bytes } => {
                 format!("populate {place} with \"{}\"", short(bytes))
             }

@@ -12,7 +12,7 @@ use polder::machine::{
     View as Vma, VpnRange,
 };
 use polder::units::{GfnRange, PAGE_SIZE, PageIndex, PageRange};
-use polder::{Holder, MachineVcpu, OnBusy, Pin, Slot, Visibility};
+use polder::{Holder, MachineVcpu, OnBusy, Pin, Platform, Slot, Visibility};
 use polder_vmm::scenario::Op;
 use polder_vmm::{End, Failure, Progress, Supervision};
 
@@ -107,6 +107,14 @@ impl Worker<'_> {
                     (Place::Pages(range), Kind::Vmm) => {
                         memory.convert(range, *to, *contents, on_busy)?
                     }
+                    // Where the guest alone decides, it asks by a hypercall of its own.
+                    (place, Kind::Guest) if memory.platform() == Platform::Pkvm => {
+                        let gfns = self.gfns(place, self.actor.vm)?;
+                        match &*self.vcpu()? {
+                            Vcpu::Polder(vcpu) => vcpu.convert(gfns, *to)?,
+                            _ => return Err(nobodys()),
+                        }
+                    }
                     (place, _) => {
                         let id = self.world.vms[self.actor.vm].id.ok_or_else(nobodys)?;
                         let gfns = self.gfns(place, self.actor.vm)?;
@@ -118,6 +126,20 @@ impl Worker<'_> {
             Verb::Want { place, vm, to } => {
                 let id = self.world.vms[*vm].id.ok_or_else(nobodys)?;
                 memory.want(id, self.gfns(*place, *vm)?, *to)?;
+                Ok(Outcome::done())
+            }
+            Verb::Move { place } => {
+                self.each(*place, |range| Ok(memory.move_pages(range, OnBusy::Wait)?))
+            }
+            Verb::Preload { place, bytes } => {
+                self.each(*place, |range| Ok(memory.preload(range, bytes.as_bytes())?))
+            }
+            Verb::Relinquish { place } => {
+                let gfns = self.gfns(*place, self.actor.vm)?;
+                match &*self.vcpu()? {
+                    Vcpu::Polder(vcpu) => vcpu.relinquish(gfns)?,
+                    _ => return Err(nobodys()),
+                }
                 Ok(Outcome::done())
             }
             Verb::Discard { place } => {

@@ -200,8 +200,12 @@ impl Scenario {
             Verb::Want { place, vm, to } => {
                 keys.place(*place).text("vm", self.vm_name(*vm)).text("to", to)
             }
-            Verb::Populate { place, bytes } => keys.place(*place).text("bytes", bytes),
+            Verb::Populate { place, bytes } | Verb::Preload { place, bytes } => {
+                keys.place(*place).text("bytes", bytes)
+            }
             Verb::Discard { place }
+            | Verb::Move { place }
+            | Verb::Relinquish { place }
             | Verb::Fail { place }
             | Verb::Lock { place }
             | Verb::Unlock { place }
@@ -296,6 +300,9 @@ impl Verb {
             Self::Want { .. } => "want",
             Self::Discard { .. } => "discard",
             Self::Populate { .. } => "populate",
+            Self::Move { .. } => "move",
+            Self::Preload { .. } => "preload",
+            Self::Relinquish { .. } => "relinquish",
             Self::Fail { .. } => "fail",
             Self::Settle => "settle",
             Self::Bind { .. } => "bind",

@@ -26,6 +26,7 @@ use polder_engine::{
 };
 use polder_units::{Gfn, GfnRange, PAGE_BYTES, PageCount, PageIndex, PageRange};
 
+use crate::dma::Devices;
 use crate::host::views::Views;
 use crate::host::{Faulted, Host, Shown, Smashed, Translated};
 use crate::pager::Pager;
@@ -50,9 +51,12 @@ pub(crate) struct Driver {
     changed: Condvar,
     pub(crate) host: Box<dyn Host>,
     pub(crate) counters: Counters,
+    pub(crate) devices: Devices,
     /// After how long a waiter asks again by itself: a claim whose thread died is released by
     /// whoever asks.
     pub(crate) ask_again: Duration,
+    /// A guest has touched its memory.
+    begun: AtomicBool,
     /// Who is told what happens.
     pub(crate) watch: OnceLock<Arc<dyn Watch>>,
     /// Pins that were given back because their holder's thread panicked.
@@ -135,7 +139,9 @@ impl Driver {
             changed: Condvar::new(),
             host,
             counters: Counters::default(),
+            devices: Devices::default(),
             ask_again: ASK_AGAIN,
+            begun: AtomicBool::new(false),
             watch: OnceLock::new(),
             dead_pins: Mutex::default(),
             waiting: Mutex::default(),
@@ -176,7 +182,7 @@ impl Driver {
 
     /// Tells who watches how far an operation has come, without the engine, which others have
     /// meanwhile.
-    fn reached<'a>(&'a self, engine: Locked<'a>, stage: Reached) -> Locked<'a> {
+    pub(crate) fn reached<'a>(&'a self, engine: Locked<'a>, stage: Reached) -> Locked<'a> {
         if self.watch.get().is_none() {
             return engine;
         }
@@ -271,12 +277,12 @@ impl Driver {
         &self,
         find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
         (to, contents): (Visibility, Contents),
-        by: Option<VmId>,
+        (by, by_guest): (Option<VmId>, bool),
         on_busy: OnBusy,
     ) -> Result<Option<Converted>, Error> {
         let activity = Activity::Conversion { to, contents, by };
         self.unpinned(on_busy, activity, &find, || {
-            self.convert_now(&find, (to, contents), by, on_busy)
+            self.convert_now(&find, (to, contents), (by, by_guest), on_busy)
         })
     }
 
@@ -286,12 +292,12 @@ impl Driver {
         &self,
         find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
         (to, contents): (Visibility, Contents),
-        by: Option<VmId>,
+        (by, by_guest): (Option<VmId>, bool),
         on_busy: OnBusy,
     ) -> Result<Option<Converted>, Error> {
         let claim = |engine: &mut Engine| {
             let ranges = find(engine)?;
-            engine.convert(&ConversionRequest { ranges, to, contents, by })
+            engine.convert(&ConversionRequest { ranges, to, contents, by, by_guest })
         };
         let conversion = match self.claim(on_busy, claim)? {
             Start::AlreadySo => return Ok(None),
@@ -309,6 +315,27 @@ impl Driver {
         Ok(Some(converted))
     }
 
+    /// The same, counted. How many pages changed.
+    pub(crate) fn convert_counted(
+        &self,
+        find: impl Fn(&Engine) -> Result<Vec<PageRange>, Refusal>,
+        (to, contents): (Visibility, Contents),
+        by: (Option<VmId>, bool),
+        on_busy: OnBusy,
+    ) -> Result<PageCount, Error> {
+        match self.convert(find, (to, contents), by, on_busy) {
+            Ok(converted) => {
+                let pages = converted.map_or(PageCount::ZERO, |converted| converted.pages);
+                self.counters.converted(to, pages);
+                Ok(pages)
+            }
+            Err(error) => {
+                self.counters.refused();
+                Err(error)
+            }
+        }
+    }
+
     /// Takes a slot away, from the host first: that may take long, and fail, and until it is done
     /// the slot is there, its faults are answered, and what is granted meets its wishes. No other
     /// slot may change meanwhile.
@@ -323,15 +350,24 @@ impl Driver {
         Ok(())
     }
 
-    /// Drops the contents of pages; where pins are in the way and are to be waited for, once they
-    /// are gone.
-    pub(crate) fn discard(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
+    /// Drops the contents of pages, by the guest's own wish or the VMM's; where pins are in the way
+    /// and are to be waited for, once they are gone.
+    pub(crate) fn discard(
+        &self,
+        range: PageRange,
+        by_guest: bool,
+        on_busy: OnBusy,
+    ) -> Result<(), Error> {
         let find = |_: &Engine| Ok(vec![range]);
-        self.unpinned(on_busy, Activity::Discard, find, || self.discard_now(range, on_busy))
+        let discard = || self.discard_now(range, by_guest, on_busy);
+        self.unpinned(on_busy, Activity::Discard, find, discard)
     }
 
-    fn discard_now(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
-        let discard = self.claim(on_busy, |engine| engine.discard(range))?;
+    fn discard_now(&self, range: PageRange, by_guest: bool, on_busy: OnBusy) -> Result<(), Error> {
+        let discard = self.claim(on_busy, |engine| match by_guest {
+            true => engine.discard_for_guest(range),
+            false => engine.discard(range),
+        })?;
         let (engine, discard) = self.drain(discard)?;
         let (mut engine, cleared) = self.perform(engine, discard, Reached::Cleared)?;
         engine.finish_discard(cleared);
@@ -478,6 +514,9 @@ impl Driver {
         stop: impl Fn() -> bool,
     ) -> Result<Option<MemoryFault>, Error> {
         self.counters.guest_fault();
+        if !self.begun.swap(true, Ordering::Relaxed) {
+            self.engine().launch();
+        }
         let ask = |engine: &mut Engine| engine.guest_fault(vm, access);
         self.answer_guest(ask, stop, |range| self.host.map_guest(vm, access, faulted, range))
     }
@@ -605,7 +644,7 @@ impl Driver {
 
     /// Looks for pins of what an operation claims that were taken without the lock, and waits for
     /// the answers and copies in flight on it.
-    fn drain<S: Stage>(
+    pub(crate) fn drain<S: Stage>(
         &self,
         operation: Operation<S>,
     ) -> Result<(Locked<'_>, Operation<S>), Error> {
@@ -625,7 +664,7 @@ impl Driver {
     }
 
     /// Takes all steps of a stage, and tells that the next one is reached.
-    fn perform<'a, S: Stage>(
+    pub(crate) fn perform<'a, S: Stage>(
         &'a self,
         engine: Locked<'a>,
         operation: Operation<S>,
@@ -637,7 +676,7 @@ impl Driver {
 
     /// Takes all steps of a stage. The engine is let go of only where the host has something to do:
     /// a conversion of one page takes no longer than its system call and as much again.
-    fn take_steps<'a, S: Stage>(
+    pub(crate) fn take_steps<'a, S: Stage>(
         &'a self,
         mut engine: Locked<'a>,
         operation: Operation<S>,
@@ -651,7 +690,7 @@ impl Driver {
             }
             drop(engine);
             self.tell(Moment::Step(now));
-            if let Err(error) = self.host.take(now) {
+            if let Err(error) = self.take(now) {
                 self.tell(Moment::Failed(now));
                 return Err(self.fail(operation, error));
             }
@@ -662,8 +701,13 @@ impl Driver {
         Ok((engine, operation))
     }
 
+    /// Takes a step: on the host, or with a device.
+    fn take(&self, step: Step) -> Result<(), Error> {
+        self.devices.take(step).unwrap_or_else(|| self.host.take(step))
+    }
+
     /// Undoes an operation of our own because of `error`; returns what to tell the caller.
-    fn fail<S: Stage>(&self, operation: Operation<S>, error: Error) -> Error {
+    pub(crate) fn fail<S: Stage>(&self, operation: Operation<S>, error: Error) -> Error {
         let operation = {
             let mut engine = self.engine();
             let operation = engine.undo(operation);
@@ -699,7 +743,7 @@ impl Driver {
     fn undo_step(&self, step: Step) -> bool {
         let cuts_off = matches!(step, Step::Quarantine(_));
         for tried in 1..=UNDO_TRIES {
-            match self.host.take(step) {
+            match self.take(step) {
                 Ok(()) => return true,
                 Err(error) if tried < UNDO_TRIES && (cuts_off || error.may_pass()) => {
                     crate::sync::sleep(UNDO_PAUSE);
@@ -708,6 +752,12 @@ impl Driver {
             }
         }
         false
+    }
+
+    /// What a conversion can do at best for what is in the pages.
+    pub(crate) fn keeps_most(&self, to: Visibility) -> Contents {
+        let config = *self.engine().config();
+        config.platform.keeps_most(to, config.in_place)
     }
 
     /// Moves bytes between the host and shared pages. All runs are found, checked and claimed in

@@ -258,7 +258,9 @@ impl Set {
     }
 
     fn convert(&self, range: PageRange, to: Visibility, contents: Contents) -> Result<(), Error> {
-        self.driver.convert(|_| Ok(vec![range]), (to, contents), None, OnBusy::Wait).map(drop)
+        self.driver
+            .convert(|_| Ok(vec![range]), (to, contents), (None, false), OnBusy::Wait)
+            .map(drop)
     }
 
     /// Whether nothing is in flight soon: who touches is let go before his answer is given back.
@@ -410,7 +412,7 @@ fn fails_over_a_refused_page(trouble: Trouble, discards: bool, n: usize) -> bool
     assert_eq!(assigned_of_two(&set), [false, true]);
     *set.plan.lock() = (n, 1);
     let result = catch_unwind(AssertUnwindSafe(|| match discards {
-        true => set.driver.discard(both, OnBusy::Wait),
+        true => set.driver.discard(both, false, OnBusy::Wait),
         false => set.convert(both, Visibility::Shared, Contents::Unspecified),
     }));
     *set.plan.lock() = (usize::MAX, 0);
@@ -451,7 +453,7 @@ fn while_a_slot_can_not_be_taken_away_its_guest_goes_on_and_its_wishes_are_met()
         assert_eq!(driver.guest_fault(vm, access, None, || true), Ok(None));
         // The VMM decides for all of its guests.
         let (find, to) = (|_: &Engine| Ok(vec![pages(1, 2)]), Visibility::Shared);
-        driver.convert(find, (to, Contents::Unspecified), None, OnBusy::Wait).unwrap();
+        driver.convert(find, (to, Contents::Unspecified), (None, false), OnBusy::Wait).unwrap();
         done.store(true, Ordering::SeqCst);
     }));
     set.driver.unbind(vm, Slot(0)).unwrap_err();

@@ -1,6 +1,7 @@
 //! Every way in which a call on [`crate::Memory`] fails.
 
 use polder_engine::{Errno, Refusal};
+use polder_machine::PkvmFail;
 use polder_units::{Level, PageCount, PageRange};
 
 /// A call that failed. It changed nothing, unless it says so.
@@ -33,6 +34,28 @@ pub enum Error {
         /// What the instruction said last.
         #[source]
         fail: polder_machine::RmpFail,
+    },
+    /// pKVM's hypervisor, on the simulated machine, refused a hypercall.
+    #[error("the hypervisor did nothing about page {page}")]
+    Pkvm {
+        /// The page.
+        page: polder_units::PageIndex,
+        /// What it said.
+        #[source]
+        fail: polder_machine::PkvmFail,
+    },
+    /// A device could not do its part.
+    #[error("{holder} could not {what} pages {pages}")]
+    Device {
+        /// The device's holder.
+        holder: polder_engine::Holder,
+        /// What it was to do.
+        what: &'static str,
+        /// The pages.
+        pages: PageRange,
+        /// What it said.
+        #[source]
+        source: Box<Self>,
     },
     /// The simulated machine's firmware refused to give an RMP entry back.
     #[error("the firmware keeps the rmp entry of page {page}")]
@@ -209,6 +232,15 @@ impl Error {
                 Errno::EOPNOTSUPP
             }
             Self::Rmp { fail: polder_machine::RmpFail::InUse, .. } => Errno::EAGAIN,
+            Self::Pkvm { fail, .. } => match fail {
+                PkvmFail::Busy => Errno::EAGAIN,
+                PkvmFail::NoMemory => Errno::ENOMEM,
+                PkvmFail::Permission | PkvmFail::NotAsked => Errno::EPERM,
+                PkvmFail::NotFound => Errno::ENOENT,
+                PkvmFail::Input => Errno::EINVAL,
+                PkvmFail::Undefined => Errno::EOPNOTSUPP,
+            },
+            Self::Device { source, .. } => source.errno(),
             Self::Machine(
                 polder_machine::Error::Locked { .. } | polder_machine::Error::Mapped { .. },
             ) => Errno::EAGAIN,

@@ -55,6 +55,7 @@
 #[doc = include_str!("../../../README.md")]
 struct Readme;
 
+mod dma;
 mod driver;
 mod error;
 mod explain;
@@ -65,6 +66,7 @@ mod host_view;
 mod huge_pool;
 pub mod kvm;
 mod memory;
+mod move_pages;
 mod page_size;
 mod pager;
 mod pin;
@@ -92,6 +94,7 @@ pub use polder_units as units;
 /// The crate whose traits [`guest_memory`] has, in the version that it has them of.
 pub use vm_memory;
 
+pub use dma::{Device, Dma, SimulatedDevice};
 pub use error::Error;
 pub use explain::{BindingOf, ClaimOf, Explanation, HostState, MappingLimit, PastOf, PinOf, RmpOf};
 pub use host::{HostKind, Vm};

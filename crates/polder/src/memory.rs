@@ -186,10 +186,19 @@ impl Builder {
         if self.pages.is_zero() {
             return Err(Refusal::Range(RangeError::Empty).into());
         }
-        if self.platform == Platform::Snp && self.host != HostKind::Machine {
+        let what = match self.platform {
+            Platform::Snp => Some("SEV-SNP is offered on the simulated machine only"),
+            Platform::Pkvm => Some("pKVM is offered on the simulated machine only"),
+            Platform::Plain | Platform::SwProtected => None,
+        };
+        if let (Some(what), HostKind::Memfd | HostKind::GuestMemfd) = (what, self.host) {
+            let way_out = "use --host machine, or another platform";
+            return Err(Error::NotOffered { what, way_out });
+        }
+        if self.platform.guest_decides() && self.initial.visibility == Visibility::Shared {
             return Err(Error::NotOffered {
-                what: "SEV-SNP is offered on the simulated machine only",
-                way_out: "use --host machine, or another platform",
+                what: "a protected VM's memory is its own at first: only the guest shares it",
+                way_out: "leave the memory private (no Builder::shared), and have the guest share",
             });
         }
         let PageFacts { visibility, population } = self.initial;
@@ -246,6 +255,12 @@ impl Builder {
             return Err(Error::NotOffered {
                 what: "the kernel's guest_memfd has pages of 4K only",
                 way_out: "use --page-size 4k, or --host memfd",
+            });
+        }
+        if self.platform.hypervisor_keeps_stage2() && page_size != PageSize::Small {
+            return Err(Error::NotOffered {
+                what: "the simulated pKVM gives a guest pages of 4K",
+                way_out: "use --page-size 4k, or another platform",
             });
         }
         if host == HostKind::Machine && page_size == PageSize::Thp {
@@ -571,17 +586,7 @@ impl Memory {
         by: Option<VmId>,
         on_busy: OnBusy,
     ) -> Result<PageCount, Error> {
-        match self.driver.convert(find, (to, contents), by, on_busy) {
-            Ok(converted) => {
-                let pages = converted.map_or(PageCount::ZERO, |converted| converted.pages);
-                self.driver.counters.converted(to, pages);
-                Ok(pages)
-            }
-            Err(error) => {
-                self.driver.counters.refused();
-                Err(error)
-            }
-        }
+        self.driver.convert_counted(find, (to, contents), (by, false), on_busy)
     }
 
     /// Notes what a VM wishes its pages to be (`MEMORY_ATTRIBUTE_PRIVATE`): nothing changes by it.
@@ -639,7 +644,7 @@ impl Memory {
     /// # Ok::<_, polder::Error>(())
     /// ```
     pub fn discard(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
-        self.driver.discard(range, on_busy)
+        self.driver.discard(range, false, on_busy)
     }
 
     /// Merges the 4K RMP entries of each 2M page in `range` that is private as a whole, where they
@@ -1007,8 +1012,7 @@ impl Memory {
     /// # Ok::<_, polder::Error>(())
     /// ```
     pub fn keeps_most(&self, to: Visibility) -> Contents {
-        let config = *self.driver.engine().config();
-        config.platform.keeps_most(to, config.in_place)
+        self.driver.keeps_most(to)
     }
 
     /// For which kind of VM it is.

@@ -5,18 +5,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use polder_engine::{GuestAccess, MemoryFault, Visibility, VmId};
+use polder_engine::{Engine, GuestAccess, MemoryFault, Visibility, VmId};
 use polder_machine::{
-    Exit, GuestFault, Intercept, Machine, PageFault, Refused, RmpCheck, RmpFail, RmpSize, Root,
-    Side, VcpuId,
+    AccessCheck, Ask, Exit, GuestFault, Intercept, Machine, PageFault, PkvmFail, Refused, RmpFail,
+    RmpSize, Root, Side, VcpuId,
 };
-use polder_units::{Gfn, GfnRange, Gpa, Level};
+use polder_units::{Gfn, GfnRange, Gpa, Level, PageCount};
 
-use crate::Error;
 use crate::driver::Driver;
 use crate::host::Smashed;
 use crate::host::machine::MachineHost;
 use crate::watch::Moment;
+use crate::{Error, OnBusy};
 
 /// How often in a row the RMP may refuse an access after an answer that changed nothing: what is
 /// answered rightly passes after two or three, and what never passes is no reason to hang. Waiting
@@ -47,6 +47,12 @@ pub enum GuestExit {
     /// The machine could not map the page, or hardware went on refusing the access.
     #[error(transparent)]
     Failed(Error),
+}
+
+impl From<Error> for GuestExit {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
 }
 
 /// A vCPU of the simulated machine. Its accesses go through a TLB and stage 2; what they don't
@@ -160,6 +166,94 @@ impl MachineVcpu {
         Ok(result)
     }
 
+    /// The guest asks for its frames to be private or shared, by a hypercall of its own
+    /// (`KVM_HC_MAP_GPA_RANGE`; under pKVM `MEM_SHARE` and `MEM_UNSHARE`, and there it is the only
+    /// way). Frames that it has not touched yet it is given first. How many pages changed.
+    ///
+    /// # Errors
+    /// [`GuestExit::Failed`] with what the VMM or the hypervisor refused: nothing has changed then.
+    pub fn convert(&self, gfns: GfnRange, to: Visibility) -> Result<PageCount, GuestExit> {
+        let (by, contents) = ((Some(self.vm), true), self.driver.keeps_most(to));
+        let convert = || {
+            let find = |engine: &Engine| engine.pages_of(self.vm, gfns);
+            self.driver.convert_counted(find, (to, contents), by, OnBusy::Wait)
+        };
+        let ask = match to {
+            Visibility::Private => Ask::Unshare,
+            Visibility::Shared => Ask::Share,
+        };
+        self.ask_for(gfns, ask, convert)
+    }
+
+    /// The guest gives frames back (`MEM_RELINQUISH` under pKVM, a balloon elsewhere): they take up
+    /// no memory, and are zeros if it touches them again. Under pKVM they are to be private.
+    ///
+    /// # Errors
+    /// As [`Self::convert`]; of several runs of pages, those before the one that failed are given.
+    pub fn relinquish(&self, gfns: GfnRange) -> Result<(), GuestExit> {
+        self.ask_for(gfns, Ask::Relinquish, || {
+            let runs = self.driver.ask(|engine| engine.pages_of(self.vm, gfns))?;
+            runs.into_iter().try_for_each(|run| self.driver.discard(run, true, OnBusy::Wait))
+        })
+    }
+
+    /// Has pKVM's hypervisor know that the guest asks, has it answered, and lets the guest go on.
+    /// Without pKVM there is nobody to ask. Who finds that another vCPU's request has come between
+    /// asks again.
+    fn ask_for<T>(
+        &self,
+        gfns: GfnRange,
+        ask: Ask,
+        answer: impl Fn() -> Result<T, Error>,
+    ) -> Result<T, GuestExit> {
+        let host = self.driver.host.machine().expect("made on the simulated machine");
+        if !self.driver.engine().config().platform.guest_decides() {
+            return answer().map_err(GuestExit::Failed);
+        }
+        self.driver.ask(|engine| engine.pages_of(self.vm, gfns))?;
+        let mut refusals = 0;
+        loop {
+            for gfn in gfns.frames() {
+                self.hypercall(gfn, ask)?;
+            }
+            let answered = answer();
+            for gfn in gfns.frames() {
+                let resumed = host.lock().resume_guest(self.id.vm, gfn);
+                assert!(resumed.is_ok(), "pKVM is enabled: {resumed:?}");
+            }
+            match answered {
+                Err(Error::Pkvm { fail: PkvmFail::NotAsked, .. }) if refusals < REFUSALS => {
+                    refusals += 1;
+                    crate::sync::yield_now();
+                }
+                answered => return answered.map_err(GuestExit::Failed),
+            }
+        }
+    }
+
+    /// One hypercall of the guest's. A page that it does not have it is given first, unless it is to
+    /// be given back; one that is so already needs no asking.
+    fn hypercall(&self, gfn: Gfn, ask: Ask) -> Result<(), GuestExit> {
+        let host = self.driver.host.machine().expect("made on the simulated machine");
+        loop {
+            let asked = {
+                let machine = &mut *host.lock();
+                let mut vcpu = machine.vcpu(self.id).map_err(Error::Machine)?;
+                match ask {
+                    Ask::Share => vcpu.mem_share(gfn),
+                    Ask::Unshare => vcpu.mem_unshare(gfn),
+                    Ask::Relinquish => vcpu.mem_relinquish(gfn),
+                }
+            };
+            match asked {
+                Ok(Ok(()) | Err(PkvmFail::Permission)) => return Ok(()),
+                Ok(Err(fail)) => unreachable!("a guest of pKVM's asks: {fail}"),
+                Err(_) if ask == Ask::Relinquish => return Ok(()),
+                Err(_) => self.answer(gfn, None, Visibility::Private)?,
+            }
+        }
+    }
+
     fn access(
         &self,
         (gfns, visibility): (GfnRange, Visibility),
@@ -256,8 +350,8 @@ impl MachineVcpu {
         refused: Refused,
     ) -> Result<Answered, GuestExit> {
         match refused.check {
-            RmpCheck::Validated => Err(GuestExit::NotValidated(gfn)),
-            RmpCheck::PageSize | RmpCheck::InstructionSize => {
+            AccessCheck::Validated => Err(GuestExit::NotValidated(gfn)),
+            AccessCheck::PageSize | AccessCheck::InstructionSize => {
                 let mut smashed = None;
                 let kicked = || self.is_kicked();
                 self.go_on(self.driver.size_fault(self.vm, gfn, kicked, &mut smashed))?;
@@ -268,8 +362,8 @@ impl MachineVcpu {
                 })
             }
             // Another processor is at work on the entry: soon it is not.
-            RmpCheck::InUse if self.is_kicked() => Err(GuestExit::Kicked),
-            RmpCheck::InUse => Ok(Answered::InUse),
+            AccessCheck::InUse if self.is_kicked() => Err(GuestExit::Kicked),
+            AccessCheck::InUse => Ok(Answered::InUse),
             // Of the other kind than granted, or not assigned as it is bound now.
             _ => self.answer(gfn, None, visibility).map(|()| Answered::Same),
         }

@@ -33,11 +33,13 @@ pub enum Reached {
     Published,
     /// A discard: the memory is gone.
     Cleared,
+    /// A move: the pages are in their new place.
+    Moved,
 }
 
 impl Reached {
     /// Every stage.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Claimed,
         Self::Drained,
         Self::Unmapped,
@@ -48,6 +50,7 @@ impl Reached {
         Self::Written,
         Self::Published,
         Self::Cleared,
+        Self::Moved,
     ];
 
     /// Its name.
@@ -63,6 +66,7 @@ impl Reached {
             Self::Written => "written",
             Self::Published => "published",
             Self::Cleared => "cleared",
+            Self::Moved => "moved",
         }
     }
 }

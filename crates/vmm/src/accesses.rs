@@ -104,6 +104,22 @@ impl<'a> Accesses<'a> {
         self.accepted((gpa, side), |vcpu| vcpu.write(gpa, side, from))
     }
 
+    /// Asks for pages to be private or shared, by the guest's own hypercall; the answer, as a guest
+    /// gets it. `None` where the guest's request goes to the VMM and no hypervisor has a part in it.
+    ///
+    /// # Errors
+    /// [`GuestExit`].
+    pub fn convert(&self, gfns: GfnRange, to: Visibility) -> Result<Option<i64>, GuestExit> {
+        if !self.memory.0.platform().guest_decides() {
+            return Ok(None);
+        }
+        match self.vcpu.convert(gfns, to) {
+            Ok(_) => Ok(Some(0)),
+            Err(GuestExit::Failed(error)) => Ok(Some(-i64::from(error.errno() as i32))),
+            Err(other) => Err(other),
+        }
+    }
+
     /// No longer accepts the private pages among `gfns`, as before asking for them to be shared. No
     /// other vCPU may write to them meanwhile. Returns those that were accepted.
     ///

@@ -101,8 +101,18 @@ impl<'a> Interpreter<'a> {
                 // What it gives away it no longer accepts (AMD APM volume 2, 15.36.6).
                 let frames = accesses::frames(gpa, pages).filter(|_| private == 0);
                 let rescinded = frames.map(|frames| self.memory.rescind(frames)).transpose()?;
-                let answer =
-                    self.request(KVM_HC_MAP_GPA_RANGE, [gpa.get(), pages, private, 0, 0])?;
+                let asked = accesses::frames(gpa, pages)
+                    .map(|frames| self.memory.convert(frames, to))
+                    .transpose()?;
+                let answer = match asked.flatten() {
+                    Some(answer) => {
+                        self.handled.fetch_add(1, Ordering::Relaxed);
+                        answer.cast_unsigned()
+                    }
+                    None => {
+                        self.request(KVM_HC_MAP_GPA_RANGE, [gpa.get(), pages, private, 0, 0])?
+                    }
+                };
                 if let (Some(rescinded), true) = (rescinded, answer != 0)
                     && let Some(Changed { gpa, held, found }) = self.memory.keep(&rescinded)?
                 {

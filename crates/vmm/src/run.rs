@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polder::units::{ByteSize, Gfn, GfnRange, Gpa, PAGE_BYTES, PageRange};
-use polder::{Contents, Delays, Holder, HostKind, Memory, OnBusy, PageSize, Visibility, VmId};
+use polder::{
+    Contents, Delays, Holder, HostKind, Memory, OnBusy, PageSize, Platform, Visibility, VmId,
+};
 
 use crate::RunError;
 use crate::ahead::{self, Prefault};
@@ -21,6 +23,8 @@ use crate::vcpu::Ran;
 pub struct Config {
     /// On which host.
     pub host: HostKind,
+    /// For which kind of VM; on a host of real memory, the one that it serves.
+    pub platform: Platform,
     /// The guest's memory.
     pub memory: ByteSize,
     /// Made of which pages.
@@ -167,7 +171,11 @@ fn run_on_machine(
     config: &Config,
     supervise: impl FnMut(Progress<'_>) -> Supervision,
 ) -> Result<Report, RunError> {
-    let conversions = Conversions::KeepContents;
+    // A conversion of an SNP guest's memory loses what is in it.
+    let conversions = match config.platform {
+        Platform::Snp => Conversions::LoseContents,
+        Platform::Plain | Platform::SwProtected | Platform::Pkvm => Conversions::KeepContents,
+    };
     let scenario = &scenario(config, conversions, false)?;
     let (memory, id) = bound(config, conversions, polder::Vm::Machine).map_err(RunError::Memory)?;
     memory.settle().map_err(RunError::Memory)?;
@@ -197,7 +205,8 @@ fn bound(
     vm: polder::Vm,
 ) -> Result<(Arc<Memory>, VmId), polder::Error> {
     let pages = config.memory.pages().expect("the scenario's memory is whole pages");
-    let memory = Memory::builder(pages).host(config.host).page_size(config.page_size);
+    let memory = Memory::builder(pages).host(config.host).platform(config.platform);
+    let memory = memory.page_size(config.page_size);
     let memory = match conversions {
         Conversions::KeepContents => memory.owed().build()?,
         Conversions::LoseContents => memory.build()?,

@@ -29,6 +29,9 @@ pub trait Host: Sync {
     fn lacks(&self, section: Section) -> Option<&'static str> {
         match (section, self.kind()) {
             (Section::Rmp, _) => Some("only memory of an SNP guest has an RMP"),
+            (Section::Pkvm, _) => {
+                Some("only memory of a protected VM under pKVM is the guest's to share")
+            }
             (Section::HugePages, HostKind::GuestMemfd) => {
                 Some("the kernel's guest_memfd has pages of 4K only")
             }
@@ -210,6 +213,19 @@ pub trait Inside {
 
     /// Calls `run` while somebody has the folio of a page locked.
     fn while_locked(&self, memory: &Memory, page: PageIndex, run: &mut dyn FnMut());
+
+    /// The frames of the pages of a range that have memory, in order.
+    fn frames(&self, memory: &Memory, range: PageRange) -> Vec<u64>;
+
+    /// Whether pKVM's hypervisor has given a page to its guest; `None` if it has no memory.
+    fn is_donated(&self, memory: &Memory, page: PageIndex) -> Option<bool>;
+
+    /// Has pKVM's hypervisor run out of memory for a table once, after so many entries more.
+    fn fail_hypervisor(&self, memory: &Memory, nth: u64);
+
+    /// Takes a reference to a page of the file that Polder is not told of, by no mapping; held until
+    /// dropped.
+    fn refer_to_file<'a>(&self, memory: &'a Memory, page: PageIndex) -> Box<dyn Send + 'a>;
 
     /// Whether all references, mappings and pins add up.
     ///

@@ -15,7 +15,7 @@
 //!
 //! # Holes
 //! What the API has no words for yet has no row: an event instead of a wait, a slot without a
-//! private side, huge pages, exclusive pins, preload and moving. A row that needs two threads to meet tries often enough that they do, and fails if they don't.
+//! private side, huge pages, exclusive pins. A row that needs two threads to meet tries often enough that they do, and fails if they don't.
 
 mod cases;
 mod host;
@@ -62,6 +62,12 @@ pub enum Section {
     KernelAccess,
     /// Mapping for a guest ahead of its touches.
     Prefault,
+    /// Devices that have what is shared mapped.
+    Devices,
+    /// Bytes before the guest begins, and pages that move.
+    Move,
+    /// A protected VM under pKVM.
+    Pkvm,
     /// Who reaches a private page.
     Reach,
     /// What the kernel's own selftests assert, through the kernel's interface.
@@ -70,7 +76,7 @@ pub enum Section {
 
 impl Section {
     /// Every section, in the table's order.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 17] = [
         Self::Create,
         Self::Bind,
         Self::HostView,
@@ -83,6 +89,9 @@ impl Section {
         Self::Userfault,
         Self::KernelAccess,
         Self::Prefault,
+        Self::Devices,
+        Self::Move,
+        Self::Pkvm,
         Self::Reach,
         Self::Selftests,
     ];
@@ -103,6 +112,9 @@ impl fmt::Display for Section {
             Self::Userfault => "userfault",
             Self::KernelAccess => "the kernel's own accesses",
             Self::Prefault => "prefault",
+            Self::Devices => "devices",
+            Self::Move => "preload and move",
+            Self::Pkvm => "pkvm",
             Self::Reach => "reach",
             Self::Selftests => "the kernel's selftests",
         })

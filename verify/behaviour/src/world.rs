@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use polder::kvm::{self, GuestMemfd, kvm_create_guest_memfd};
 use polder::units::{Gfn, GfnRange, PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange};
 use polder::{
-    Builder, Contents, Error, Memory, OnBusy, PageFacts, Platform, Population, Slot, Visibility,
-    VmId,
+    Builder, Contents, Error, GuestExit, Memory, OnBusy, PageFacts, Platform, Population, Refusal,
+    Slot, Visibility, VmId,
 };
 use polder_require::Facility;
 use polder_vmm::scenario::{HostAccess, Op, Outcome, Pattern, pattern};
@@ -283,7 +283,33 @@ pub(crate) fn to(memory: &Memory, range: PageRange, to: Visibility) -> Result<u6
         }
         contents => contents,
     };
+    if memory.platform().guest_decides() {
+        return by_guest(memory, range, to);
+    }
     memory.convert(range, to, contents, OnBusy::Wait).map(PageCount::get)
+}
+
+/// Has the guest convert pages by hypercalls of its own; what nobody sees yet is bound for that.
+fn by_guest(memory: &Memory, range: PageRange, to: Visibility) -> Result<u64, Error> {
+    if memory.bindings().is_empty() {
+        let vm = memory.attach(polder::Vm::Machine)?;
+        memory.bind(vm, Slot(0), gfn(BASE), all(memory))?;
+    }
+    let mut bindings = memory.bindings().into_iter();
+    let found = bindings.find_map(|(vm, _, binding)| {
+        let into = range.start().get().checked_sub(binding.pages().start().get())?;
+        let first = binding.gfns().start().get() + into;
+        let gfns = GfnRange::between(first, first + range.count().get())?;
+        binding.pages().contains_range(range).then_some((vm, gfns))
+    });
+    // Pages past the end nobody sees.
+    let beyond = || Error::Refused(Refusal::Beyond { range, pages: memory.pages() });
+    let (vm, gfns) = found.ok_or_else(beyond)?;
+    match memory.machine_vcpu(vm)?.convert(gfns, to) {
+        Ok(pages) => Ok(pages.get()),
+        Err(GuestExit::Failed(error)) => Err(error),
+        Err(other) => panic!("the guest's own request: {other}"),
+    }
 }
 
 /// Whether conversions can keep what is in the pages, both ways.

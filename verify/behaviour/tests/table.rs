@@ -124,6 +124,21 @@ fn reach() {
 }
 
 #[test]
+fn devices() {
+    section(Section::Devices);
+}
+
+#[test]
+fn preload_and_move() {
+    section(Section::Move);
+}
+
+#[test]
+fn pkvm() {
+    section(Section::Pkvm);
+}
+
+#[test]
 fn selftests() {
     section(Section::Selftests);
 }

@@ -62,8 +62,11 @@ impl PlantedBug {
         let Host::Polder(setup) = self.host() else {
             return Err("it is in another protocol than Polder's".into());
         };
-        if setup.platform == polder_explored_engine::Platform::Snp {
-            return Err("it is in the memory of an SNP guest".into());
+        if setup.platform != polder_explored_engine::Platform::Plain {
+            return Err(format!("it is in the memory of a guest of {}", setup.platform));
+        }
+        if setup.device {
+            return Err("a device is at work, which no scenario is told of".into());
         }
         if (setup.first_gfn, setup.slot_pages) != (setup.first_page, setup.pages) {
             return Err("its slot does not show all pages from the first on".into());
@@ -458,6 +461,69 @@ pub const ALL: &[PlantedBug] = &[
         Plant::SmashUnvalidates,
         "snp",
         "INV-2",
+    ),
+    engine(
+        "wanted-is-granted",
+        "what the VMM wishes counts as granted, and only the guest decides: one xarray for both",
+        EngineBug::WantedIsGranted,
+        "pkvm",
+        "INV-4",
+    ),
+    engine(
+        "dma-unmapped-late",
+        "a device keeps what becomes private until after the check, and after the hardware was told",
+        EngineBug::DmaUnmappedLate,
+        "dma",
+        "INV-1",
+    ),
+    engine(
+        "dma-forgotten",
+        "a device keeps what becomes private",
+        EngineBug::DmaForgotten,
+        "dma",
+        "INV-1",
+    ),
+    driver(
+        "iotlb-not-flushed",
+        "a device's pages are taken out of its table, and its IOTLB keeps them",
+        Slip::IotlbNotFlushed,
+        "dma",
+        "INV-1",
+    ),
+    engine(
+        "moved-while-mapped",
+        "pages are moved while guest and host have them mapped",
+        EngineBug::MovedMapped,
+        "move",
+        "INV-2",
+    ),
+    machine(
+        "half-a-donation",
+        "a donation that fails half-way is left half-way",
+        Plant::HalfDonation,
+        "pkvm-failures",
+        "INV-9",
+    ),
+    machine(
+        "donation-leaves-the-iommu",
+        "what becomes a guest's stays open to the host's devices",
+        Plant::IommuForgotten,
+        "pkvm",
+        "INV-9",
+    ),
+    machine(
+        "source-not-scrubbed",
+        "the frame that a guest's page has moved from keeps what was in it",
+        Plant::NotScrubbed,
+        "pkvm-move",
+        "INV-10",
+    ),
+    machine(
+        "exclusive-without-gup-fast",
+        "GUP-fast does not look whether a page is pinned exclusively",
+        Plant::GupFastIgnoresExclusive,
+        "exclusive",
+        "INV-7",
     ),
     PlantedBug {
         name: MAPCOUNT_WITHOUT_LOCK.name,

@@ -29,7 +29,13 @@ fn one_bindings_wish_overrides_no_others_and_both_are_reported() {
 
     // Granted for the one, it is unmet for the other.
     let ranges = vec![pages(4, 8)];
-    let by_one = ConversionRequest { ranges, to: Shared, contents: Contents::Zero, by: Some(one) };
+    let by_one = ConversionRequest {
+        ranges,
+        to: Shared,
+        contents: Contents::Zero,
+        by: Some(one),
+        by_guest: false,
+    };
     convert(&mut engine, &by_one, Some(1)).unwrap_err();
     let unmet = |engine: &Engine| engine.unmet().collect::<Vec<_>>();
     let of_one = (one, Slot(0), wish(pages(4, 8), Private, Shared));

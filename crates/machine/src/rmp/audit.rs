@@ -10,7 +10,7 @@ use crate::frames::frame_at;
 use crate::rmp::{Rmp, User};
 use crate::table::Found;
 use crate::vm::Vm;
-use crate::{Discrepancy, Machine, RmpCheck, Side, VmId};
+use crate::{AccessCheck, Discrepancy, Machine, Side, VmId};
 
 impl Machine {
     pub(crate) fn audit_rmp(&self) -> Result<(), Discrepancy> {
@@ -53,7 +53,7 @@ impl Machine {
         for access in host.chain(guests) {
             match rmp.check(&access) {
                 Ok(()) => {}
-                Err(it) if matches!(it.check, RmpCheck::InUse | RmpCheck::Validated) => {}
+                Err(it) if matches!(it.check, AccessCheck::InUse | AccessCheck::Validated) => {}
                 Err(refused) => return Err(Discrepancy::RmpTlb(refused)),
             }
         }

@@ -11,7 +11,7 @@ use polder_units::{Level, PageCount, Pfn};
 use crate::access::Access;
 use crate::rmp::{Entry, Rmp, gfn_at};
 use crate::table::Found;
-use crate::{Asid, Path, Refused, RmpCheck};
+use crate::{AccessCheck, Asid, Path, Refused};
 
 impl Rmp {
     pub(crate) fn check(&self, access: &Access) -> Result<(), Refused> {
@@ -25,27 +25,27 @@ impl Rmp {
 
     /// "Hypervisor-owned": by a mapping of 2M, all of the 2M page has to be. A mapping of 1G counts
     /// as the 2M that its TLB entry would be.
-    fn check_hypervisor_owned(&self, access: &Access) -> Result<(), RmpCheck> {
+    fn check_hypervisor_owned(&self, access: &Access) -> Result<(), AccessCheck> {
         let (start, end) = match access.level {
             Level::Size4K => (access.pfn.get(), access.pfn.get() + 1),
             Level::Size2M | Level::Size1G => self.region(access.pfn),
         };
         if self.in_use((start, end)).next().is_some() {
-            return Err(RmpCheck::InUse);
+            return Err(AccessCheck::InUse);
         }
         match self.entries.first_in(start, end) {
-            Some(_) => Err(RmpCheck::HypervisorOwned),
+            Some(_) => Err(AccessCheck::HypervisorOwned),
             None => Ok(()),
         }
     }
 
-    fn check_private(&self, access: &Access, asid: Asid, gfn: u64) -> Result<(), RmpCheck> {
+    fn check_private(&self, access: &Access, asid: Asid, gfn: u64) -> Result<(), AccessCheck> {
         let found = self.check_owned(access.pfn, asid, gfn)?;
         let large = |level| level != Level::Size4K;
         if large(access.level) != large(found.level) {
-            return Err(RmpCheck::PageSize);
+            return Err(AccessCheck::PageSize);
         }
-        if found.entry.validated { Ok(()) } else { Err(RmpCheck::Validated) }
+        if found.entry.validated { Ok(()) } else { Err(AccessCheck::Validated) }
     }
 
     /// The checks that PVALIDATE and RMPADJUST make as well, up to mutable.
@@ -54,19 +54,19 @@ impl Rmp {
         pfn: Pfn,
         asid: Asid,
         gfn: u64,
-    ) -> Result<Found<&Entry>, RmpCheck> {
+    ) -> Result<Found<&Entry>, AccessCheck> {
         if self.in_use((pfn.get(), pfn.get() + 1)).next().is_some() {
-            return Err(RmpCheck::InUse);
+            return Err(AccessCheck::InUse);
         }
-        let found = self.entries.get(pfn.get()).ok_or(RmpCheck::GuestOwned)?;
+        let found = self.entries.get(pfn.get()).ok_or(AccessCheck::GuestOwned)?;
         let entry = found.entry;
         if entry.asid != Some(asid) {
-            return Err(RmpCheck::GuestOwned);
+            return Err(AccessCheck::GuestOwned);
         }
         if gfn_at(entry.gfn, pfn.get() - found.start).get() != gfn {
-            return Err(RmpCheck::ReverseMap);
+            return Err(AccessCheck::ReverseMap);
         }
-        if entry.immutable { Err(RmpCheck::Mutable) } else { Ok(found) }
+        if entry.immutable { Err(AccessCheck::Mutable) } else { Ok(found) }
     }
 
     /// Refuses a block of frames of which one is assigned, naming it.
@@ -75,7 +75,7 @@ impl Rmp {
         match found.and_then(|found| Pfn::new(found.start.max(pfn.get()))) {
             None => Ok(()),
             Some(pfn) => {
-                let check = RmpCheck::HypervisorOwned;
+                let check = AccessCheck::HypervisorOwned;
                 Err(Refused { path: Path::Host, pfn, write: true, check })
             }
         }

@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 
 use polder_units::{Level, Pfn};
 
-use crate::rmp::{Entry, Rmp};
+use crate::rmp::{Cipher, Entry, Rmp};
 use crate::table::Found;
 use crate::{Machine, RmpSize};
 
@@ -71,6 +71,35 @@ impl Machine {
             return Err(FirmwareFail::PageSize);
         }
         found.entry.immutable = false;
+        Ok(())
+    }
+
+    /// `SNP_LAUNCH_UPDATE` of a 4K page: what the host has written there becomes the guest's, at
+    /// its guest frame: encrypted in place, and validated, with the entry mutable again. The host
+    /// assigns the page before, immutable (the pre-guest state). Whether the guest has begun is for
+    /// the host to know here.
+    ///
+    /// # Errors
+    /// [`FirmwareFail::PageState`] unless the entry is a guest's, immutable and not validated;
+    /// [`FirmwareFail::PageSize`]; [`FirmwareFail::Param`]; [`FirmwareFail::Platform`].
+    pub fn launch_update(&mut self, pfn: Pfn) -> Result<(), FirmwareFail> {
+        let rmp = self.firmware()?;
+        rmp.page(pfn, RmpSize::Size4K).map_err(|_| FirmwareFail::Param)?;
+        let found = rmp.entries.get(pfn.get()).ok_or(FirmwareFail::PageState)?;
+        if found.level != Level::Size4K {
+            return Err(FirmwareFail::PageSize);
+        }
+        let entry = *found.entry;
+        let mut guests = self.vms.iter().filter_map(|(_, vm)| vm.snp);
+        let guest = guests.find(|snp| Some(snp.asid) == entry.asid);
+        drop(guests);
+        let (Some(guest), Entry { immutable: true, validated: false, .. }) = (guest, entry) else {
+            return Err(FirmwareFail::PageState);
+        };
+        if let Some(found) = self.firmware()?.entries.get_mut(pfn.get()) {
+            (found.entry.validated, found.entry.immutable) = (true, false);
+        }
+        self.frames.encrypt(Cipher::new(guest.key), pfn);
         Ok(())
     }
 

@@ -13,7 +13,7 @@ use crate::access::Access;
 use crate::frames::frame_at;
 use crate::guest::{Exit, GuestFault, Side, Vcpu};
 use crate::rmp::Entry;
-use crate::{Path, RmpCheck, RmpFail, RmpResult, RmpSize};
+use crate::{AccessCheck, Path, RmpFail, RmpResult, RmpSize};
 
 impl Vcpu<'_> {
     /// PVALIDATE: says whether the guest accepts a page where it is. Returns whether that changed
@@ -43,7 +43,7 @@ impl Vcpu<'_> {
     pub fn rmpadjust(&mut self, gfn: Gfn, size: RmpSize, vmsa: bool) -> Result<RmpResult, Exit> {
         self.adjust(gfn, size, |entry| {
             if !entry.validated {
-                return Err(RmpCheck::Validated);
+                return Err(AccessCheck::Validated);
             }
             entry.vmsa = vmsa;
             Ok(())
@@ -54,7 +54,7 @@ impl Vcpu<'_> {
         &mut self,
         gfn: Gfn,
         size: RmpSize,
-        change: impl FnOnce(&mut Entry) -> Result<T, RmpCheck>,
+        change: impl FnOnce(&mut Entry) -> Result<T, AccessCheck>,
     ) -> Result<RmpResult<T>, Exit> {
         let (Some(snp), Some(rmp)) = (self.snp, &mut self.protection.rmp) else {
             return Ok(Err(RmpFail::Undefined));
@@ -79,8 +79,8 @@ impl Vcpu<'_> {
         let large = |level| level != Level::Size4K;
         match (size, large(mapped), large(found.level)) {
             (RmpSize::Size4K, false, false) | (RmpSize::Size2M, true, true) => {}
-            (RmpSize::Size4K, _, true) => return Err(refused(RmpCheck::InstructionSize)),
-            (RmpSize::Size4K, true, false) => return Err(refused(RmpCheck::PageSize)),
+            (RmpSize::Size4K, _, true) => return Err(refused(AccessCheck::InstructionSize)),
+            (RmpSize::Size4K, true, false) => return Err(refused(AccessCheck::PageSize)),
             (RmpSize::Size2M, ..) => return Ok(Err(RmpFail::SizeMismatch)),
         }
         let Some(found) = rmp.entries.get_mut(pfn.get()) else {

@@ -6,7 +6,7 @@ use crate::access::Access;
 use crate::rmp::{Entry, Rmp, User};
 use crate::table::Found;
 use crate::{
-    Error, LockOwner, Machine, Path, Plant, RmpCheck, RmpEntry, RmpFail, RmpResult, RmpSize,
+    AccessCheck, Error, LockOwner, Machine, Path, Plant, RmpEntry, RmpFail, RmpResult, RmpSize,
     RmpUpdate, VcpuId,
 };
 
@@ -158,13 +158,13 @@ impl Machine {
         let failed = if rmp.in_use((vmsa.get(), vmsa.get() + 1)).next().is_some()
             || rmp.held.values().any(|(_, user)| *user == User::Vcpu(vcpu))
         {
-            Some(RmpCheck::InUse)
+            Some(AccessCheck::InUse)
         } else if entry.asid != Some(snp.asid) {
-            Some(RmpCheck::GuestOwned)
+            Some(AccessCheck::GuestOwned)
         } else if entry.immutable {
-            Some(RmpCheck::Mutable)
+            Some(AccessCheck::Mutable)
         } else {
-            (!entry.vmsa).then_some(RmpCheck::Vmsa)
+            (!entry.vmsa).then_some(AccessCheck::Vmsa)
         };
         if let Some(check) = failed {
             return Err(access.refused(check).into());

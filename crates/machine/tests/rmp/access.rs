@@ -1,7 +1,8 @@
 //! Who is let through: AMD APM volume 2, table 15-39.
 
 use polder_machine::{
-    Discrepancy, Error, Exit, HostExit, Path, PinKind, Refused, RmpCheck, RmpFault, RmpUpdate, Side,
+    AccessCheck, AccessFault, Discrepancy, Error, Exit, HostExit, Path, PinKind, Refused,
+    RmpUpdate, Side,
 };
 use polder_units::Level;
 
@@ -10,12 +11,12 @@ use crate::{LARGE, OWNER, Rig, SMALL, asid, gfn, large, page, pages, pfn, refuse
 #[test]
 fn a_guests_private_access_needs_every_field_to_agree() {
     for (update, check) in [
-        (None, RmpCheck::GuestOwned),
-        (Some(RmpUpdate { asid: Some(asid(2)), ..small(1) }), RmpCheck::GuestOwned),
-        (Some(RmpUpdate { asid: None, immutable: true, ..small(1) }), RmpCheck::GuestOwned),
-        (Some(small(2)), RmpCheck::ReverseMap),
-        (Some(RmpUpdate { immutable: true, ..small(1) }), RmpCheck::Mutable),
-        (Some(small(1)), RmpCheck::Validated),
+        (None, AccessCheck::GuestOwned),
+        (Some(RmpUpdate { asid: Some(asid(2)), ..small(1) }), AccessCheck::GuestOwned),
+        (Some(RmpUpdate { asid: None, immutable: true, ..small(1) }), AccessCheck::GuestOwned),
+        (Some(small(2)), AccessCheck::ReverseMap),
+        (Some(RmpUpdate { immutable: true, ..small(1) }), AccessCheck::Mutable),
+        (Some(small(1)), AccessCheck::Validated),
     ] {
         let mut rig = Rig::new();
         if let Some(update) = update {
@@ -27,8 +28,8 @@ fn a_guests_private_access_needs_every_field_to_agree() {
         assert_eq!((reading.check, reading.write), (check, false));
         assert_eq!((writing.check, writing.write), (check, true));
         let fault = match check {
-            RmpCheck::Validated => RmpFault::NotValidated,
-            _ => RmpFault::Npf { enc: true, sizem: false },
+            AccessCheck::Validated => AccessFault::NotValidated,
+            _ => AccessFault::Npf { enc: true, sizem: false },
         };
         assert_eq!(reading.fault(), fault);
     }
@@ -44,8 +45,8 @@ fn page_size_comes_before_validated() {
         }
         rig.map(0, mapped);
         let refused = refused(rig.read(0, Side::Private));
-        assert_eq!(refused.check, RmpCheck::PageSize);
-        let fault = RmpFault::Npf { enc: true, sizem: false };
+        assert_eq!(refused.check, AccessCheck::PageSize);
+        let fault = AccessFault::Npf { enc: true, sizem: false };
         assert_eq!(refused.fault(), fault, "SIZEM is for instructions only");
     }
 }
@@ -72,8 +73,8 @@ fn a_guests_shared_write_needs_the_whole_of_its_mapping_to_be_the_hypervisors() 
     rig.machine.rmpupdate(pfn(1), small(1)).unwrap();
     rig.map(0, Level::Size2M);
     let refused = refused(rig.write(0, Side::Shared, 7));
-    assert_eq!(refused.check, RmpCheck::HypervisorOwned);
-    assert_eq!(refused.fault(), RmpFault::Npf { enc: false, sizem: false });
+    assert_eq!(refused.check, AccessCheck::HypervisorOwned);
+    assert_eq!(refused.fault(), AccessFault::Npf { enc: false, sizem: false });
     assert!(rig.read(1, Side::Shared).is_ok(), "a shared read is not checked");
     rig.machine.tdp_zap(rig.vm, crate::gfns(0, 4)).unwrap();
     rig.map(0, Level::Size4K);
@@ -84,10 +85,10 @@ fn a_guests_shared_write_needs_the_whole_of_its_mapping_to_be_the_hypervisors() 
 fn what_a_read_was_let_into_is_checked_again_for_a_write() {
     let mut rig = Rig::validated();
     assert!(rig.read(1, Side::Shared).is_ok());
-    assert_eq!(refused(rig.write(1, Side::Shared, 7)).check, RmpCheck::HypervisorOwned);
+    assert_eq!(refused(rig.write(1, Side::Shared, 7)).check, AccessCheck::HypervisorOwned);
     let hva = polder_machine::Vpn::from(1).hva();
     rig.machine.host_read(rig.thread, hva, &mut [0; 8]).unwrap();
-    assert_eq!(rig.host_write(1), Some(RmpCheck::HypervisorOwned));
+    assert_eq!(rig.host_write(1), Some(AccessCheck::HypervisorOwned));
 }
 
 #[test]
@@ -95,10 +96,10 @@ fn the_host_reads_what_is_assigned_and_writes_none_of_it() {
     let mut rig = Rig::validated();
     rig.host_word(0);
     let trusted = rig.machine.object_write(rig.object, 1 << 12, &[7]);
-    let check = RmpCheck::HypervisorOwned;
+    let check = AccessCheck::HypervisorOwned;
     let refused = Refused { path: Path::Host, pfn: pfn(1), write: true, check };
     assert_eq!(trusted, Err(Error::Refused(refused)));
-    assert_eq!(refused.fault(), RmpFault::PageFault);
+    assert_eq!(refused.fault(), AccessFault::PageFault);
     assert_eq!(rig.machine.zero(rig.object, pages(1, 6)), Err(Error::Refused(refused)));
     assert_eq!(rig.host_write(2), Some(check));
     assert_eq!(rig.host_write(4), None, "the next 2M are shared");
@@ -109,7 +110,7 @@ fn a_2m_mapping_of_the_host_writes_nothing_next_to_an_assigned_page() {
     let mut rig = Rig::new();
     rig.machine.rmpupdate(pfn(5), small(5)).unwrap();
     rig.machine.host_map(rig.process, polder_machine::Vpn::from(4), Level::Size2M).unwrap();
-    assert_eq!(rig.host_write(4), Some(RmpCheck::HypervisorOwned));
+    assert_eq!(rig.host_write(4), Some(AccessCheck::HypervisorOwned));
     rig.machine.host_unmap(rig.process, vpns(4, 8)).unwrap();
     rig.machine.flush_process(rig.process, vpns(4, 8)).unwrap();
     rig.machine.host_map(rig.process, polder_machine::Vpn::from(4), Level::Size4K).unwrap();
@@ -124,7 +125,10 @@ fn a_device_reads_what_is_assigned_and_writes_none_of_it() {
     assert_eq!(rig.machine.dma_write(pin, 0, &[7; 8]), Ok(()), "its own 4K are shared");
     let refused = rig.machine.dma_write(pin, 1 << 12, &[7; 8]);
     let Err(Error::Refused(refused)) = refused else { panic!("{refused:?}") };
-    assert_eq!((refused.check, refused.fault()), (RmpCheck::HypervisorOwned, RmpFault::Iommu));
+    assert_eq!(
+        (refused.check, refused.fault()),
+        (AccessCheck::HypervisorOwned, AccessFault::Iommu)
+    );
     assert_eq!(rig.machine.dma_read(pin, 1 << 12, &mut [0; 8]), Ok(()));
 }
 
@@ -143,7 +147,7 @@ fn a_plain_guest_is_as_the_host() {
     for side in [Side::Private, Side::Shared] {
         assert!(vcpu.read_u64(gfn(0).gpa(), side).is_ok());
         let check = refused(vcpu.write_u64(gfn(0).gpa(), side, 7)).check;
-        assert_eq!(check, RmpCheck::HypervisorOwned);
+        assert_eq!(check, AccessCheck::HypervisorOwned);
         assert_eq!(vcpu.write_u64(gfn(4).gpa(), side, 7), Ok(()));
     }
 }
@@ -152,8 +156,8 @@ fn a_plain_guest_is_as_the_host() {
 fn an_entry_in_use_refuses_until_it_is_released() {
     let mut rig = Rig::validated();
     rig.machine.rmp_hold(pfn(0), LARGE, OWNER).unwrap();
-    assert_eq!(refused(rig.read(1, Side::Private)).check, RmpCheck::InUse);
-    assert_eq!(refused(rig.write(1, Side::Shared, 7)).check, RmpCheck::InUse);
+    assert_eq!(refused(rig.read(1, Side::Private)).check, AccessCheck::InUse);
+    assert_eq!(refused(rig.write(1, Side::Shared, 7)).check, AccessCheck::InUse);
     assert!(rig.read(1, Side::Shared).is_ok(), "what is not checked can't be refused");
     rig.machine.rmp_release(pfn(0), OWNER).unwrap();
     assert!(rig.read(1, Side::Private).is_ok());
@@ -168,7 +172,7 @@ fn what_a_tlb_holds_is_not_checked_again_and_the_audit_sees_it() {
     assert!(matches!(rig.machine.audit(), Err(Discrepancy::RmpTlb(it)) if it.pfn == pfn(1)));
     rig.machine.flush_process(rig.process, vpns(0, 4)).unwrap();
     rig.machine.audit().unwrap();
-    assert_eq!(rig.host_write(1), Some(RmpCheck::HypervisorOwned));
+    assert_eq!(rig.host_write(1), Some(AccessCheck::HypervisorOwned));
 }
 
 #[test]

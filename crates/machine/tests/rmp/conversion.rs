@@ -1,6 +1,6 @@
 //! Guests that convert, and the smallest hypervisor that serves them.
 
-use polder_machine::{Exit, Op, Ran, Request, RmpCheck, RmpFail, RmpSize, RmpUpdate, Side};
+use polder_machine::{AccessCheck, Exit, Op, Ran, Request, RmpFail, RmpSize, RmpUpdate, Side};
 use polder_units::{GfnRange, Level};
 
 use crate::{LARGE, Rig, SMALL, asid, gfn, gfns, large, pfn};
@@ -16,7 +16,7 @@ fn serve(rig: &mut Rig, exit: Exit) {
         }
         Exit::Refused(refused) => {
             assert!(
-                matches!(refused.check, RmpCheck::PageSize | RmpCheck::InstructionSize),
+                matches!(refused.check, AccessCheck::PageSize | AccessCheck::InstructionSize),
                 "{refused}"
             );
             let block = u32::try_from(refused.pfn.get() & !3).unwrap();
@@ -161,7 +161,7 @@ fn two_vcpus_convert_different_parts_of_a_2m_page() {
 fn a_guest_that_shares_without_asking_is_refused_and_may_be_asked_about() {
     let mut rig = Rig::validated();
     let exit = rig.write(1, Side::Shared, 7).unwrap_err();
-    assert!(matches!(exit, Exit::Refused(it) if it.check == RmpCheck::HypervisorOwned));
+    assert!(matches!(exit, Exit::Refused(it) if it.check == AccessCheck::HypervisorOwned));
     convert(&mut rig, gfns(1, 2), Side::Shared);
     rig.map(1, Level::Size4K);
     assert_eq!(rig.write(1, Side::Shared, 7), Ok(()));

@@ -1,8 +1,8 @@
 //! RMPUPDATE, PSMASH, PVALIDATE, the firmware's commands, and their results.
 
 use polder_machine::{
-    Asid, Config, Error, Exit, FirmwareFail, Machine, Op, Ran, RmpCheck, RmpEntry, RmpFail,
-    RmpFault, RmpOwner, RmpSize, RmpUpdate, Side,
+    AccessCheck, AccessFault, Asid, Config, Error, Exit, FirmwareFail, Machine, Op, Ran, RmpEntry,
+    RmpFail, RmpOwner, RmpSize, RmpUpdate, Side,
 };
 use polder_units::{Gfn, Level, PageCount};
 
@@ -169,7 +169,7 @@ fn pvalidate_says_whether_it_changed_anything_and_can_be_taken_back() {
     assert_eq!(rig.pvalidate(0, LARGE), Ok(Ok(false)), "it was validated");
     let mut vcpu = rig.machine.vcpu(rig.vcpus[1]).unwrap();
     assert_eq!(vcpu.pvalidate(gfn(0), LARGE, false), Ok(Ok(true)));
-    assert_eq!(refused(rig.read(0, Side::Private)).check, RmpCheck::Validated);
+    assert_eq!(refused(rig.read(0, Side::Private)).check, AccessCheck::Validated);
     assert_eq!(rig.pvalidate(2, LARGE), Ok(Err(RmpFail::Input)));
 }
 
@@ -184,10 +184,10 @@ fn pvalidate_of_what_stage_2_does_not_map_is_a_stage_2_fault() {
 fn pvalidate_passes_the_checks_of_an_access_but_validated() {
     let immutable = RmpUpdate { immutable: true, ..small(1) };
     for (update, check) in [
-        (None, RmpCheck::GuestOwned),
-        (Some(RmpUpdate { asid: Some(asid(2)), ..small(1) }), RmpCheck::GuestOwned),
-        (Some(small(2)), RmpCheck::ReverseMap),
-        (Some(immutable), RmpCheck::Mutable),
+        (None, AccessCheck::GuestOwned),
+        (Some(RmpUpdate { asid: Some(asid(2)), ..small(1) }), AccessCheck::GuestOwned),
+        (Some(small(2)), AccessCheck::ReverseMap),
+        (Some(immutable), AccessCheck::Mutable),
     ] {
         let mut rig = Rig::new();
         if let Some(update) = update {
@@ -196,17 +196,17 @@ fn pvalidate_passes_the_checks_of_an_access_but_validated() {
         rig.map(1, Level::Size4K);
         let refused = refused(rig.pvalidate(1, SMALL));
         assert_eq!(refused.check, check);
-        assert_eq!(refused.fault(), RmpFault::Npf { enc: true, sizem: false });
+        assert_eq!(refused.fault(), AccessFault::Npf { enc: true, sizem: false });
     }
     let mut rig = Rig::validated();
     rig.machine.rmp_hold(pfn(0), LARGE, OWNER).unwrap();
-    assert_eq!(refused(rig.pvalidate(0, LARGE)).check, RmpCheck::InUse);
+    assert_eq!(refused(rig.pvalidate(0, LARGE)).check, AccessCheck::InUse);
 }
 
 /// AMD APM volume 2, table 15-40, and for what stage 2 adds section 15.36.6.
 #[test]
 fn a_size_that_does_not_match_is_the_hypervisors_or_the_guests_to_solve() {
-    let npf = |sizem| Err(RmpFault::Npf { enc: true, sizem });
+    let npf = |sizem| Err(AccessFault::Npf { enc: true, sizem });
     let mismatch = Ok(Err(RmpFail::SizeMismatch));
     for (asked, entry, mapped, expected) in [
         (SMALL, SMALL, SMALL, Ok(Ok(true))),
@@ -245,12 +245,12 @@ fn a_guests_program_validates_its_pages() {
     let step = |rig: &mut Rig| rig.machine.vcpu(rig.vcpus[0]).unwrap().step();
     assert!(matches!(step(&mut rig), Err(Exit::Fault(_))));
     rig.map(0, Level::Size2M);
-    assert_eq!(refused(step(&mut rig)).check, RmpCheck::GuestOwned);
+    assert_eq!(refused(step(&mut rig)).check, AccessCheck::GuestOwned);
     rig.machine.rmpupdate(pfn(0), large(0)).unwrap();
     assert_eq!(step(&mut rig), Ok(Ran::Pvalidated(Ok(true))));
     assert_eq!(step(&mut rig), Ok(Ran::Wrote));
     assert_eq!(step(&mut rig), Ok(Ran::Read(7)));
-    assert_eq!(refused(step(&mut rig)).check, RmpCheck::InstructionSize);
+    assert_eq!(refused(step(&mut rig)).check, AccessCheck::InstructionSize);
     rig.machine.psmash(pfn(0)).unwrap();
     rig.machine.tdp_zap(rig.vm, crate::gfns(0, 4)).unwrap();
     rig.map(0, Level::Size4K);
@@ -278,7 +278,7 @@ fn unsmash_merges_agreeing_immutable_entries_and_keeps_validated() {
     assert_eq!(rig.machine.page_unsmash(pfn(1)), Err(FirmwareFail::Param));
     assert_eq!(rig.machine.page_unsmash(pfn(FRAMES)), Err(FirmwareFail::Param));
     rig.machine.page_unsmash(pfn(0)).unwrap();
-    assert_eq!(refused(rig.pvalidate(0, LARGE)).check, RmpCheck::Mutable);
+    assert_eq!(refused(rig.pvalidate(0, LARGE)).check, AccessCheck::Mutable);
     rig.machine.page_reclaim(pfn(0), LARGE).unwrap();
     let entry = rig.machine.rmp_entry(pfn(2)).unwrap();
     assert_eq!((entry.size, entry.gfn, entry.validated), (LARGE, gfn(2), true));

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use polder_machine::{
-    Discrepancy, Machine, RmpCheck, RmpEntry, RmpFail, RmpUpdate, Side, VcpuId, VmId,
+    AccessCheck, Discrepancy, Machine, RmpEntry, RmpFail, RmpUpdate, Side, VcpuId, VmId,
 };
 use polder_units::Level;
 
@@ -48,7 +48,11 @@ fn nothing_but_the_access_checks_keeps_frame_and_guest_frame_congruent() {
     rig.map(0, Level::Size2M);
     for at in 0..4 {
         let check = refused(rig.read(at, Side::Private)).check;
-        assert_eq!(check, RmpCheck::ReverseMap, "gfn {at}: stage 2 is congruent, so never right");
+        assert_eq!(
+            check,
+            AccessCheck::ReverseMap,
+            "gfn {at}: stage 2 is congruent, so never right"
+        );
     }
 }
 
@@ -61,7 +65,7 @@ fn there_is_no_1g_entry_and_two_2m_entries_serve_a_1g_folio() {
     rig.map(0, Level::Size1G);
     assert_eq!(rig.pvalidate(0, LARGE), Ok(Ok(true)));
     assert_eq!(rig.pvalidate(4, LARGE).map_err(|it| refused::<()>(Err(it)).check).err(), {
-        Some(RmpCheck::GuestOwned)
+        Some(AccessCheck::GuestOwned)
     });
     rig.machine.rmpupdate(pfn(4), large(4)).unwrap();
     assert_eq!(rig.pvalidate(4, LARGE), Ok(Ok(true)));
@@ -85,7 +89,7 @@ fn a_collapse_leaves_4k_entries_that_work_at_4k() {
     rig.machine.tdp_zap(rig.vm, gfns(0, 4)).unwrap();
     rig.map(0, Level::Size2M);
     assert_eq!(rig.machine.audit(), Err(Discrepancy::RmpLevel { vm: rig.vm, gfn: 0 }));
-    assert_eq!(refused(rig.read(0, Side::Private)).check, RmpCheck::PageSize, "not at 2M");
+    assert_eq!(refused(rig.read(0, Side::Private)).check, AccessCheck::PageSize, "not at 2M");
 }
 
 #[test]
@@ -98,7 +102,7 @@ fn a_split_leaves_a_2m_entry_that_the_next_fault_smashes() {
     assert_eq!(rig.machine.rmp_entry(pfn(2)).unwrap().size, LARGE);
     rig.map(2, Level::Size4K);
     rig.machine.audit().unwrap();
-    assert_eq!(refused(rig.read(2, Side::Private)).check, RmpCheck::PageSize);
+    assert_eq!(refused(rig.read(2, Side::Private)).check, AccessCheck::PageSize);
     rig.machine.psmash(pfn(0)).unwrap();
     rig.machine.tdp_zap(rig.vm, gfns(0, 4)).unwrap();
     rig.map(2, Level::Size4K);
@@ -111,7 +115,7 @@ fn a_4k_mapping_over_a_2m_entry_faults_for_ever_unless_somebody_smashes() {
     rig.machine.tdp_zap(rig.vm, gfns(0, 4)).unwrap();
     for _ in 0..8 {
         rig.map(1, Level::Size4K);
-        assert_eq!(refused(rig.read(1, Side::Private)).check, RmpCheck::PageSize);
+        assert_eq!(refused(rig.read(1, Side::Private)).check, AccessCheck::PageSize);
         rig.machine.tdp_zap(rig.vm, gfns(0, 4)).unwrap();
     }
     rig.machine.psmash(pfn(0)).unwrap();
@@ -142,7 +146,7 @@ impl Actor {
                     }
                     Err(polder_machine::Exit::Fault(_)) => Self::Map,
                     Err(polder_machine::Exit::Refused(refused)) => {
-                        assert_ne!(refused.check, RmpCheck::Validated, "never lost");
+                        assert_ne!(refused.check, AccessCheck::Validated, "never lost");
                         Self::LookUp
                     }
                     Err(other) => panic!("{other}"),
@@ -254,7 +258,7 @@ fn a_2m_entry_over_a_page_that_the_host_shares_is_what_rmpupdate_refuses() {
     rig.machine.psmash(pfn(0)).unwrap();
     rig.machine.rmpupdate(pfn(3), RmpUpdate::shared(SMALL)).unwrap();
     assert_eq!(rig.machine.rmpupdate(pfn(0), large(0)), Err(RmpFail::Overlap), "not over a mix");
-    assert_eq!(rig.host_write(3), Some(RmpCheck::HypervisorOwned), "nor a 2M host mapping");
+    assert_eq!(rig.host_write(3), Some(AccessCheck::HypervisorOwned), "nor a 2M host mapping");
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod contents;
 mod conversion;
 mod instructions;
 mod large;
+mod launch;
 #[path = "../numbers/mod.rs"]
 mod numbers;
 mod oracle;
@@ -15,7 +16,7 @@ mod vmsa;
 
 use numbers::{OWNER, geometry, gfns, page, pages, vpns};
 use polder_machine::{
-    Asid, Config, Contents, Exit, Machine, ObjectId, ProcessId, Refused, RmpCheck, RmpSize,
+    AccessCheck, Asid, Config, Contents, Exit, Machine, ObjectId, ProcessId, Refused, RmpSize,
     RmpUpdate, Side, Thread, VcpuId, View, VmId, Vpn,
 };
 use polder_units::{Gfn, Level, PageCount, Pfn};
@@ -117,7 +118,7 @@ impl Rig {
         u64::from_le_bytes(word)
     }
 
-    fn host_write(&mut self, at: u32) -> Option<RmpCheck> {
+    fn host_write(&mut self, at: u32) -> Option<AccessCheck> {
         let written = self.machine.host_write(self.thread, Vpn::from(at).hva(), &[7; 8]);
         match written {
             Ok(()) => None,

@@ -2,7 +2,8 @@
 //! says which frames belong to one 2M entry.
 
 use polder_machine::{
-    Contents, FirmwareFail, Plant, RmpCheck, RmpEntry, RmpFail, RmpResult, RmpSize, RmpUpdate, Side,
+    AccessCheck, Contents, FirmwareFail, Plant, RmpEntry, RmpFail, RmpResult, RmpSize, RmpUpdate,
+    Side,
 };
 use polder_units::Level;
 use proptest::prelude::*;
@@ -169,46 +170,46 @@ impl Oracle {
         Ok(())
     }
 
-    fn owned(&self, at: u32) -> Option<RmpCheck> {
+    fn owned(&self, at: u32) -> Option<AccessCheck> {
         let entry = self.rmp[at as usize];
         match entry {
-            _ if entry.asid != Some(asid(1)) => Some(RmpCheck::GuestOwned),
-            _ if entry.gfn != gfn(at) => Some(RmpCheck::ReverseMap),
-            _ if entry.immutable => Some(RmpCheck::Mutable),
+            _ if entry.asid != Some(asid(1)) => Some(AccessCheck::GuestOwned),
+            _ if entry.gfn != gfn(at) => Some(AccessCheck::ReverseMap),
+            _ if entry.immutable => Some(AccessCheck::Mutable),
             _ => None,
         }
     }
 
     /// The check that PVALIDATE of a mapped page meets, or its result.
-    fn size_of_instruction(&self, at: u32, size: RmpSize) -> Result<RmpResult, RmpCheck> {
+    fn size_of_instruction(&self, at: u32, size: RmpSize) -> Result<RmpResult, AccessCheck> {
         if let Some(check) = self.owned(at) {
             return Err(check);
         }
         let (entry, mapped) = (self.rmp[at as usize].size, self.mapped[at as usize].unwrap());
         match (size == LARGE, entry == LARGE, mapped == Level::Size2M) {
-            (false, true, _) => Err(RmpCheck::InstructionSize),
-            (false, false, true) => Err(RmpCheck::PageSize),
+            (false, true, _) => Err(AccessCheck::InstructionSize),
+            (false, false, true) => Err(AccessCheck::PageSize),
             (true, true, true) | (false, false, false) => Ok(Ok(())),
             (true, ..) => Ok(Err(RmpFail::SizeMismatch)),
         }
     }
 
-    fn access(&self, at: u32, side: Side, write: bool) -> Option<RmpCheck> {
+    fn access(&self, at: u32, side: Side, write: bool) -> Option<AccessCheck> {
         let mapped = self.mapped[at as usize].unwrap();
         if side == Side::Shared {
             let range = if mapped == Level::Size4K { frames(at, SMALL) } else { block(at) };
             let owned = write && self.rmp[range].iter().any(|it| it.assigned);
-            return owned.then_some(RmpCheck::HypervisorOwned);
+            return owned.then_some(AccessCheck::HypervisorOwned);
         }
         let entry = self.rmp[at as usize];
         let fits = (entry.size == LARGE) == (mapped == Level::Size2M);
-        let size = (!fits).then_some(RmpCheck::PageSize);
-        let validated = (!entry.validated).then_some(RmpCheck::Validated);
+        let size = (!fits).then_some(AccessCheck::PageSize);
+        let validated = (!entry.validated).then_some(AccessCheck::Validated);
         self.owned(at).or(size).or(validated)
     }
 }
 
-fn check_of(exit: polder_machine::Exit) -> RmpCheck {
+fn check_of(exit: polder_machine::Exit) -> AccessCheck {
     match exit {
         polder_machine::Exit::Refused(refused) => refused.check,
         other => panic!("{other}"),
@@ -261,7 +262,7 @@ fn act(rig: &mut Rig, oracle: &mut Oracle, action: &Action) {
                 if oracle.rmp[at as usize].validated {
                     oracle.rmp[frames(at, size)].iter_mut().for_each(|it| it.vmsa = vmsa);
                 } else {
-                    expected = Err(RmpCheck::Validated);
+                    expected = Err(AccessCheck::Validated);
                 }
             }
             assert_eq!(outcome, expected);

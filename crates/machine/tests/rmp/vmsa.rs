@@ -1,6 +1,6 @@
 //! VMSA pages: made by the guest, in use while they run.
 
-use polder_machine::{Discrepancy, Error, RmpCheck, RmpFail, RmpFault, RmpSize, RmpUpdate};
+use polder_machine::{AccessCheck, AccessFault, Discrepancy, Error, RmpFail, RmpSize, RmpUpdate};
 use polder_units::Level;
 
 use crate::{LARGE, Rig, SMALL, asid, gfn, pfn, refused, small};
@@ -21,7 +21,7 @@ fn rmpadjust(rig: &mut Rig, at: u32, size: RmpSize, vmsa: bool) {
     vcpu.rmpadjust(gfn(at), size, vmsa).unwrap().unwrap();
 }
 
-fn vmrun(rig: &mut Rig, vcpu: usize, at: u32) -> Option<RmpCheck> {
+fn vmrun(rig: &mut Rig, vcpu: usize, at: u32) -> Option<AccessCheck> {
     match rig.machine.vmrun(rig.vcpus[vcpu], pfn(at)) {
         Ok(()) => None,
         Err(Error::Refused(refused)) => Some(refused.check),
@@ -32,7 +32,7 @@ fn vmrun(rig: &mut Rig, vcpu: usize, at: u32) -> Option<RmpCheck> {
 #[test]
 fn a_page_is_a_vmsa_when_its_guest_says_so() {
     let mut rig = rig();
-    assert_eq!(vmrun(&mut rig, 0, 1), Some(RmpCheck::Vmsa));
+    assert_eq!(vmrun(&mut rig, 0, 1), Some(AccessCheck::Vmsa));
     rmpadjust(&mut rig, 1, SMALL, true);
     assert!(rig.machine.rmp_entry(pfn(1)).unwrap().vmsa);
     assert_eq!(vmrun(&mut rig, 0, 1), None);
@@ -41,7 +41,7 @@ fn a_page_is_a_vmsa_when_its_guest_says_so() {
     let Err(Error::Refused(refused)) = rig.machine.vmrun(rig.vcpus[0], pfn(1)) else {
         panic!("it is none any more");
     };
-    assert_eq!(refused.fault(), RmpFault::InvalidVmsa);
+    assert_eq!(refused.fault(), AccessFault::InvalidVmsa);
 }
 
 #[test]
@@ -51,7 +51,7 @@ fn rmpadjust_needs_a_validated_page() {
     rig.machine.rmpupdate(pfn(1), small(1)).unwrap();
     let mut vcpu = rig.machine.vcpu(rig.vcpus[0]).unwrap();
     let refused = refused(vcpu.rmpadjust(gfn(1), SMALL, true));
-    assert_eq!(refused.fault(), RmpFault::NotValidated);
+    assert_eq!(refused.fault(), AccessFault::NotValidated);
 }
 
 #[test]
@@ -60,10 +60,10 @@ fn vmrun_needs_a_mutable_page_of_this_guest() {
     rmpadjust(&mut rig, 1, SMALL, true);
     let immutable = RmpUpdate { immutable: true, ..small(1) };
     rig.machine.rmpupdate(pfn(1), immutable).unwrap();
-    assert_eq!(vmrun(&mut rig, 0, 1), Some(RmpCheck::Mutable), "the vmsa bit is kept");
+    assert_eq!(vmrun(&mut rig, 0, 1), Some(AccessCheck::Mutable), "the vmsa bit is kept");
     rig.machine.rmpupdate(pfn(2), RmpUpdate { asid: Some(asid(2)), ..small(2) }).unwrap();
-    assert_eq!(vmrun(&mut rig, 0, 2), Some(RmpCheck::GuestOwned));
-    assert_eq!(vmrun(&mut rig, 0, 9), Some(RmpCheck::GuestOwned));
+    assert_eq!(vmrun(&mut rig, 0, 2), Some(AccessCheck::GuestOwned));
+    assert_eq!(vmrun(&mut rig, 0, 9), Some(AccessCheck::GuestOwned));
     let plain = rig.machine.create_vm().unwrap();
     let vcpu = rig.machine.add_vcpu(plain).unwrap();
     assert_eq!(rig.machine.vmrun(vcpu, pfn(1)), Err(Error::NoSnp));
@@ -75,13 +75,13 @@ fn a_running_vmsa_is_in_use_until_its_vcpu_exits() {
     rmpadjust(&mut rig, 1, SMALL, true);
     rmpadjust(&mut rig, 2, SMALL, true);
     assert_eq!(vmrun(&mut rig, 0, 1), None);
-    assert_eq!(vmrun(&mut rig, 1, 1), Some(RmpCheck::InUse), "by two at once");
-    assert_eq!(vmrun(&mut rig, 0, 2), Some(RmpCheck::InUse), "the vcpu runs already");
+    assert_eq!(vmrun(&mut rig, 1, 1), Some(AccessCheck::InUse), "by two at once");
+    assert_eq!(vmrun(&mut rig, 0, 2), Some(AccessCheck::InUse), "the vcpu runs already");
     assert_eq!(vmrun(&mut rig, 1, 2), None);
     let shared = RmpUpdate::shared(SMALL);
     assert_eq!(rig.machine.rmpupdate(pfn(1), shared), Err(RmpFail::InUse));
     let mut vcpu = rig.machine.vcpu(rig.vcpus[0]).unwrap();
-    assert_eq!(refused(vcpu.rmpadjust(gfn(1), SMALL, false)).check, RmpCheck::InUse);
+    assert_eq!(refused(vcpu.rmpadjust(gfn(1), SMALL, false)).check, AccessCheck::InUse);
     rig.machine.vmexit(rig.vcpus[0]);
     assert_eq!(rig.machine.rmpupdate(pfn(1), shared), Ok(()));
     assert_eq!(rig.machine.rmpupdate(pfn(2), shared), Err(RmpFail::InUse), "the other's");

@@ -14,7 +14,10 @@
 //! Unlike on a memfd, every reference to a page can be counted here: a conversion to private finds
 //! pins that the engine has not given, and names their holder.
 
+mod device;
 mod huge;
+mod migrate;
+mod pkvm;
 mod rmp;
 mod stage2;
 mod touches;
@@ -32,6 +35,8 @@ use polder_units::{
     AddressSpace, Gfn, GfnRange, Level, PageCount, PageIndex, PageRange, Pfn, PfnRange,
 };
 
+pub(crate) use self::device::MachineDevice;
+use self::pkvm::Pkvm;
 use self::rmp::Rmp;
 use super::views::Views;
 use super::{Faulted, Host, Shown, Smashed, Translated, Vm, failed};
@@ -66,6 +71,8 @@ pub(crate) struct MachineHost {
     huge: Option<huge::Huge>,
     /// Of an SNP guest's memory.
     rmp: Option<Rmp>,
+    /// Of a protected VM's memory under pKVM.
+    pkvm: Option<Pkvm>,
     events: Mutex<Events>,
     /// A touch was queued, or the fault threads are nudged.
     queued: Condvar,
@@ -156,6 +163,10 @@ impl MachineHost {
         if rmp.is_some() {
             machine.enable_snp();
         }
+        let pkvm = platform.hypervisor_keeps_stage2().then(Pkvm::default);
+        if pkvm.is_some() {
+            machine.enable_pkvm();
+        }
         let object = machine.create_object(pages).map_err(refused)?;
         let process = machine.create_process().map_err(refused)?;
         for _ in 1..CPUS {
@@ -178,6 +189,7 @@ impl MachineHost {
             vms: Mutex::default(),
             huge,
             rmp,
+            pkvm,
             events: Mutex::default(),
             queued: Condvar::new(),
             answered: Condvar::new(),
@@ -235,7 +247,11 @@ impl MachineHost {
     }
 
     /// Takes the pages out of stage 2 of every VM.
+    /// There is nothing that the host could take out where a hypervisor keeps it.
     fn unmap_guest(&self, range: PageRange) -> Result<(), Error> {
+        if self.is_pkvm() {
+            return Ok(());
+        }
         let mut machine = self.lock();
         let gfns: Vec<_> = machine.gfns_of(self.object, range).collect();
         gfns.into_iter()
@@ -295,6 +311,7 @@ impl MachineHost {
 
     /// Drops the memory of pages. Nobody has them mapped after that, and no marker is left.
     fn free(&self, range: PageRange) -> Result<(), Error> {
+        self.take_relinquished(range)?;
         self.unmap_guest(range)?;
         self.unmap_host(range)?;
         let folios: Vec<_> = {
@@ -371,6 +388,9 @@ impl Host for MachineHost {
             Step::Smash(range) => self.smash_all(range),
             Step::Merge(range) => self.merge(range),
             Step::Thaw(range) => self.thaw(range),
+            Step::Protect(range, to) => self.answer_guest(range, to),
+            Step::Move(range) => self.move_folios(range),
+            Step::Launch(range) => self.launch(range),
             Step::PrepareSplit(range) => self.prepare_split(range),
             Step::SplitFolio(range) => self.split_folio(range),
             Step::MergeFolio(range) => self.merge_folios(range),
@@ -378,8 +398,8 @@ impl Host for MachineHost {
                 self.release_tables(range);
                 Ok(())
             }
-            // No hardware but the RMP tells private from shared.
-            Step::Protect(..) | Step::Publish(_) => Ok(()),
+            Step::Publish(_) => Ok(()),
+            Step::MapDma(..) | Step::UnmapDma(..) => unreachable!("the driver's: {step}"),
         }
     }
 
@@ -390,6 +410,13 @@ impl Host for MachineHost {
     fn attach(&self, id: VmId, vm: Vm) -> Result<(), Error> {
         let vm = match (&self.rmp, vm) {
             (_, Vm::Kvm(_)) => return Err(Error::WrongVm { host: super::HostKind::Machine }),
+            (None, Vm::Machine) if self.is_pkvm() => self.lock().create_pkvm_vm(),
+            (None, Vm::MachineWithoutTdp) if self.is_pkvm() => {
+                return Err(Error::NotOffered {
+                    what: "a protected VM needs a CPU with two stages of translation",
+                    way_out: "attach an ordinary VM of the machine",
+                });
+            }
             (None, Vm::Machine) => self.lock().create_vm(),
             (None, Vm::MachineWithoutTdp) => self.lock().create_vm_without_tdp(),
             (Some(_), Vm::MachineWithoutTdp) => {
@@ -414,6 +441,7 @@ impl Host for MachineHost {
         if self.is_snp() {
             self.check_owner(id)?;
         }
+        self.own_by_pkvm(id, attached.vm)?;
         self.lock().bind(attached.vm, gfn, self.object, pages).map_err(refused)?;
         self.own(id, attached.vm)?;
         let gfns = GfnRange::new(gfn, pages.count()).expect("the engine has checked");
@@ -424,10 +452,12 @@ impl Host for MachineHost {
     fn unbind(&self, id: VmId, slot: Slot) -> Result<(), Error> {
         let mut vms = self.vms.lock();
         let Some(attached) = vms.get_mut(&id) else { return Ok(()) };
-        let Some(gfns) = attached.slots.remove(&slot) else { return Ok(()) };
+        let Some(&gfns) = attached.slots.get(&slot) else { return Ok(()) };
+        self.check_none_donated(attached.vm, gfns)?;
+        attached.slots.remove(&slot);
         let mut machine = self.lock();
         let gone = machine.unbind(attached.vm, gfns.start());
-        let zapped = machine.tdp_zap(attached.vm, gfns);
+        let zapped = if self.is_pkvm() { Ok(false) } else { machine.tdp_zap(attached.vm, gfns) };
         assert!(gone.is_ok() && zapped.is_ok(), "the slot was there: {gone:?}, {zapped:?}");
         Ok(())
     }

@@ -4,12 +4,15 @@ mod bind;
 mod contents;
 mod conversion;
 mod create;
+mod devices;
 mod discard;
 mod exits;
 mod guest_conversion;
 mod host_view;
 mod huge_pages;
 mod kernel_access;
+mod moves;
+mod pkvm;
 mod population;
 mod prefault;
 mod reach;
@@ -29,10 +32,15 @@ pub(crate) use contents::{
     ZEROED_PROTECTED,
 };
 pub(crate) use conversion::{AUDIT, DISAGREE, GUP, QUARANTINE, REFERENCED, STEP_FAILS};
+pub(crate) use devices::{FAILS, REACHES};
 pub(crate) use exits::{FAILED, MISMATCH, PLAIN_VM, QUARANTINE_EXIT};
 pub(crate) use guest_conversion::IMPLICIT;
 pub(crate) use host_view::{CHILD, OTHER, STRAY};
 pub(crate) use huge_pages::SPLIT as SPLIT_FOLIOS;
+pub(crate) use moves::{
+    LAUNCHED, MOVES, MOVES_BUSY, MOVES_PINNED, MOVES_UNTOLD, NO_MOVE, NO_PRELOAD, NOT_PRELOADED,
+    PRELOADED, UNMOVABLE,
+};
 pub(crate) use population::{CONTINUE_FAILS, PLAIN_FAULTS};
 pub(crate) use prefault::{FAILED_STOPS, OWED_STOPS, STILL_OWED, UNTOLD};
 pub(crate) use reach::{
@@ -42,7 +50,7 @@ pub(crate) use together::DENIED_WHILE_FAILING;
 
 /// Every row, in the table's order within a section.
 pub fn cases() -> impl Iterator<Item = &'static Case> {
-    let files: [&[Case]; 17] = [
+    let files: [&[Case]; 20] = [
         create::CASES,
         bind::CASES,
         host_view::CASES,
@@ -58,6 +66,9 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
         userfault::CASES,
         kernel_access::CASES,
         prefault::CASES,
+        devices::CASES,
+        moves::CASES,
+        pkvm::CASES,
         reach::CASES,
         selftests::CASES,
     ];

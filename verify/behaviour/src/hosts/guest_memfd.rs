@@ -10,6 +10,7 @@ use polder_require::Facility;
 use polder_vmm::{RunError, Vm};
 
 use super::memfd::{MOVED, Memfd};
+use super::{KERNEL_MOVES, NO_DEVICE};
 use crate::host::{Guest, Host, Trouble, Way};
 use crate::{Section, Skipped, cases};
 
@@ -25,6 +26,9 @@ const KIND: &str = "a software-protected VM's access is of the kind that its fra
     the other";
 const OUTSIDE: &str = "it is not to be done or seen from outside the kernel, as on host memfd";
 
+const DROPPED_FIRST: &str = "two pools: contents are dropped before a device is told, and that it \
+    fails then leaves the pages in quarantine";
+
 /// Cases with a reason of their own.
 const REASONS: &[(&str, &str)] = &[
     ("shared first: what the host wrote stays when it becomes private", LOST),
@@ -39,6 +43,16 @@ const REASONS: &[(&str, &str)] = &[
     (cases::FAILED_STOPS, OWED),
     (cases::STILL_OWED, OWED),
     (cases::MOVED, MOVED),
+    (cases::MOVES, KERNEL_MOVES),
+    (cases::MOVES_PINNED, KERNEL_MOVES),
+    (cases::MOVES_UNTOLD, KERNEL_MOVES),
+    (cases::MOVES_BUSY, KERNEL_MOVES),
+    (cases::UNMOVABLE, KERNEL_MOVES),
+    (cases::REACHES, NO_DEVICE),
+    (cases::FAILS, DROPPED_FIRST),
+    (cases::PRELOADED, OWED),
+    (cases::LAUNCHED, OWED),
+    (cases::NOT_PRELOADED, OWED),
     (cases::DISAGREE, ONE_VM),
     (cases::IMPLICIT, KIND),
     (cases::MISMATCH, KIND),

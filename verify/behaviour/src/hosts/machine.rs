@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use polder::machine::{
-    GupFast, GupStep, HostExit, HostPte, Hva, LockOwner, PinId, PinKind, Plant, RmpEntry, RmpSize,
-    Thread, Vpn, VpnRange,
+    Component, GupFast, GupStep, HostExit, HostPte, Hva, LockOwner, PinId, PinKind, Plant,
+    RmpEntry, RmpSize, Thread, Vpn, VpnRange,
 };
 use polder::units::{GfnRange, Gpa, Level, PAGE_SIZE, PageIndex, PageRange};
 use polder::{
@@ -63,7 +63,9 @@ const ANOTHER: &str = "this row is about another platform";
 type Reason = (&'static str, &'static str);
 
 /// What holds on the machine for every kind of VM.
-const EVERY: [Reason; 16] = [
+const EVERY: [Reason; 18] = [
+    (cases::NO_MOVE, "the simulated kernel moves pages when asked"),
+    (cases::NO_PRELOAD, "the host writes private pages, until they are their guest's"),
     (cases::MEM_HOST_VIEW, SIMULATED),
     (cases::MEM_OTHER_VIEWS, SIMULATED),
     (cases::DESCRIPTOR, SIMULATED),
@@ -87,6 +89,7 @@ const EVERY: [Reason; 16] = [
 
 /// The reasons that hold for every kind of VM, and more.
 const fn reasons<const MORE: usize, const ALL: usize>(more: [Reason; MORE]) -> [Reason; ALL] {
+    assert!(ALL == EVERY.len() + MORE, "all of them, and no more");
     let mut all = [("", ""); ALL];
     let mut at = 0;
     while at < ALL {
@@ -96,13 +99,15 @@ const fn reasons<const MORE: usize, const ALL: usize>(more: [Reason; MORE]) -> [
     all
 }
 
-const PLAIN: &[Reason] = &reasons::<3, 19>([
+const PLAIN: &[Reason] = &reasons::<4, 22>([
+    (cases::UNMOVABLE, ANOTHER),
     (cases::LOST, IN_PLACE),
     (cases::IMPLICIT, EITHER),
     (cases::MISMATCH, EITHER),
 ]);
 
-const PROTECTED: &[Reason] = &reasons::<7, 23>([
+const PROTECTED: &[Reason] = &reasons::<8, 26>([
+    (cases::UNMOVABLE, ANOTHER),
     (cases::LOST, IN_PLACE),
     (cases::IMPLICIT, EITHER),
     (cases::MISMATCH, EITHER),
@@ -123,7 +128,14 @@ const VALIDATES: &str = "a page that shows at another guest frame has to be vali
 const READS: &str = "once a page is mapped, a read as the other kind finds ciphertext or garbage, \
     and only a write exits: that is a row of the RMP";
 
-const SNP: &[Reason] = &reasons::<21, 37>([
+const DROPPED_FIRST: &str = "contents of a page that an SNP guest shares are dropped before a device is \
+    told: that it fails then leaves the page in quarantine";
+const UNMOVABLE: &str = "nobody here moves an SNP guest's private pages";
+
+const SNP: &[Reason] = &reasons::<24, 42>([
+    (cases::FAILS, DROPPED_FIRST),
+    (cases::MOVES, UNMOVABLE),
+    (cases::MOVES_BUSY, UNMOVABLE),
     (cases::DISAGREE, ONE_VM),
     ("an overlap in guest frames is refused, in another VM it is not", ONE_VM),
     ("an overlap in pages is refused, in another VM it is not", ONE_VM),
@@ -145,6 +157,69 @@ const SNP: &[Reason] = &reasons::<21, 37>([
     (cases::PRESERVED_PROTECTED, ANOTHER),
     (cases::ZEROED_PROTECTED, ANOTHER),
     (cases::UNSPECIFIED_PROTECTED, ANOTHER),
+]);
+
+const GUEST_FREES: &str = "only the guest gives its pages back: a discard by the VMM is refused, which \
+    is a row of pkvm";
+const KEEPS_SLOT: &str = "a slot in which a protected guest has pages stays: that is a row of pkvm";
+const GUEST_CONVERTS: &str = "this row has the VMM convert, or hold what the guest asks for, and under \
+    pKVM the guest alone does it";
+const ITS_OWN: &str = "contents are the guest's own: they are kept, and zeros are its to write";
+const HAS: &str = "what a protected guest shares it has: sharing gives it the page first";
+const SHARES_WHOLE: &str = "a protected guest shares what it has, and pages whose contents are owed it \
+    waits for: the row shares them first";
+const NO_SELFTESTS: &str = "the kernel's selftests have the VMM convert, or begin with shared memory, \
+    and a protected VM's memory is its own";
+const ONE_OWNER: &str =
+    "pKVM's hypervisor gives a page to one guest: a second VM's bind is refused";
+
+/// What holds for a protected VM's memory under pKVM.
+const PKVM: &[Reason] = &reasons::<39, 57>([
+    ("the fault for an access of the other kind says what was wanted", EITHER),
+    (cases::LOST, IN_PLACE),
+    (cases::IMPLICIT, EITHER),
+    (cases::MISMATCH, EITHER),
+    (cases::PLAIN_VM, ANOTHER),
+    (cases::UNMOVABLE, ANOTHER),
+    (cases::PRESERVED, ANOTHER),
+    (cases::ZEROED, ANOTHER),
+    (cases::UNSPECIFIED, ANOTHER),
+    (cases::PRESERVED_PROTECTED, ANOTHER),
+    (cases::ZEROED_PROTECTED, ANOTHER),
+    (cases::UNSPECIFIED_PROTECTED, ANOTHER),
+    ("several objects are independent of each other", GUEST_FREES),
+    ("an overlap in guest frames is refused, in another VM it is not", ONE_OWNER),
+    ("an overlap in pages is refused, in another VM it is not", ONE_OWNER),
+    ("two VMs see one object, and a conversion holds for both", ONE_OWNER),
+    (cases::DISAGREE, ONE_OWNER),
+    ("a slot in use is refused; a slot unbound can be bound anew", KEEPS_SLOT),
+    (cases::MOVED, KEEPS_SLOT),
+    ("unbinding frees no page and changes none", KEEPS_SLOT),
+    ("a guest's access to a slot that is gone comes to the VMM, unbound", KEEPS_SLOT),
+    ("neighbouring slots are done in one go, a gap between them ends it", KEEPS_SLOT),
+    ("a slot deleted meanwhile ends it early, or in an error; none hangs", KEEPS_SLOT),
+    ("touches of the same pages by many threads are all answered", GUEST_FREES),
+    (cases::AUDIT, GUEST_FREES),
+    ("what becomes of other pages meanwhile leaves none of it undone", GUEST_FREES),
+    (
+        "while a guest runs and converts, it sees no wrong byte and the host no page late",
+        GUEST_FREES,
+    ),
+    (cases::FAILED_STOPS, GUEST_FREES),
+    ("what a device has mapped is not discarded, and the device is named", GUEST_FREES),
+    ("before allocation: it is recorded, and nothing is allocated", HAS),
+    ("the other pages convert singly, and all after the unpin", GUEST_CONVERTS),
+    ("a request across two slots is all or nothing", GUEST_CONVERTS),
+    ("a range that is busy is refused, where the caller won't wait", GUEST_CONVERTS),
+    ("touches meanwhile see right bytes or are denied; none maps late", GUEST_CONVERTS),
+    ("contents zeroed are zeros for the guest, too", ITS_OWN),
+    ("contents of pages that are so already are not zeroed", ITS_OWN),
+    ("discards meanwhile leave zeros", GUEST_FREES),
+    ("discards meanwhile leave zeros, also while others are owed", GUEST_FREES),
+    (
+        "while others are owed, a guest's first touches of what was prefaulted come to nobody",
+        GUEST_FREES,
+    ),
 ]);
 
 impl Host for Machine {
@@ -169,13 +244,24 @@ impl Host for Machine {
         if self.root != GuestRoot::Tdp && section != Section::Prefault {
             return Some(ROOT);
         }
-        let snp = self.platform == Platform::Snp;
-        match section {
-            Section::Rmp if !snp => Some("only memory of an SNP guest has an RMP"),
-            Section::HugePages if snp => {
+        match (section, self.platform) {
+            (Section::Selftests, Platform::Pkvm) => Some(NO_SELFTESTS),
+            (Section::Population | Section::Userfault, Platform::Pkvm) => Some(SHARES_WHOLE),
+            (Section::Discard, Platform::Pkvm) => Some(GUEST_FREES),
+            (Section::Rmp, Platform::Snp) | (Section::Pkvm, Platform::Pkvm) => None,
+            (Section::Rmp, _) => Some("only memory of an SNP guest has an RMP"),
+            (Section::Pkvm, _) => {
+                Some("only memory of a protected VM under pKVM is the guest's to share")
+            }
+            (Section::HugePages, Platform::Snp) => {
                 Some("its contents are not preserved; its large entries are in section rmp")
             }
-            Section::KernelAccess => Some("these accesses are KVM's, and here KVM is simulated"),
+            (Section::HugePages, Platform::Pkvm) => {
+                Some("pKVM's tables have entries of 4K only here, and such memory is refused")
+            }
+            (Section::KernelAccess, _) => {
+                Some("these accesses are KVM's, and here KVM is simulated")
+            }
             _ => None,
         }
     }
@@ -185,6 +271,7 @@ impl Host for Machine {
             Platform::Plain => PLAIN,
             Platform::SwProtected => PROTECTED,
             Platform::Snp => SNP,
+            Platform::Pkvm => PKVM,
         }
     }
 
@@ -442,6 +529,37 @@ impl Inside for Machine {
         run();
         let unlocked = memory.simulated(|machine, _, _| machine.unlock_folio(pfn, OTHER));
         unlocked.expect("memory of this host").expect("it is locked");
+    }
+
+    fn frames(&self, memory: &Memory, range: PageRange) -> Vec<u64> {
+        let frames = memory.simulated(|machine, object, _| {
+            let folios = machine.folios(object, range).expect("the object");
+            folios.map(|(_, backing)| backing.pfn.get()).collect()
+        });
+        frames.expect("memory of this host")
+    }
+
+    fn is_donated(&self, memory: &Memory, page: PageIndex) -> Option<bool> {
+        let donated = memory.simulated(|machine, object, _| {
+            let backing = machine.backing(object, page).expect("the object")?;
+            let owner = machine.owner_of(backing.pfn).expect("a machine with pKVM");
+            Some(matches!(owner, Component::Guest(_)))
+        });
+        donated.expect("memory of this host")
+    }
+
+    fn fail_hypervisor(&self, memory: &Memory, nth: u64) {
+        let failing = memory.simulated(|machine, _, _| machine.fail_hypervisor(Some(nth)));
+        failing.expect("memory of this host");
+    }
+
+    fn refer_to_file<'a>(&self, memory: &'a Memory, page: PageIndex) -> Box<dyn Send + 'a> {
+        let pin = memory.simulated(|machine, object, process| {
+            let kind = PinKind::LongTerm;
+            machine.pin_object_pages(process, object, PageRange::one(page), kind)
+        });
+        let pin = pin.expect("memory of this host").expect("a page of the object");
+        Box::new(Reference { memory, pin })
     }
 
     fn audit(&self, memory: &Memory) -> Result<(), String> {

@@ -14,7 +14,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-use super::LOOKS;
+use super::{KERNEL_MOVES, LOOKS, NO_DEVICE};
 use crate::host::{Guest, Host, Trouble, Way};
 use crate::{Skipped, cases};
 
@@ -65,6 +65,13 @@ impl Host for Memfd {
                 "GUP-fast can't be stopped between two of its steps from outside the kernel",
             ),
             (cases::MOVED, MOVED),
+            (cases::MOVES, KERNEL_MOVES),
+            (cases::MOVES_PINNED, KERNEL_MOVES),
+            (cases::MOVES_UNTOLD, KERNEL_MOVES),
+            (cases::MOVES_BUSY, KERNEL_MOVES),
+            (cases::UNMOVABLE, KERNEL_MOVES),
+            (cases::REACHES, NO_DEVICE),
+            (cases::NO_PRELOAD, "the trusted view writes private pages, too"),
             (cases::AUDIT, "the kernel's counts are not to be seen from outside"),
             (
                 cases::STRAY,

@@ -10,6 +10,10 @@ use polder_vmm::GuestRoot;
 
 use crate::Host;
 
+const KERNEL_MOVES: &str = "where pages lie is the kernel's affair on this host";
+const NO_DEVICE: &str =
+    "no device with an IOMMU is to be had here: what a domain is told is another row";
+
 /// How often a run is looked at before it counts as hung; some twenty times a second.
 const LOOKS: u32 = 20 * 30;
 
@@ -18,9 +22,10 @@ pub fn hosts() -> &'static [&'static dyn Host] {
     const PLAIN: &dyn Host = &machine::Machine::new(Platform::Plain);
     const PROTECTED: &dyn Host = &machine::Machine::new(Platform::SwProtected);
     const SNP: &dyn Host = &machine::Machine::new(Platform::Snp);
+    const PKVM: &dyn Host = &machine::Machine::new(Platform::Pkvm);
     const SHADOW: &dyn Host = &machine::Machine::on(GuestRoot::Shadow);
     const NESTED: &dyn Host = &machine::Machine::on(GuestRoot::Nested);
-    &[&memfd::Memfd, &guest_memfd::GuestMemfd, PLAIN, PROTECTED, SNP, SHADOW, NESTED]
+    &[&memfd::Memfd, &guest_memfd::GuestMemfd, PLAIN, PROTECTED, SNP, PKVM, SHADOW, NESTED]
 }
 
 /// The simulated machine with a bug of its own: no column of the table, but what its rows are

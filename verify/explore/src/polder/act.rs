@@ -13,11 +13,11 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use polder_machine::{
-    Error, Exit, FirmwareFail, GupFast, GupStep, HostExit, Hva, LockOwner, Machine, ObjectId,
-    PinId, PinKind, Resolved, RmpFail, RmpResult, RmpSize, RmpUpdate, Side, Thread, VcpuId, Vpn,
-    VpnRange,
+    Ask, Component, Error, Exit, FirmwareFail, GupFast, GupStep, HostExit, Hva, LockOwner, Machine,
+    ObjectId, PinId, PinKind, Resolved, RmpFail, RmpResult, RmpSize, RmpUpdate, Side, Thread,
+    VcpuId, Vpn, VpnRange,
 };
-use polder_units::{Gfn, GfnRange, Level, PAGE_SIZE, PageIndex, PageRange, Pfn};
+use polder_units::{Gfn, GfnRange, Level, PAGE_SIZE, PageIndex, PageRange, Pfn, PfnRange};
 
 use super::kept::{KeptMachine, MOST_CPUS, Parts};
 
@@ -93,6 +93,30 @@ pub(super) enum Act {
     Unpin(PinId),
     /// The slot at a guest frame is made.
     Bind(Gfn, PageRange),
+    /// The host donates the memory of a page to the guest, at a guest frame: cut off from every
+    /// process first.
+    Donate(PageIndex, Gfn),
+    /// A guest asks that the host may reach a page, or no longer.
+    Ask(Gfn, bool),
+    /// The hypervisor does what the guest asked for about the first of these, or takes it back; and
+    /// so on.
+    Answer(GfnRange, bool),
+    /// The guest goes on.
+    Resume(GfnRange),
+    /// The hypervisor runs out of memory, at so many entries from here.
+    HypervisorFails(u8),
+    /// The folios of pages move.
+    Migrate(PageRange),
+    /// Pages are pinned and mapped for the device.
+    MapDevice(PageRange),
+    /// They are taken out of its table.
+    UnmapDevice(PageRange),
+    /// They are flushed from its IOTLB, and unpinned; whether they are flushed.
+    ReleaseDevice(PageRange, bool),
+    /// The device writes a token.
+    DeviceWrite(Gfn, u8),
+    /// The kernel pins a page of the host view exclusively.
+    PinExclusive(Vpn),
     /// The slot there is deleted; whether it is taken out of stage 2.
     Unbind(Gfn, bool),
 }
@@ -196,7 +220,10 @@ impl Act {
             ),
             Self::FlushHost(pages) => plain(machine.flush_object(object, pages)),
             Self::ZapGuest(pages) => {
-                let gfns: Vec<_> = machine.gfns_of(object, pages).collect();
+                // Where the hypervisor keeps stage 2 there is nothing to take out.
+                let ours = machine.page_state(Component::Host, Pfn::from(0)).is_err();
+                let shown = machine.gfns_of(object, pages).filter(|_| ours);
+                let gfns: Vec<_> = shown.collect();
                 let mut zap = |(vm, gfns)| machine.tdp_zap(vm, gfns).map(|_| ());
                 plain(gfns.into_iter().try_for_each(&mut zap))
             }
@@ -256,12 +283,122 @@ impl Act {
                 Done::of(pinned, Done::Pinned, Done::HostExit)
             }
             Self::Unpin(pin) => plain(machine.unpin(pin)),
+            Self::PinExclusive(vpn) => {
+                let page = VpnRange::one(vpn);
+                let pinned = machine.pin_user_pages(process, page, true, PinKind::Exclusive);
+                Done::of(pinned, Done::Pinned, Done::HostExit)
+            }
+            Self::Donate(page, gfn) => plain(donate(machine, parts, page, gfn)),
+            Self::Ask(gfn, share) => {
+                let mut vcpu = machine.vcpu(parts.vcpu(0)).expect("it was added");
+                let asked = if share { vcpu.mem_share(gfn) } else { vcpu.mem_unshare(gfn) };
+                match asked {
+                    Ok(asked) => plain(asked.map_err(Error::from)),
+                    Err(exit) => Done::GuestExit(exit),
+                }
+            }
+            Self::Answer(gfns, share) => plain(answer(machine, vm, gfns, share)),
+            Self::Resume(gfns) => plain(gfns.frames().try_for_each(|gfn| {
+                machine.resume_guest(vm, gfn)?;
+                Ok(())
+            })),
+            Self::HypervisorFails(nth) => {
+                machine.fail_hypervisor(Some(nth.into()));
+                Done::Well
+            }
+            Self::Migrate(pages) => plain(migrate(machine, object, pages)),
+            Self::MapDevice(pages) => {
+                let (domain, process) = parts.device.expect("a setup with a device");
+                plain(pages.frames().try_for_each(|page| {
+                    let one = PageRange::one(page);
+                    let kind = PinKind::LongTerm;
+                    let pin = machine.pin_object_pages(process, object, one, kind)?;
+                    let mapped = machine.iommu_map(domain, at_device(page), pin);
+                    if mapped.is_err() {
+                        machine.unpin(pin)?;
+                    }
+                    mapped
+                }))
+            }
+            Self::UnmapDevice(pages) => {
+                let (domain, _) = parts.device.expect("a setup with a device");
+                plain(pages.frames().try_for_each(|page| {
+                    machine.iommu_unmap(domain, GfnRange::one(at_device(page))).map(|_| ())
+                }))
+            }
+            Self::ReleaseDevice(pages, flushes) => {
+                let (domain, process) = parts.device.expect("a setup with a device");
+                plain(pages.frames().try_for_each(|page| {
+                    if flushes {
+                        machine.flush_iotlb(domain, GfnRange::one(at_device(page)))?;
+                    }
+                    let Some(backing) = machine.backing(object, page)? else { return Ok(()) };
+                    let mut holders = machine.holders_of(PfnRange::one(backing.pfn));
+                    let pin = holders.find(|it| it.process == process).map(|it| it.pin);
+                    drop(holders);
+                    pin.map_or(Ok(()), |pin| machine.unpin(pin))
+                }))
+            }
+            Self::DeviceWrite(gfn, token) => {
+                let (domain, _) = parts.device.expect("a setup with a device");
+                plain(machine.device_write(domain, gfn.gpa(), &[token; 8]))
+            }
             Self::Bind(gfn, pages) => plain(machine.bind(vm, gfn, object, pages)),
             Self::Unbind(gfn, zaps) => plain(machine.unbind(vm, gfn).and_then(|gfns| {
                 if zaps { machine.tdp_zap(vm, gfns).map(|_| ()) } else { Ok(()) }
             })),
         }
     }
+}
+
+/// Where the device has a page.
+fn at_device(page: PageIndex) -> Gfn {
+    Gfn::new(page.get()).expect("a small number")
+}
+
+/// `MachineHost::donate`, after its look at the references.
+fn donate(machine: &mut Machine, parts: &Parts, page: PageIndex, gfn: Gfn) -> Result<(), Error> {
+    if machine.spte(parts.vm, gfn)?.is_some() {
+        return Ok(());
+    }
+    machine.zap_object(parts.object, PageRange::one(page))?;
+    machine.flush_object(parts.object, PageRange::one(page))?;
+    let Some(backing) = machine.backing(parts.object, page)? else { return Ok(()) };
+    Ok(machine.host_donate_guest(parts.vm, gfn, backing.pfn)?)
+}
+
+/// `MachineHost::answer_guest`.
+fn answer(
+    machine: &mut Machine,
+    vm: polder_machine::VmId,
+    gfns: GfnRange,
+    share: bool,
+) -> Result<(), Error> {
+    for gfn in gfns.frames() {
+        match (machine.asked_by_guest(vm, gfn), share) {
+            (Some((Ask::Share, false)), true) | (Some((Ask::Unshare, false)), false) => {
+                machine.answer_guest(vm, gfn)?;
+            }
+            (Some((Ask::Share, true)), false) | (Some((Ask::Unshare, true)), true) => {
+                machine.take_back_answer(vm, gfn)?;
+            }
+            (Some((Ask::Share | Ask::Unshare, _)), _) => {}
+            _ => return Err(polder_machine::PkvmFail::NotAsked.into()),
+        }
+    }
+    Ok(())
+}
+
+/// `MachineHost::move_folios`.
+fn migrate(machine: &mut Machine, object: ObjectId, pages: PageRange) -> Result<(), Error> {
+    let folios: Vec<_> = machine.folios(object, pages)?.collect();
+    for (page, backing) in folios {
+        machine.lock_folio(backing.pfn, OTHERS)?;
+        let moved = machine.migrate_folio(object, page, OTHERS);
+        machine.unlock_folio(moved.unwrap_or(backing.pfn), OTHERS)?;
+        moved?;
+    }
+    Ok(())
 }
 
 fn level_of(machine: &Machine, folio: PageRange) -> Level {

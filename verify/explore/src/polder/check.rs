@@ -77,6 +77,7 @@ impl World {
             return broken("INV-7", format!("page {page} is private, and the library pins it"));
         }
         self.check_rmp(&reach)?;
+        self.check_pkvm(&reach)?;
         if engine.idle {
             return self.check_at_rest(private, out);
         }
@@ -95,7 +96,9 @@ impl World {
 
     /// What has to be so while nothing is in flight.
     fn check_at_rest(&self, private: Pages, out: Pages) -> Result<(), Violation> {
-        let reachable = (self.reach().host | self.reach().guest) & out;
+        // What a hypervisor has given the guest nobody takes from it.
+        let kept = if self.setup.is_pkvm() { 0 } else { self.reach().guest };
+        let reachable = (self.reach().host | kept) & out;
         if reachable != 0 {
             let page = first(reachable);
             return broken("INV-1", format!("{page} is in quarantine, and reachable"));
@@ -103,6 +106,7 @@ impl World {
         if self.setup.is_snp() {
             self.check_rmp_at_rest(&self.reach())?;
         }
+        self.check_pkvm_at_rest(&self.reach(), out)?;
         let apart = (self.promised.hardware ^ private) & !out;
         if apart != 0 && !self.setup.is_snp() {
             let page = first(apart);
@@ -114,6 +118,8 @@ impl World {
             Discrepancy::RmpLevel { .. } | Discrepancy::RmpAlignment { .. } => "INV-5",
             Discrepancy::Frames { .. } => "INV-6",
             Discrepancy::RmpOwner { .. } | Discrepancy::FreeAssigned { .. } => "INV-9",
+            Discrepancy::Ownership { .. } | Discrepancy::StaleOwner { .. } => "INV-9",
+            Discrepancy::NotExclusive { .. } => "INV-7",
             _ => "INV-2",
         };
         broken(invariant, format!("nothing is in flight, and {wrong}"))
@@ -186,6 +192,7 @@ impl World {
                 return broken("INV-3", "told that pages are whole which are not");
             }
             Refusal::Whole { .. } => true,
+            Refusal::Pinned { .. } if self.device_keeps(task) => true,
             Refusal::Pinned { .. } => {
                 // A neighbour's counts where its folio would have to be split.
                 let pages = if self.setup.pooled { Pages::MAX } else { pages };

@@ -5,6 +5,7 @@ use polder_units::Geometry;
 
 use super::setup::{Actor, Role, Setup, Task};
 
+mod pkvm;
 mod snp;
 
 const PRIVATE: Visibility = Visibility::Private;
@@ -38,6 +39,8 @@ fn small() -> Setup {
         pooled: false,
         initial: SHARED,
         accepted: false,
+        donated: 0,
+        device: false,
         owed: false,
         first_gfn: 0,
         first_page: 0,
@@ -70,6 +73,13 @@ pub fn all() -> Vec<Setup> {
         apart(),
         folios(),
         pieces(),
+        moves(),
+        dma(),
+        exclusive(),
+        pkvm::pkvm(),
+        pkvm::device(),
+        pkvm::moves(),
+        pkvm::failures(),
         snp::snp(),
         snp::merge(),
         snp::folio(),
@@ -264,6 +274,56 @@ fn apart() -> Setup {
         actors: vec![
             actor("vcpu", Role::Vcpu(0), &[Task::GuestWrite(0, 1), Task::GuestRead(1)]),
             actor("converter", Role::Caller, &[convert(1, 2, PRIVATE)]),
+        ],
+        ..small()
+    }
+}
+
+fn moves() -> Setup {
+    Setup {
+        name: "move",
+        about: "pages that move under guest, host and the kernel's pins, next to a conversion",
+        failures: 1,
+        actors: vec![
+            actor("vcpu", Role::Vcpu(0), &[Task::GuestWrite(0, 1), Task::GuestRead(1)]),
+            actor("thread", Role::Thread(0), &[Task::HostWrite(0, 2), Task::HostRead(0)]),
+            faults(),
+            actor("mover", Role::Caller, &[Task::Move { start: 0, end: 2 }]),
+            actor("converter", Role::Caller, &[convert(0, 1, PRIVATE)]),
+            actor("pinner", Role::Pinner, &[Task::Gup(0)]),
+        ],
+        ..small()
+    }
+}
+
+fn dma() -> Setup {
+    Setup {
+        name: "dma",
+        about: "a device that has what is shared mapped, next to conversions and a move",
+        failures: 1,
+        device: true,
+        actors: vec![
+            actor("vcpu", Role::Vcpu(0), &[Task::GuestRead(0)]),
+            actor("device", Role::Device, &[Task::DmaWrite(0, 3), Task::DmaWrite(0, 4)]),
+            faults(),
+            actor("converter", Role::Caller, &[convert(0, 2, PRIVATE), convert(0, 1, SHARED)]),
+            actor("mover", Role::Caller, &[Task::Move { start: 0, end: 1 }]),
+        ],
+        ..small()
+    }
+}
+
+fn exclusive() -> Setup {
+    Setup {
+        name: "exclusive",
+        about: "an exclusive pin next to GUP-fast, another exclusive pin and a conversion",
+        actors: vec![
+            actor("thread", Role::Thread(0), &[Task::HostWrite(0, 2)]),
+            faults(),
+            actor("pinner", Role::Pinner, &[Task::Gup(0)]),
+            actor("second pinner", Role::Pinner, &[Task::PinExclusive(0)]),
+            actor("third pinner", Role::Pinner, &[Task::PinExclusive(0)]),
+            actor("converter", Role::Caller, &[convert(0, 1, PRIVATE), convert(0, 1, SHARED)]),
         ],
         ..small()
     }

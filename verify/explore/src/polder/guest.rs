@@ -60,7 +60,7 @@ impl World {
             (Done::Read(word), _) => {
                 self.say(|| format!("reads gfn {gfn}: {}", token(word)));
                 self.came(actor, Came::Read(word));
-                if wants == Visibility::Shared {
+                if wants == Visibility::Shared && !self.setup.is_pkvm() {
                     self.check_secret("the guest, as shared,", page, word)?;
                 }
                 // What it reads of its own as shared is ciphertext.
@@ -219,6 +219,8 @@ impl World {
             actor,
             if private && self.setup.is_snp() {
                 Stage::Give(answer, level)
+            } else if self.setup.is_pkvm() {
+                Stage::Donate(answer)
             } else {
                 Stage::GuestResolve(answer, level)
             },

@@ -3,12 +3,9 @@
 use polder_explored_engine::Visibility;
 
 use super::check::{broken, first};
-use super::kept::{Pages, Reach};
+use super::kept::{Pages, Reach, SECRETS};
 use super::{Task, World};
 use crate::system::Violation;
-
-/// Tokens from this one on are written as private alone, and nobody else may read them.
-const SECRETS: u8 = 80;
 
 impl World {
     /// A token was written to a page.
@@ -67,7 +64,8 @@ impl World {
     /// Bytes of a private page that somebody else has read.
     pub(super) fn check_secret(&self, who: &str, page: u8, word: u64) -> Result<(), Violation> {
         let bytes = word.to_le_bytes();
-        if self.setup.is_snp() && bytes[0] >= SECRETS && bytes.iter().all(|it| *it == bytes[0]) {
+        let keeps = self.setup.is_snp() || self.setup.is_pkvm();
+        if keeps && bytes[0] >= SECRETS && bytes.iter().all(|it| *it == bytes[0]) {
             let what = format!("{who} reads {} from page {page}, written as private", bytes[0]);
             return broken("INV-1", what);
         }

@@ -46,7 +46,7 @@ impl World {
                 self.check_denied(page)?;
             }
             (Done::HostExit(HostExit::Refused(refused)), _)
-                if refused.check == polder_machine::RmpCheck::InUse =>
+                if refused.check == polder_machine::AccessCheck::InUse =>
             {
                 // It would only meet the same again.
                 self.say(|| format!("touches page {page}, whose entry is in use"));
@@ -129,14 +129,23 @@ impl World {
     }
 
     pub(super) fn gup_slow(&mut self, actor: usize) -> Result<(), Violation> {
-        let Some(Task::Gup(page)) = self.task(actor) else { return Ok(()) };
+        let (page, exclusive) = match self.task(actor) {
+            Some(Task::Gup(page)) => (page, false),
+            Some(Task::PinExclusive(page)) => (page, true),
+            _ => return Ok(()),
+        };
         if self.faults(self.role(actor), page) {
             self.touched |= 1 << page;
             self.say(|| format!("the slow path touches page {page}, and is stopped"));
             self.go(actor, Stage::GupWaits);
             return Ok(());
         }
-        match self.act(Act::Pin(self.parts.vpn(page))) {
+        let vpn = self.parts.vpn(page);
+        match self.act(if exclusive { Act::PinExclusive(vpn) } else { Act::Pin(vpn) }) {
+            Done::HostExit(HostExit::Pinned { by, .. }) => {
+                self.say(|| format!("the slow path finds page {page} pinned by {}", by.pin));
+                self.done(actor);
+            }
             Done::Pinned(pin) => {
                 self.say(|| format!("the slow path pins page {page}"));
                 self.go(actor, Stage::GupHeld(pin));
@@ -174,6 +183,9 @@ impl World {
             }
             let Ok(counts) = machine.counts(backing.pfn) else { continue };
             if counts.foreign() == 0 {
+                continue;
+            }
+            if self.setup.overlooks_dma() && self.only_the_device(backing.pfn) {
                 continue;
             }
             let pages = self.setup.geometry.pages(backing.level);

@@ -9,10 +9,10 @@ use std::rc::Rc;
 
 use polder_explored_engine::{Engine, Population, Visibility};
 use polder_machine::{
-    Asid, Discrepancy, HostPte, Machine, ObjectId, ProcessId, Side, Thread, VcpuId, VmId, Vpn,
-    VpnRange,
+    Asid, Component, Discrepancy, DomainId, HostPte, Machine, ObjectId, PageState, ProcessId, Side,
+    Thread, VcpuId, VmId, Vpn, VpnRange,
 };
-use polder_units::{Gfn, PageIndex, PageRange, PfnRange};
+use polder_units::{Gfn, PageIndex, PageRange, Pfn, PfnRange};
 
 use super::setup::Setup;
 use crate::fold::Fold;
@@ -94,6 +94,9 @@ impl KeptEngine {
     }
 }
 
+/// Tokens from this one on are written as private alone, and nobody else may read them.
+pub(super) const SECRETS: u8 = 80;
+
 /// The ASID of an SNP guest.
 pub(super) const ASID: Asid = match Asid::new(1) {
     Some(asid) => asid,
@@ -108,6 +111,8 @@ pub(super) struct Parts {
     pub(super) vm: VmId,
     /// Another process that has the object mapped, where the first one has it.
     pub(super) other: Option<ProcessId>,
+    /// A device's domain, and the process that pins for it.
+    pub(super) device: Option<(DomainId, ProcessId)>,
     pub(super) threads: u16,
     pub(super) vcpus: u16,
     /// Where the object is in the host view.
@@ -143,6 +148,14 @@ pub(super) struct Reach {
     pub(super) guest: Pages,
     /// By a pin of the kernel's, other than one that GUP-fast is about to look at again.
     pub(super) pinned: Pages,
+    /// By the device's domain or IOTLB.
+    pub(super) device: Pages,
+    /// pKVM: a guest has it, and the host's stage 2 has no page there.
+    pub(super) donated: Pages,
+    /// pKVM: a guest has it, and the host's stage 2 has it too.
+    pub(super) lent: Pages,
+    /// Some frame of the host's has bytes that only a guest was to read.
+    pub(super) told: bool,
     /// A marker denies it in the host view.
     pub(super) poisoned: Pages,
     /// It has memory.
@@ -211,6 +224,10 @@ impl KeptMachine {
         self.reached.get().unwrap_or_else(|| {
             let mut reach = Reach::default();
             (0..setup.pages).for_each(|page| self.look_at(&mut reach, page, parts, setup));
+            if setup.is_pkvm() {
+                let frames = u32::try_from(self.machine.config().frames.get()).unwrap_or(0);
+                reach.told = (0..frames).map(Pfn::from).any(|pfn| self.tells(pfn));
+            }
             self.reached.set(Some(reach));
             reach
         })
@@ -239,10 +256,28 @@ impl KeptMachine {
         if spte.is_some() || (0..parts.vcpus).any(remembers) {
             reach.guest |= bit;
         }
+        if let Some((domain, _)) = parts.device {
+            let at = Gfn::from(u32::from(page));
+            let mapped = machine.iommu_entry(domain, at).is_ok_and(|entry| entry.is_some());
+            if mapped || machine.remembered_by_device(domain, at).is_some() {
+                reach.device |= bit;
+            }
+        }
         let backing = machine.backing(parts.object, PageIndex::from(u32::from(page)));
         let Ok(Some(backing)) = backing else { return };
         reach.backed |= bit;
-        if machine.holders_of(PfnRange::one(backing.pfn)).any(|holder| !holder.speculative) {
+        if let Ok((PageState::Owned | PageState::SharedOwned, _)) =
+            machine.page_state(Component::Guest(parts.vm), backing.pfn)
+        {
+            match machine.page_state(Component::Host, backing.pfn) {
+                Ok((PageState::NoPage, _)) => reach.donated |= bit,
+                _ => reach.lent |= bit,
+            }
+        }
+        // What the device has is told apart from what others pin.
+        let device = parts.device.map(|(_, process)| process);
+        let mut holders = machine.holders_of(PfnRange::one(backing.pfn));
+        if holders.any(|holder| !holder.speculative && Some(holder.process) != device) {
             reach.pinned |= bit;
         }
         let entry = machine.rmp_entry(backing.pfn).filter(|entry| entry.assigned);
@@ -254,6 +289,14 @@ impl KeptMachine {
         if entry.validated {
             reach.validated |= bit;
         }
+    }
+
+    /// Whether the host reaches a frame with what was written as a guest's own in it.
+    fn tells(&self, pfn: Pfn) -> bool {
+        let reached =
+            !matches!(self.machine.page_state(Component::Host, pfn), Ok((PageState::NoPage, _)));
+        let bytes = self.machine.word_of(pfn).to_le_bytes();
+        reached && bytes[0] >= SECRETS
     }
 
     /// Whether everything on the machine adds up.

@@ -25,6 +25,7 @@ mod host;
 mod kept;
 mod merge;
 mod operation;
+mod pkvm;
 mod points;
 mod private;
 mod rmp;
@@ -235,11 +236,16 @@ impl World {
             | Task::PrivateWrite(..) => self.guest_access(actor, task),
             Task::Split(page) | Task::Collapse(page) => self.lock_folio(actor, page),
             Task::OtherWrite(page, value) => self.other_write(actor, page, value),
+            Task::Want(page, to) => self.want(actor, page, to),
+            Task::DmaWrite(page, value) => self.dma_write(actor, page, value),
+            Task::PinExclusive(_) => self.gup_slow(actor),
+            Task::HypervisorFails(nth) => self.hypervisor_fails(actor, nth),
             Task::Hold(page, large) => self.hold(actor, page, large),
             Task::HostRead(page) | Task::HostWrite(page, _) => self.touch(actor, task, page),
             Task::Convert { .. }
             | Task::Populate { .. }
             | Task::Discard { .. }
+            | Task::Move { .. }
             | Task::Merge { .. } => self.claim(actor, task),
             Task::CopyOut(page) | Task::CopyIn(page, _) => self.claim_copy(actor, page),
             Task::Pin(page) => self.pin(actor, page),
@@ -268,6 +274,7 @@ impl World {
             }
             Stage::GuestGive(answer, mapped) => self.guest_give(actor, answer, mapped),
             Stage::Give(answer, level) => self.give(actor, answer, level),
+            Stage::Donate(answer) => self.donate(actor, answer),
             Stage::SizeAsk => self.size_ask(actor),
             Stage::SizeLook(answer) => self.size_look(actor, answer),
             Stage::SizeSmash(answer, head) => self.size_smash(actor, answer, head),

@@ -1,9 +1,9 @@
 //! Operations: `polder/src/driver.rs`, one call of the engine or of the host after the other.
 
 use polder_explored_engine::{
-    Clearing, Contents, ConversionRequest, Draining, Engine, Merging, OpId, Operation, Protected,
-    Published, Refusal, Reshaped, Response, Settled, Stage as OpStage, Start, Step, Unmapped,
-    Unpinned, Visibility, Writing,
+    Clearing, Contents, ConversionRequest, Draining, Engine, Merging, MoveUnmapped, MoveUnpinned,
+    Moving, OpId, Operation, Protected, Published, Refusal, Reshaped, Response, Settled,
+    Stage as OpStage, Start, Step, Unmapped, Unpinned, Visibility, Writing,
 };
 
 use super::act::Act;
@@ -50,7 +50,11 @@ fn go_on(
     stage: &mut u8,
     mut taken: bool,
 ) -> Option<Step> {
-    let stages = if let Task::Convert { .. } = task { CONVERSION_STAGES } else { 1 };
+    let stages = match task {
+        Task::Convert { .. } => CONVERSION_STAGES,
+        Task::Move { .. } => 3,
+        _ => 1,
+    };
     while *stage < stages {
         let step = match (task, *stage) {
             (Task::Convert { .. }, 0) => next::<Draining>(engine, op, taken),
@@ -60,6 +64,9 @@ fn go_on(
             (Task::Convert { .. }, _) => next::<Protected>(engine, op, taken),
             (Task::Populate { .. }, _) => next::<Writing>(engine, op, taken),
             (Task::Merge { .. }, _) => next::<Merging>(engine, op, taken),
+            (Task::Move { .. }, 0) => next::<Moving>(engine, op, taken),
+            (Task::Move { .. }, 1) => next::<MoveUnmapped>(engine, op, taken),
+            (Task::Move { .. }, _) => next::<MoveUnpinned>(engine, op, taken),
             _ => next::<Clearing>(engine, op, taken),
         };
         if step.is_some() {
@@ -91,7 +98,7 @@ fn look_for_pins(engine: &mut Engine, task: Task, op: OpId) -> Result<(), Refusa
 /// What it does about the RMP is as many as the entries make it.
 fn parts_of(step: Step) -> u8 {
     match step {
-        Step::UnmapHost(_) => 2,
+        Step::UnmapHost(_) | Step::UnmapDma(..) => 2,
         Step::Free(_) | Step::Quarantine(_) => 3,
         _ => 1,
     }
@@ -101,8 +108,9 @@ impl World {
     pub(super) fn claim(&mut self, actor: usize, task: Task) -> Result<(), Violation> {
         let claimed = match task {
             Task::Convert { start, end, to, contents } => {
+                let by_guest = self.ask_hypervisor(start, end, to);
                 let ranges = vec![range(start, end)];
-                let request = ConversionRequest { ranges, to, contents, by: None };
+                let request = ConversionRequest { ranges, to, contents, by: None, by_guest };
                 self.engine(|engine| match engine.convert(&request)? {
                     Start::AlreadySo => Ok(None),
                     Start::Claimed(conversion) => Ok(Some(engine.park(conversion))),
@@ -120,11 +128,16 @@ impl World {
                 let merge = engine.merge(range(start, end))?;
                 Ok(Some(engine.park(merge)))
             }),
+            Task::Move { start, end } => self.engine(|engine| {
+                let moving = engine.move_pages(range(start, end))?;
+                Ok(Some(engine.park(moving)))
+            }),
             other => unreachable!("no operation: {other:?}"),
         };
         match claimed {
             Ok(None) => {
                 self.say(|| "finds the pages so already".into());
+                self.resume_guest(task);
                 self.done(actor);
                 Ok(())
             }
@@ -235,6 +248,7 @@ impl World {
                     self.promised.unknown &= !(pages & !already);
                 }
                 self.say(|| format!("pages {} are {to} from here on", pages_of(task)));
+                self.resume_guest(task);
                 self.done(actor);
                 Ok(())
             }
@@ -249,6 +263,15 @@ impl World {
                 }
                 self.say(|| format!("pages {} are whole from here on", pages_of(task)));
                 self.go(actor, Stage::Show(answer.expect("its granules are pages")));
+                Ok(())
+            }
+            Task::Move { .. } => {
+                self.engine(|engine| {
+                    let moved = engine.resume(op);
+                    engine.finish_move(moved);
+                });
+                self.say(|| format!("pages {} are in their new place", pages_of(task)));
+                self.done(actor);
                 Ok(())
             }
             Task::Merge { .. } => {
@@ -323,7 +346,7 @@ impl World {
     /// whatever else goes wrong, so nothing does between the two.
     fn ways_of_part(&self, step: Step, part: u8) -> impl Iterator<Item = Way> + use<> {
         let (unmapping, flushing) = match step {
-            Step::UnmapHost(_) => (part == 0, part == 1),
+            Step::UnmapHost(_) | Step::UnmapDma(..) => (part == 0, part == 1),
             _ => (false, false),
         };
         let (fails, dies) = (self.failures > 0, self.deaths > 0);
@@ -436,6 +459,9 @@ impl World {
             (Step::UnmapGuest(range), _) => self.unmap_guest(range),
             (Step::CheckReferences(range), _) => self.references(range) == References::None,
             (Step::Protect(range, to), _) => {
+                if !self.answer_by_hypervisor(range, to) {
+                    return false;
+                }
                 match to {
                     Visibility::Private => self.promised.hardware |= set(range),
                     Visibility::Shared => self.promised.hardware &= !set(range),
@@ -443,6 +469,13 @@ impl World {
                 true
             }
             (Step::Publish(_), _) => true,
+            (Step::Move(range), _) => self.act(Act::Migrate(range)).is_well(),
+            (Step::MapDma(_, range), _) => self.act(Act::MapDevice(range)).is_well(),
+            (Step::UnmapDma(_, range), 0) => self.act(Act::UnmapDevice(range)).is_well(),
+            (Step::UnmapDma(_, range), _) => {
+                let flushes = !self.setup.slips(Slip::IotlbNotFlushed);
+                self.act(Act::ReleaseDevice(range, flushes)).is_well()
+            }
             (Step::Free(range) | Step::Quarantine(range), 0) => self.unmap_guest(range),
             (Step::Free(range) | Step::Quarantine(range), 1) => {
                 self.unmap_host(range) && self.flush_host(range)
@@ -463,7 +496,9 @@ impl World {
                 punched
             }
             (Step::Assign(_) | Step::Unassign(_) | Step::Reassign(_) | Step::Smash(_), _)
-            | (Step::Merge(_) | Step::Thaw(_), _) => unreachable!("one for the RMP: {step}"),
+            | (Step::Merge(_) | Step::Thaw(_) | Step::Launch(_), _) => {
+                unreachable!("one for the RMP: {step}")
+            }
             (Step::PrepareSplit(folio), _) => self.act(Act::PrepareSplit(folio)).is_well(),
             (Step::SplitFolio(folio), _) => self.act(Act::SplitFolio(folio)).is_well(),
             (Step::MergeFolio(folio), _) => self.act(Act::MergeFolio(folio)).is_well(),
@@ -497,6 +532,7 @@ pub(super) fn pages_of(task: Task) -> polder_units::PageRange {
         Task::Convert { start, end, .. }
         | Task::Populate { start, end, .. }
         | Task::Discard { start, end }
+        | Task::Move { start, end }
         | Task::Merge { start, end } => range(start, end),
         Task::CopyOut(page) | Task::CopyIn(page, _) | Task::Pin(page) | Task::Gup(page) => {
             one(page)
@@ -508,7 +544,9 @@ pub(super) fn pages_of(task: Task) -> polder_units::PageRange {
         | Task::PrivateRead(page)
         | Task::PrivateWrite(page, _) => one(page),
         Task::Split(page) | Task::Collapse(page) | Task::Hold(page, _) => one(page),
-        Task::OtherWrite(page, _) => one(page),
+        Task::OtherWrite(page, _) | Task::DmaWrite(page, _) => one(page),
+        Task::Want(page, _) | Task::PinExclusive(page) => one(page),
+        Task::HypervisorFails(_) => unreachable!("a task about no page"),
         Task::Rebind => unreachable!("a task about the slot"),
     }
 }
@@ -516,7 +554,8 @@ pub(super) fn pages_of(task: Task) -> polder_units::PageRange {
 pub(super) fn part_name(step: Step, part: u8) -> &'static str {
     match (step, part) {
         (Step::UnmapHost(_), 0) => "page tables",
-        (Step::UnmapHost(_), _) => "flush",
+        (Step::UnmapDma(..), 0) => "its table",
+        (Step::UnmapHost(_) | Step::UnmapDma(..), _) => "flush",
         (Step::Free(_) | Step::Quarantine(_), 0) => "from the guest",
         (Step::Free(_) | Step::Quarantine(_), 1) => "from the host view",
         (Step::Quarantine(_), _) => "a marker",

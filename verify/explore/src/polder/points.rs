@@ -23,6 +23,11 @@ pub(super) const WORKS: &[&str] = &[
     "collapse of folios",
     "another CPU",
     "another process",
+    "move",
+    "wish",
+    "device",
+    "exclusive pin",
+    "hypervisor",
 ];
 
 const FAULTS: u8 = 2;
@@ -47,6 +52,11 @@ const fn work_of(task: Task) -> u8 {
         Task::Collapse(_) => 14,
         Task::Hold(..) => 15,
         Task::OtherWrite(..) => 16,
+        Task::Move { .. } => 17,
+        Task::Want(..) => 18,
+        Task::DmaWrite(..) => 19,
+        Task::PinExclusive(_) => 20,
+        Task::HypervisorFails(_) => 21,
     }
 }
 
@@ -94,6 +104,11 @@ pub(super) const STAGES: &[&str] = &[
     "folio done",
     "in use",
     "reassign",
+    "move",
+    "map for a device",
+    "take from a device",
+    "donate",
+    "launch",
     "prepare",
     "split",
     "merge folio",
@@ -121,10 +136,14 @@ fn stage_of(step: Step) -> u8 {
         Step::Merge(_) => 36,
         Step::Thaw(_) => 37,
         Step::Reassign(_) => 42,
-        Step::PrepareSplit(_) => 43,
-        Step::SplitFolio(_) => 44,
-        Step::MergeFolio(_) => 45,
-        Step::ReleaseTables(_) => 46,
+        Step::Move(_) => 43,
+        Step::MapDma(..) => 44,
+        Step::UnmapDma(..) => 45,
+        Step::Launch(_) => 47,
+        Step::PrepareSplit(_) => 48,
+        Step::SplitFolio(_) => 49,
+        Step::MergeFolio(_) => 50,
+        Step::ReleaseTables(_) => 51,
     }
 }
 
@@ -159,6 +178,7 @@ impl World {
             Stage::Unbound => 25,
             Stage::Binding => 26,
             Stage::Give(..) => 27,
+            Stage::Donate(_) => 46,
             Stage::SizeAsk => 28,
             Stage::SizeLook(_) => 29,
             Stage::SizeSmash(..) => 30,
@@ -192,6 +212,9 @@ impl World {
             // Who dies leaves his operation to whoever meets it, also before he begins his own.
             let mut undone = dies;
             match task {
+                Task::GuestRead(_) | Task::GuestWrite(..) if setup.is_pkvm() => {
+                    add(work, &["ask", "allocate", "donate", "give back"]);
+                }
                 Task::GuestRead(_) | Task::GuestWrite(..) => {
                     add(work, &["ask", "allocate", "resolve", "map", "give back"]);
                 }
@@ -205,10 +228,20 @@ impl World {
                         work,
                         match to {
                             Visibility::Private => &["unmap host", "check references"],
+                            Visibility::Shared if setup.is_pkvm() => &["unmap host"],
                             Visibility::Shared => &["unmap guest", "unmap host"],
                         },
                     );
                     add(work, &["drain", "taken"]);
+                    if setup.device {
+                        add(
+                            work,
+                            match to {
+                                Visibility::Private => &["take from a device"],
+                                Visibility::Shared => &["map for a device"],
+                            },
+                        );
+                    }
                     if !setup.is_snp() {
                         add(work, &["protect"]);
                     } else if to == Visibility::Private {
@@ -256,6 +289,18 @@ impl World {
                 }
                 Task::Collapse(_) => {
                     add(work, &["folio zapped", "folio done"]);
+                    undone = false;
+                }
+                Task::Move { .. } => {
+                    undone |= fails || pins;
+                    add(work, &["drain", "unmap host", "check references", "move", "taken"]);
+                    if !setup.is_pkvm() {
+                        add(work, &["unmap guest"]);
+                    }
+                }
+                Task::Want(..) | Task::DmaWrite(..) | Task::HypervisorFails(_) => undone = false,
+                Task::PinExclusive(_) => {
+                    add(work, &["slow", "wait", "hold"]);
                     undone = false;
                 }
                 Task::OtherWrite(..) => undone = false,

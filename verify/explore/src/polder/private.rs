@@ -2,7 +2,7 @@
 //! page is given to its guest (`host/machine/stage2.rs`), and how a fault for a size is solved.
 
 use polder_explored_engine::{Answer, GuestAnswer, Response, Visibility};
-use polder_machine::{Refused, RmpCheck, RmpFail};
+use polder_machine::{AccessCheck, Refused, RmpFail};
 use polder_units::{GfnRange, Level, Pfn};
 
 use super::act::{Act, Done};
@@ -25,11 +25,11 @@ impl World {
     ) -> Result<(), Violation> {
         let (page, check) = (self.guest_page(actor), refused.check);
         self.say(|| format!("is refused page {page}: {check}"));
-        if check == RmpCheck::InUse {
+        if check == AccessCheck::InUse {
             // It would only meet the same again.
             return Ok(());
         }
-        if check == RmpCheck::Validated {
+        if check == AccessCheck::Validated {
             self.done(actor);
             let (accepted, engine) = (self.promised.accepted & 1 << page != 0, &self.engine);
             // One that is being shared is the guest's no longer.
@@ -44,7 +44,7 @@ impl World {
             let what = format!("page {page} is refused to its guest again and again: {check}");
             return Err(Violation::new("INV-8", what));
         }
-        let size = matches!(check, RmpCheck::PageSize | RmpCheck::InstructionSize);
+        let size = matches!(check, AccessCheck::PageSize | AccessCheck::InstructionSize);
         self.go(actor, if size { Stage::SizeAsk } else { Stage::GuestAsk });
         Ok(())
     }

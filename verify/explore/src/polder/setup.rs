@@ -13,7 +13,7 @@ pub struct Setup {
     pub about: &'static str,
     /// Whether all of its states can be looked at in some minutes.
     pub exhaustive: bool,
-    /// Whose memory it is: a plain VM's or an SNP guest's.
+    /// Whose memory it is: a plain VM's, an SNP guest's, a protected one's of pKVM's.
     pub platform: Platform,
     /// The object's pages, at most 8.
     pub pages: u8,
@@ -27,6 +27,10 @@ pub struct Setup {
     pub initial: Visibility,
     /// Whether its pages have memory at first that an SNP guest was given and has accepted.
     pub accepted: bool,
+    /// How many pages, from the first on, a protected guest of pKVM's was donated at first.
+    pub donated: u8,
+    /// Whether a device is attached, which has what is shared mapped.
+    pub device: bool,
     /// Whether contents are to come.
     pub owed: bool,
     /// The slot's first guest frame, first page, and pages.
@@ -77,6 +81,8 @@ pub enum Role {
     OtherCpu,
     /// Another process that has the memory's file mapped: the kernel answers its faults. One.
     Process,
+    /// A device behind an IOMMU domain. One.
+    Device,
 }
 
 /// A piece of work. Pages and guest frames are by number.
@@ -150,6 +156,21 @@ pub enum Task {
     Collapse(u8),
     /// The RMP entry of a page is in use for a while; whether that of its 2M page.
     Hold(u8, bool),
+    /// `Memory::move_pages`.
+    Move {
+        /// The first page.
+        start: u8,
+        /// The one after the last.
+        end: u8,
+    },
+    /// `Memory::want` of a page: the VMM wishes it to be so.
+    Want(u8, Visibility),
+    /// A device writes a token to a page.
+    DmaWrite(u8, u8),
+    /// The kernel pins a page of the host view exclusively, for a while.
+    PinExclusive(u8),
+    /// The hypervisor runs out of memory for a table, at so many entries from here.
+    HypervisorFails(u8),
 }
 
 /// A mistake in the order in which the driver does things.
@@ -191,6 +212,8 @@ pub enum Slip {
     AssignedUncut,
     /// Entries are merged while stage 2 has them.
     MergedUnzapped,
+    /// A device's pages are taken out of its table, and its IOTLB keeps them.
+    IotlbNotFlushed,
 }
 
 /// A planted bug.
@@ -218,6 +241,18 @@ impl Setup {
     /// Whether it is an SNP guest's memory.
     pub(super) fn is_snp(&self) -> bool {
         self.platform == Platform::Snp
+    }
+
+    /// Whether it is a protected guest's memory under pKVM.
+    pub(super) fn is_pkvm(&self) -> bool {
+        self.platform == Platform::Pkvm
+    }
+
+    /// Whether references that are the device's own count for none: only then is it noticed that
+    /// they were there too long.
+    pub(super) fn overlooks_dma(&self) -> bool {
+        let bugs = [EngineBug::DmaUnmappedLate, EngineBug::DmaForgotten];
+        bugs.into_iter().any(|bug| self.bug == Some(Bug::Engine(bug)))
     }
 
     /// Whether one table says what is wished and what is granted.

@@ -32,6 +32,8 @@ pub(super) enum Stage {
 
     /// An SNP guest's page is about to be mapped, and assigned before.
     Give(Answer, Level),
+    /// A page is about to be donated to a protected guest.
+    Donate(Answer),
 
     /// The RMP refused an access for its size.
     SizeAsk,
@@ -118,6 +120,7 @@ impl World {
                 (answer(it), level, resolved, current).hash(state);
             }
             Stage::GuestGive(it, mapped) => (answer(it), mapped).hash(state),
+            Stage::Donate(it) => answer(it).hash(state),
             Stage::SizeLook(it) | Stage::SizeZap(it) | Stage::SizeGive(it) => {
                 answer(it).hash(state);
             }
@@ -154,6 +157,7 @@ impl World {
             Role::Thread(cpu) => self.machine.thread_hashes[usize::from(cpu)].hash(state),
             Role::Process => self.machine.thread_hashes[OTHER].hash(state),
             Role::Faults | Role::Caller | Role::Pinner | Role::Kernel | Role::OtherCpu => {}
+            Role::Device => {}
         }
         hash.finish()
     }

@@ -1,10 +1,13 @@
 //! The beginning of a configuration: its engine, its machine, and who is like whom.
 
-use polder_explored_engine::{Backing, Config, Engine, PageFacts, Population};
-use polder_machine::{Machine, RmpSize, RmpUpdate, VcpuId, View as Vma, VmId, VpnRange};
+use polder_explored_engine::{Backing, Config, Engine, Holder, PageFacts, Population, Visibility};
+use polder_machine::{
+    DomainId, Machine, ObjectId, PinKind, ProcessId, RmpSize, RmpUpdate, VcpuId, View as Vma, VmId,
+    VpnRange,
+};
 use polder_units::{GfnRange, Level, PageCount, PageIndex};
 
-use super::kept::{ASID, MOST_CPUS, Parts, range};
+use super::kept::{ASID, MOST_CPUS, Parts, one, range};
 use super::setup::{Actor, Bug, Role, Setup};
 use super::{MOST, SLOT, VM};
 
@@ -43,7 +46,39 @@ pub(super) fn engine(setup: &Setup) -> Engine {
     let pages = range(setup.first_page, setup.first_page + setup.slot_pages);
     let bound = engine.bind(VM, SLOT, setup.gfn(setup.first_page), pages);
     bound.expect("a slot of the object");
+    if setup.device {
+        attach(&mut engine);
+    }
     engine
+}
+
+/// Attaches the device: what it has mapped from the first on, the machine begins with.
+fn attach(engine: &mut Engine) {
+    let Ok((id, attaching)) = engine.attach(PageCount::ONE) else {
+        unreachable!("nothing is at work, and nothing owed")
+    };
+    let mut step = engine.next_step(&attaching);
+    while step.is_some() {
+        step = engine.step_taken(&attaching);
+    }
+    let attached = engine.advance(attaching);
+    engine.finish_attach((id, attached), Holder::new("device"), PageCount::ONE);
+}
+
+/// Creates the device, and maps for it what is shared at first.
+fn device(
+    setup: &Setup,
+    machine: &mut Machine,
+    object: ObjectId,
+) -> Result<(DomainId, ProcessId), polder_machine::Error> {
+    let process = machine.create_process()?;
+    let domain = machine.create_domain()?;
+    let shared = if setup.initial == Visibility::Shared { setup.pages } else { 0 };
+    for page in 0..shared {
+        let pin = machine.pin_object_pages(process, object, one(page), PinKind::LongTerm)?;
+        machine.iommu_map(domain, u32::from(page).into(), pin)?;
+    }
+    Ok((domain, process))
 }
 
 pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine::Error> {
@@ -63,6 +98,9 @@ pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine:
     let vm = if setup.is_snp() {
         machine.enable_snp();
         machine.create_snp_vm(ASID)?
+    } else if setup.is_pkvm() {
+        machine.enable_pkvm();
+        machine.create_pkvm_vm()?
     } else {
         machine.create_vm()?
     };
@@ -100,10 +138,15 @@ pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine:
     if setup.accepted {
         accept(setup, &mut machine, vm)?;
     }
+    for page in 0..setup.donated {
+        let pfn = machine.allocate(object, u32::from(page).into(), Level::Size4K)?;
+        machine.host_donate_guest(vm, setup.gfn(page), pfn)?;
+    }
+    let device = setup.device.then(|| device(setup, &mut machine, object)).transpose()?;
     if let Some(Bug::Machine(plant)) = setup.bug {
         machine.plant(plant, true);
     }
-    Ok((machine, Parts { object, process, other, vm, threads, vcpus, host_view }))
+    Ok((machine, Parts { object, process, other, device, vm, threads, vcpus, host_view }))
 }
 
 /// Gives the pages of the one large folio to an SNP guest, which accepts them.

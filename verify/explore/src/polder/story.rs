@@ -137,6 +137,11 @@ fn verb(task: Task) -> Result<String, String> {
         Task::Discard { start, end } => run("discard", start, end),
         Task::Pin(page) => format!("{}\nname = \"pin\"", one("pin", page)),
         Task::Gup(page) => format!("{}\nname = \"gup\"", one("gup-fast", page)),
+        Task::Move { .. }
+        | Task::Want(..)
+        | Task::DmaWrite(..)
+        | Task::PinExclusive(_)
+        | Task::HypervisorFails(_) => return Err("a task that no scenario is told of yet".into()),
         Task::Rebind => return Err("a slot that is deleted in two parts".into()),
         _ => return Err("what an SNP guest, the kernel or another CPU does".into()),
     })
@@ -158,9 +163,7 @@ impl Story {
             let is = match actor.role {
                 Role::Vcpu(_) => "guest",
                 Role::Thread(_) | Role::Pinner => "device",
-                Role::Faults | Role::Caller | Role::Kernel | Role::OtherCpu | Role::Process => {
-                    "vmm"
-                }
+                _ => "vmm",
             };
             let _ = write!(text, "\n[[actor]]\nname = \"{}\"\nis = \"{is}\"\n", actor.name);
         }

@@ -55,6 +55,9 @@ impl World {
             _ => self.promised.accepted &= !(held & !self.engine.held),
         }
         self.say(|| "all of it is undone".into());
+        if let (Some(task), true) = (self.task(actor), own) {
+            self.resume_guest(task);
+        }
         if own {
             self.done(actor)
         } else {

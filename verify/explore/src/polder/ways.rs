@@ -23,6 +23,7 @@ impl World {
                     Task::Convert { start, end, .. }
                     | Task::Populate { start, end, .. }
                     | Task::Discard { start, end }
+                    | Task::Move { start, end }
                     | Task::Merge { start, end },
                 ) => may(!busy(start, end)),
                 Some(Task::CopyOut(_) | Task::CopyIn(..))
@@ -34,6 +35,8 @@ impl World {
                     may(!busy(page, page + 1))
                 }
                 Some(Task::Split(page) | Task::Collapse(page)) => may(!self.folio_is_locked(page)),
+                Some(Task::Want(page, _)) => may(!busy(page, page + 1)),
+                Some(Task::PinExclusive(page)) => may(!self.pinned_in_passing(page)),
                 Some(Task::Hold(page, large)) => may(self.can_hold(page, large)),
                 Some(_) => 1,
             },
@@ -47,9 +50,16 @@ impl World {
                 _ => 0,
             },
             Stage::GupWaits => match self.task(actor) {
-                Some(Task::Gup(page)) => may(!self.unanswered(role, page)),
+                Some(Task::Gup(page) | Task::PinExclusive(page)) => {
+                    may(!self.unanswered(role, page))
+                }
                 _ => 0,
             },
+            Stage::GupSlow => match self.task(actor) {
+                Some(Task::PinExclusive(page)) => may(!self.pinned_in_passing(page)),
+                _ => 1,
+            },
+            Stage::Donate(_) => may(!self.donation_waits(actor)),
             Stage::CarryOut(..) => 1 + may(self.failures > 0),
             Stage::Drain(op) => {
                 may(self.engine.engine.is_drained_of(op)) + may(self.may_die(actor))

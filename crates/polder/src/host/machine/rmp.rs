@@ -242,6 +242,33 @@ impl MachineHost {
         self.each(PageRange::one(page), |page| self.assign_at(page, within))
     }
 
+    /// Has the firmware take a page, which the host has written, for its guest, which has not begun.
+    pub(super) fn launch_at(&self, page: PageIndex) -> Result<(), Error> {
+        self.each(PageRange::one(page), |page| {
+            let machine = &mut *self.lock();
+            let found = Found::at(machine, self, page)?;
+            let gfns = self.gfns_of(machine, PageRange::one(page));
+            let (Some(owner), Some(found), Some(gfns)) = (self.owner(), found, gfns) else {
+                return Err(Error::NotOffered {
+                    what: "what is put onto an SNP guest's private pages is encrypted for where the \
+                           guest sees them, and it does not see these",
+                    way_out: "bind the pages first",
+                });
+            };
+            if let Some(again) = self.cut_off(machine, PageRange::one(page))? {
+                return Ok(again);
+            }
+            let small = RmpUpdate::private(owner.asid, gfns.start(), RmpSize::Size4K);
+            let update = RmpUpdate { immutable: true, ..small };
+            if let Err(fail) = machine.rmpupdate(found.pfn, update) {
+                return Next::after(Err(fail), 1, page);
+            }
+            let launched = machine.launch_update(found.pfn);
+            launched.map_err(|fail| Error::Firmware { page, fail })?;
+            Ok(Next::On(1))
+        })
+    }
+
     fn assign_at(&self, page: PageIndex, within: PageRange) -> Result<Next, Error> {
         let Some(owner) = self.owner() else { return Ok(Next::On(1)) };
         let machine = &mut *self.lock();

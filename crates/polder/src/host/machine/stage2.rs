@@ -79,6 +79,9 @@ impl MachineHost {
         // No more memory is taken than the touch needs: the folio decides how much is mapped.
         self.allocate(&mut machine, PageRange::one(page))?;
         drop(machine);
+        if self.is_pkvm() {
+            return self.donate(vm, gfn, page);
+        }
         if self.is_snp() && visibility == Visibility::Private {
             match self.assign_for(page, within) {
                 // Somebody else is at work on entry or folio.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use polder_engine::{Response, View};
 use polder_linux::Errno;
-use polder_machine::{Hva, Machine, RmpCheck, Sigbus, Thread};
+use polder_machine::{AccessCheck, Hva, Machine, Sigbus, Thread};
 use polder_units::{PAGE_BYTES, PAGE_SIZE, PageIndex, PageRange};
 
 use super::{CPUS, HOST_VIEW, MachineHost, refused};
@@ -57,10 +57,11 @@ impl MachineHost {
                     });
                 }
                 Err(HostExit::Invalid(error)) => return Err(refused(error)),
-                Err(HostExit::Refused(by)) if by.check == RmpCheck::InUse && retries > 0 => {
+                Err(HostExit::Refused(by)) if by.check == AccessCheck::InUse && retries > 0 => {
                     retries -= 1;
                     crate::sync::sleep(IN_USE_PAUSE);
                 }
+                Err(HostExit::Pinned { .. }) => unreachable!("a touch is no pin"),
                 Err(HostExit::Segv { .. } | HostExit::Refused(_)) => {
                     return Err(polder_linux::Touched { offset }.into());
                 }
@@ -138,7 +139,7 @@ impl Views for MachineHost {
             self.allocate(&mut machine, range)?;
             match machine.object_write(self.object, offset, from) {
                 Err(polder_machine::Error::Refused(by))
-                    if by.check == RmpCheck::InUse && retries > 0 =>
+                    if by.check == AccessCheck::InUse && retries > 0 =>
                 {
                     retries -= 1;
                 }
