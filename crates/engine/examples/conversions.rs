@@ -39,6 +39,7 @@ fn convert(engine: &mut Engine, page: PageRange, to: Visibility) {
         by_guest: false,
     };
     let Ok(Start::Claimed(claimed)) = engine.convert(&request) else { return };
+    assert!(engine.look_for_pins(&claimed).is_ok(), "nothing is pinned");
     assert!(engine.is_drained(&claimed), "nobody else is here");
     let unmapped = through(engine, claimed);
     let unpinned = through(engine, unmapped);

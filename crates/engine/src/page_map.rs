@@ -276,9 +276,9 @@ impl Iterator for Runs<'_> {
             return None;
         }
         let start = self.at;
-        let (bits, mut end) = self.ahead.take().unwrap_or_else(|| self.tree.piece(start));
+        let (bits, mut end) = self.ahead.take().unwrap_or_else(|| self.tree.piece(start, self.end));
         while end < self.end {
-            let next = self.tree.piece(end);
+            let next = self.tree.piece(end, self.end);
             if next.0 != bits {
                 self.ahead = Some(next);
                 break;

@@ -196,22 +196,24 @@ impl Tree {
         uniform.is_none()
     }
 
-    /// The bits of the facts of `page`, and a later page up to which all pages have the same.
-    /// Costs a scan of words: of the coarsest row that is not mixed there, or of a 2M page.
-    pub(super) fn piece(&self, page: usize) -> (u8, usize) {
+    /// The bits of the facts of `page`, and a later page up to which all pages have the same, which
+    /// is looked for up to `until`. Costs a scan of words: of the coarsest row that is not mixed
+    /// there, or of a 2M page.
+    pub(super) fn piece(&self, page: usize, until: usize) -> (u8, usize) {
+        let ceil = |shift: u32| ((until - 1) >> shift) + 1;
         let of_1g = page >> self.shift_1g;
         let entry = self.row_1g.get(of_1g);
         if entry & MIXED == 0 {
-            let len = self.pages_1g();
-            return (entry & FACTS, self.row_1g.run_end(of_1g..len) << self.shift_1g);
+            let end = self.pages_1g().min(ceil(self.shift_1g));
+            return (entry & FACTS, self.row_1g.run_end(of_1g..end) << self.shift_1g);
         }
         let (finer, of_2m) = (self.finer(), page >> self.shift_2m);
         let entry = finer.row_2m.get(of_2m);
         if entry & MIXED == 0 {
-            let end = self.inside(of_1g).end;
+            let end = self.inside(of_1g).end.min(ceil(self.shift_2m));
             return (entry & FACTS, finer.row_2m.run_end(of_2m..end) << self.shift_2m);
         }
-        let end = (of_2m + 1) << self.shift_2m;
+        let end = until.min((of_2m + 1) << self.shift_2m);
         (finer.leaves.get(page), finer.leaves.run_end(page..end))
     }
 
