@@ -27,13 +27,10 @@ pub trait Host: Sync {
 
     /// Why a whole section does not apply to it.
     fn lacks(&self, section: Section) -> Option<&'static str> {
-        match (section, self.kind()) {
-            (Section::Rmp, _) => Some("only memory of an SNP guest has an RMP"),
-            (Section::Pkvm, _) => {
+        match section {
+            Section::Rmp => Some("only memory of an SNP guest has an RMP"),
+            Section::Pkvm => {
                 Some("only memory of a protected VM under pKVM is the guest's to share")
-            }
-            (Section::HugePages, HostKind::GuestMemfd) => {
-                Some("the kernel's guest_memfd has pages of 4K only")
             }
             _ => None,
         }

@@ -74,6 +74,10 @@ impl Host for GuestMemfd {
         match section {
             Section::Rmp => Some("only memory of an SNP guest has an RMP"),
             Section::Userfault | Section::KernelAccess => Some(OWED),
+            Section::HugePages => Some("the kernel's guest_memfd has pages of 4K only"),
+            Section::Pkvm => {
+                Some("only memory of a protected VM under pKVM is the guest's to share")
+            }
             _ => None,
         }
     }
