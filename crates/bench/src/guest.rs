@@ -17,7 +17,7 @@ pub(crate) const BARE: Gpa = Gpa::new(512 << 20);
 
 /// The log has a word for each page that is timed.
 const LOG: Gpa = Vm::RAM;
-const LOG_PAGES: u64 = 16;
+const LOG_PAGES: u64 = 128;
 
 /// A VM with a log, and what else is bound to it.
 pub(crate) struct Guest {
@@ -50,6 +50,11 @@ impl Guest {
         let all = PageRange::between(0, memory.pages().get()).expect("memory has pages");
         memory.bind(id, Slot(1), POLDER.gfn(), all)?;
         Ok(id)
+    }
+
+    /// A vCPU that runs no guest, for memory that knows the VM as `id`.
+    pub(crate) fn idle_vcpu(&self, memory: &Memory, id: VmId) -> Result<IdleVcpu, BenchError> {
+        Ok(self.vm.idle_vcpu(memory, id)?)
     }
 
     /// Shows bare memory at [`BARE`], until the slot is dropped.

@@ -81,8 +81,10 @@ fn against_goal(case: &str, unit: &'static str, goal: f64, polder: f64) -> Row {
 fn read(turn: Duration, pages: u32, level: Level, written: bool) -> Result<Costs, Error> {
     let (mut machine, vcpu) = guest(pages, level, written)?;
     let bytes = u64::from(pages) * PAGE_SIZE;
-    // An array of 1G would measure the host's memory, which the simulation does not touch.
-    let words = usize::try_from(bytes / 8).unwrap_or(usize::MAX).min(1 << 22);
+    // An array of 1G would measure the host's memory, which the simulation does not touch unless its
+    // pages were written.
+    let most = if written { usize::MAX } else { 1 << 22 };
+    let words = usize::try_from(bytes / 8).unwrap_or(usize::MAX).min(most);
     let plain: Vec<u64> = (0..).take(words).collect();
     let (mut a, mut b) = (Scattered(1), Scattered(1));
     let mut memory = |count| {

@@ -1,19 +1,23 @@
 //! `polder bench prefault`: a guest's first touches of memory that was mapped ahead, next to those of
 //! memory that was not.
 //!
-//! The guest is one of KVM's, in ring 3, and reads a word of each page. What is told is a page's
-//! share of the time by which its first run takes longer than the same run once all is mapped: the
-//! VM, its vCPU and the program itself drop out.
+//! The guest is one of KVM's, in ring 3; it reads a word of each page and notes by its TSC how long
+//! each read took. What is told is a page's share of the time by which the first reads of all pages
+//! take longer than the same reads once all is mapped: clock and loop drop out.
+//!
+//! A page size for which this machine has no pages is left out; a note on the first row says so, and
+//! what would bring them.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use polder::units::{AddressSpace, Gfn, GfnRange, Gpa, PAGE_SIZE, PageCount, PageRange};
-use polder::{HostKind, Memory, OnBusy, Slot, Visibility, VmId};
+use polder::{HostKind, Memory, OnBusy, PageSize, Slot, Visibility, VmId};
 use polder_linux::{Memfd, Userfault, View};
-use polder_vmm::scenario::Op;
-use polder_vmm::{End, GuestRoot, IdleVcpu, RunError, Supervision, Vm};
+use polder_vmm::{GuestRoot, IdleVcpu, Vm};
 
+use crate::guest::{Guest, POLDER};
+use crate::turns::{alternate, median_of};
 use crate::{Bench, BenchError, Costs, Measured, Progress, Row};
 
 pub(crate) const BENCH: Bench = Bench {
@@ -25,10 +29,10 @@ pub(crate) const BENCH: Bench = Bench {
 /// How much is measured.
 #[derive(Clone, Copy)]
 struct Size {
-    /// Pages that the guest touches.
-    pages: u64,
+    /// Pages that the guest touches; whole huge pages.
+    pages: u32,
     /// Pages that it touches where each is a userfault.
-    unmapped: u64,
+    unmapped: u32,
     /// Pages of the simulated machine.
     simulated: u64,
     /// Turns of which the median is told; odd.
@@ -48,8 +52,8 @@ const CONTINUE: &str = "bare UFFDIO_CONTINUE";
 /// What mapping ahead on the machine is compared with.
 const TOUCH: &str = "first touches";
 
-/// The most touches that a guest's image has room for.
-const AT_ONCE: u64 = 1 << 14;
+/// What the memory that the guest touches is made of.
+const SIZES: [PageSize; 3] = [PageSize::Small, PageSize::Thp, PageSize::Huge2M];
 
 fn run(size: Size, progress: &mut dyn FnMut(Progress)) -> Measured {
     let of = 2 + GuestRoot::ALL.len();
@@ -65,26 +69,39 @@ fn run(size: Size, progress: &mut dyn FnMut(Progress)) -> Measured {
     Ok(rows)
 }
 
-/// Memory of KVM's of which all but the last page is whole and nowhere, and that last page owed, so
-/// that the guest's view is watched.
-struct Watched {
+/// A guest, and memory of Polder's that it sees, of which nothing is mapped at first. Memory that can
+/// be watched is: what follows on the pages to touch stays owed.
+struct Ahead {
+    guest: Guest,
     memory: Memory,
-    vm: Vm,
     id: VmId,
     vcpu: IdleVcpu,
-    /// All but the last page.
+    size: PageSize,
+    /// Those to touch.
     pages: PageRange,
 }
 
-impl Watched {
-    fn new(pages: u64) -> Result<Self, BenchError> {
-        let vm = Vm::new(HostKind::Memfd)?;
-        let builder = Memory::builder(count(pages + 1)).owed().shared();
-        let memory = builder.build()?;
-        let id = vm.attach(&memory)?;
-        memory.bind(id, Slot(0), Vm::RAM.gfn(), range(0, pages + 1))?;
-        let vcpu = vm.idle_vcpu(&memory, id)?;
-        Ok(Self { memory, vm, id, vcpu, pages: range(0, pages) })
+impl Ahead {
+    fn new(size: PageSize, pages: u32) -> Result<Self, BenchError> {
+        let owed = match size {
+            PageSize::Small => 1,
+            // A fault thread's answer maps 4K of these.
+            PageSize::Thp => 0,
+            PageSize::Huge2M | PageSize::Huge1G => 512,
+        };
+        let builder = Memory::builder(PageCount::from(pages + owed)).page_size(size).shared();
+        let memory = if owed > 0 { builder.owed() } else { builder }.build()?;
+        if memory.page_size() != size {
+            return Err(BenchError::Memory(polder::Error::NotOffered {
+                what: "this machine gives shared memory no transparent huge pages",
+                way_out: "echo advise > \
+                          /sys/kernel/mm/transparent_hugepage/hugepages-2048kB/shmem_enabled",
+            }));
+        }
+        let guest = Guest::new()?;
+        let id = guest.bind(&memory)?;
+        let vcpu = guest.idle_vcpu(&memory, id)?;
+        Ok(Self { guest, memory, id, vcpu, size, pages: range(0, pages.into()) })
     }
 
     /// Has nothing mapped, and no memory behind it.
@@ -92,102 +109,102 @@ impl Watched {
         Ok(self.memory.discard(self.pages, OnBusy::Wait)?)
     }
 
-    /// The guest frames of pages.
-    fn gfns(&self, pages: PageRange) -> GfnRange {
-        let first = Vm::RAM.gfn().get();
-        GfnRange::between(first + pages.start().get(), first + pages.end()).expect("RAM of a VM")
+    fn gfns(&self) -> GfnRange {
+        let first = POLDER.gfn().get();
+        GfnRange::between(first, first + self.pages.count().get()).expect("memory of a VM")
     }
 
-    /// Maps all that can be ahead.
-    fn prefault(&self) -> Result<(), BenchError> {
-        let all = self.gfns(self.pages);
+    /// Maps all that can be ahead; what that takes a page, in microseconds.
+    fn prefault(&self) -> Result<f64, BenchError> {
+        let all = self.gfns();
+        let begun = clock();
         let came = self.memory.prefault(self.id, &self.vcpu, all)?;
+        let took = begun.elapsed();
         assert_eq!(came.done, all, "all of it is whole");
-        Ok(())
+        Ok(micros(took, all.count().get()))
     }
 
-    /// Has the guest read a word of each page; how long that took.
-    fn touch(&self, pages: PageRange) -> Result<Duration, BenchError> {
-        let mut took = Duration::ZERO;
-        let mut next = pages.start().get();
-        while let Some(now) = PageRange::between(next, pages.end().min(next + AT_ONCE)) {
-            next = now.end();
-            let loads = self.gfns(now).frames().map(|gfn| Op::Load { gpa: gfn.gpa(), expect: 0 });
-            let program = loads.chain([Op::Done]).collect();
-            let begun = clock();
-            let ended = self.vm.run((&self.memory, self.id), &[program], |_| Supervision::GoOn)?;
-            took += begun.elapsed();
-            if ended.end != End::Ok {
-                return Err(RunError::Panicked.into());
+    /// By how much the first reads of `pages` pages take longer than the same reads then, in
+    /// microseconds a page.
+    fn first_touches(&self, pages: u32) -> Result<f64, BenchError> {
+        let read = || Ok::<f64, BenchError>(self.guest.time(POLDER, pages, 1)?.iter().sum());
+        let first = read()?;
+        let again = read()?.min(read()?);
+        // What can't be told from nothing is not said to be infinitely better.
+        Ok((first - again).max(1.0) / f64::from(pages))
+    }
+}
+
+fn touches(size: Size) -> Result<Vec<Row>, BenchError> {
+    let watched = Ahead::new(PageSize::Small, size.unmapped)?;
+    let (mut cases, mut left_out) = (Vec::new(), Vec::new());
+    for of in SIZES {
+        match Ahead::new(of, size.pages) {
+            Ok(ahead) => cases.push((ahead, Vec::new(), Vec::new())),
+            Err(BenchError::Memory(error)) if error.way_out().is_some() => {
+                let way_out = error.way_out().unwrap_or_default();
+                left_out.push(format!("{of} left out: {error} ({way_out})"));
             }
+            Err(other) => return Err(other),
         }
-        Ok(took)
     }
-
-    /// A page's share of what the first touches take longer than the same touches take then, in
-    /// microseconds.
-    fn first_touches(&self, pages: PageRange) -> Result<f64, BenchError> {
-        let first = self.touch(pages)?;
-        let again = self.touch(pages)?.min(self.touch(pages)?);
-        Ok(micros(first.saturating_sub(again), pages.count().get()))
-    }
-}
-
-fn touches(size: Size) -> Result<[Row; 2], BenchError> {
-    let watched = Watched::new(size.pages)?;
-    let few = range(0, size.unmapped);
-    let (mut unmapped, mut mapped, mut all_in) = (Vec::new(), Vec::new(), Vec::new());
+    let mut unmapped = Vec::new();
     for _ in 0..size.turns {
         watched.forget()?;
-        unmapped.push(watched.first_touches(few)?);
-        watched.forget()?;
-        let begun = clock();
-        watched.prefault()?;
-        let ahead = micros(begun.elapsed(), size.pages);
-        let touch = watched.first_touches(watched.pages)?;
-        mapped.push(touch);
-        all_in.push(ahead + touch);
+        unmapped.push(watched.first_touches(size.unmapped)?);
+        for (ahead, touch, with_prefault) in &mut cases {
+            ahead.forget()?;
+            let prefault = ahead.prefault()?;
+            touch.push(ahead.first_touches(size.pages)?);
+            with_prefault.push(prefault + touch.last().copied().unwrap_or_default());
+        }
     }
-    let baseline = median(unmapped);
-    let row = |case: &str, polder, note: String| {
-        let costs = Costs { baseline, polder };
-        let mut row = Row::of_costs(case.to_owned(), USERFAULT, "us a page", costs);
-        row.note = note;
-        row
-    };
-    let size_of = |pages: u64| format!("{}M", (pages * PAGE_SIZE) >> 20);
-    let note = format!("its baseline touched {}", size_of(size.unmapped));
-    let case = format!("4k: first touch of {}, prefaulted", size_of(size.pages));
-    Ok([
-        row(&case, median(mapped), note.clone()),
-        row("4k: the prefault and the touch", median(all_in), note),
-    ])
+    let baseline = median_of(&unmapped);
+    let megabytes = |pages: u32| format!("{}M", (u64::from(pages) * PAGE_SIZE) >> 20);
+    let mut rows = Vec::new();
+    for (ahead, touch, with_prefault) in cases {
+        let first = format!("first touch of {}, prefaulted", megabytes(size.pages));
+        for (what, values) in [(first.as_str(), touch), ("prefault and touch", with_prefault)] {
+            let costs = Costs { baseline, polder: median_of(&values) };
+            let case = format!("{}: {what}", ahead.size);
+            let mut row = Row::of_costs(case, USERFAULT, "us per 4K", costs);
+            row.note = format!("its baseline touched {}", megabytes(size.unmapped));
+            rows.push(row);
+        }
+    }
+    if let Some(row) = rows.first_mut() {
+        left_out.into_iter().for_each(|note| row.note += &format!("; {note}"));
+    }
+    Ok(rows)
 }
 
-/// Mapping pages that exist into the guest's view.
+/// Mapping pages that exist into the guest's view. For both they are written anew each turn, and
+/// mapped in another view already.
 fn bulk(size: Size) -> Result<Row, BenchError> {
-    let watched = Watched::new(size.pages)?;
-    let memfd = Arc::new(Memfd::new("bench", count(size.pages))?);
-    View::new(&memfd)?.populate(watched.pages)?;
+    let ahead = Ahead::new(PageSize::Small, size.pages)?;
+    let memfd = Arc::new(Memfd::new("bench", size.pages.into())?);
+    let trusted = View::new(&memfd)?;
     let bare = Userfault::new(Arc::new(View::new(&memfd)?))?;
-    bare.watch(watched.pages)?;
-    let (mut baseline, mut polder) = (Vec::new(), Vec::new());
-    for _ in 0..size.turns {
-        bare.view().zap(watched.pages)?;
-        let begun = clock();
-        bare.resume(watched.pages)?;
-        baseline.push(micros(begun.elapsed(), size.pages));
-
-        watched.forget()?;
-        for gfn in watched.gfns(watched.pages).frames() {
-            watched.memory.write(watched.id, gfn.gpa(), &[0])?;
-        }
-        let begun = clock();
-        watched.prefault()?;
-        polder.push(micros(begun.elapsed(), size.pages));
-    }
-    let costs = Costs { baseline: median(baseline), polder: median(polder) };
-    let mut row = Row::of_costs("bulk".to_owned(), CONTINUE, "us a page", costs);
+    bare.watch(ahead.pages)?;
+    let costs = alternate(
+        || {
+            memfd.punch_hole(ahead.pages)?;
+            for page in ahead.pages.frames() {
+                trusted.write(page.offset(), &[0]).expect("memory of a memfd");
+            }
+            let begun = clock();
+            bare.resume(ahead.pages)?;
+            Ok::<f64, BenchError>(micros(begun.elapsed(), size.pages.into()))
+        },
+        || {
+            ahead.forget()?;
+            for gfn in ahead.gfns().frames() {
+                ahead.memory.write(ahead.id, gfn.gpa(), &[0])?;
+            }
+            ahead.prefault()
+        },
+    )?;
+    let mut row = Row::of_costs("bulk".to_owned(), CONTINUE, "us per 4K", costs);
     row.note = "2M at a time, each checked and claimed; its baseline is one call".to_owned();
     Ok(row)
 }
@@ -225,7 +242,7 @@ fn simulated(size: Size, root: GuestRoot) -> Result<Row, BenchError> {
         ahead.push(micros(begun.elapsed(), size.simulated) * 1000.0);
         assert_eq!((came.done, came.skipped), (gfns, PageCount::ZERO), "all of it is mapped");
     }
-    let costs = Costs { baseline: median(touched), polder: median(ahead) };
+    let costs = Costs { baseline: median_of(&touched), polder: median_of(&ahead) };
     let case = format!("machine: {} addresses", space(root));
     let mut row = Row::of_costs(case, TOUCH, "ns a page", costs);
     row.note = format!("simulated; {:.0} thousand pages a second", 1e6 / costs.polder);
@@ -255,11 +272,6 @@ fn micros(took: Duration, pages: u64) -> f64 {
     took.as_secs_f64() * 1e6 / pages
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 #[expect(clippy::disallowed_methods, reason = "a bench is about time")]
 fn clock() -> Instant {
     Instant::now()
@@ -268,20 +280,22 @@ fn clock() -> Instant {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tests::{Facility, found};
 
     #[test]
     fn a_page_mapped_ahead_costs_less_at_its_first_touch_and_every_root_has_a_row() {
         let size = Size { pages: 1024, unmapped: 256, simulated: 512, turns: 1 };
-        let rows = match run(size, &mut |_| ()) {
-            Ok(rows) => rows,
-            Err(error) => {
-                eprintln!("SKIPPED: {error}");
-                return;
-            }
-        };
-        assert_eq!(rows.len(), 6);
+        let Some(rows) = found(Facility::Kvm, run(size, &mut |_| ())) else { return };
+        let case = |name: &str| rows.iter().filter(|row| row.case.starts_with(name)).count();
+        assert_eq!([case("4k"), case("bulk"), case("machine")], [2, 1, 3]);
+        for (size, rest) in [("thp", case("thp")), ("2m", case("2m"))] {
+            // What there are no pages for is said, and the way to them.
+            let said = rows[0].note.contains(&format!("{size} left out")) && rest == 0;
+            assert!(rest == 2 || said && rows[0].note.contains("echo "), "{:?}", rows[0]);
+        }
         assert!(rows[0].ratio > 1.0, "{:?}", rows[0]);
         assert!(rows.iter().all(|row| row.polder_value > 0.0 && row.ratio.is_finite()));
-        assert!(rows[3..].iter().all(|row| row.note.contains("simulated")));
+        let simulated = rows.iter().filter(|row| row.note.contains("simulated"));
+        assert_eq!(simulated.count(), 3);
     }
 }
