@@ -80,6 +80,8 @@ pub enum Bug {
     ReturnedTwice,
     /// Taking a page back that was not used loses the promise it was taken on.
     ReservationLost,
+    /// A prefault goes on past the pages that are like the first.
+    PrefaultPastTheLike,
     /// A discard leaves what is owed owed: the source brings the old contents.
     DiscardKeepsSource,
 }

@@ -7,6 +7,7 @@
 use polder_units::{GfnRange, Level, PageCount, PageIndex, PageRange};
 
 use crate::fault::{Answer, Response};
+use crate::plant::Bug;
 use crate::{Binding, Blocked, Engine, PageFacts, Population, Refusal, View, Visibility, VmId};
 
 impl Engine {
@@ -34,7 +35,9 @@ impl Engine {
 
         self.check_claims(PageRange::one(page))?;
         let visibility = self.pages.get(page).visibility;
-        let stop = self.prefault_stops(range, visibility);
+        let past = self.plants.has(Bug::PrefaultPastTheLike);
+        let stops = self.prefault_stops(range, visibility);
+        let stop = stops.filter(|stop| *stop == page || !past);
         let pages = stop.map_or(Some(range), |stop| PageRange::between(first, stop.get()));
         let Some(pages) = pages else {
             return Err(Blocked::Refused(if self.quarantine.contains(page) {

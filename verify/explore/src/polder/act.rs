@@ -30,6 +30,10 @@ pub(super) enum Act {
     HostWrite(Thread, Vpn, u8),
     /// Another process writes a token there.
     OtherWrite(Vpn, u8),
+    /// Who has the same pages writes a token to one, which is copied first.
+    CopiedWrite(PageIndex, u8),
+    /// A page of the object's is copied, as before a write.
+    Unshare(PageIndex),
     /// A guest reads a word.
     GuestRead(VcpuId, Gfn, Side),
     /// A guest writes a token.
@@ -178,6 +182,16 @@ impl Act {
                 let written = machine.host_write(thread, hva(vpn), &[token; 8]);
                 Done::of(written, |()| Done::Well, Done::HostExit)
             }
+            Self::CopiedWrite(page, token) => {
+                let copied = parts.copied.expect("a setup whose pages are copied");
+                let bytes = &[token; 8];
+                plain(
+                    machine
+                        .write_fault(copied, page)
+                        .and_then(|()| machine.object_write(copied, page.offset(), bytes)),
+                )
+            }
+            Self::Unshare(page) => plain(machine.write_fault(object, page)),
             Self::GuestRead(vcpu, gfn, side) => {
                 let mut vcpu = machine.vcpu(vcpu).expect("it was added");
                 Done::of(vcpu.read_u64(gfn.gpa(), side), Done::Read, Done::GuestExit)

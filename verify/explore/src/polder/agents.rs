@@ -134,6 +134,19 @@ impl World {
         Ok(())
     }
 
+    pub(super) fn copied_write(
+        &mut self,
+        actor: usize,
+        page: u8,
+        value: u8,
+    ) -> Result<(), Violation> {
+        self.act(Act::CopiedWrite(u32::from(page).into(), value)).well();
+        self.say(|| format!("writes {value} to its page {page}"));
+        self.promised.apart |= 1 << page;
+        self.done(actor);
+        Ok(())
+    }
+
     fn entry(&self, page: u8, large: bool) -> Option<(Pfn, RmpSize)> {
         let pfn = self.pfn(page)?;
         if !large {

@@ -76,6 +76,9 @@ impl World {
         if let Some(page) = held {
             return broken("INV-7", format!("page {page} is private, and the library pins it"));
         }
+        if self.setup.maps_ahead() {
+            self.check_read_only(reach.accessed, reach.apart)?;
+        }
         self.check_rmp(&reach)?;
         self.check_pkvm(&reach)?;
         if engine.idle {

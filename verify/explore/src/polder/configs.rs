@@ -6,6 +6,7 @@ use polder_units::Geometry;
 use super::setup::{Actor, Role, Setup, Task};
 
 mod pkvm;
+mod prefault;
 mod snp;
 
 const PRIVATE: Visibility = Visibility::Private;
@@ -41,6 +42,7 @@ fn small() -> Setup {
         accepted: false,
         donated: 0,
         device: false,
+        copied: false,
         owed: false,
         first_gfn: 0,
         first_page: 0,
@@ -76,6 +78,11 @@ pub fn all() -> Vec<Setup> {
         moves(),
         dma(),
         exclusive(),
+        prefault::prefault(),
+        prefault::owed(),
+        prefault::slots(),
+        prefault::large(),
+        prefault::copied(),
         pkvm::pkvm(),
         pkvm::device(),
         pkvm::moves(),

@@ -5,7 +5,8 @@ use polder_machine::{Exit, Resolved, RmpFail, RmpSize, Side};
 use polder_units::{Gfn, Level, PageIndex, PageRange};
 
 use super::act::{Act, Done};
-use super::{Bug, Came, Role, Slip, Stage, Task, VM, World, kept};
+use super::kept::set;
+use super::{Bug, Came, Role, Slip, Stage, Task, VM, World};
 use crate::system::Violation;
 
 impl World {
@@ -33,6 +34,11 @@ impl World {
     pub(super) fn guest_access(&mut self, actor: usize, task: Task) -> Result<(), Violation> {
         let (vcpu, page) = (self.vcpu(actor), self.guest_page(actor));
         let gfn = self.setup.gfn(page);
+        if self.setup.maps_ahead() {
+            let huge = self.setup.huge;
+            self.promised.used |=
+                if huge { set(self.around(u32::from(page).into())) } else { 1 << page };
+        }
         let machine = &self.machine.machine;
         let mapped = machine.spte(self.parts.vm, gfn).is_ok_and(|spte| spte.is_some());
         let wants = wants(task);
@@ -71,7 +77,7 @@ impl World {
             }
             (Done::Well, Task::AcceptLarge(_)) => {
                 self.say(|| format!("accepts 2M at gfn {gfn}"));
-                self.promised.accepted |= kept::set(self.around(u32::from(page).into()));
+                self.promised.accepted |= set(self.around(u32::from(page).into()));
             }
             (Done::Rmp(RmpFail::SizeMismatch), Task::AcceptLarge(_)) => {
                 self.say(|| format!("is told that gfn {gfn} is of 4K pages"));
@@ -161,7 +167,7 @@ impl World {
     fn check_level(&self, answer: &Answer, level: Level, gfn: Gfn) -> Result<(), Violation> {
         let (range, setup) = (answer.range(), &self.setup);
         let count = setup.geometry.pages(level).get();
-        let pages = kept::set(range);
+        let pages = set(range);
         let wrong = |what: &str| {
             let what = format!("gfn {gfn} is to be mapped at {level} by pages {range}, {what}");
             Err(Violation::new("INV-5", what))

@@ -77,10 +77,10 @@ impl World {
         Ok(())
     }
 
-    /// Whether a page of a range has no memory.
+    /// Whether a page of a range has no memory, and has to. Anonymous memory shows readers zeros.
     pub(super) fn has_hole(&self, range: PageRange) -> bool {
         let backing = |page| self.machine.machine.backing(self.parts.object, page);
-        range.frames().any(|page| matches!(backing(page), Ok(None)))
+        !self.setup.copied && range.frames().any(|page| matches!(backing(page), Ok(None)))
     }
 
     pub(super) fn begin_gup(&mut self, actor: usize, page: u8) -> Result<(), Violation> {

@@ -111,6 +111,8 @@ pub(super) struct Parts {
     pub(super) vm: VmId,
     /// Another process that has the object mapped, where the first one has it.
     pub(super) other: Option<ProcessId>,
+    /// Who has the same pages, copied at the first write.
+    pub(super) copied: Option<ObjectId>,
     /// A device's domain, and the process that pins for it.
     pub(super) device: Option<(DomainId, ProcessId)>,
     pub(super) threads: u16,
@@ -160,6 +162,10 @@ pub(super) struct Reach {
     pub(super) poisoned: Pages,
     /// It has memory.
     pub(super) backed: Pages,
+    /// Stage 2 calls it accessed.
+    pub(super) accessed: Pages,
+    /// It has other memory than whoever had the same pages.
+    pub(super) apart: Pages,
     /// The RMP has its memory assigned.
     pub(super) assigned: Pages,
     /// To the guest, at the guest frame that shows it.
@@ -255,6 +261,15 @@ impl KeptMachine {
         };
         if spte.is_some() || (0..parts.vcpus).any(remembers) {
             reach.guest |= bit;
+        }
+        if spte.is_some_and(|spte| spte.accessed) {
+            reach.accessed |= bit;
+        }
+        if let Some(copied) = parts.copied {
+            let page = PageIndex::from(u32::from(page));
+            if machine.backing(copied, page) != machine.backing(parts.object, page) {
+                reach.apart |= bit;
+            }
         }
         if let Some((domain, _)) = parts.device {
             let at = Gfn::from(u32::from(page));

@@ -27,6 +27,7 @@ mod merge;
 mod operation;
 mod pkvm;
 mod points;
+mod prefault;
 mod private;
 mod rmp;
 mod setup;
@@ -49,6 +50,7 @@ use crate::system::{Point, System, Violation};
 use act::{Act, After, Done, Machines};
 pub use configs::{all, named};
 use kept::{KeptEngine, KeptMachine, Pages, Parts, range, set};
+use prefault::{Ahead, Step};
 pub use setup::{Actor, Bug, Role, Setup, Slip, Task};
 use stage::{Given, Stage};
 pub use story::story;
@@ -87,6 +89,10 @@ struct Promised {
     accepted: Pages,
     /// Those that are the guest's in the RMP: private ones that had memory when they became so.
     given: Pages,
+    /// Those that a guest has touched at some time; of a huge page, all of it.
+    used: Pages,
+    /// Those that were written to since others have them, too.
+    apart: Pages,
     /// How often each is pinned by the library.
     pins: [u8; 8],
     /// Of memory of a pool, the level of the folio that each page is to be of.
@@ -139,6 +145,7 @@ impl World {
             unknown: private,
             accepted: if setup.accepted { all } else { 0 },
             given: if setup.accepted { all } else { 0 },
+            values: start::values(&setup),
             folios: [folio::first(&setup); 8],
             ..Promised::default()
         };
@@ -176,8 +183,10 @@ impl World {
         self.machine = machine;
         if invalidates {
             for State { stage, .. } in &mut self.actors {
-                if let Stage::GuestMap(.., current) = stage {
-                    *current = false;
+                match stage {
+                    Stage::GuestMap(.., current) => *current = false,
+                    Stage::Ahead(Ahead { step: Step::Map(.., current), .. }) => *current = false,
+                    _ => {}
                 }
             }
         }
@@ -253,7 +262,11 @@ impl World {
                 self.say(|| format!("GUP-fast of page {page} reads the page table"));
                 self.begin_gup(actor, page)
             }
-            Task::Rebind => self.unbind_host(actor),
+            Task::Rebind | Task::Unbind => self.unbind_host(actor),
+            Task::Prefault { start, .. } => {
+                self.prefault(actor, Ahead { next: start, step: Step::Between }, 0)
+            }
+            Task::CopiedWrite(page, value) => self.copied_write(actor, page, value),
         }
     }
 
@@ -273,6 +286,7 @@ impl World {
                 self.guest_map(actor, answer, level, (resolved, current))
             }
             Stage::GuestGive(answer, mapped) => self.guest_give(actor, answer, mapped),
+            Stage::Ahead(ahead) => self.prefault(actor, ahead, way),
             Stage::Give(answer, level) => self.give(actor, answer, level),
             Stage::Donate(answer) => self.donate(actor, answer),
             Stage::SizeAsk => self.size_ask(actor),
@@ -307,7 +321,11 @@ impl World {
                 self.engine(|engine| engine.unbind(VM, SLOT)).expect("it is bound");
                 self.promised.bound = false;
                 self.say(|| "takes the slot out of the engine".into());
-                self.go(actor, Stage::Unbound);
+                if self.task(actor) == Some(Task::Unbind) {
+                    self.done(actor);
+                } else {
+                    self.go(actor, Stage::Unbound);
+                }
                 Ok(())
             }
             Stage::FolioLocked(pfn) => self.zap_folio(actor, pfn),

@@ -533,6 +533,7 @@ pub(super) fn pages_of(task: Task) -> polder_units::PageRange {
         | Task::Populate { start, end, .. }
         | Task::Discard { start, end }
         | Task::Move { start, end }
+        | Task::Prefault { start, end }
         | Task::Merge { start, end } => range(start, end),
         Task::CopyOut(page) | Task::CopyIn(page, _) | Task::Pin(page) | Task::Gup(page) => {
             one(page)
@@ -547,7 +548,8 @@ pub(super) fn pages_of(task: Task) -> polder_units::PageRange {
         Task::OtherWrite(page, _) | Task::DmaWrite(page, _) => one(page),
         Task::Want(page, _) | Task::PinExclusive(page) => one(page),
         Task::HypervisorFails(_) => unreachable!("a task about no page"),
-        Task::Rebind => unreachable!("a task about the slot"),
+        Task::CopiedWrite(page, _) => one(page),
+        Task::Rebind | Task::Unbind => unreachable!("a task about the slot"),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use polder_explored_engine::{Contents, Step, Visibility};
 
+use super::prefault::Step as Ahead;
 use super::{Role, Stage, State, Task, World};
 use crate::system::Point;
 
@@ -28,6 +29,8 @@ pub(super) const WORKS: &[&str] = &[
     "device",
     "exclusive pin",
     "hypervisor",
+    "prefault",
+    "write to a copy",
 ];
 
 const FAULTS: u8 = 2;
@@ -43,7 +46,9 @@ const fn work_of(task: Task) -> u8 {
         Task::CopyOut(_) | Task::CopyIn(..) => 7,
         Task::Pin(_) => 8,
         Task::Gup(_) => 9,
-        Task::Rebind => 10,
+        Task::Rebind | Task::Unbind => 10,
+        Task::Prefault { .. } => 22,
+        Task::CopiedWrite(..) => 23,
         Task::Accept(_) | Task::AcceptLarge(_) | Task::PrivateRead(_) | Task::PrivateWrite(..) => {
             11
         }
@@ -177,6 +182,14 @@ impl World {
             Stage::Unbinding => 24,
             Stage::Unbound => 25,
             Stage::Binding => 26,
+            Stage::Ahead(ahead) => match ahead.step {
+                Ahead::Between => 1,
+                Ahead::Waits => 6,
+                Ahead::Allocate(_) | Ahead::Copy(_) => 2,
+                Ahead::Resolve(_) => 3,
+                Ahead::Map(..) => 4,
+                Ahead::Give(..) => 5,
+            },
             Stage::Give(..) => 27,
             Stage::Donate(_) => 46,
             Stage::SizeAsk => 28,
@@ -265,6 +278,18 @@ impl World {
                 Task::Pin(_) => add(work, &["hold"]),
                 Task::Gup(_) => {
                     add(work, &["fast", "slow", "wait", "hold"]);
+                    undone = false;
+                }
+                Task::Prefault { .. } => {
+                    add(work, &["allocate", "resolve", "map", "give back"]);
+                    if !setup.copied {
+                        // Nothing else is claimed there.
+                        add(work, &["ask", "wait"]);
+                    }
+                }
+                Task::CopiedWrite(..) => undone = false,
+                Task::Unbind => {
+                    add(work, &["unbind"]);
                     undone = false;
                 }
                 Task::Rebind => {

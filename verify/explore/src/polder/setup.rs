@@ -31,6 +31,9 @@ pub struct Setup {
     pub donated: u8,
     /// Whether a device is attached, which has what is shared mapped.
     pub device: bool,
+    /// Whether another has the same pages, each copied when one of the two writes to it; the last one
+    /// was never written.
+    pub copied: bool,
     /// Whether contents are to come.
     pub owed: bool,
     /// The slot's first guest frame, first page, and pages.
@@ -133,6 +136,17 @@ pub enum Task {
     Gup(u8),
     /// `Memory::unbind` of the slot, and `Memory::bind` again.
     Rebind,
+    /// `Memory::unbind` of the slot, for good.
+    Unbind,
+    /// `Memory::prefault` of the frames that show pages.
+    Prefault {
+        /// The first page.
+        start: u8,
+        /// The one after the last.
+        end: u8,
+    },
+    /// Who has the same pages, each copied at the first write, writes a token to one.
+    CopiedWrite(u8, u8),
     /// An SNP guest accepts a page: PVALIDATE of 4K.
     Accept(u8),
     /// PVALIDATE of the 2M page around a page.
@@ -214,6 +228,12 @@ pub enum Slip {
     MergedUnzapped,
     /// A device's pages are taken out of its table, and its IOTLB keeps them.
     IotlbNotFlushed,
+    /// A prefault has pages copied that others have, too, as a write would.
+    PrefaultCopies,
+    /// A prefault that stops early says that all it had claimed is done.
+    ProgressBeyond,
+    /// A prefault does not keep slots from changing, and tries again where one has gone.
+    DeletedSlotSpins,
 }
 
 /// A planted bug.
@@ -246,6 +266,12 @@ impl Setup {
     /// Whether it is a protected guest's memory under pKVM.
     pub(super) fn is_pkvm(&self) -> bool {
         self.platform == Platform::Pkvm
+    }
+
+    /// Whether pages are mapped ahead: only then is it noted what was accessed.
+    pub(super) fn maps_ahead(&self) -> bool {
+        let ahead = |task: &Task| matches!(task, Task::Prefault { .. });
+        self.actors.iter().any(|actor| actor.tasks.iter().any(ahead))
     }
 
     /// Whether references that are the device's own count for none: only then is it noticed that

@@ -2,11 +2,12 @@
 
 use std::hash::{Hash, Hasher};
 
-use polder_explored_engine::{Answer, InFlight, OpId, PinId, Response, Step};
+use polder_explored_engine::{Answer, InFlight, OpId, PinId, Response, Step as OpStep};
 use polder_machine::{GupFast, Resolved, RmpSize};
 use polder_units::{Level, Pfn};
 
 use super::kept::OTHER;
+use super::prefault::{Ahead, Step};
 use super::{Role, State, World};
 use crate::fold::Fold;
 
@@ -29,6 +30,9 @@ pub(super) enum Stage {
     GuestMap(Answer, Level, Resolved, bool),
     /// With whether the page was mapped.
     GuestGive(Answer, bool),
+
+    /// Pages are being mapped ahead.
+    Ahead(Ahead),
 
     /// An SNP guest's page is about to be mapped, and assigned before.
     Give(Answer, Level),
@@ -60,10 +64,10 @@ pub(super) enum Stage {
     /// The same after the pages were shown: a bug.
     WriteLate(u8),
     /// A step of an operation's stage, in its part.
-    Take(OpId, u8, Step, u8),
+    Take(OpId, u8, OpStep, u8),
     Taken(OpId, u8),
     /// An operation of somebody who died is undone, or one's own: a step, in its part.
-    TakeBack(OpId, Step, u8, bool),
+    TakeBack(OpId, OpStep, u8, bool),
     /// Whether that was done; whether the operation was one's own.
     TakenBack(OpId, bool, bool),
     /// The answer that a population ends with.
@@ -120,6 +124,17 @@ impl World {
                 (answer(it), level, resolved, current).hash(state);
             }
             Stage::GuestGive(it, mapped) => (answer(it), mapped).hash(state),
+            Stage::Ahead(ahead) => {
+                (ahead.next, std::mem::discriminant(&ahead.step)).hash(state);
+                if let Some(hold) = ahead.hold() {
+                    (answer(hold.answer), hold.end, hold.at, hold.seen).hash(state);
+                }
+                match ahead.step {
+                    Step::Map(_, resolved, current) => (resolved, current).hash(state),
+                    Step::Give(_, well) => well.hash(state),
+                    _ => {}
+                }
+            }
             Stage::Donate(it) => answer(it).hash(state),
             Stage::SizeLook(it) | Stage::SizeZap(it) | Stage::SizeGive(it) => {
                 answer(it).hash(state);

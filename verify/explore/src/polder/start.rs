@@ -84,6 +84,13 @@ fn device(
 pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine::Error> {
     let pages = PageCount::from(u32::from(setup.pages));
     let mut frames = pages.checked_add(pages).unwrap_or(pages);
+    if setup.copied {
+        // A copy of each, and the page of zeros.
+        frames = frames
+            .checked_add(pages)
+            .and_then(|all| all.checked_add(PageCount::ONE))
+            .unwrap_or(frames);
+    }
     if setup.pooled {
         // Of tables, all that can be used and prepared.
         frames = frames.checked_add(pages).unwrap_or(frames);
@@ -91,8 +98,12 @@ pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine:
     let mut config = polder_machine::Config::symbolic(frames, setup.geometry);
     // As large as the pages that can be in it, so that nothing stale is evicted.
     config.tlb_entries = u32::from(setup.pages + setup.first_gfn).next_power_of_two();
+    config.accessed_dirty = setup.maps_ahead();
     let mut machine = Machine::new(config)?;
-    let object = machine.create_object(pages)?;
+    let (object, copied) = match setup.copied {
+        false => (machine.create_object(pages)?, None),
+        true => copied_object(setup, &mut machine)?,
+    };
     let process = machine.create_process()?;
     let (mut threads, mut vcpus) = (1, 0);
     let vm = if setup.is_snp() {
@@ -120,7 +131,9 @@ pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine:
     assert!(usize::from(threads.max(vcpus)) < MOST_CPUS, "a CPU without a hash");
     let host_view = setup.geometry.pages(Level::Size1G).get();
     let at = VpnRange::between(host_view, host_view + pages.get()).expect("a small range");
-    machine.mmap(process, at, object, PageIndex::from(0), Vma::HOST)?;
+    if copied.is_none() {
+        machine.mmap(process, at, object, PageIndex::from(0), Vma::HOST)?;
+    }
     let has_other = setup.actors.iter().any(|actor| actor.role == Role::Process);
     let other = has_other.then(|| machine.create_process()).transpose()?;
     if let Some(other) = other {
@@ -146,7 +159,33 @@ pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine:
     if let Some(Bug::Machine(plant)) = setup.bug {
         machine.plant(plant, true);
     }
-    Ok((machine, Parts { object, process, other, device, vm, threads, vcpus, host_view }))
+    Ok((machine, Parts { object, process, other, copied, device, vm, threads, vcpus, host_view }))
+}
+
+/// The token in memory that others have, too.
+const COPIED: u8 = 3;
+
+/// What is in the pages at first.
+pub(super) fn values(setup: &Setup) -> [u8; 8] {
+    let mut values = [0; 8];
+    if setup.copied {
+        values[..usize::from(setup.pages) - 1].fill(COPIED);
+    }
+    values
+}
+
+/// Anonymous memory, all but the last page of which was written, and its copy.
+fn copied_object(
+    setup: &Setup,
+    machine: &mut Machine,
+) -> Result<(ObjectId, Option<ObjectId>), polder_machine::Error> {
+    let object = machine.create_anonymous(PageCount::from(u32::from(setup.pages)))?;
+    for page in range(0, setup.pages - 1).frames() {
+        machine.write_fault(object, page)?;
+        machine.object_write(object, page.offset(), &[COPIED; 8])?;
+    }
+    let copy = machine.fork_anonymous(object)?;
+    Ok((object, Some(copy)))
 }
 
 /// Gives the pages of the one large folio to an SNP guest, which accepts them.

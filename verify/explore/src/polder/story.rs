@@ -142,6 +142,9 @@ fn verb(task: Task) -> Result<String, String> {
         | Task::DmaWrite(..)
         | Task::PinExclusive(_)
         | Task::HypervisorFails(_) => return Err("a task that no scenario is told of yet".into()),
+        Task::Prefault { .. } | Task::CopiedWrite(..) | Task::Unbind => {
+            return Err("a task that no scenario is told of yet".into());
+        }
         Task::Rebind => return Err("a slot that is deleted in two parts".into()),
         _ => return Err("what an SNP guest, the kernel or another CPU does".into()),
     })

@@ -3,6 +3,7 @@
 use polder_explored_engine::OpId;
 
 use super::kept::{self, Pages, range};
+use super::prefault::{Ahead, Step};
 use super::{Role, Slip, Stage, Task, World};
 
 impl World {
@@ -35,11 +36,17 @@ impl World {
                     may(!busy(page, page + 1))
                 }
                 Some(Task::Split(page) | Task::Collapse(page)) => may(!self.folio_is_locked(page)),
+                Some(Task::Prefault { start, .. }) => {
+                    self.ways_ahead(Ahead { next: start, step: Step::Between })
+                }
+                Some(Task::Rebind | Task::Unbind) => may(!self.slots_are_read()),
                 Some(Task::Want(page, _)) => may(!busy(page, page + 1)),
                 Some(Task::PinExclusive(page)) => may(!self.pinned_in_passing(page)),
                 Some(Task::Hold(page, large)) => may(self.can_hold(page, large)),
                 Some(_) => 1,
             },
+            Stage::Ahead(ahead) => self.ways_ahead(ahead),
+            Stage::Unbound => may(!self.slots_are_read()),
             Stage::GuestAsk => may(!self.guest_waits(actor)),
             Stage::SizeAsk => may(!self.size_waits(actor)),
             Stage::GuestAllocate(answer, _) => 1 + may(self.failures > 0 && self.is_hole(answer)),
