@@ -30,6 +30,7 @@ mod player;
 mod report;
 mod scenario;
 mod state;
+mod tables;
 mod worker;
 mod world;
 mod write;
@@ -46,6 +47,7 @@ pub use scenario::{
     Actor, Bytes, Expect, Hold, HostView, Look, Mapped, MemorySpec, Place, Scenario, SlotSpec,
     Step, Verb, VmSpec,
 };
+pub use tables::{By, Tables};
 
 /// Every platform.
 pub const PLATFORMS: [Platform; 4] =

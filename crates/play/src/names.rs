@@ -91,6 +91,7 @@ outcomes! {
     GuestOwned "guest-owned" "The RMP refused: the page is not this guest's.",
     ReverseMap "reverse-map" "The RMP refused: the page is the guest's at another gfn.",
     Immutable "immutable" "The RMP refused: the firmware has the page.",
+    PageFault "page-fault" "The guest's own tables do not let the access through.",
     PageSize "page-size" "The RMP refused: stage 2 maps it at another size.",
     InstructionSize "instruction-size" "The RMP refused: 4K of what is a 2M entry.",
     NotValidated "not-validated" "The RMP refused: the guest has not validated the page.",
@@ -175,13 +176,14 @@ pub(crate) const STEP_KEYS: [&str; 3] = ["actor", "do", "expect"];
 /// Keys that name pages.
 pub(crate) const PLACE_KEYS: [&str; 4] = ["page", "pages", "gpa", "count"];
 /// What is said of pages.
-pub(crate) const LOOK_KEYS: [&str; 9] = [
+pub(crate) const LOOK_KEYS: [&str; 10] = [
     "vm",
     "visibility",
     "population",
     "wanted",
     "host-view",
     "stage2",
+    "accessed",
     "folio",
     "rmp",
     "validated",
@@ -212,6 +214,20 @@ pub const VERBS: &[VerbEntry] = &[
     verb("settle", &[Vmm], &[], &[], "say that nothing more will come"),
     verb("bind", &[Vmm], &["slot", "pages", "gpa"], &["vm"], "show pages to a VM, by a slot"),
     verb("unbind", &[Vmm], &["slot"], &["vm"], "take a slot away"),
+    verb(
+        "prefault",
+        &[Vmm],
+        &["page"],
+        &["vm", "by"],
+        "map pages for a vCPU before its guest touches them",
+    ),
+    verb(
+        "pte",
+        &[Guest],
+        &["page"],
+        &["present", "used"],
+        "write the entries of its page tables for pages, and flush them: on the machine",
+    ),
     verb(
         "read",
         &[Guest, Vmm, Device, Process],

@@ -28,12 +28,15 @@ pub struct Outcome {
     pub bytes: Option<Vec<u8>>,
     /// How many pages were converted.
     pub converted: Option<u64>,
+    /// How many pages a prefault did, how many of these it left out, and how many are left.
+    pub prefaulted: Option<[u64; 3]>,
 }
 
 impl Outcome {
     pub(crate) fn new(is: Is, text: impl Into<String>) -> Self {
         let text = text.into();
-        Self { is, text, page: None, holder: None, errno: None, bytes: None, converted: None }
+        let (page, holder, errno, bytes) = Default::default();
+        Self { is, text, page, holder, errno, bytes, converted: None, prefaulted: None }
     }
 
     pub(crate) fn done() -> Self {
@@ -49,6 +52,9 @@ impl Outcome {
         let mut line = self.is.to_string();
         if let Some(pages) = self.converted {
             line += &format!(": {pages} converted");
+        }
+        if let Some([done, skipped, left]) = self.prefaulted {
+            line += &format!(": {done} done, {skipped} of them left out, {left} left");
         }
         if let Some(bytes) = &self.bytes {
             line += &format!(": {}", shown(bytes));
@@ -77,6 +83,12 @@ impl Outcome {
             .or_else(|| differs("the error", &expect.errno, &self.errno))
             .or_else(|| {
                 differs("so many pages:", &number(expect.converted), &number(self.converted))
+            })
+            .or_else(|| {
+                let prefaulted = |at: usize| number(self.prefaulted.map(|counts| counts[at]));
+                differs("done:", &number(expect.done), &prefaulted(0))
+                    .or_else(|| differs("left out:", &number(expect.skipped), &prefaulted(1)))
+                    .or_else(|| differs("left:", &number(expect.left), &prefaulted(2)))
             })
             .or_else(|| self.unmet_bytes(expect))
             .or_else(|| {
@@ -136,7 +148,7 @@ fn refusal(refusal: &Refusal) -> (Is, Option<u64>, Option<String>) {
     match refusal {
         Refusal::Range(_) => (Is::Range, None, None),
         Refusal::Beyond { .. } => (Is::Beyond, None, None),
-        Refusal::Unbound { .. } => (Is::Unbound, None, None),
+        Refusal::Unbound { .. } | Refusal::NoSlot { .. } => (Is::Unbound, None, None),
         Refusal::Busy { .. } => (Is::Busy, None, None),
         Refusal::Pinned { page, holder, .. } => {
             (Is::Pinned, Some(page.get()), Some(holder.to_string()))
@@ -203,7 +215,7 @@ impl From<GuestExit> for Outcome {
         match exit {
             GuestExit::MemoryFault(fault) => fault.into(),
             GuestExit::NotValidated(_) => Self::new(Is::NotValidated, text),
-            GuestExit::PageFault(_) => Self::new(Is::Failed, text),
+            GuestExit::PageFault(_) => Self::new(Is::PageFault, text),
             GuestExit::Kicked => Self::new(Is::Kicked, text),
             GuestExit::Failed(error) => error.into(),
         }

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use polder::machine::RmpSize;
 use polder::units::{ByteSize, Gpa, Level, PAGE_SIZE, PageCount, PageIndex, PageRange};
 use polder::{Contents, HostKind, PinKind, Platform, Population, Visibility};
+use polder_vmm::GuestRoot;
 use toml::de::{DeTable, DeValue};
 
 use crate::ScenarioError;
@@ -20,6 +21,8 @@ use crate::names::{Is, Kind, LOOK_KEYS, PLACE_KEYS, STEP_KEYS, VERBS, VerbEntry}
 use crate::scenario::{
     Actor, Bytes, Expect, HostView, Look, MemorySpec, Place, Scenario, SlotSpec, Step, Verb, VmSpec,
 };
+
+use crate::tables::{By, TABLES, Tables, root_name};
 
 use self::table::{Key, Parsed, Table, place_in, short, slot_number, words, wrong};
 
@@ -95,7 +98,7 @@ impl<'t> Reader<'t> {
             root.get("discrepancy").map(|key| key.text().map(str::to_owned)).transpose()?;
         let memory = self.memory(&root)?;
         self.pages = memory.pages;
-        self.read_vms(&root)?;
+        self.read_vms(&root, &memory)?;
         self.read_actors(&root)?;
         let mut steps = Vec::new();
         for table in root.tables("step", STEPS_MAX)? {
@@ -180,10 +183,10 @@ impl<'t> Reader<'t> {
         table.get(key).map(|key| key.word(&[Visibility::Private, Visibility::Shared])).transpose()
     }
 
-    fn read_vms(&mut self, root: &Table<'t>) -> Parsed<()> {
+    fn read_vms(&mut self, root: &Table<'t>, memory: &MemorySpec) -> Parsed<()> {
         let whole = SlotSpec { slot: 0, pages: self.all(), gpa: DEFAULT_GPA };
         for table in root.tables("vm", VMS_MAX)? {
-            table.check_keys(&["name", "asid", "slots"], "`[[vm]]`")?;
+            table.check_keys(&["name", "asid", "root", "tables", "slots"], "`[[vm]]`")?;
             let key = table.need("name", "`[[vm]]`")?;
             let name = key.text()?.to_owned();
             if self.vms.iter().any(|vm| vm.name == name) {
@@ -204,12 +207,55 @@ impl<'t> Reader<'t> {
                     tables.iter().map(|table| self.slot(table)).collect::<Parsed<_>>()?
                 }
             };
-            self.vms.push(VmSpec { name, asid, slots });
+            let tables = self.tables(&table, asid.is_some(), memory)?;
+            self.vms.push(VmSpec { name, asid, tables, slots });
         }
         if self.vms.is_empty() {
-            self.vms.push(VmSpec { name: "vm".into(), asid: None, slots: vec![whole] });
+            self.vms.push(VmSpec {
+                name: "vm".into(),
+                asid: None,
+                tables: None,
+                slots: vec![whole],
+            });
         }
         Ok(())
+    }
+
+    /// Where a VM's guest has page tables, and for which root.
+    fn tables(
+        &self,
+        table: &Table<'t>,
+        is_bare: bool,
+        memory: &MemorySpec,
+    ) -> Parsed<Option<Tables>> {
+        let roots = [GuestRoot::Tdp, GuestRoot::Shadow, GuestRoot::Nested];
+        let known = roots.map(|root| (root_name(root).to_owned(), root));
+        let Some(key) = table.get("root") else {
+            return match table.get("tables") {
+                None => Ok(None),
+                Some(key) => Err(key.wrong("`tables` goes with `root`")),
+            };
+        };
+        let root = key.one_of(key.text()?, &known)?;
+        if root == GuestRoot::Tdp {
+            return match table.get("tables") {
+                None => Ok(None),
+                Some(key) => Err(key.wrong("a guest's own tables are nothing to TDP")),
+            };
+        }
+        if is_bare || memory.platform != Platform::Plain {
+            return Err(key.wrong("the tables of a guest that is protected can't be shadowed"));
+        }
+        if memory.owed {
+            return Err(key.wrong("a guest has no tables in memory whose contents are owed"));
+        }
+        let tables = table.need("tables", "a VM whose `root` is not \"tdp\"")?;
+        let first = tables.number()?;
+        if first.checked_add(TABLES).is_none_or(|end| end > self.pages.get()) {
+            let what = format!("`tables` is the first of {TABLES} pages of the memory");
+            return Err(tables.wrong(what));
+        }
+        Ok(Some(Tables { root, first }))
     }
 
     fn all(&self) -> PageRange {
@@ -350,6 +396,16 @@ impl<'t> Reader<'t> {
                 Verb::Bind { vm: self.vm(table)?, slot }
             }
             "unbind" => Verb::Unbind { vm: self.vm(table)?, slot: slot_number(&need("slot")?)? },
+            "prefault" => Verb::Prefault {
+                place: self.place(table, what)?,
+                vm: self.vm(table)?,
+                by: table.get("by").map_or(Ok(By::Root), |key| key.word(&By::ALL))?,
+            },
+            "pte" => Verb::Pte {
+                place: self.place(table, what)?,
+                present: flag("present", true)?,
+                used: flag("used", true)?,
+            },
             "read" => {
                 let length = table.get("length");
                 let number = length.as_ref().map_or(Ok(8), Key::number)?;
@@ -489,8 +545,9 @@ impl<'t> Reader<'t> {
             return Ok(Expect { is: Some(outcome(key)?), ..Expect::default() });
         }
         let table = Table::of(self.text, key.value, "`expect`")?;
-        let keys = ["is", "page", "holder", "errno", "bytes", "not", "zeros", "converted", "says"];
-        table.check_keys(&keys, "`expect`")?;
+        let said = ["is", "page", "holder", "errno", "bytes", "not", "zeros", "says"];
+        let counts = ["converted", "done", "skipped", "left"];
+        table.check_keys(&[&said[..], &counts[..]].concat(), "`expect`")?;
         let number = |key: &str| table.get(key).map(|key| key.number()).transpose();
         let text = |key: &str| table.get(key).map(|key| key.text().map(str::to_owned)).transpose();
         Ok(Expect {
@@ -502,6 +559,9 @@ impl<'t> Reader<'t> {
             not: text("not")?,
             zeros: table.get("zeros").map(|key| key.flag()).transpose()?.unwrap_or(false),
             converted: number("converted")?,
+            done: number("done")?,
+            skipped: number("skipped")?,
+            left: number("left")?,
             says: text("says")?,
         })
     }
@@ -531,6 +591,7 @@ impl<'t> Reader<'t> {
                 Some(key) => Some(key.word(&HostView::ALL)?),
             },
             stage2: table.get("stage2").map(|key| key.mapped()).transpose()?,
+            accessed: table.get("accessed").map(|key| key.flag()).transpose()?,
             folio: table.get("folio").map(|key| key.mapped()).transpose()?,
             rmp: table.get("rmp").map(|key| key.mapped()).transpose()?,
             validated: table.get("validated").map(|key| key.flag()).transpose()?,
@@ -553,7 +614,8 @@ impl<'t> Reader<'t> {
         let simulated = kind.is_some_and(Kind::is_simulated)
             || match &step.verb {
                 Verb::Refer { .. } | Verb::Release { .. } | Verb::GupFast { .. } => true,
-                Verb::Pvalidate { .. } | Verb::Audit => true,
+                Verb::Pvalidate { .. } | Verb::Pte { .. } | Verb::Audit => true,
+                Verb::Prefault { by, .. } => *by == By::Reverse,
                 Verb::Look(look) => look.is_simulated(),
                 _ => false,
             };

@@ -568,6 +568,8 @@ impl Verb {
             | Self::Pin { place, .. }
             | Self::Refer { place, .. }
             | Self::GupFast { place, .. }
+            | Self::Prefault { place, .. }
+            | Self::Pte { place, .. }
             | Self::Pvalidate { place, .. }
             | Self::Allocate { place, .. }
             | Self::Lock { place }
@@ -599,6 +601,7 @@ impl Verb {
             Self::Bind { vm, .. }
             | Self::Unbind { vm, .. }
             | Self::Want { vm, .. }
+            | Self::Prefault { vm, .. }
             | Self::Map { vm, .. }
             | Self::Zap { vm, .. }
             | Self::Rmpupdate { vm, .. } => Some(*vm),

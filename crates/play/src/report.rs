@@ -8,6 +8,7 @@ use polder::units::PAGE_SIZE;
 use crate::outcome::Outcome;
 use crate::scenario::{Bytes, Hold, Place, Scenario, SlotSpec, Verb};
 use crate::state::PageState;
+use crate::tables::By;
 
 /// How a scenario ended.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -164,6 +165,19 @@ impl Verb {
             Self::Settle => "settle".into(),
             Self::Bind { vm: number, slot } => format!("bind{} {}", vm(*number), slot_of(slot)),
             Self::Unbind { vm: number, slot } => format!("unbind{} slot {slot}", vm(*number)),
+            Self::Prefault { place, vm: number, by } => {
+                let by = match by {
+                    By::Root => "",
+                    By::Gpa => ", by guest-physical addresses",
+                    By::Reverse => ", wherever the guest's tables show it",
+                };
+                format!("prefault {place}{}{by}", vm(*number))
+            }
+            Self::Pte { place, present: false, .. } => format!("unmap {place} by its own tables"),
+            Self::Pte { place, used, .. } => {
+                let used = if *used { "" } else { ", as never used" };
+                format!("map {place} by its own tables{used}")
+            }
             Self::Read { from, length } => match length {
                 &PAGE_SIZE => format!("read {}", bytes(from)),
                 _ => format!("read {length} bytes of {}", bytes(from)),

@@ -11,6 +11,7 @@ use polder::units::{Gpa, Level, PageCount, PageRange};
 use polder::{Contents, HostKind, PinKind, Platform, Population, Reached, Visibility};
 
 use crate::names::{Is, Kind};
+use crate::tables::{By, Tables};
 
 /// A story.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -58,6 +59,8 @@ pub struct VmSpec {
     /// The ASID of a VM that Polder does not know: an SNP guest of the machine's own, whose faults
     /// nobody answers but the story.
     pub asid: Option<u16>,
+    /// The page tables that its guest has in its memory, where its vCPUs run on other roots than TDP.
+    pub tables: Option<Tables>,
     /// What it sees of the memory.
     pub slots: Vec<SlotSpec>,
 }
@@ -143,6 +146,8 @@ pub enum Verb {
     Settle,
     Bind { vm: usize, slot: SlotSpec },
     Unbind { vm: usize, slot: u32 },
+    Prefault { place: Place, vm: usize, by: By },
+    Pte { place: Place, present: bool, used: bool },
     Read { from: Bytes, length: u64 },
     Write { to: Bytes, bytes: String },
     Pin { place: Place, kind: PinKind, name: String },
@@ -190,6 +195,12 @@ pub struct Expect {
     pub zeros: bool,
     /// How many pages were converted.
     pub converted: Option<u64>,
+    /// How many pages were mapped ahead, or left out.
+    pub done: Option<u64>,
+    /// How many of these were left out.
+    pub skipped: Option<u64>,
+    /// How many pages are left to be mapped ahead.
+    pub left: Option<u64>,
     /// What is told contains this.
     pub says: Option<String>,
 }
@@ -213,6 +224,8 @@ pub struct Look {
     pub host_view: Option<HostView>,
     /// The level at which stage 2 maps it, or that it does not.
     pub stage2: Option<Mapped>,
+    /// Whether that mapping was used.
+    pub accessed: Option<bool>,
     /// The level of the folio, or that there is none.
     pub folio: Option<Mapped>,
     /// The level of the RMP entry, or that it is not assigned.
@@ -278,6 +291,7 @@ impl Look {
     pub(crate) fn is_simulated(&self) -> bool {
         self.host_view.is_some()
             || self.stage2.is_some()
+            || self.accessed.is_some()
             || self.folio.is_some()
             || self.rmp.is_some()
             || self.validated.is_some()

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use polder::machine::{HostPte, Machine, ObjectId, ProcessId, RmpEntry, VmId as MachineVm};
+use polder::machine::{HostPte, Machine, ObjectId, ProcessId, RmpEntry, VcpuId, VmId as MachineVm};
 use polder::units::{Level, PageIndex, PageRange, Pfn};
 use polder::{Memory, PageFacts, Population, Visibility, VmId};
 
@@ -36,6 +36,8 @@ pub struct Inside {
     pub host_view: HostView,
     /// At which level each VM's stage 2 maps it, by the VM's place in the scenario.
     pub stage2: Vec<Mapped>,
+    /// Whether that was used.
+    pub accessed: Vec<bool>,
     /// Its folio.
     pub folio: Mapped,
     /// Its RMP entry, where there is an RMP.
@@ -153,11 +155,15 @@ fn inside(
     let pte = view.and_then(|(_, vpns)| machine.host_pte(process, vpns.start()).ok());
     let backing = machine.backing(object, page).ok().flatten();
     let shown: Vec<_> = machine.gfns_of(object, one).collect();
-    let stage2 = vms.iter().map(|(_, vm)| {
-        let gfns = shown.iter().find(|(id, _)| Some(*id) == *vm).map(|(_, gfns)| gfns.start());
-        let spte = gfns.zip(*vm).and_then(|(gfn, vm)| machine.spte(vm, gfn).ok().flatten());
-        spte.map_or(Mapped::No, |spte| Mapped::At(spte.level))
-    });
+    // By the root of the VM's first vCPU, if it has any: pages have the same numbers in each space.
+    let spte = |vm: MachineVm| {
+        let (_, gfns) = shown.iter().find(|(id, _)| *id == vm)?;
+        let gfn = gfns.start();
+        let by_root = machine.mapped(VcpuId { vm, index: 0 }, gfn.get());
+        by_root.or_else(|_| machine.spte(vm, gfn)).ok().flatten()
+    };
+    let sptes: Vec<_> = vms.iter().map(|(_, vm)| vm.and_then(spte)).collect();
+    let stage2 = sptes.iter().map(|spte| spte.map_or(Mapped::No, |spte| Mapped::At(spte.level)));
     // What has no memory has no entry, where there are any.
     let no_entry = machine.rmp_entry(Pfn::from(0)).map(|_| RmpEntry::HYPERVISOR);
     let entry = backing.map_or(no_entry, |backing| machine.rmp_entry(backing.pfn));
@@ -168,6 +174,7 @@ fn inside(
             Some(HostPte::None) | None => HostView::Absent,
         },
         stage2: stage2.collect(),
+        accessed: sptes.iter().map(|spte| spte.is_some_and(|spte| spte.accessed)).collect(),
         folio: backing.map_or(Mapped::No, |backing| Mapped::At(backing.level)),
         rmp: entry.map(|entry| RmpState {
             entry: if entry.assigned { Mapped::At(entry.size.level()) } else { Mapped::No },
@@ -212,6 +219,10 @@ impl Look {
             .or_else(|| {
                 let found = inside.and_then(|inside| inside.stage2.get(self.vm).copied());
                 differs("stage 2", self.stage2, found)
+            })
+            .or_else(|| {
+                let found = inside.and_then(|inside| inside.accessed.get(self.vm).copied());
+                differs("accessed", self.accessed, found)
             })
             .or_else(|| differs("the folio", self.folio, inside.map(|it| it.folio)))
             .or_else(|| differs("the RMP entry", self.rmp, rmp.map(|rmp| rmp.entry)))

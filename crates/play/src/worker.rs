@@ -8,17 +8,18 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 
 use polder::machine::{
-    GupFast, GupStep, Hva, PinId, PinKind as GupKind, ProcessId, RmpSize, Side, Thread, VcpuId,
-    View as Vma, VpnRange,
+    GupFast, GupStep, Hva, Intercept, PinId, PinKind as GupKind, ProcessId, Pte, RmpSize, Side,
+    Thread, VcpuId, View as Vma, VpnRange,
 };
 use polder::units::{GfnRange, PAGE_SIZE, PageIndex, PageRange};
 use polder::{Holder, MachineVcpu, OnBusy, Pin, Platform, Slot, Visibility};
 use polder_vmm::scenario::Op;
-use polder_vmm::{End, Failure, Progress, Supervision};
+use polder_vmm::{End, Failure, GuestRoot, Progress, Supervision};
 
 use crate::names::{Is, Kind};
 use crate::outcome::{Outcome, Stop};
 use crate::scenario::{Actor, Bytes, Hold, Place, Verb};
+use crate::tables::{self, By};
 use crate::world::{self, Event, Here, World};
 
 /// A step to do.
@@ -159,6 +160,8 @@ impl Worker<'_> {
                 memory.unbind(id, Slot(*slot))?;
                 Ok(Outcome::done())
             }
+            Verb::Prefault { place, vm, by } => self.prefault(*place, *vm, *by),
+            Verb::Pte { place, present, used } => self.pte(*place, *present, *used),
             Verb::Read { from, length } => {
                 let length = usize::try_from(*length).unwrap_or_default();
                 let mut bytes = vec![0; length];
@@ -227,6 +230,62 @@ impl Worker<'_> {
                 Ok(machine.bind(machine_vm, slot.gpa.gfn(), object, slot.pages)?)
             })?,
             (None, None) => return Err(nobodys()),
+        }
+        Ok(Outcome::done())
+    }
+
+    /// Maps ahead for a vCPU of the VM's that runs no guest.
+    fn prefault(&self, place: Place, vm: usize, by: By) -> Acted {
+        let memory = &self.world.memory;
+        let gfns = self.gfns(place, vm)?;
+        let vm = &self.world.vms[vm];
+        let id = vm.id.ok_or_else(nobodys)?;
+        let came = match (&vm.tables, &vm.kvm) {
+            (Some(tables), _) => {
+                tables::prefault((memory, id), &tables.vcpu, tables.root, gfns, by)?
+            }
+            (None, Some(kvm)) => {
+                let vcpu = kvm.idle_vcpu(memory, id);
+                let vcpu = vcpu.map_err(|error| Stop::new(Is::Failed, error.to_string()))?;
+                tables::prefault((memory, id), &vcpu, GuestRoot::Tdp, gfns, by)?
+            }
+            (None, None) => {
+                let vcpu = memory.machine_vcpu(id)?;
+                self.world.add_kicker(vcpu.kicker());
+                tables::prefault((memory, id), &vcpu, GuestRoot::Tdp, gfns, by)?
+            }
+        };
+        let left = came.left.map_or(0, |left| left.count().get());
+        let counts = [came.done.count().get(), came.skipped.get(), left];
+        Ok(Outcome { prefaulted: Some(counts), ..Outcome::done() })
+    }
+
+    /// Has the guest write entries of its tables, by another of its vCPUs, and flush them by its own.
+    fn pte(&mut self, place: Place, present: bool, used: bool) -> Acted {
+        let gfns = self.gfns(place, self.actor.vm)?;
+        let vm = &self.world.vms[self.actor.vm];
+        let none =
+            || Stop::new(Is::NotOffered, "the VM's guest has no page tables: give it a `root`");
+        let (Some(tables), Some(id)) = (&vm.tables, vm.id) else { return Err(none()) };
+        let bits = match (present, used) {
+            (false, _) => 0,
+            (true, true) => Pte::ALL,
+            (true, false) => Pte::PRESENT | Pte::USER | Pte::WRITABLE,
+        };
+        let writer = self.world.memory.machine_vcpu(id)?;
+        for gfn in gfns.frames() {
+            if !tables.placed.covers(gfn) {
+                let what = format!("the guest's tables have no entry for guest frame {gfn}");
+                return Err(Stop::new(Is::Range, what));
+            }
+            tables.placed.set(&writer, gfn, bits)?;
+        }
+        let own = self.vcpu()?;
+        for gfn in gfns.frames() {
+            tables.vcpu.carry_out(Intercept::Invlpg(gfn.get()))?;
+            if let Vcpu::Polder(own) = &*own {
+                own.carry_out(Intercept::Invlpg(gfn.get()))?;
+            }
         }
         Ok(Outcome::done())
     }
@@ -309,6 +368,9 @@ impl Worker<'_> {
             (Some(id), ..) => {
                 let vcpu = self.world.memory.machine_vcpu(id)?;
                 self.world.add_kicker(vcpu.kicker());
+                if let Some(tables) = &vm.tables {
+                    tables.placed.load(&vcpu)?;
+                }
                 Vcpu::Polder(vcpu)
             }
             (None, Some(vm), _) => {

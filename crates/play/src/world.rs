@@ -7,14 +7,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use polder::machine::{Asid, LockOwner, Machine, ObjectId, ProcessId, VmId as MachineVm};
 use polder::units::{Gfn, GfnRange, Gpa, PAGE_SIZE, PageIndex, PageRange};
-use polder::{Error, HostKind, Memory, Moment, Population, Slot, View, Visibility, VmId, Watch};
-use polder_vmm::RunError;
+use polder::{
+    Error, HostKind, MachineVcpu, Memory, Moment, Population, Slot, View, Visibility, VmId, Watch,
+};
+use polder_vmm::{GuestRoot, RunError};
 
 use crate::names::Is;
 use crate::outcome::{Outcome, Stop};
 use crate::player::Options;
 use crate::scenario::{Hold, Place, Scenario, VmSpec};
 use crate::state::VmNames;
+use crate::tables::{Placed, Tables};
 
 /// What came to the player's ears.
 #[derive(Debug)]
@@ -41,6 +44,16 @@ pub(crate) struct Vm {
     pub(crate) asid: Option<Asid>,
     /// A VM of KVM's.
     pub(crate) kvm: Option<polder_vmm::Vm>,
+    /// The page tables that its guest has.
+    pub(crate) tables: Option<GuestTables>,
+}
+
+/// Page tables of a guest.
+pub(crate) struct GuestTables {
+    pub(crate) root: GuestRoot,
+    pub(crate) placed: Placed,
+    /// The VM's first vCPU, which runs no guest, on these tables: what is mapped ahead, is for it.
+    pub(crate) vcpu: MachineVcpu,
 }
 
 /// What all actors share.
@@ -123,7 +136,10 @@ impl World {
             _ => Some(polder_vmm::Vm::new(host).map_err(unplayable)?),
         };
         let id = match &kvm {
-            None => self.memory.attach(polder::Vm::Machine)?,
+            None => self.memory.attach(match spec.tables.map(|tables| tables.root) {
+                Some(GuestRoot::Shadow) => polder::Vm::MachineWithoutTdp,
+                _ => polder::Vm::Machine,
+            })?,
             Some(vm) => vm.attach(&self.memory)?,
         };
         for slot in &spec.slots {
@@ -133,7 +149,27 @@ impl World {
         // The n-th VM of Polder's is given the n-th ASID (`polder::host::machine::rmp`).
         let asid =
             id.0.checked_add(1).and_then(|asid| u16::try_from(asid).ok()).and_then(Asid::new);
-        Ok(Vm { id: Some(id), machine, asid, kvm })
+        let tables = match spec.tables {
+            None => None,
+            Some(_) if kvm.is_some() => {
+                let why = "guests with page tables of their own are played on the machine";
+                return Err(Unplayable::Skipped(why.to_owned()));
+            }
+            Some(tables) => Some(self.set_up(id, spec, tables)?),
+        };
+        Ok(Vm { id: Some(id), machine, asid, kvm, tables })
+    }
+
+    /// Has a VM's guest make its page tables.
+    fn set_up(&self, id: VmId, spec: &VmSpec, tables: Tables) -> Result<GuestTables, Unplayable> {
+        let none = || Unplayable::Failed("a VM with page tables needs a slot".to_owned());
+        let slot = spec.slots.first().ok_or_else(none)?;
+        let vcpu = self.memory.machine_vcpu(id)?;
+        let slot = (slot.gpa.gfn(), slot.pages);
+        let placed = Placed::new((&self.memory, id), tables, slot);
+        let placed = placed.map_err(|Stop(outcome)| Unplayable::Failed(outcome.line()))?;
+        placed.load(&vcpu)?;
+        Ok(GuestTables { root: tables.root, placed, vcpu })
     }
 
     /// A VM of the machine's own, that nobody looks after.
@@ -150,7 +186,7 @@ impl World {
             }
             Ok::<_, polder::machine::Error>(vm)
         });
-        Ok(Vm { id: None, machine: Some(made??), asid, kvm: None })
+        Ok(Vm { id: None, machine: Some(made??), asid, kvm: None, tables: None })
     }
 
     /// Looks into the machine.

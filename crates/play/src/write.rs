@@ -9,6 +9,7 @@ use crate::names::VERBS;
 use crate::scenario::{
     Actor, Bytes, Expect, Hold, Look, Place, Scenario, SlotSpec, Step, Verb, VmSpec,
 };
+use crate::tables::{By, root_name};
 
 /// A text in quotes.
 struct Quoted<'a>(&'a str);
@@ -165,6 +166,9 @@ fn write_vm(f: &mut fmt::Formatter<'_>, vm: &VmSpec) -> fmt::Result {
     let slots: Vec<String> = vm.slots.iter().map(|it| slot(it).inline()).collect();
     let mut keys = Keys::default();
     keys.text("name", &vm.name).number("asid", vm.asid.map(u64::from));
+    if let Some(tables) = vm.tables {
+        keys.text("root", root_name(tables.root)).raw("tables", tables.first);
+    }
     keys.raw("slots", format_args!("[{}]", slots.join(", "))).lines(f)
 }
 
@@ -220,6 +224,13 @@ impl Scenario {
                 keys
             }
             Verb::Unbind { vm, slot } => keys.text("vm", self.vm_name(*vm)).raw("slot", slot),
+            Verb::Prefault { place, vm, by } => keys
+                .place(*place)
+                .text("vm", self.vm_name(*vm))
+                .some("by", Some(by).filter(|by| **by != By::Root)),
+            Verb::Pte { place, present, used } => {
+                keys.place(*place).flag("present", *present, true).flag("used", *used, true)
+            }
             Verb::Read { from, length } => {
                 self.bytes(keys, from).number("length", Some(*length).filter(|it| *it != 8))
             }
@@ -271,6 +282,9 @@ impl Scenario {
             .some("stage2", look.stage2)
             .some("folio", look.folio)
             .some("rmp", look.rmp);
+        if let Some(accessed) = look.accessed {
+            keys.raw("accessed", accessed);
+        }
         if let Some(validated) = look.validated {
             keys.raw("validated", validated);
         }
@@ -288,6 +302,9 @@ fn expect(expect: &Expect) -> Keys {
         .some("not", expect.not.as_ref())
         .flag("zeros", expect.zeros, false)
         .number("converted", expect.converted)
+        .number("done", expect.done)
+        .number("skipped", expect.skipped)
+        .number("left", expect.left)
         .some("says", expect.says.as_ref());
     keys
 }
@@ -307,6 +324,8 @@ impl Verb {
             Self::Settle => "settle",
             Self::Bind { .. } => "bind",
             Self::Unbind { .. } => "unbind",
+            Self::Prefault { .. } => "prefault",
+            Self::Pte { .. } => "pte",
             Self::Read { .. } => "read",
             Self::Write { .. } => "write",
             Self::Pin { .. } => "pin",

@@ -28,7 +28,7 @@ use crate::pager::{Pager, Paging, SourceStatistics};
 use crate::read_ahead::ReadAhead;
 use crate::source::{Source, SourceFailure};
 use crate::statistics::Statistics;
-use crate::sync::RwLock;
+use crate::sync::{RwLock, RwLockWriteGuard};
 use crate::vcpu::MachineVcpu;
 use crate::watch::Watch;
 use crate::{DeadPin, HostView, HugePool, PageSize, Pin, Pinner};
@@ -449,7 +449,7 @@ impl Memory {
     /// # Ok::<_, polder::Error>(())
     /// ```
     pub fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
-        let _one_at_a_time = self.slots.write();
+        let _one_at_a_time = self.change_slots();
         self.driver.ask(|engine| engine.bind(vm, slot, gfn, pages))?;
         self.driver.host.bind(vm, slot, gfn, pages).inspect_err(|_| {
             let unbound = self.driver.engine().unbind(vm, slot);
@@ -475,8 +475,21 @@ impl Memory {
     /// # Ok::<_, polder::Error>(())
     /// ```
     pub fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
-        let _one_at_a_time = self.slots.write();
+        let _one_at_a_time = self.change_slots();
         self.driver.unbind(vm, slot)
+    }
+
+    /// Keeps slots from changing otherwise, and prefaults from beginning. That it waits is told again
+    /// and again, as of whoever waits for an operation.
+    fn change_slots(&self) -> RwLockWriteGuard<'_, ()> {
+        let mut changing = self.slots.try_write();
+        loop {
+            if let Some(changing) = changing {
+                return changing;
+            }
+            self.driver.tell(crate::Moment::Waits);
+            changing = self.slots.try_write_for(self.driver.ask_again);
+        }
     }
 
     /// Keeps the guest's view of the memory from being reclaimed or swapped (`mlock`), and has all of

@@ -2,12 +2,14 @@
 //! decides who goes on at each of them (`tests/shuttle.rs`).
 
 #[cfg(not(shuttle))]
-pub(crate) use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
+pub(crate) use parking_lot::{Condvar, Mutex, MutexGuard, RwLock, RwLockWriteGuard};
 #[cfg(not(shuttle))]
 pub(crate) use polder_linux::spawn;
 #[cfg(not(shuttle))]
 pub(crate) use std::thread::{JoinHandle, sleep, yield_now};
 
+#[cfg(shuttle)]
+pub(crate) use shuttle::sync::RwLockWriteGuard;
 #[cfg(shuttle)]
 pub(crate) use shuttle::thread::{JoinHandle, sleep, yield_now};
 #[cfg(shuttle)]
@@ -157,6 +159,18 @@ mod shuttled {
     impl<T> RwLock<T> {
         pub(crate) fn read(&self) -> sync::RwLockReadGuard<'_, T> {
             self.0.read().unwrap_or_else(PoisonError::into_inner)
+        }
+
+        pub(crate) fn try_write(&self) -> Option<sync::RwLockWriteGuard<'_, T>> {
+            self.0.try_write().ok()
+        }
+
+        /// Waits without a limit, as [`Condvar::wait_for`].
+        pub(crate) fn try_write_for(
+            &self,
+            _: Duration,
+        ) -> Option<sync::RwLockWriteGuard<'_, T>> {
+            Some(self.write())
         }
 
         pub(crate) fn write(&self) -> sync::RwLockWriteGuard<'_, T> {

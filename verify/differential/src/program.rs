@@ -124,7 +124,12 @@ impl Maker {
             _ if self.random.percent(70) => vec![slot(0, middle, pages, GPAS[1])],
             _ => Vec::new(),
         };
-        VmSpec { name: if number == 0 { "vm".into() } else { "other".into() }, asid: None, slots }
+        VmSpec {
+            name: if number == 0 { "vm".into() } else { "other".into() },
+            asid: None,
+            tables: None,
+            slots,
+        }
     }
 
     fn actors(&self) -> Actors {

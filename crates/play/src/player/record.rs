@@ -207,6 +207,7 @@ impl Player<'_> {
                     wanted: Some(wish),
                     host_view: None,
                     stage2: None,
+                    accessed: None,
                     folio: None,
                     rmp: None,
                     validated: None,
@@ -249,6 +250,9 @@ fn expected(step: &Step, outcome: &Outcome) -> Expect {
         bytes: String::from_utf8(bytes).ok().filter(|text| !zeros && !text.is_empty()),
         zeros,
         converted: outcome.converted,
+        done: outcome.prefaulted.map(|[done, ..]| done),
+        skipped: outcome.prefaulted.map(|[_, skipped, _]| skipped),
+        left: outcome.prefaulted.map(|[.., left]| left),
         ..Expect::default()
     }
 }
