@@ -50,7 +50,7 @@ pub(crate) use together::DENIED_WHILE_FAILING;
 
 /// Every row, in the table's order within a section.
 pub fn cases() -> impl Iterator<Item = &'static Case> {
-    let files: [&[Case]; 20] = [
+    let files: [&[Case]; 21] = [
         create::CASES,
         bind::CASES,
         host_view::CASES,
@@ -71,6 +71,7 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
         pkvm::CASES,
         reach::CASES,
         selftests::CASES,
+        selftests::PRE_FAULT,
     ];
     files.into_iter().flatten()
 }

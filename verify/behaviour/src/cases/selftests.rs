@@ -2,6 +2,8 @@
 //! `guest_memfd_conversions_test.c` of Ackerley Tng's series), tried through [`polder::kvm`]. A row
 //! begins with the test's name.
 
+mod pre_fault;
+
 use std::collections::BTreeSet;
 
 use polder::kvm::{
@@ -9,7 +11,7 @@ use polder::kvm::{
     GUEST_MEMFD_FLAG_MMAP, GuestMemfd, KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_READONLY, KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_MEMORY_EXIT_FLAG_PRIVATE,
     KVM_SET_MEMORY_ATTRIBUTES2_PRESERVE, KVM_SET_MEMORY_ATTRIBUTES2_ZERO, kvm_create_guest_memfd,
-    kvm_memory_attributes2, kvm_pre_fault_memory, kvm_userspace_memory_region2,
+    kvm_memory_attributes2, kvm_userspace_memory_region2,
 };
 use polder::units::{Gpa, PAGE_SIZE};
 use polder::{Contents, Errno, Holder, MemoryFault, PinKind, Visibility};
@@ -20,6 +22,8 @@ use crate::Section::Selftests;
 use crate::host::Guest;
 use crate::world::{BASE, PASSED, World, gfn, page};
 use crate::{Case, Ran, Skipped};
+
+pub(super) const PRE_FAULT: &[Case] = pre_fault::CASES;
 
 pub(super) const CASES: &[Case] = &[
     Case::new(Selftests, "guest_memfd_test: a size that is no number of pages is EINVAL", sizes),
@@ -91,11 +95,6 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Selftests, "private_mem_kvm_exits_test: the slot is gone", gone),
     Case::new(Selftests, "private_mem_kvm_exits_test: what backs the slot is gone", closed),
     Case::new(Selftests, "private_mem_kvm_exits_test: the access is of the other kind", other_kind),
-    Case::new(
-        Selftests,
-        "pre_fault_memory_test: full, partial, beyond, and no range at all",
-        pre_fault,
-    ),
 ];
 
 const BOTH: u64 = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED;
@@ -652,28 +651,5 @@ fn other_kind(w: &World<'_>) -> Ran {
         let fault = Exit::MemoryFault { errno: Errno::EFAULT, flags, gpa, size: 4096 };
         assert_eq!(errno(test.vm.exit(gpa, !is_private)), Ok(apart.then_some(fault)));
     }
-    PASSED
-}
-
-fn pre_fault(w: &World<'_>) -> Ran {
-    let test = Test::new(w, 512, 0)?;
-    let vcpu = test.guest.vcpu((test.memfd.memory(), test.memfd.vm()));
-    let ask = |offset: u64, size: u64| {
-        let mut range = kvm_pre_fault_memory { gpa: gpa(offset).get(), size, ..Default::default() };
-        let done = errno(test.vm.pre_fault_memory(&vcpu, &mut range));
-        (done, range.gpa - gpa(0).get(), range.size)
-    };
-    let (all, page) = (SZ_2M, PAGE_SIZE);
-    assert_eq!(ask(0, all), (Ok(()), all, 0), "full");
-    assert_eq!(ask(0, all + page), (Ok(()), all, page), "partial: call again for what is left");
-    assert_eq!(ask(all, page), (Err(Errno::ENOENT), all, page), "beyond");
-    for (offset, size) in [(0, 0), (0, 1), (1, page), (0, page - 1), (0, page.wrapping_neg())] {
-        assert_eq!(ask(offset, size).0, Err(Errno::EINVAL), "{offset} {size}");
-    }
-    let mut flagged = kvm_pre_fault_memory { gpa: gpa(0).get(), size: page, ..Default::default() };
-    flagged.flags = 1;
-    assert_eq!(errno(test.vm.pre_fault_memory(&vcpu, &mut flagged)), Err(Errno::EINVAL));
-    test.private(0, 0, 1);
-    test.private(511, 0, 1);
     PASSED
 }
