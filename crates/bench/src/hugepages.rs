@@ -53,10 +53,10 @@ impl Case {
     }
 }
 
-type Measure<'a> = &'a dyn Fn(&Case) -> Result<Row, BenchError>;
+type Measure<'a> = Box<dyn Fn(&Case) -> Result<Row, BenchError> + 'a>;
 
 fn run(extent: &Extent, progress: &mut dyn FnMut(Progress)) -> Measured {
-    let mut cases: Vec<(Case, Box<dyn Fn(&Case) -> Result<Row, BenchError> + '_>)> = Vec::new();
+    let mut cases: Vec<(Case, Measure<'_>)> = Vec::new();
     for size in [PageSize::Thp, PageSize::Huge2M] {
         let touch = Case::new(format!("first touch {size}"), SMALL, "us/4k");
         cases.push((touch, Box::new(move |case| accesses::first_touch(case, size, extent))));
@@ -82,13 +82,13 @@ fn run(extent: &Extent, progress: &mut dyn FnMut(Progress)) -> Measured {
     let of = cases.len();
     let rows = cases.iter().enumerate().map(|(done, (case, measure))| {
         progress(Progress { done, of, doing: case.name.clone() });
-        measured(case, measure.as_ref())
+        measured(case, measure)
     });
     rows.collect()
 }
 
 /// A row, also of what this machine has no pages for.
-fn measured(case: &Case, measure: Measure<'_>) -> Result<Row, BenchError> {
+fn measured(case: &Case, measure: &Measure<'_>) -> Result<Row, BenchError> {
     match measure(case) {
         Err(BenchError::Memory(error)) if error.way_out().is_some() => {
             let way_out = error.way_out().unwrap_or_default();
