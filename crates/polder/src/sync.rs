@@ -166,10 +166,7 @@ mod shuttled {
         }
 
         /// Waits without a limit, as [`Condvar::wait_for`].
-        pub(crate) fn try_write_for(
-            &self,
-            _: Duration,
-        ) -> Option<sync::RwLockWriteGuard<'_, T>> {
+        pub(crate) fn try_write_for(&self, _: Duration) -> Option<sync::RwLockWriteGuard<'_, T>> {
             Some(self.write())
         }
 
