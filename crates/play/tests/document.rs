@@ -57,3 +57,36 @@ fn the_documents_examples_play() {
         assert_eq!(played.verdict, Verdict::Passed, "{text}");
     }
 }
+
+/// The text of every Rust file below a folder.
+fn sources(folder: PathBuf, into: &mut String) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            sources(path, into);
+        } else if path.extension().is_some_and(|it| it == "rs") {
+            *into += &std::fs::read_to_string(path).unwrap_or_default();
+        }
+    }
+}
+
+#[test]
+fn what_the_answers_about_prefault_name_is_there() {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let text = std::fs::read_to_string(root.join("docs/prefault.md")).expect("the document");
+    let (mut code, mut tests, mut stories) = (String::new(), 0, 0);
+    ["crates", "verify"].iter().for_each(|folder| sources(root.join(folder), &mut code));
+    let is_name = |name: &&str| name.contains('_') && !name.contains(char::is_whitespace);
+    for name in text.split('*').filter(is_name).filter(|name| !name.contains('`')) {
+        let is_there =
+            code.contains(&format!("fn {name}(")) || code.contains(&format!("\"{name}:"));
+        assert!(is_there, "docs/prefault.md: there is no {name}");
+        tests += 1;
+    }
+    for name in text.split('`').filter(|name| name.ends_with(".toml") && !name.contains('*')) {
+        let file = name.trim_start_matches("scenarios/");
+        assert!(root.join("scenarios").join(file).exists(), "docs/prefault.md: no {name}");
+        stories += 1;
+    }
+    assert!(tests >= 10 && stories >= 12, "{tests} tests and {stories} stories");
+}
