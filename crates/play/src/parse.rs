@@ -99,6 +99,12 @@ impl<'t> Reader<'t> {
         let memory = self.memory(&root)?;
         self.pages = memory.pages;
         self.read_vms(&root, &memory)?;
+        let other = hosts.iter().find(|host| **host != HostKind::Machine);
+        if let Some(host) = other.filter(|_| self.vms.iter().any(|vm| vm.tables.is_some())) {
+            let what = format!("host {host} can't play guests with page tables of their own");
+            let meant = Some("say hosts = [\"machine\"]".to_owned());
+            return Err(ScenarioError { meant, ..root.need("hosts", "")?.wrong(what) });
+        }
         self.read_actors(&root)?;
         let mut steps = Vec::new();
         for table in root.tables("step", STEPS_MAX)? {

@@ -152,8 +152,9 @@ impl World {
         let tables = match spec.tables {
             None => None,
             Some(_) if kvm.is_some() => {
-                let why = "guests with page tables of their own are played on the machine";
-                return Err(Unplayable::Skipped(why.to_owned()));
+                let what = "a guest with page tables of its own";
+                let way_out = "play it on the machine";
+                return Err(polder::Error::NotOffered { what, way_out }.into());
             }
             Some(tables) => Some(self.set_up(id, spec, tables)?),
         };

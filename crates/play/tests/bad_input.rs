@@ -40,6 +40,40 @@ fn a_misspelt_word_is_told_with_its_line_and_what_was_meant() {
 }
 
 #[test]
+fn page_tables_that_a_guest_cannot_have_are_told() {
+    for (vm, why) in [
+        ("root = \"shadow\"", "needs the key `tables`"),
+        ("root = \"shadov\"\ntables = 0", "did you mean \"shadow\"?"),
+        ("root = \"shadow\"\ntables = 1", "`tables` is the first of 4 pages of the memory"),
+        ("root = \"nested\"\ntables = 0xffffffff", "`tables` is the first of 4 pages"),
+        ("root = \"tdp\"\ntables = 0", "a guest's own tables are nothing to TDP"),
+        ("tables = 0", "`tables` goes with `root`"),
+        ("asid = 1\nroot = \"shadow\"\ntables = 0", "can't be shadowed"),
+    ] {
+        let text = format!("{HEAD}[[vm]]\nname = \"vm\"\n{vm}\n");
+        let told = refused(&text);
+        assert!(told.contains(why), "{vm}: {told}");
+    }
+    // What the text alone does not say.
+    let step = "[[step]]\nactor = \"guest\"\ndo = \"pte\"\npage = 0\n";
+    for (vm, why) in [
+        ("root = \"shadow\"\ntables = 0\nslots = []", "needs a slot"),
+        (
+            "root = \"shadow\"\ntables = 0\nslots = [{ slot = 0, pages = \"0..4\", gpa = \"0x1fe000\" }]",
+            "lies in one 2M",
+        ),
+    ] {
+        let text = format!("{HEAD}[[vm]]\nname = \"vm\"\n{vm}\n{step}");
+        let scenario = parse(&text).unwrap_or_else(|error| panic!("{vm}: {error}"));
+        let played = play(&scenario, HostKind::Machine, Options::default());
+        assert!(
+            matches!(&played.verdict, Verdict::Failed(said) if said.contains(why)),
+            "{played:?}"
+        );
+    }
+}
+
+#[test]
 fn what_is_missing_or_of_the_wrong_kind_is_told() {
     for (body, why) in [
         ("", "1:1: a scenario needs a `[[step]]`"),
