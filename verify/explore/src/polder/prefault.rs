@@ -175,6 +175,7 @@ impl World {
         } else {
             self.say(|| format!("finds memory of page {}", hold.at));
         }
+        self.take_off_direct_map(one(hold.at));
         let copies = self.setup.slips(Slip::PrefaultCopies);
         let step = if copies { Step::Copy(hold) } else { Step::Resolve(hold) };
         self.go(actor, Stage::Ahead(Ahead { step, ..ahead }));
