@@ -22,7 +22,6 @@ use polder_engine::{Answer, Operation, Response, TouchAnswer, Undoing, View};
 use polder_units::PageRange;
 
 use crate::driver::Driver;
-use crate::pager::Pager;
 use crate::sync::{Condvar, JoinHandle, Mutex};
 use crate::watch::Moment;
 
@@ -158,7 +157,8 @@ impl Team {
 /// One batch.
 fn serve(driver: &Driver) {
     let waits = || !driver.waiting.lock().is_empty();
-    let bringing = driver.pager.as_ref().is_some_and(Pager::is_awaited);
+    // Work that is there has found nobody to take the lead meanwhile: somebody may have come since.
+    let bringing = driver.pager.as_ref().is_some_and(|it| it.is_awaited() || it.has_work());
     let at_most = (bringing || waits()).then_some(driver.ask_again);
     let mut touches = Vec::new();
     // What can fail here is reading descriptors that are ours: it is tried again.
