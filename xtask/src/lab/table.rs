@@ -16,9 +16,12 @@ pub(super) const HOSTS: &str = "memfd,guest_memfd";
 
 /// What must not be missing in the lab (`polder_require`), whichever kernel with private memory it
 /// is given.
-const REQUIRED: &str = "kvm,userfault,private-memory";
+const REQUIRED: &str = "kvm,userfault,private-memory,huge-pages,gigantic-pages";
 /// What the kernel that is built here has besides.
 const REQUIRED_OF_OURS: &str = "seccomp,cachestat";
+
+/// Pages of 1G that the kernel sets aside as it boots: elsewhere memory is seldom in one piece.
+pub(super) const GIGANTIC: u32 = 1;
 
 /// Seconds that `polder run` may take: emulated, it is a matter of ten.
 const RUN_SECONDS: &str = "600";
