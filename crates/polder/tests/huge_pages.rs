@@ -438,12 +438,12 @@ fn state(memory: &Memory) -> impl PartialEq + std::fmt::Debug + use<> {
     let all = pages(0, memory.pages().get());
     let inside = memory.simulated(|machine, object, _| {
         machine.audit().expect("it adds up");
-        let folios = machine.folios(object, all).unwrap();
+        let folios = machine.folios(object, all).expect("the memory's");
         let levels: Vec<Level> = folios.map(|(_, folio)| folio.level).collect();
         (machine.free_frames(), levels)
     });
-    let facts = memory.facts(all).unwrap();
-    (inside.unwrap(), memory.levels(), memory.reshaped(), memory.pool(), facts)
+    let facts = memory.facts(all).expect("all of it");
+    (inside.expect("it is the machine"), memory.levels(), memory.reshaped(), memory.pool(), facts)
 }
 
 /// Has the first allocation that an operation makes fail, then the second, and so on, until it is
@@ -451,7 +451,8 @@ fn state(memory: &Memory) -> impl PartialEq + std::fmt::Debug + use<> {
 fn every_allocation_fails(memory: &Memory, operation: impl Fn() -> Result<(), Error>) -> u64 {
     for nth in 0.. {
         let fail = |nth| {
-            memory.simulated(|machine, _, _| machine.fail_allocation(nth)).unwrap();
+            let set = memory.simulated(|machine, _, _| machine.fail_allocation(nth));
+            set.expect("it is the machine");
         };
         let before = state(memory);
         fail(Some(nth));
@@ -473,10 +474,7 @@ fn no_memory_at_any_point_of_a_split_merge_or_discard_changes_nothing() {
     let convert = |range: PageRange, kind| {
         every_allocation_fails(&memory, || to(&memory, range, kind).map(drop))
     };
-    let touch = |page: u64| {
-        let touched = memory.host_view().touch_write(page * 4096, &[7]);
-        touched.map_err(Error::from)
-    };
+    let touch = |page: u64| memory.host_view().touch_write(page * 4096, &[7]);
     // What is not there yet: the tables are had for it, and then its touch takes one page of 1G.
     assert_eq!(convert(pages(1000, 1001), Visibility::Shared), 511 + 7);
     touch(1000).unwrap();
