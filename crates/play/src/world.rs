@@ -13,6 +13,7 @@ use polder::{
 };
 use polder_vmm::RunError;
 
+use crate::limits::VMS_MAX;
 use crate::names::Is;
 use crate::outcome::{Outcome, Stop};
 use crate::player::Options;
@@ -263,6 +264,9 @@ impl World {
         let pool = self.pool.as_ref().ok_or_else(no_pool)?;
         if self.others().contains_key(name) {
             return Err(Stop::new(Is::Exists, format!("there is a memory \"{name}\" already")));
+        }
+        if self.others().len() >= VMS_MAX {
+            return Err(Stop::new(Is::NotOffered, format!("{VMS_MAX} memories are the most")));
         }
         let pages = huge_pages.saturating_mul(Geometry::X86_64.pages(pool.level()).get());
         let pages = PageCount::new(pages).ok_or_else(|| Stop::new(Is::Range, "so many pages"))?;

@@ -46,8 +46,9 @@ impl HugetlbPages {
         Self::of(POOL_2M, count, &[None, compact, Some("drop_caches"), compact])
     }
 
-    /// `count` pages of 2M, the only ones that are free and not promised, and nobody sets aside any while they are held. Waits
-    /// for others to have taken or given back theirs, for `at_most` at most.
+    /// `count` pages of 2M, the only ones that are free and not promised, and nobody sets aside any
+    /// while they are held. Waits for others to have taken or given back theirs, for `at_most` at
+    /// most.
     ///
     /// # Errors
     /// Why there are none.
