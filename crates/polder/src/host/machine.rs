@@ -15,6 +15,7 @@
 //! pins that the engine has not given, and names their holder.
 
 mod device;
+mod direct_map;
 mod huge;
 mod migrate;
 mod pkvm;
@@ -69,6 +70,8 @@ pub(crate) struct MachineHost {
     vms: Mutex<BTreeMap<VmId, Attached>>,
     /// Of memory of huge pages.
     huge: Option<huge::Huge>,
+    /// Whether what is published leaves the kernel's direct map.
+    hides: bool,
     /// Of an SNP guest's memory.
     rmp: Option<Rmp>,
     /// Of a protected VM's memory under pKVM.
@@ -188,6 +191,7 @@ impl MachineHost {
             pages,
             vms: Mutex::default(),
             huge,
+            hides: false,
             rmp,
             pkvm,
             events: Mutex::default(),
@@ -328,7 +332,7 @@ impl MachineHost {
         let mut parts = parts.filter(left);
         if self.huge.is_some() {
             // A part of a huge page goes with the whole of it.
-            return parts.try_for_each(|part| self.lock().zero(self.object, part).map_err(refused));
+            return parts.try_for_each(|part| self.zero(part));
         }
         parts.try_for_each(|part| self.punch(part))
     }
@@ -339,10 +343,11 @@ impl MachineHost {
         use polder_machine::Error::{Locked, Mapped, Part};
         let mut retries = REFERENCE_RETRIES;
         loop {
-            let punched = self.lock().punch(self.object, part, None);
+            let punch = |machine: &mut Machine| machine.punch(self.object, part, None);
+            let punched = self.by_direct_map(&mut self.lock(), part, punch)?;
             match punched {
                 Err(Locked { .. } | Mapped { .. }) if retries > 0 => {}
-                Err(Part { .. }) => return self.lock().zero(self.object, part).map_err(refused),
+                Err(Part { .. }) => return self.zero(part),
                 punched => return punched.map(drop).map_err(refused),
             }
             retries -= 1;
@@ -351,9 +356,15 @@ impl MachineHost {
         }
     }
 
+    fn zero(&self, part: PageRange) -> Result<(), Error> {
+        let zero = |machine: &mut Machine| machine.zero(self.object, part);
+        self.by_direct_map(&mut self.lock(), part, zero)?.map_err(refused)
+    }
+
     fn map_host(&self, range: PageRange) -> Result<(), Error> {
         let mut machine = self.lock();
         self.allocate(&mut machine, range)?;
+        self.hide(&mut machine, range)?;
         machine.host_map_range(self.process, Self::vpns(range)).map(|_| ()).map_err(refused)
     }
 
@@ -398,7 +409,7 @@ impl Host for MachineHost {
                 self.release_tables(range);
                 Ok(())
             }
-            Step::Publish(_) => Ok(()),
+            Step::Publish(range) => self.hide(&mut self.lock(), range),
             Step::MapDma(..) | Step::UnmapDma(..) => unreachable!("the driver's: {step}"),
         }
     }

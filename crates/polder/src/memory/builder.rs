@@ -31,6 +31,7 @@ pub struct Builder {
     read_ahead: ReadAhead,
     deadline: Duration,
     fault_threads: Option<usize>,
+    off_direct_map: bool,
 }
 
 /// How long is waited for contents, unless [`Builder::fault_deadline`] says.
@@ -53,6 +54,7 @@ impl Builder {
             read_ahead: ReadAhead::Adaptive,
             deadline: DEADLINE,
             fault_threads: None,
+            off_direct_map: false,
         }
     }
 
@@ -137,6 +139,13 @@ impl Builder {
         Self { fault_threads: Some(count), ..self }
     }
 
+    /// Takes each page off the kernel's direct map before anybody sees it, until its memory is freed: the
+    /// kernel does not reach it by mistake or by speculation then. On the simulated machine; no kernel
+    /// up to 7.3 offers it for memory that KVM can map.
+    pub fn off_direct_map(self) -> Self {
+        Self { off_direct_map: true, ..self }
+    }
+
     /// Every page is shared at first; private unless said.
     ///
     /// ```
@@ -195,6 +204,12 @@ impl Builder {
                     take what it needs",
             });
         }
+        if self.off_direct_map && !self.can_leave_direct_map() {
+            return Err(Error::NotOffered {
+                what: "memory off the kernel's direct map is for plain VMs of the simulated machine",
+                way_out: "leave it in (no Builder::off_direct_map), or use --host machine",
+            });
+        }
         let page_size = self.offered_page_size()?;
         let host = match self.host {
             HostKind::Memfd => {
@@ -202,13 +217,16 @@ impl Builder {
                 Box::new(MemfdHost::new(self.pages, owed, page_size)?) as Box<dyn Host>
             }
             HostKind::GuestMemfd => Box::new(GuestMemfdHost::new(self.pages, self.initial)?),
-            HostKind::Machine => Box::new(match page_size.reserved() {
-                None => MachineHost::new(self.pages, self.platform)?,
-                Some(level) => {
-                    let pool = self.pool.as_ref();
-                    MachineHost::of_huge_pages(self.pages, self.platform, level, pool)?
-                }
-            }),
+            HostKind::Machine => {
+                let host = match page_size.reserved() {
+                    None => MachineHost::new(self.pages, self.platform)?,
+                    Some(level) => {
+                        let pool = self.pool.as_ref();
+                        MachineHost::of_huge_pages(self.pages, self.platform, level, pool)?
+                    }
+                };
+                Box::new(if self.off_direct_map { host.off_direct_map() } else { host })
+            }
         };
         let config = Config {
             pages: self.pages,
@@ -228,6 +246,12 @@ impl Builder {
         });
         let (least, usual) = if driver.pager.is_some() { (2, FAULT_THREADS) } else { (1, 1) };
         Memory::of(driver, page_size, self.fault_threads.unwrap_or(usual).max(least))
+    }
+
+    /// Whether this memory's pages can be taken off the direct map.
+    fn can_leave_direct_map(&self) -> bool {
+        let owned = self.platform.has_rmp() || self.platform.hypervisor_keeps_stage2();
+        self.host == HostKind::Machine && !owned
     }
 
     /// The page size that can be had, or why none can.

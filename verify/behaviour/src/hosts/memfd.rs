@@ -82,6 +82,7 @@ const WRITES_ZEROS: &str =
     "what is discarded of a huge page is written with zeros: that frees none";
 const NO_FREE: &str = "what is discarded of a huge page is written with zeros: nothing of that can \
     be had to fail";
+const EVERY_SIZE: &str = "rows about huge pages run on every page size: see memfd";
 const BY_2M: &str = "a source brings all of the huge page that a touch lies in";
 
 /// What does not apply to transparent huge pages.
@@ -102,6 +103,11 @@ const THP: &[Reason] = &[
     ("guest and host that touch one page have it read once", BY_2M),
     ("with read-ahead off, what nobody touches is not read", BY_2M),
     ("while a source does not answer, other faults are", BY_2M),
+    ("a touch in a huge page brings all of it, whole, by any view", EVERY_SIZE),
+    ("a huge page with a page that can't be read is denied, or that page", EVERY_SIZE),
+    ("a huge page that is discarded, or a part of it, is not read", EVERY_SIZE),
+    ("a huge page that is being read can be discarded, and is zeros", EVERY_SIZE),
+    ("nobody sees a torn huge page while a source fills it", EVERY_SIZE),
 ];
 
 impl Host for Memfd {
@@ -124,7 +130,7 @@ impl Host for Memfd {
             _ if self.size == PageSize::Small || unprotected.is_some() => unprotected,
             HostView | Discard | Conversion | Exits | KernelAccess => None,
             Section::Userfault | Section::Prefault => None,
-            HugePages => Some("each row of this section is run on every page size: see memfd"),
+            HugePages => Some(EVERY_SIZE),
             _ => Some("nothing of this section depends on how large its pages are: see memfd"),
         }
     }
