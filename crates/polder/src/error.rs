@@ -126,7 +126,7 @@ pub enum Error {
     },
     /// Too few huge pages: free, and promised to nobody else.
     #[error(
-        "{asked} huge pages of {level} are needed, and {available} are available{}",
+        "huge pages of {level}: {asked} needed, {available} available{}",
         .pending.checked_sub(1).map_or(String::new(), |_| format!("; {pending} more are pending"))
     )]
     HugePages {
@@ -161,7 +161,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// What the user can do about it.
+    /// What the user can do about it, where the message does not say so itself, as that of a
+    /// [`Refusal`] does.
     ///
     /// ```
     /// # use polder::{HostKind, Memory, Platform, units::PageCount};
