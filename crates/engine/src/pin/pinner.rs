@@ -8,7 +8,7 @@ use polder_units::{PageIndex, PageRange};
 use super::counts::Counts;
 use super::gate::Gate;
 use super::local::{Local, Places};
-use crate::sync::{AtomicU32, Ordering, fence, light_fence};
+use crate::sync::{AtomicU32, Ordering, fence, fence_after_atomic, light_fence};
 use crate::{Holder, PageFacts, PageReader, PinKind, Population, Visibility};
 
 /// What may be pinned.
@@ -82,7 +82,7 @@ impl Pinner {
             return Err(AskEngine);
         }
         self.held.counts.add(range);
-        fence(Ordering::SeqCst);
+        fence_after_atomic();
         if self.may_pin(range) {
             return Ok(());
         }
@@ -97,7 +97,7 @@ impl Pinner {
     #[inline(always)]
     pub fn unpin(&self, range: PageRange) -> bool {
         self.held.counts.remove(range);
-        fence(Ordering::SeqCst);
+        fence_after_atomic();
         self.shared.waiting.load(Ordering::Relaxed) != 0
     }
 
