@@ -24,6 +24,7 @@ mod here;
 mod hugepages;
 mod machine;
 mod map;
+mod pins;
 mod prefault;
 mod stall;
 mod turns;
@@ -105,6 +106,7 @@ pub struct Report {
 /// Every bench.
 pub const ALL: &[Bench] = &[
     map::BENCH,
+    pins::BENCH,
     machine::BENCH,
     faults::BENCH,
     convert::BENCH,
