@@ -9,6 +9,7 @@
 //! | [`GuestMemfd`], [`set_private`] | `KVM_CREATE_GUEST_MEMFD`, `KVM_SET_MEMORY_ATTRIBUTES`, `cachestat(2)` |
 //! | [`pre_fault()`], [`can_pre_fault`] | `KVM_PRE_FAULT_MEMORY` |
 //! | [`Vcpu`] | `KVM_RUN` |
+//! | [`Ring`] | `io_uring(7)`, with pages of a view as buffers |
 //! | [`HugetlbPool`], [`shmem_huge_pages`] | sysfs, and `/proc/self/smaps` |
 //! | [`Nudge`], [`wait()`], [`spawn`] | `eventfd(2)`, `poll(2)`, threads |
 //! | [`barrier`] | `membarrier(2)` |
@@ -39,6 +40,7 @@ mod kvm;
 mod membarrier;
 mod memfd;
 mod pre_fault;
+mod ring;
 pub mod sigbus;
 mod uapi;
 mod userfault;
@@ -54,6 +56,7 @@ pub use kvm::KvmSlot;
 pub use membarrier::{barrier, can_barrier};
 pub use memfd::Memfd;
 pub use pre_fault::{can_pre_fault, pre_fault};
+pub use ring::{Completion, Full, Ring, Transfer};
 pub use rustix::io::Errno;
 pub use userfault::{Continued, Userfault, UserfaultOffer, Way};
 pub use vcpu::{Exit, FailedAt, Kicker, Vcpu};
