@@ -63,6 +63,12 @@ impl Bare {
         self.shared.trusted.populate(range)
     }
 
+    /// Fills pages and maps them in the guest view.
+    pub(crate) fn bring(&self, range: PageRange, bytes: &[u8]) -> Result<(), Error> {
+        self.memfd.write_at(range.start().offset(), bytes)?;
+        self.shared.guest.resume(range).map(drop)
+    }
+
     /// Frees the pages, under all views.
     pub(crate) fn free(&self, range: PageRange) -> Result<(), Error> {
         self.memfd.punch_hole(range)?;

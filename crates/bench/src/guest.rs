@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use polder::units::{Gpa, PAGE_SIZE, PageRange};
-use polder::{HostKind, Memory, Slot, VmId};
+use polder::{HostKind, Memory, Slot, Visibility, VmId};
 use polder_linux::KvmSlot;
-use polder_vmm::scenario::{Op, WORD};
+use polder_vmm::scenario::{HostAccess, Op, WORD};
 use polder_vmm::{End, IdleVcpu, RunError, Supervision, Vm};
 
 use crate::BenchError;
@@ -14,6 +14,10 @@ use crate::bare::Bare;
 /// Where Polder's memory is for the guest, and where bare memory is.
 pub(crate) const POLDER: Gpa = Gpa::new(256 << 20);
 pub(crate) const BARE: Gpa = Gpa::new(512 << 20);
+
+/// Where memory is that the guest does not read.
+pub(crate) const BESIDE: Gpa = Gpa::new(768 << 20);
+const BARE_BESIDE: Gpa = Gpa::new(784 << 20);
 
 /// The log has a word for each page that is timed.
 const LOG: Gpa = Vm::RAM;
@@ -56,6 +60,44 @@ impl Guest {
     pub(crate) fn bind_bare(&self, bare: &Bare, pages: PageRange) -> Result<KvmSlot, BenchError> {
         let polder::Vm::Kvm(fd) = self.vm.fd() else { unreachable!("a VM of KVM's") };
         Ok(KvmSlot::new(&fd, 2, BARE.gfn(), bare.guest_view(), pages)?)
+    }
+
+    /// Makes the VM known to memory that is to be bound at [`BESIDE`].
+    pub(crate) fn attach(&self, memory: &Memory) -> Result<VmId, BenchError> {
+        Ok(self.vm.attach(memory)?)
+    }
+
+    /// Shows bare memory where the guest does not read it.
+    pub(crate) fn bind_bare_beside(
+        &self,
+        bare: &Bare,
+        pages: PageRange,
+    ) -> Result<KvmSlot, BenchError> {
+        let polder::Vm::Kvm(fd) = self.vm.fd() else { unreachable!("a VM of KVM's") };
+        Ok(KvmSlot::new(&fd, 4, BARE_BESIDE.gfn(), bare.guest_view(), pages)?)
+    }
+
+    /// Has the guest convert a page of its own over and over. Returns the microseconds of each
+    /// request to private, to shared, and for what the page is already.
+    pub(crate) fn own_requests(&self, times: u32) -> Result<[Vec<f64>; 3], BenchError> {
+        // The last page of the log's memory, where no time is written.
+        let gpa = Gpa::new(LOG.get() + (LOG_PAGES - 1) * PAGE_SIZE);
+        let log = |at: u64| Gpa::new(LOG.get() + at * WORD);
+        let times = u64::from(times);
+        let convert = |to, at| Op::TimeConvert { gpa, pages: 1, to, log: log(at) };
+        let each = |turn: u64| {
+            let [first, second, third] = [0, 1, 2].map(|at| 3 * turn + at);
+            // The host has it mapped, as a device would.
+            let looked = Op::Probe { gpa, pages: 1, expect: HostAccess::Readable };
+            let to_private = convert(Visibility::Private, first);
+            let nothing = convert(Visibility::Private, third);
+            [looked, to_private, nothing, convert(Visibility::Shared, second)]
+        };
+        let program = (0..times).flat_map(each).chain([Op::Done]).collect();
+        self.run(&[program])?;
+        let words = self.read(0, 3 * times)?;
+        let kind = |at| words.iter().skip(at).step_by(3).map(|&it| self.microseconds(it)).collect();
+        Ok([kind(0), kind(1), kind(2)])
     }
 
     /// Has the guest read the first word of `pages` pages from `gpa` on, each of its vCPUs a share

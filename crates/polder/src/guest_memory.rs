@@ -9,6 +9,8 @@
 //! # Rules
 //! - A slice points into the *host view*. Whoever keeps a raw pointer longer than its slice meets
 //!   there, once the page is private, what any stray pointer does: SIGBUS, not the guest's secret.
+//!   (Of hugetlb pages into the *trusted view*, for the host view shows such a page only while all of
+//!   it is shared: there a pointer without its slice reads what is there.)
 //! - The first touch of a page after it became shared is a fault that a fault thread answers.
 //! - A slice stays with its thread, as those of `vm-memory` do.
 //! - The guest memory keeps the [`Memory`] alive: no slice outlives the threads that answer for it.
@@ -67,7 +69,7 @@ pub struct GuestRegion {
     length: u64,
     /// Where it starts in the object, in bytes.
     offset: u64,
-    /// None where the object is no memory of this process.
+    /// Where slices point; none where the object is no memory of this process.
     view: Option<Arc<View>>,
     pinner: Pinner,
     on_busy: OnBusy,
@@ -130,7 +132,7 @@ impl Memory {
             start: GuestAddress(binding.gfns().start().gpa().get()),
             length: binding.pages().count().bytes().unwrap_or(u64::MAX),
             offset: binding.pages().start().offset(),
-            view: self.driver.host.views().host_view().cloned(),
+            view: self.driver.host.views().pinned_view().cloned(),
             pinner: pinner.clone(),
             on_busy,
             memory: Arc::clone(self),

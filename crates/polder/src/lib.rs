@@ -56,6 +56,11 @@
 #[doc = include_str!("../../../README.md")]
 struct Readme;
 
+/// So is the device of `docs/devices.md`.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/devices.md")]
+struct Devices;
+
 mod dma;
 mod driver;
 mod error;

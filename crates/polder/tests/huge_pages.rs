@@ -4,10 +4,11 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use polder::units::{Level, PageCount, PageRange};
+use polder::units::{Gfn, Gpa, Level, PageCount, PageRange};
+use polder::vm_memory::{Bytes, GuestAddress};
 use polder::{
     Contents, Delays, Error, Holder, HostKind, HugePool, Limit, Memory, OnBusy, PageSize, PinKind,
-    Platform, PoolCounts, Refusal, View, Visibility,
+    Platform, PoolCounts, Refusal, Slot, View, Visibility,
 };
 use polder_require::{Facility, HugetlbPages, Thp, patience, require};
 
@@ -39,7 +40,6 @@ fn hugetlb_pages_are_reserved_at_creation_or_refused_with_the_way_out() {
     let pool = memory.pool().unwrap();
     assert!(pool.reserved >= 4, "{pool:?}");
     assert_eq!(memory.existing().unwrap(), [], "reserved, and not allocated");
-    let before = (set_aside.free(), set_aside.reserved());
     let many = Memory::builder(PageCount::new(1 << 40).unwrap()).page_size(PageSize::Huge2M);
     match many.build().unwrap_err() {
         Error::HugePages { level: Level::Size2M, asked, .. } => assert_eq!(asked, 1 << 31),
@@ -50,9 +50,43 @@ fn hugetlb_pages_are_reserved_at_creation_or_refused_with_the_way_out() {
     let refused = Memory::builder(more).page_size(PageSize::Huge2M).build().unwrap_err();
     assert!(matches!(refused, Error::HugePages { .. }), "{refused:?}");
     assert!(refused.way_out().unwrap().contains("hugepages-2048kB/nr_hugepages"));
-    assert_eq!((set_aside.free(), set_aside.reserved()), before, "nothing is held");
+    // Others take pages meanwhile, and give them back; nothing is held by each.
+    let counts = || (set_aside.free(), set_aside.reserved());
+    let holds = |_| {
+        let before = counts();
+        assert!(Memory::builder(more).page_size(PageSize::Huge2M).build().is_err());
+        counts() != before
+    };
+    assert!(!(0..50).all(holds), "a refused memory holds pages");
     let odd = Memory::builder(PageCount::from(513)).page_size(PageSize::Huge2M).build();
     assert!(matches!(odd, Err(Error::Unaligned { .. })), "{odd:?}");
+}
+
+#[test]
+fn a_slice_of_a_single_shared_page_of_a_hugetlb_page_can_be_touched_and_pins_it() {
+    let Some((memory, _set_aside)) = hugetlb(1) else { return };
+    let memory = Arc::new(memory);
+    let kvm = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm());
+    let Some(kvm) = require(Facility::Kvm, kvm) else { return };
+    let vm = memory.attach(Arc::new(kvm)).unwrap();
+    memory.bind(vm, Slot(0), Gfn::from(0), pages(0, 512)).unwrap();
+    to(&memory, pages(3, 4), Visibility::Shared).unwrap();
+    let guest = memory.guest_memory(vm, Holder::new("virtio-net"), OnBusy::Wait).unwrap();
+    memory.write(vm, Gpa::new(0x3000), b"hello").unwrap();
+    let slice = guest.get_slice(GuestAddress(0x3000), 5).unwrap();
+    assert!(!memory.is_shown(3u32.into()), "the raw view does not have it");
+    let mut bytes = [0; 5];
+    slice.read_slice(&mut bytes, 0).unwrap();
+    assert_eq!(&bytes, b"hello");
+    slice.write_slice(b"there", 0).unwrap();
+    memory.read(vm, Gpa::new(0x3000), &mut bytes).unwrap();
+    assert_eq!(&bytes, b"there");
+    let pinned = to(&memory, pages(3, 4), Visibility::Private).unwrap_err();
+    assert!(matches!(pinned, Error::Refused(Refusal::Pinned { .. })), "{pinned}");
+    drop(slice);
+    to(&memory, pages(3, 4), Visibility::Private).unwrap();
+    let private = guest.get_slice(GuestAddress(0x3000), 5).unwrap_err();
+    assert!(polder::guest_memory::refusal(&private).is_some(), "{private}");
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::guest::{
 };
 use crate::report::Failure;
 use crate::requests::{Next, Requests};
-use crate::scenario::{HostAccess, Op, Pattern, WORD, digest};
+use crate::scenario::{HostAccess, Op, Outcome, Pattern, WORD, digest};
 use crate::vcpu::{FAULTS_KEPT, Ran};
 
 /// What ends a program early.
@@ -96,30 +96,11 @@ impl<'a> Interpreter<'a> {
         match *op {
             Op::Fill { gpa, len, pattern } => self.fill(gpa, len, pattern).map(|()| 0),
             Op::Check { gpa, len, pattern } => self.check(index, gpa, len, pattern).map(|()| 1),
-            Op::Convert { gpa, pages, to, expect } => {
-                let private = if to == Visibility::Private { MAP_GPA_RANGE_ENCRYPTED } else { 0 };
-                // What it gives away it no longer accepts (AMD APM volume 2, 15.36.6).
-                let frames = accesses::frames(gpa, pages).filter(|_| private == 0);
-                let rescinded = frames.map(|frames| self.memory.rescind(frames)).transpose()?;
-                let asked = accesses::frames(gpa, pages)
-                    .map(|frames| self.memory.convert(frames, to))
-                    .transpose()?;
-                let answer = match asked.flatten() {
-                    Some(answer) => {
-                        self.handled.fetch_add(1, Ordering::Relaxed);
-                        answer.cast_unsigned()
-                    }
-                    None => {
-                        self.request(KVM_HC_MAP_GPA_RANGE, [gpa.get(), pages, private, 0, 0])?
-                    }
-                };
-                if let (Some(rescinded), true) = (rescinded, answer != 0)
-                    && let Some(Changed { gpa, held, found }) = self.memory.keep(&rescinded)?
-                {
-                    // What was refused has changed nothing (INV-4); here it did.
-                    self.compare(index, gpa, held, found.unwrap_or(!held))?;
-                }
-                self.compare(index, gpa, i64::from(expect.code()).cast_unsigned(), answer)
+            Op::Convert { gpa, pages, to, expect } => self.convert(index, (gpa, pages), to, expect),
+            Op::TimeConvert { gpa, pages, to, log } => {
+                let done = self.convert(index, (gpa, pages), to, Outcome::Done)?;
+                self.store(log, 0)?;
+                Ok(done)
             }
             Op::Device { request, id, source, len, destination, expect } => {
                 let device = DeviceRequest { id, source, len, destination };
@@ -165,6 +146,36 @@ impl<'a> Interpreter<'a> {
             Op::Digest { gpa, len } => self.digest(index, gpa, len),
             Op::Done => Ok(0),
         }
+    }
+
+    fn convert(
+        &self,
+        index: u64,
+        (gpa, pages): (Gpa, u64),
+        to: Visibility,
+        expect: Outcome,
+    ) -> Result<u64, Stop> {
+        let private = if to == Visibility::Private { MAP_GPA_RANGE_ENCRYPTED } else { 0 };
+        // What it gives away it no longer accepts (AMD APM volume 2, 15.36.6).
+        let frames = accesses::frames(gpa, pages).filter(|_| private == 0);
+        let rescinded = frames.map(|frames| self.memory.rescind(frames)).transpose()?;
+        let asked = accesses::frames(gpa, pages)
+            .map(|frames| self.memory.convert(frames, to))
+            .transpose()?;
+        let answer = match asked.flatten() {
+            Some(answer) => {
+                self.handled.fetch_add(1, Ordering::Relaxed);
+                answer.cast_unsigned()
+            }
+            None => self.request(KVM_HC_MAP_GPA_RANGE, [gpa.get(), pages, private, 0, 0])?,
+        };
+        if let (Some(rescinded), true) = (rescinded, answer != 0)
+            && let Some(Changed { gpa, held, found }) = self.memory.keep(&rescinded)?
+        {
+            // What was refused has changed nothing (INV-4); here it did.
+            self.compare(index, gpa, held, found.unwrap_or(!held))?;
+        }
+        self.compare(index, gpa, i64::from(expect.code()).cast_unsigned(), answer)
     }
 
     fn roam(&self, (gpa, len): (Gpa, u64), count: u64, mut seed: u64) -> Result<(), Stop> {

@@ -89,6 +89,12 @@ fn a_guest_times_its_reads_and_how_long_it_stood_still() {
         assert!(times.iter().all(|&ticks| (ticks > 0) == has_clock), "{host}: {times:?}");
         assert_eq!(*after, 0, "{host}: a word a page");
 
+        let to = Visibility::Private;
+        run(&[vec![Op::TimeConvert { gpa: Vm::RAM, pages: 1, to, log }, Op::Done]]);
+        assert!((words(1)[0] > 0) == has_clock, "{host}");
+        let facts = memory.facts(PageRange::one(0u32.into())).expect("a page");
+        assert_eq!(facts[0].1.visibility, to, "{host}");
+
         memory.write(id, log, &[0; 16]).expect("shared");
         let still = Op::StandStill { gpa: Vm::RAM, pages: 6, log, until };
         // The other vCPU reads until the first word says that a pass is over, and ends it.

@@ -61,6 +61,12 @@ pub(crate) trait Views: Send + Sync {
     /// The host view, if it is memory of this process.
     fn host_view(&self) -> Option<&Arc<View>>;
 
+    /// Where pages that are pinned are touched, if that is memory of this process: the host view,
+    /// or, where that shows huge pages as a whole or not at all, the trusted one.
+    fn pinned_view(&self) -> Option<&Arc<View>> {
+        self.host_view()
+    }
+
     /// The page at an address in the guest view, if that is memory of this process.
     fn guest_page(&self, address: usize) -> Option<PageIndex>;
 }
@@ -68,7 +74,7 @@ pub(crate) trait Views: Send + Sync {
 /// The three views of a memfd.
 pub(crate) struct MemfdViews {
     memfd: Arc<Memfd>,
-    trusted: View,
+    trusted: Arc<View>,
     guest: Userfault,
     host: Userfault,
     /// Held while the guest view's watching changes.
@@ -102,7 +108,7 @@ impl MemfdViews {
         });
         let of_size =
             || if size == PageSize::Thp { View::of_huge_pages(&memfd) } else { View::new(&memfd) };
-        let trusted = of_size()?;
+        let trusted = Arc::new(of_size()?);
         let guest = Userfault::new(Arc::new(of_size()?)).map_err(missing)?;
         let host = Userfault::new(Arc::new(View::new(&memfd)?)).map_err(missing)?;
         let nudge = Nudge::new()?;
@@ -440,6 +446,11 @@ impl Views for MemfdViews {
 
     fn host_view(&self) -> Option<&Arc<View>> {
         Some(self.host.view())
+    }
+
+    fn pinned_view(&self) -> Option<&Arc<View>> {
+        let whole = self.memfd.granule() > Level::Size4K;
+        Some(if whole { &self.trusted } else { self.host.view() })
     }
 
     fn guest_page(&self, address: usize) -> Option<PageIndex> {

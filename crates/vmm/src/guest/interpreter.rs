@@ -51,7 +51,7 @@ pub(super) fn interpreter(
         fill: a.create_label(),
         check: a.create_label(),
     };
-    let codes: [(i32, Emit); 14] = [
+    let codes: [(i32, Emit); 15] = [
         (code::FILL, fill_op),
         (code::CHECK, check_op),
         (code::REQUEST, request_op),
@@ -66,6 +66,7 @@ pub(super) fn interpreter(
         (code::TIME, time_op),
         (code::STAND_STILL, stand_still_op),
         (code::DIGEST, digest_op),
+        (code::TIME_REQUEST, time_request_op),
     ];
     let mut targets = codes.map(|_| a.create_label());
 
@@ -117,13 +118,23 @@ fn load_pattern(a: &mut CodeAssembler) -> Result<(), IcedError> {
 }
 
 fn request_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    request(a, labels)?;
+    a.mov(rbx, rax)?;
+    judge(a, labels)
+}
+
+/// RAX = the answer to the request of this record.
+fn request(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
     a.mov(rbx, rdi)?;
     a.mov(rcx, word(2))?;
     a.mov(rdx, word(3))?;
     a.xor(esi, esi)?;
     a.mov(rax, word(5))?;
-    a.call(labels.gate)?;
-    a.mov(rbx, rax)?;
+    a.call(labels.gate)
+}
+
+/// Passes if RBX is the answer that was expected.
+fn judge(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
     a.mov(rax, word(4))?;
     a.cmp(rax, rbx)?;
     a.jne(labels.fail)?;
@@ -244,6 +255,18 @@ fn time_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
     a.add(rsi, 8)?;
     a.add(rdi, 0x1000)?;
     a.jmp(each)
+}
+
+fn time_request_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {
+    ticks(a)?;
+    a.mov(r8, rax)?;
+    request(a, labels)?;
+    a.mov(rbx, rax)?;
+    ticks(a)?;
+    a.sub(rax, r8)?;
+    a.mov(rsi, word(6))?;
+    a.mov(qword_ptr(rsi), rax)?;
+    judge(a, labels)
 }
 
 fn stand_still_op(a: &mut CodeAssembler, labels: &Labels) -> Result<(), IcedError> {

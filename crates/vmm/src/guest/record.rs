@@ -38,6 +38,7 @@ pub(super) mod code {
     pub(in crate::guest) const TIME: i32 = 12;
     pub(in crate::guest) const STAND_STILL: i32 = 13;
     pub(in crate::guest) const DIGEST: i32 = 14;
+    pub(in crate::guest) const TIME_REQUEST: i32 = 15;
 }
 
 /// The record of an op.
@@ -46,12 +47,12 @@ pub(super) fn encode(op: &Op) -> [u64; 8] {
         Op::Fill { gpa, len, pattern } => (code::FILL, piece(gpa, len, pattern)),
         Op::Check { gpa, len, pattern } => (code::CHECK, piece(gpa, len, pattern)),
         Op::Convert { gpa, pages, to, expect } => {
-            let attributes = match to {
-                Visibility::Private => MAP_GPA_RANGE_ENCRYPTED,
-                Visibility::Shared => 0,
-            };
             let (number, expect) = (KVM_HC_MAP_GPA_RANGE, answer(expect));
-            (code::REQUEST, [gpa.get(), pages, attributes, expect, number, 0, 0])
+            (code::REQUEST, [gpa.get(), pages, attributes(to), expect, number, 0, 0])
+        }
+        Op::TimeConvert { gpa, pages, to, log } => {
+            let (number, expect) = (KVM_HC_MAP_GPA_RANGE, answer(Outcome::Done));
+            (code::TIME_REQUEST, [gpa.get(), pages, attributes(to), expect, number, log.get(), 0])
         }
         Op::Probe { gpa, pages, expect } => {
             let expect = match expect {
@@ -105,6 +106,14 @@ fn piece(gpa: Gpa, len: u64, pattern: Pattern) -> [u64; 7] {
         Pattern::Complement { seed, offset } => (offset, seed, PATTERN_FACTOR, u64::MAX),
     };
     [gpa.get(), len, offset, seed, factor, invert, 0]
+}
+
+/// The hypercall's attributes.
+fn attributes(to: Visibility) -> u64 {
+    match to {
+        Visibility::Private => MAP_GPA_RANGE_ENCRYPTED,
+        Visibility::Shared => 0,
+    }
 }
 
 fn answer(outcome: Outcome) -> u64 {

@@ -247,6 +247,18 @@ pub enum Op {
         /// Where the times go: a word a page.
         log: Gpa,
     },
+    /// As [`Op::Convert`], done; stores how long it took, from before the request to after its
+    /// answer, to the word at `log`: in ticks as [`Op::Time`].
+    TimeConvert {
+        /// The address of the first page.
+        gpa: Gpa,
+        /// How many pages of 4 KiB.
+        pages: u64,
+        /// What they are to be.
+        to: Visibility,
+        /// Where the time goes.
+        log: Gpa,
+    },
     /// Reads the first word of each of `pages` pages from `gpa` on, over and over, until the word at
     /// `until` is not 0. Counts the pages read in the word at `log`, and keeps the longest time from
     /// one to the next in the word after it: in ticks as [`Op::Time`], and more than it holds
@@ -276,6 +288,7 @@ impl Op {
             Self::Device { request, .. } => (request, DeviceRequest::BYTES),
             Self::Load { gpa, .. } | Self::Store { gpa, .. } => (gpa, WORD),
             Self::SetFlag { gpa } | Self::WaitFlag { gpa } => (gpa, WORD),
+            Self::TimeConvert { log, .. } => (log, WORD),
             Self::Time { gpa, pages, .. } | Self::StandStill { gpa, pages, .. } => {
                 (gpa, pages.saturating_mul(PAGE_SIZE))
             }

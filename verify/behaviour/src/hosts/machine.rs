@@ -48,7 +48,7 @@ fn vpn(page: PageIndex) -> Vpn {
 
 const OWN: &str = "each memory is on a machine of its own: a VM has no other memory to run on";
 const NEVER_FAILS: &str = "the simulated kernel unmaps and frees without fail; the driver's own \
-    tests (`polder/src/driver_tests.rs`) have every step fail on it";
+    tests (`polder/src/driver/tests.rs`) have every step fail on it";
 const EITHER: &str = "without hardware that tells them apart (SNP), stage 2 lets either kind of \
     access through once a page is mapped";
 const SIMULATED: &str =

@@ -5,7 +5,7 @@
 //! on the same thread and that nobody else could notice in between goes with the step before it.
 //!
 //! # What is not searched
-//! - Wake-ups: who waits goes on as soon as he could (`polder/src/driver_tests.rs` has a test in
+//! - Wake-ups: who waits goes on as soon as he could (`polder/src/driver/tests.rs` has a test in
 //!   which nobody asks again unprompted).
 //! - The bounded number of looks at references: who finds only GUP-fast's waits until it has
 //!   looked again, as the host does for a while.

@@ -1,4 +1,4 @@
-//! Operations: `polder/src/driver.rs`, one call of the engine or of the host after the other.
+//! Operations: `polder/src/driver/`, one call of the engine or of the host after the other.
 
 use polder_explored_engine::{
     Clearing, Contents, ConversionRequest, Draining, Engine, Merging, MoveUnmapped, MoveUnpinned,

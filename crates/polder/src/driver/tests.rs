@@ -5,16 +5,18 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
-use polder_engine::{Contents, PageFacts, Platform, Population, Slot, Step, View, Visibility};
+use polder_engine::{
+    Contents, GuestAccess, PageFacts, Platform, Population, Slot, Step, View, Visibility, VmId,
+};
 use polder_require::{Facility, require};
-use polder_units::{Geometry, Gfn, Level, PageCount, PageIndex};
+use polder_units::{Geometry, Gfn, GfnRange, Level, PageCount, PageIndex};
 
 use super::*;
-use crate::HostKind;
 use crate::faults::FaultThreads;
-use crate::host::Vm;
 use crate::host::machine::MachineHost;
 use crate::host::memfd::MemfdHost;
+use crate::host::{Faulted, Shown, Vm};
+use crate::{HostKind, Vcpu};
 
 /// What a step that is chosen to does instead of succeeding.
 #[derive(Clone, Copy, PartialEq)]

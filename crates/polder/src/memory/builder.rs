@@ -1,0 +1,262 @@
+//! [`Builder`]: how a [`Memory`] is made.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use polder_engine::{Config, PageFacts, Platform, Population, Refusal, Visibility};
+use polder_units::{Geometry, Level, PageCount, RangeError};
+
+#[cfg(doc)]
+use crate::HostView;
+use crate::driver::Driver;
+use crate::host::guest_memfd::GuestMemfdHost;
+use crate::host::machine::MachineHost;
+use crate::host::memfd::MemfdHost;
+use crate::host::{Host, HostKind};
+use crate::pager::{Pager, Paging};
+use crate::read_ahead::ReadAhead;
+use crate::source::Source;
+use crate::{Error, HugePool, Memory, PageSize};
+
+/// How to make a [`Memory`].
+#[derive(Clone, Debug)]
+pub struct Builder {
+    pages: PageCount,
+    host: HostKind,
+    platform: Platform,
+    initial: PageFacts,
+    page_size: PageSize,
+    pool: Option<HugePool>,
+    source: Option<Arc<dyn Source>>,
+    read_ahead: ReadAhead,
+    deadline: Duration,
+    fault_threads: Option<usize>,
+}
+
+/// How long is waited for contents, unless [`Builder::fault_deadline`] says.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// The fault threads of memory that has a source, unless [`Builder::fault_threads`] says: one
+/// answers while the others read.
+const FAULT_THREADS: usize = 4;
+
+impl Builder {
+    pub(super) fn new(pages: PageCount) -> Self {
+        Self {
+            pages,
+            host: HostKind::Memfd,
+            platform: Platform::Plain,
+            page_size: PageSize::Small,
+            pool: None,
+            initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
+            source: None,
+            read_ahead: ReadAhead::Adaptive,
+            deadline: DEADLINE,
+            fault_threads: None,
+        }
+    }
+
+    /// On which host; the memfd one unless said.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// assert!(memory.is_in_place());
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn host(self, host: HostKind) -> Self {
+        Self { host, ..self }
+    }
+
+    /// For which kind of VM; a plain one unless said.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Platform, units::PageCount};
+    /// let builder = Memory::builder(PageCount::from(16u32)).platform(Platform::Snp);
+    /// assert!(builder.clone().build().is_err(), "an SNP guest's memory is on the simulated machine");
+    /// let memory = builder.host(HostKind::Machine).build()?;
+    /// assert_eq!(memory.platform(), Platform::Snp);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn platform(self, platform: Platform) -> Self {
+        Self { platform, ..self }
+    }
+
+    /// Made of which pages; of 4K unless said.
+    ///
+    /// Huge pages are reserved for the whole memory when it is made. Transparent ones the kernel
+    /// gives if it can, and if this machine's settings don't let it, the memory is made of 4K pages:
+    /// [`Memory::page_size`] says so. On hugetlb pages of a memfd the raw [host view](HostView) shows
+    /// a huge page only while all of it is shared, and else denies it as a whole: single pages are
+    /// reached by [`Memory::read`] and [`Memory::write`]. See `docs/huge-pages.md`.
+    pub fn page_size(self, page_size: PageSize) -> Self {
+        Self { page_size, ..self }
+    }
+
+    /// Of this pool's huge pages, on the simulated machine; else a pool is made that is just enough.
+    pub fn pool(self, pool: &HugePool) -> Self {
+        Self { pool: Some(pool.clone()), ..self }
+    }
+
+    /// Every page's contents are owed until [`Memory::populate`] brings them, or
+    /// [`Memory::settle`] says that nothing more will come. Whoever touches such a page waits. Of an
+    /// SNP guest's memory shared pages only can be owed.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::{PageCount, PageRange}};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).owed().build()?;
+    /// memory.populate(PageRange::between(0, 1).unwrap(), b"the kernel's first page")?;
+    /// memory.settle()?; // the rest is zeros
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn owed(mut self) -> Self {
+        self.initial.population = Population::Owed;
+        self
+    }
+
+    /// Every page's contents are owed, and come from `source` when somebody touches them, or a
+    /// little before. Once none is owed any more, touches are plain faults that nobody is told of.
+    pub fn source(self, source: Arc<dyn Source>) -> Self {
+        Self { source: Some(source), ..self.owed() }
+    }
+
+    /// How much is brought with a page that somebody waits for.
+    pub fn read_ahead(self, read_ahead: ReadAhead) -> Self {
+        Self { read_ahead, ..self }
+    }
+
+    /// How long is waited for the source, at most: who waits longer for a page is denied it, as if
+    /// the source had failed. 10 s unless said.
+    pub fn fault_deadline(self, deadline: Duration) -> Self {
+        Self { deadline, ..self }
+    }
+
+    /// How many threads answer faults and read the source: 4 with a source (one of which never
+    /// reads), 1 without, unless said. With a source there are at least 2.
+    pub fn fault_threads(self, count: usize) -> Self {
+        Self { fault_threads: Some(count), ..self }
+    }
+
+    /// Every page is shared at first; private unless said.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// memory.host_view().touch_write(0, b"hello")?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn shared(mut self) -> Self {
+        self.initial.visibility = Visibility::Shared;
+        self
+    }
+
+    /// Makes the memory.
+    ///
+    /// # Errors
+    /// [`RangeError::Empty`] for no page; [`Error::Missing`] where the host can't be used here,
+    /// with what to do about it; [`Error::NotOffered`] for an SNP guest's memory on another host
+    /// than the simulated machine, and where its pages would be owed and private, for the guest
+    /// alone can fill such; [`Error::Host`] where the kernel refuses the size.
+    ///
+    /// ```
+    /// # use polder::{Error, HostKind, Memory, Refusal, units::{PageCount, RangeError}};
+    /// let none = Memory::builder(PageCount::ZERO).host(HostKind::Machine).build();
+    /// assert_eq!(none.err(), Some(Error::Refused(Refusal::Range(RangeError::Empty))));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn build(self) -> Result<Memory, Error> {
+        if self.pages.is_zero() {
+            return Err(Refusal::Range(RangeError::Empty).into());
+        }
+        let what = match self.platform {
+            Platform::Snp => Some("SEV-SNP is offered on the simulated machine only"),
+            Platform::Pkvm => Some("pKVM is offered on the simulated machine only"),
+            Platform::Plain | Platform::SwProtected => None,
+        };
+        if let (Some(what), HostKind::Memfd | HostKind::GuestMemfd) = (what, self.host) {
+            let way_out = "use --host machine, or another platform";
+            return Err(Error::NotOffered { what, way_out });
+        }
+        if self.platform.guest_decides() && self.initial.visibility == Visibility::Shared {
+            return Err(Error::NotOffered {
+                what: "a protected VM's memory is its own at first: only the guest shares it",
+                way_out: "leave the memory private (no Builder::shared), and have the guest share",
+            });
+        }
+        let PageFacts { visibility, population } = self.initial;
+        if !self.platform.host_fills_private()
+            && visibility == Visibility::Private
+            && population == Population::Owed
+        {
+            return Err(Error::NotOffered {
+                what: "private pages that the guest alone can fill can't be owed: who touches \
+                    one would wait for ever",
+                way_out: "make the memory shared at first (Builder::shared), and have the guest \
+                    take what it needs",
+            });
+        }
+        let page_size = self.offered_page_size()?;
+        let host = match self.host {
+            HostKind::Memfd => {
+                let owed = self.initial.population == Population::Owed;
+                Box::new(MemfdHost::new(self.pages, owed, page_size)?) as Box<dyn Host>
+            }
+            HostKind::GuestMemfd => Box::new(GuestMemfdHost::new(self.pages, self.initial)?),
+            HostKind::Machine => Box::new(match page_size.reserved() {
+                None => MachineHost::new(self.pages, self.platform)?,
+                Some(level) => {
+                    let pool = self.pool.as_ref();
+                    MachineHost::of_huge_pages(self.pages, self.platform, level, pool)?
+                }
+            }),
+        };
+        let config = Config {
+            pages: self.pages,
+            geometry: Geometry::X86_64,
+            platform: self.platform,
+            in_place: self.host.is_in_place(),
+            // A view of 4K pages over a transparent huge page is what lets single ones be shared.
+            host_view_level: page_size.reserved().unwrap_or(Level::Size4K),
+            backing: page_size.backing(self.host),
+            initial: self.initial,
+        };
+        let mut driver = Driver::new(config, host);
+        driver.pager = self.source.map(|source| {
+            let (read_ahead, deadline) = (self.read_ahead, self.deadline);
+            let granule = Geometry::X86_64.pages(page_size.level());
+            Pager::new(Paging { source, read_ahead, deadline, granule })
+        });
+        let (least, usual) = if driver.pager.is_some() { (2, FAULT_THREADS) } else { (1, 1) };
+        Memory::of(driver, page_size, self.fault_threads.unwrap_or(usual).max(least))
+    }
+
+    /// The page size that can be had, or why none can.
+    fn offered_page_size(&self) -> Result<PageSize, Error> {
+        let (host, page_size) = (self.host, self.page_size);
+        if host == HostKind::GuestMemfd && page_size != PageSize::Small {
+            return Err(Error::NotOffered {
+                what: "the kernel's guest_memfd has pages of 4K only",
+                way_out: "use --page-size 4k, or --host memfd",
+            });
+        }
+        if self.platform.hypervisor_keeps_stage2() && page_size != PageSize::Small {
+            return Err(Error::NotOffered {
+                what: "the simulated pKVM gives a guest pages of 4K",
+                way_out: "use --page-size 4k, or another platform",
+            });
+        }
+        if host == HostKind::Machine && page_size == PageSize::Thp {
+            return Err(Error::NotOffered {
+                what: "the simulated machine's huge pages are of a pool; it has no transparent ones",
+                way_out: "use --page-size 2m or 1g, or --host memfd",
+            });
+        }
+        if let Some(level) = page_size.reserved()
+            && !self.pages.get().is_multiple_of(Geometry::X86_64.pages(level).get())
+        {
+            return Err(Error::Unaligned { pages: self.pages, level });
+        }
+        let thp = page_size == PageSize::Thp;
+        Ok(if thp && !polder_linux::shmem_huge_pages() { PageSize::Small } else { page_size })
+    }
+}

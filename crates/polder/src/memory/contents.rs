@@ -1,0 +1,184 @@
+//! What is in the pages: contents that are owed, bytes read and written.
+
+use polder_engine::{Population, Refusal, VmId};
+use polder_units::{GfnRange, Gpa, PAGE_SIZE, PageCount, PageRange, RangeError};
+
+use crate::host::views::Views;
+use crate::pager::{Pager, SourceStatistics};
+use crate::source::SourceFailure;
+use crate::{Error, Memory, OnBusy};
+
+impl Memory {
+    /// Fills pages that are owed with `bytes`, and zeros after them, whatever their visibility.
+    /// Nobody sees the pages before they are whole.
+    ///
+    /// # Errors
+    /// [`Refusal::Whole`] for a page whose contents are not owed, [`Error::TooManyBytes`], and as
+    /// [`Memory::convert`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::{PageCount, PageRange}};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().owed().build()?;
+    /// let first = PageRange::between(0, 1).unwrap();
+    /// memory.populate(first, b"hello")?;
+    /// assert!(memory.populate(first, b"again").is_err(), "it is whole");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn populate(&self, range: PageRange, bytes: &[u8]) -> Result<(), Error> {
+        if range.count().bytes().is_none_or(|size| size < bytes.len() as u64) {
+            return Err(Error::TooManyBytes { range, bytes: bytes.len() });
+        }
+        self.driver.populate(range, bytes)
+    }
+
+    /// Says that the contents of pages that are owed will not come: whoever touches or waits for
+    /// one is denied from now on. Discarding the pages makes them zeros.
+    ///
+    /// # Errors
+    /// [`Refusal::Whole`] for a page whose contents are not owed, [`Refusal::Beyond`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::{PageCount, PageRange}};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().owed().build()?;
+    /// memory.fail(PageRange::between(0, 1).unwrap())?;
+    /// assert!(memory.host_view().touch_read(0, &mut [0]).is_err());
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn fail(&self, range: PageRange) -> Result<(), Error> {
+        self.driver.fail_source(range)
+    }
+
+    /// Says that nothing more will come: what is still owed is zeros, but for what failed.
+    ///
+    /// # Errors
+    /// [`Error::Host`]: it is so nevertheless, but the host goes on watching the guest's touches,
+    /// which costs time. To stop that, say it again.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().owed().build()?;
+    /// memory.settle()?;
+    /// memory.host_view().touch_read(0, &mut [0])?; // would have waited
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn settle(&self) -> Result<(), Error> {
+        self.driver.settle()
+    }
+
+    /// Waits until the contents of pages are there, which the source is asked for where there is
+    /// one.
+    ///
+    /// # Errors
+    /// [`Refusal::SourceFailed`] naming the first page that can't be had, [`Refusal::Owed`] without
+    /// a source, [`Refusal::Beyond`].
+    pub fn bring(&self, range: PageRange) -> Result<(), Error> {
+        self.driver.claim(OnBusy::Wait, |engine| Ok(engine.check_whole(range)?))
+    }
+
+    /// Has the source asked for all that is still owed, behind whatever somebody waits for. Does
+    /// not wait; [`Memory::owed`] tells how much is left. Nothing is done without a source.
+    pub fn fill(&self) {
+        if let Some(pager) = &self.driver.pager {
+            pager.fill();
+            self.driver.host.views().nudge();
+        }
+    }
+
+    /// How many pages are owed: their contents are to come, and have not failed to.
+    pub fn owed(&self) -> PageCount {
+        let engine = self.driver.engine();
+        let all = PageRange::between(0, engine.config().pages.get()).expect("memory has pages");
+        let owed = engine.pages().runs(all).filter(|(_, it)| it.population == Population::Owed);
+        let to_come = owed.map(|(run, _)| {
+            let failed = engine.failed().within(run).map(|run| run.count().get());
+            run.count().get() - failed.sum::<u64>()
+        });
+        PageCount::new(to_come.sum()).expect("part of the object")
+    }
+
+    /// What the source was asked for, and what came of it; all zero without one.
+    pub fn source_statistics(&self) -> SourceStatistics {
+        self.driver.pager.as_ref().map(Pager::statistics).unwrap_or_default()
+    }
+
+    /// The pages that the source could not bring, and why: the first thousand runs of them.
+    pub fn source_failures(&self) -> Vec<SourceFailure> {
+        self.driver.pager.as_ref().map(Pager::failures).unwrap_or_default()
+    }
+
+    /// Reads bytes at a guest-physical address, all of them on shared pages.
+    ///
+    /// # Errors
+    /// [`Refusal::Private`] and the other refusals, naming the page, before anything is read;
+    /// [`Error::Copy`] in the middle.
+    ///
+    /// ```
+    /// # use polder::{Error, HostKind, Memory, Refusal, Slot, Vm, units::{Gfn, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let refused = memory.read(vm, Gpa::new(0x10_0000), &mut [0; 64]);
+    /// assert_eq!(refused, Err(Error::Refused(Refusal::Private { page: 0u32.into() })));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn read(&self, vm: VmId, gpa: Gpa, into: &mut [u8]) -> Result<(), Error> {
+        let mut left = into;
+        self.copy(vm, gpa, left.len(), |views, offset, count| {
+            let (now, rest) = std::mem::take(&mut left).split_at_mut(count);
+            left = rest;
+            views.read(offset, now)
+        })
+    }
+
+    /// Writes bytes at a guest-physical address, all of them on shared pages.
+    ///
+    /// # Errors
+    /// As [`Memory::read`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Vm, units::{Gfn, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// memory.write(vm, Gpa::new(0x10_0ffe), b"across two pages")?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn write(&self, vm: VmId, gpa: Gpa, from: &[u8]) -> Result<(), Error> {
+        let mut left = from;
+        self.copy(vm, gpa, left.len(), |views, offset, count| {
+            let (now, rest) = left.split_at(count);
+            left = rest;
+            views.write(offset, now)
+        })
+    }
+
+    /// Splits `count` bytes at `gpa` into the runs of pages behind them and moves each.
+    fn copy(
+        &self,
+        vm: VmId,
+        gpa: Gpa,
+        count: usize,
+        mut each: impl FnMut(&dyn Views, u64, usize) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Some(last) = count.checked_sub(1) else { return Ok(()) };
+        let overflow = RangeError::Overflow { start: gpa.get() };
+        let end = gpa.checked_add(last as u64).ok_or(Refusal::Range(overflow))?;
+        let gfns = GfnRange::between(gpa.gfn().get(), end.gfn().get() + 1)
+            .ok_or(Refusal::Range(overflow))?;
+        let (mut skip, mut left) = (gpa.page_offset(), count as u64);
+        let copied = self.driver.copy(
+            |engine| engine.pages_of(vm, gfns),
+            |views, run| {
+                let in_run = run.count().get().saturating_mul(PAGE_SIZE) - skip;
+                let now = in_run.min(left);
+                let offset = run.start().offset() + skip;
+                (skip, left) = (0, left - now);
+                each(views, offset, usize::try_from(now).expect("part of a slice's length"))
+            },
+        );
+        if let Err(Error::Refused(Refusal::Private { .. } | Refusal::Quarantined { .. })) = copied {
+            self.driver.counters.denied();
+        }
+        copied
+    }
+}

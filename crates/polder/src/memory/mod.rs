@@ -1,0 +1,337 @@
+//! [`Memory`]: what a VMM holds.
+
+mod bindings;
+mod builder;
+mod contents;
+mod conversion;
+mod inspect;
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use polder_engine::{GuestAccess, Holder, MemoryFault, PinKind, Visibility, VmId};
+use polder_machine::{ObjectId, ProcessId};
+use polder_units::{GfnRange, Gpa, PageCount, PageIndex, PageRange};
+
+pub use self::builder::Builder;
+#[cfg(doc)]
+use crate::Refusal;
+use crate::driver::Driver;
+use crate::faults::FaultThreads;
+use crate::host::Vm;
+use crate::sync::RwLock;
+use crate::vcpu::MachineVcpu;
+use crate::watch::Watch;
+use crate::{DeadPin, Error, HostView, PageSize, Pin, Pinner};
+
+/// What to do when another operation holds a part of the range.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum OnBusy {
+    /// Wait until it has ended.
+    Wait,
+    /// Fail with [`Refusal::Busy`].
+    Refuse,
+    /// Wait until it has ended; and where pins are in the way, until they are gone, which no new
+    /// ones come between. [`Refusal::Pinned`] names who has not let go of his in time.
+    ///
+    /// Whoever holds a pin and waits for another one of the same range waits for himself: in the
+    /// end both fail.
+    WaitForPins {
+        /// How long to wait for pins, at most.
+        at_most: Duration,
+    },
+}
+
+/// A VM's memory: one object of private and shared pages, bound to one or more VMs.
+///
+/// All methods may be called from any thread. Dropping it unbinds it from every VM.
+pub struct Memory {
+    pub(crate) driver: Arc<Driver>,
+    faults: FaultThreads,
+    vms: AtomicU32,
+    page_size: PageSize,
+    /// Held by one while a slot is bound or unbound, in the engine and on the host, and shared by
+    /// those to whom no slot may change.
+    pub(crate) slots: RwLock<()>,
+}
+
+impl Memory {
+    #[cfg(test)]
+    pub(crate) fn over(driver: Driver) -> Result<Self, Error> {
+        Self::of(driver, PageSize::Small, 1)
+    }
+
+    fn of(driver: Driver, page_size: PageSize, fault_threads: usize) -> Result<Self, Error> {
+        let driver = Arc::new(driver);
+        let faults = FaultThreads::start(&driver, fault_threads)?;
+        Ok(Self { driver, faults, vms: AtomicU32::new(0), page_size, slots: RwLock::default() })
+    }
+
+    /// Memory of `pages` pages of 4 KiB.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::ByteSize};
+    /// let size: ByteSize = "64M".parse()?;
+    /// let memory = Memory::builder(size.pages()?).host(HostKind::Machine).build()?;
+    /// assert_eq!(memory.pages().get(), 0x4000);
+    /// # Ok::<_, Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn builder(pages: PageCount) -> Builder {
+        Builder::new(pages)
+    }
+
+    /// Its size.
+    pub fn pages(&self) -> PageCount {
+        self.driver.engine().config().pages
+    }
+
+    /// Makes a VM known, to [`Memory::bind`] pages to: one of KVM's on a host of real memory,
+    /// [`Vm::Machine`] on the simulated machine. On host `guest_memfd` a VM that has no private
+    /// memory gets a guest_memfd all of whose pages are shared, if the memory was made
+    /// [shared](Builder::shared) and nothing has been written to it.
+    ///
+    /// # Errors
+    /// [`Error::WrongVm`] for the other kind; [`Error::NotOffered`] on host `guest_memfd` where
+    /// this VM can't have the memory.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Vm, units::{Gfn, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// let vm = memory.attach(Vm::Machine)?;
+    /// memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn attach(&self, vm: impl Into<Vm>) -> Result<VmId, Error> {
+        let id = VmId(self.vms.fetch_add(1, Ordering::Relaxed));
+        self.driver.host.attach(id, vm.into())?;
+        Ok(id)
+    }
+
+    /// A vCPU for a VM of the simulated machine.
+    ///
+    /// # Errors
+    /// [`Error::NotSimulated`] on another host.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Visibility, Vm, units::{Gfn, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let vcpu = memory.machine_vcpu(vm)?;
+    /// vcpu.write(Gpa::new(0x10_0000), Visibility::Private, b"the guest's own").unwrap();
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn machine_vcpu(&self, vm: VmId) -> Result<MachineVcpu, Error> {
+        MachineVcpu::new(&self.driver, vm)
+    }
+
+    /// Looks into the simulated machine, or has something happen there that no device model does:
+    /// another process, a pin by the kernel, a planted bug. Also told: the object that the memory
+    /// is, and the process whose host view shows it. The machine is locked meanwhile: a call of
+    /// this memory from within would wait for itself.
+    ///
+    /// # Errors
+    /// [`Error::NotSimulated`] on another host.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// memory.simulated(|machine, _, _| machine.audit())?.expect("everything adds up");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn simulated<T>(
+        &self,
+        look: impl FnOnce(&mut polder_machine::Machine, ObjectId, ProcessId) -> T,
+    ) -> Result<T, Error> {
+        let host = self.driver.host.machine().ok_or(Error::NotSimulated)?;
+        let (object, process) = host.parts();
+        Ok(look(&mut host.lock(), object, process))
+    }
+
+    /// The simulated machine's name for a VM, for who looks into it by [`Memory::simulated`].
+    ///
+    /// # Errors
+    /// [`Error::NotSimulated`] on another host, [`Error::NoSuchVm`].
+    pub fn simulated_vm(&self, vm: VmId) -> Result<polder_machine::VmId, Error> {
+        self.driver.host.machine().ok_or(Error::NotSimulated)?.vm(vm).ok_or(Error::NoSuchVm)
+    }
+
+    /// Tells somebody what happens to this memory, from now on and between its steps: a scenario,
+    /// or whoever wants to see an operation from inside. Whether nobody was told before; there can
+    /// be one only.
+    ///
+    /// ```
+    /// # use polder::{Delays, HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// use std::{sync::Arc, time::Duration};
+    ///
+    /// assert!(memory.watch(Arc::new(Delays::new(1, Duration::from_micros(50)))));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn watch(&self, watch: Arc<dyn Watch>) -> bool {
+        self.driver.watch.set(watch).is_ok()
+    }
+
+    /// Plants a bug, on the simulated machine.
+    ///
+    /// # Panics
+    /// On another host.
+    #[cfg(feature = "plant")]
+    pub fn plant(&self, bug: polder_engine::Bug) {
+        self.driver.engine().plant(bug);
+        self.driver.host.machine().expect("memory on the simulated machine").plant(bug);
+    }
+
+    /// Keeps the guest's view of the memory from being reclaimed or swapped (`mlock`), and has all of
+    /// it there. The memory of a guest_memfd and of the simulated machine never is.
+    ///
+    /// # Errors
+    /// [`Error::Host`]: `ENOMEM` and `EPERM` beyond the limit of locked memory (`ulimit -l`).
+    pub fn lock(&self) -> Result<(), Error> {
+        self.driver.host.lock_memory()
+    }
+
+    /// Pins pages of the object, which must be shared: they stay shared until the pin is dropped.
+    /// Waits for operations. Who pins often takes a [`Memory::pinner`].
+    ///
+    /// # Errors
+    /// [`Refusal::Private`] and the other refusals, naming the page; [`Refusal::Pinned`] by an
+    /// exclusive pin, and for one by any other.
+    ///
+    /// ```
+    /// # use polder::{Contents, Holder, HostKind, Memory, OnBusy, PinKind, Visibility, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// let page = PageRange::between(3, 4).unwrap();
+    /// let pin = memory.pin(page, PinKind::LongTerm, Holder::new("vhost-net"))?;
+    /// let private = || memory.convert(page, Visibility::Private, Contents::Preserve, OnBusy::Wait);
+    /// assert!(private().unwrap_err().to_string().contains("vhost-net"));
+    /// drop(pin);
+    /// private()?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn pin(&self, range: PageRange, kind: PinKind, holder: Holder) -> Result<Pin<'_>, Error> {
+        self.pin_or(range, kind, holder, OnBusy::Wait)
+    }
+
+    /// [`Memory::pin`] that does `on_busy` where an operation is in the way; or, of an exclusive
+    /// pin, another pin.
+    ///
+    /// # Errors
+    /// As [`Memory::pin`], and [`Refusal::Busy`].
+    pub fn pin_or(
+        &self,
+        range: PageRange,
+        kind: PinKind,
+        holder: Holder,
+        on_busy: OnBusy,
+    ) -> Result<Pin<'_>, Error> {
+        let id = match kind {
+            PinKind::Exclusive => self.driver.pin_exclusive(range, &holder, on_busy)?,
+            PinKind::Short | PinKind::LongTerm => {
+                self.driver.claim(on_busy, |engine| engine.pin(range, kind, holder.clone()))?
+            }
+        };
+        Ok(Pin::by_id(&self.driver, id, (kind, holder)))
+    }
+
+    /// A holder that pins often: without the engine's lock, where nothing is in the way.
+    ///
+    /// # Errors
+    /// [`Error::NotOffered`] for [`PinKind::Exclusive`].
+    pub fn pinner(&self, kind: PinKind, holder: Holder) -> Result<Pinner<'_>, Error> {
+        if kind == PinKind::Exclusive {
+            return Err(Error::NotOffered {
+                what: "an exclusive pin needs a look at all others",
+                way_out: "take each by Memory::pin",
+            });
+        }
+        let pinner = self.driver.engine().pinner(holder, kind);
+        Ok(Pinner { driver: &self.driver, pinner })
+    }
+
+    /// The pins that were given back because their holder's thread panicked, the last few of them.
+    pub fn pins_of_the_dead(&self) -> Vec<DeadPin> {
+        self.driver.dead_pins.lock().clone()
+    }
+
+    /// Says what a guest's access that KVM gave up on means (`KVM_EXIT_MMIO` without a device,
+    /// `KVM_EXIT_MEMORY_FAULT`): a fault for the VMM to handle, or `None` to run on. Before it says
+    /// so it waits for a slot that is being bound or unbound: KVM gives up on an access to one that
+    /// has just gone.
+    ///
+    /// # Errors
+    /// [`Error::Machine`] where the simulated machine could not map the page.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, MemoryFault, Slot, Visibility, Vm, units::{Gfn, GfnRange, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let fault = memory.guest_fault(vm, Gpa::new(0x9000), Visibility::Shared)?;
+    /// assert_eq!(fault, Some(MemoryFault::Unbound(GfnRange::one(Gfn::from(9)))));
+    /// assert_eq!(memory.guest_fault(vm, Gpa::new(0x10_0000), Visibility::Private)?, None);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn guest_fault(
+        &self,
+        vm: VmId,
+        gpa: Gpa,
+        visibility: Visibility,
+    ) -> Result<Option<MemoryFault>, Error> {
+        let access = GuestAccess { gfn: gpa.gfn(), visibility };
+        let fault = self.driver.guest_fault(vm, access, None, || true)?;
+        if fault.is_some() {
+            return Ok(fault);
+        }
+        let gfns = GfnRange::one(access.gfn);
+        let _unchanged = self.slots.read();
+        let bound = self.driver.engine().pages_of(vm, gfns);
+        Ok(bound.is_err().then_some(MemoryFault::Unbound(gfns)))
+    }
+
+    /// Counts a conversion that a guest asked for in terms that are none, and that was refused
+    /// before it came here.
+    pub fn note_refused(&self) {
+        self.driver.counters.refused();
+    }
+
+    /// The page at a host address in the guest view, of which
+    /// [`Exit::MemoryFailure`](polder_linux::Exit::MemoryFailure) tells.
+    pub fn page_of_failure(&self, address: usize) -> Option<PageIndex> {
+        self.driver.host.views().guest_page(address)
+    }
+
+    /// The mapping for device models.
+    pub fn host_view(&self) -> HostView<'_> {
+        HostView { views: self.driver.host.views(), pages: self.pages() }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let mut bindings = Vec::new();
+        if let Some(mut engine) = self.driver.try_engine() {
+            // Who waits for contents is denied: a vCPU amid such an access would keep its slot.
+            engine.fail_all();
+            bindings.extend(engine.bindings().map(|(vm, slot, _)| (vm, slot)));
+            for &(vm, slot) in &bindings {
+                let unbound = engine.unbind(vm, slot);
+                assert!(unbound.is_ok(), "it was listed: {unbound:?}");
+            }
+        }
+        self.driver.released();
+        for (vm, slot) in bindings {
+            // The host tries again at its own end, and then leaves to the guest what it sees.
+            let _ = self.driver.host.unbind(vm, slot);
+        }
+        self.faults.stop(&self.driver);
+    }
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Memory").field("pages", &self.pages()).finish_non_exhaustive()
+    }
+}
