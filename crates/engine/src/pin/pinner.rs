@@ -22,6 +22,14 @@ pub(super) struct Shared {
     pub(super) waiting: AtomicU32,
 }
 
+impl Shared {
+    /// Whether a pin of `range` may stay, which was counted, and a fence passed, before.
+    #[inline(always)]
+    pub(super) fn may_stay(&self, reader: &PageReader, range: PageRange) -> bool {
+        self.gate.is_open(range) && reader.are_all(range, PINNABLE)
+    }
+}
+
 /// The pins of one holder.
 pub(super) struct Held {
     pub(super) holder: Holder,
@@ -132,7 +140,7 @@ impl Pinner {
 
     #[inline(always)]
     fn may_pin(&self, range: PageRange) -> bool {
-        self.shared.gate.is_open(range) && self.reader.are_all(range, PINNABLE)
+        self.shared.may_stay(&self.reader, range)
     }
 }
 
