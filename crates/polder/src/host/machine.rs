@@ -15,6 +15,7 @@
 //! pins that the engine has not given, and names their holder.
 
 mod device;
+mod direct_map;
 mod huge;
 mod migrate;
 mod pkvm;
@@ -73,6 +74,8 @@ pub(crate) struct MachineHost {
     rmp: Option<Rmp>,
     /// Of a protected VM's memory under pKVM.
     pkvm: Option<Pkvm>,
+    /// Of memory whose private pages are off the direct map.
+    direct_map: Option<direct_map::DirectMap>,
     events: Mutex<Events>,
     /// A touch was queued, or the fault threads are nudged.
     queued: Condvar,
@@ -190,6 +193,7 @@ impl MachineHost {
             huge,
             rmp,
             pkvm,
+            direct_map: None,
             events: Mutex::default(),
             queued: Condvar::new(),
             answered: Condvar::new(),
@@ -227,6 +231,7 @@ impl MachineHost {
                 self.allocate_huge(machine, page)?;
             } else {
                 machine.allocate(self.object, page, Level::Size4K).map_err(refused)?;
+                self.take_off(machine, PageRange::one(page));
             }
         }
         Ok(())
@@ -339,7 +344,8 @@ impl MachineHost {
         use polder_machine::Error::{Locked, Mapped, Part};
         let mut retries = REFERENCE_RETRIES;
         loop {
-            let punched = self.lock().punch(self.object, part, None);
+            let punch = |machine: &mut Machine| machine.punch(self.object, part, None);
+            let punched = self.mapped_directly(&mut self.lock(), part, punch);
             match punched {
                 Err(Locked { .. } | Mapped { .. }) if retries > 0 => {}
                 Err(Part { .. }) => return self.lock().zero(self.object, part).map_err(refused),
@@ -388,7 +394,11 @@ impl Host for MachineHost {
             Step::Smash(range) => self.smash_all(range),
             Step::Merge(range) => self.merge(range),
             Step::Thaw(range) => self.thaw(range),
-            Step::Protect(range, to) => self.answer_guest(range, to),
+            Step::Protect(range, to) => {
+                self.answer_guest(range, to)?;
+                self.follow(range, to);
+                Ok(())
+            }
             Step::Move(range) => self.move_folios(range),
             Step::Launch(range) => self.launch(range),
             Step::PrepareSplit(range) => self.prepare_split(range),

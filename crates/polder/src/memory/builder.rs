@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polder_engine::{Config, PageFacts, Platform, Population, Refusal, Visibility};
-use polder_units::{Geometry, Level, PageCount, RangeError};
+use polder_units::{Geometry, Level, PageCount, PageRange, RangeError};
 
 #[cfg(doc)]
 use crate::HostView;
@@ -26,6 +26,7 @@ pub struct Builder {
     platform: Platform,
     initial: PageFacts,
     page_size: PageSize,
+    off_direct_map: bool,
     pool: Option<HugePool>,
     source: Option<Arc<dyn Source>>,
     read_ahead: ReadAhead,
@@ -47,6 +48,7 @@ impl Builder {
             host: HostKind::Memfd,
             platform: Platform::Plain,
             page_size: PageSize::Small,
+            off_direct_map: false,
             pool: None,
             initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
             source: None,
@@ -96,6 +98,21 @@ impl Builder {
     /// Of this pool's huge pages, on the simulated machine; else a pool is made that is just enough.
     pub fn pool(self, pool: &HugePool) -> Self {
         Self { pool: Some(pool.clone()), ..self }
+    }
+
+    /// Private pages are not in the kernel's direct map, so that it can't read them by mistake or by
+    /// speculation (as `memfd_secret(2)`, and as is proposed for guest_memfd). On the simulated
+    /// machine, of 4K pages of a plain or software-protected VM.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// let builder = Memory::builder(PageCount::from(16u32)).off_direct_map();
+    /// assert!(builder.clone().build().is_err(), "this kernel's direct map is its own affair");
+    /// builder.host(HostKind::Machine).build()?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn off_direct_map(self) -> Self {
+        Self { off_direct_map: true, ..self }
     }
 
     /// Every page's contents are owed until [`Memory::populate`] brings them, or
@@ -196,6 +213,17 @@ impl Builder {
             });
         }
         let page_size = self.offered_page_size()?;
+        let keeps = !matches!(self.platform, Platform::Plain | Platform::SwProtected);
+        if self.off_direct_map
+            && (keeps || self.host != HostKind::Machine || page_size != PageSize::Small)
+        {
+            return Err(Error::NotOffered {
+                what: "private pages can be taken off the direct map on the simulated machine, of \
+                       4K pages of a plain or software-protected VM",
+                way_out: "use --host machine, --platform plain and --page-size 4k; on Linux, \
+                          memfd_secret(2) does so for memory that no VM can have",
+            });
+        }
         let host = match self.host {
             HostKind::Memfd => {
                 let owed = self.initial.population == Population::Owed;
@@ -203,6 +231,12 @@ impl Builder {
             }
             HostKind::GuestMemfd => Box::new(GuestMemfdHost::new(self.pages, self.initial)?),
             HostKind::Machine => Box::new(match page_size.reserved() {
+                None if self.off_direct_map => {
+                    let all = PageRange::between(0, self.pages.get());
+                    let private = self.initial.visibility == Visibility::Private;
+                    MachineHost::new(self.pages, self.platform)?
+                        .off_direct_map(all.filter(|_| private))
+                }
                 None => MachineHost::new(self.pages, self.platform)?,
                 Some(level) => {
                     let pool = self.pool.as_ref();

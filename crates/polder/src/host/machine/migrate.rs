@@ -1,7 +1,7 @@
 //! Moving folios, and what the firmware of SEV-SNP takes before a guest begins.
 
 use polder_engine::{Holder, Refusal};
-use polder_machine::Backing;
+use polder_machine::{Backing, Machine};
 use polder_units::{PageIndex, PageRange};
 
 use super::{DRIVER, FREE_PAUSE, MachineHost, REFERENCE_RETRIES, refused};
@@ -50,7 +50,8 @@ impl MachineHost {
         let machine = &mut *self.lock();
         let Some(Backing { pfn, .. }) = machine.backing(self.object, page)? else { return Ok(()) };
         machine.lock_folio(pfn, DRIVER)?;
-        let moved = machine.migrate_folio(self.object, page, DRIVER);
+        let migrate = |machine: &mut Machine| machine.migrate_folio(self.object, page, DRIVER);
+        let moved = self.mapped_directly(machine, PageRange::one(page), migrate);
         machine.unlock_folio(moved.unwrap_or(pfn), DRIVER)?;
         moved.map(|_| ())
     }

@@ -137,7 +137,8 @@ impl Views for MachineHost {
         loop {
             let mut machine = self.lock();
             self.allocate(&mut machine, range)?;
-            match machine.object_write(self.object, offset, from) {
+            let write = |machine: &mut Machine| machine.object_write(self.object, offset, from);
+            match self.mapped_directly(&mut machine, range, write) {
                 Err(polder_machine::Error::Refused(by))
                     if by.check == AccessCheck::InUse && retries > 0 =>
                 {
