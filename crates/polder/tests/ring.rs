@@ -243,7 +243,7 @@ fn where_io_uring_is_forbidden_the_way_out_is_told() {
 fn forbid_io_uring() -> Result<(), seccompiler::Error> {
     use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
     let rules = std::iter::once((libc::SYS_io_uring_setup, Vec::new())).collect();
-    let (allow, eperm) = (SeccompAction::Allow, SeccompAction::Errno(libc::EPERM as u32));
+    let (allow, eperm) = (SeccompAction::Allow, SeccompAction::Errno(libc::EPERM.unsigned_abs()));
     let filter = SeccompFilter::new(rules, allow, eperm, seccompiler::TargetArch::x86_64);
     let program: BpfProgram = filter.and_then(TryInto::try_into)?;
     seccompiler::apply_filter(&program)
@@ -258,6 +258,10 @@ const BLOCKS: u64 = 251;
 fn rounds() -> u64 {
     let rounds = std::env::var("POLDER_RING_ROUNDS").ok();
     rounds.map_or(500, |rounds| rounds.parse().expect("POLDER_RING_ROUNDS is a number"))
+}
+
+fn index(number: u64) -> usize {
+    usize::try_from(number).expect("a page of the test")
 }
 
 fn random(seed: &mut u64) -> u64 {
@@ -289,7 +293,7 @@ fn no_byte_goes_astray_where_pages_are_converted_under_reads() {
 }
 
 fn read_at_random(memory: &Memory, file: &File, read: &[[AtomicU64; 2]], stop: &AtomicBool) -> u64 {
-    let mut ring = memory.ring(disk(), 16, OnBusy::Refuse).unwrap();
+    let mut ring = memory.ring(disk(), 16, OnBusy::Refuse).expect("nothing is wrong with it");
     let (mut seed, mut reads) = (1, 0);
     let mut busy = [false; 64];
     while !stop.load(Ordering::Relaxed) {
@@ -300,7 +304,7 @@ fn read_at_random(memory: &Memory, file: &File, read: &[[AtomicU64; 2]], stop: &
         }
         for _ in 0..8 {
             let (page, block) = (random(&mut seed) % PAGES, random(&mut seed) % BLOCKS);
-            let at = page as usize;
+            let at = index(page);
             if busy[at] {
                 continue;
             }
@@ -321,10 +325,10 @@ fn read_at_random(memory: &Memory, file: &File, read: &[[AtomicU64; 2]], stop: &
                 Err(error) => panic!("{error}"),
             }
         }
-        ring.submit(1).unwrap();
+        ring.submit(1).expect("nothing is wrong with it");
         while let Some(done) = ring.complete() {
             assert_eq!(done.result, Ok(4096), "page {:#x}", done.tag >> 8);
-            let at = (done.tag >> 8) as usize;
+            let at = index(done.tag >> 8);
             read[at][0].store(done.tag & 0xff, Ordering::SeqCst);
             busy[at] = false;
             reads += 1;
@@ -351,21 +355,24 @@ fn convert_at_random(memory: &Memory, read: &[[AtomicU64; 2]], rounds: u64) -> (
                 refused += 1;
                 continue;
             }
-            done => drop(done.unwrap()),
+            done => drop(done.expect("nothing is wrong with it")),
         }
         let denied = memory.host_view().touch_read(page * PAGE_SIZE, &mut [0]);
         assert!(denied.is_err(), "page {page:#x} is private");
-        to(memory, range, Shared).unwrap();
+        to(memory, range, Shared).expect("nothing is wrong with it");
         converted += 1;
         let waits = OnBusy::WaitForPins { at_most: Duration::from_secs(10) };
         let held = match memory.pin_or(range, Exclusive, Holder::new("a checker"), waits) {
             // It may have become a fixed buffer meanwhile.
             Err(Error::Refused(Refusal::Pinned { kind: LongTerm, .. })) => continue,
-            held => held.unwrap(),
+            held => held.expect("nothing is wrong with it"),
         };
         // Read before the bytes: a read that is noted later has not begun.
-        let expected = read[page as usize].each_ref().map(|at| at.load(Ordering::SeqCst));
-        memory.host_view().touch_read(page * PAGE_SIZE, &mut bytes).unwrap();
+        let expected = read[index(page)].each_ref().map(|at| at.load(Ordering::SeqCst));
+        memory
+            .host_view()
+            .touch_read(page * PAGE_SIZE, &mut bytes)
+            .expect("nothing is wrong with it");
         drop(held);
         let (first, last) = (bytes[0], bytes[4095]);
         assert!(bytes.iter().all(|byte| *byte == first), "page {page:#x}: {first} to {last}");
