@@ -8,8 +8,10 @@
 //! - *any page*: the same of any page of those 4G, where what is looked up is seldom in a cache.
 //! - *conversion with a pinner*: a page is converted to private and back, while another thread pins
 //!   and unpins other pages as fast as it can; the baseline is a thread that only spins.
+//! - *pinned io_uring read*: see `pins/ring.rs`.
 
 mod registry;
+mod ring;
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -49,13 +51,16 @@ const QUEUE: u32 = 256;
 /// One page of so many is private: one of each 2M page.
 const APART: u32 = 512;
 
+/// Who pins for a while.
+const HOLDER: &str = "virtio-blk";
+
 const TREE: &str = "Mutex<BTreeMap>";
 
 /// The nanoseconds that a pin was to cost at most.
 const GOAL: f64 = 100.0;
 
 fn run(scale: &Scale, progress: &mut dyn FnMut(Progress)) -> Measured {
-    let of = scale.held.len() + 2;
+    let of = scale.held.len() + 2 + ring::SIZES.len();
     let mut done = 0;
     let mut tell = |doing: String| {
         progress(Progress { done, of, doing });
@@ -88,6 +93,10 @@ fn run(scale: &Scale, progress: &mut dyn FnMut(Progress)) -> Measured {
     drop((ours, theirs));
     tell("conversion with a pinner".into());
     rows.push(conversion(scale)?);
+    for size in ring::SIZES {
+        tell(format!("pinned io_uring read, {}", size.0));
+        rows.push(ring::row(scale, size)?);
+    }
     Ok(rows)
 }
 
@@ -152,8 +161,8 @@ fn pin_unpin(
     (memory, tree): (&Memory, &Registry),
     places: u32,
 ) -> Result<Costs, BenchError> {
-    let disk = memory.pinner(PinKind::Short, Holder::new("virtio-blk"))?;
-    let of_disk = tree.add_holder(Holder::new("virtio-blk"));
+    let disk = memory.pinner(PinKind::Short, Holder::new(HOLDER))?;
+    let of_disk = tree.add_holder(Holder::new(HOLDER));
     let apart = scale.pages / places;
     let mut in_tree = |count| {
         each_place(count, places, |place| {
@@ -187,7 +196,7 @@ const STOPS: u8 = 2;
 /// Conversions of a page, to private and back, next to a thread that pins others or spins.
 fn conversion(scale: &Scale) -> Result<Row, BenchError> {
     let memory = memory(scale, HostKind::Memfd)?;
-    let disk = memory.pinner(PinKind::Short, Holder::new("virtio-blk"))?;
+    let disk = memory.pinner(PinKind::Short, Holder::new(HOLDER))?;
     let does = AtomicU8::new(SPINS);
     let converted = |to| {
         let converted = memory.convert(one(scale.pages / 2), to, Contents::Preserve, OnBusy::Wait);
@@ -232,7 +241,7 @@ mod tests {
     fn every_case_is_measured() {
         let scale = Scale { pages: 1 << 12, held: &[1, 4_000], turn: Duration::from_millis(1) };
         let measured = run(&scale, &mut |_| {});
-        let Some(rows) = found(Facility::Userfault, measured) else { return };
+        let Some(rows) = found(Facility::IoUring, measured) else { return };
         let cases: Vec<&str> = rows.iter().map(|row| row.case.as_str()).collect();
         let expected = [
             "pin unpin, 1 held",
@@ -241,6 +250,9 @@ mod tests {
             "pin unpin, 4000 held",
             "pin unpin of any page, 4000 held",
             "conversion with a pinner",
+            "pinned io_uring read, 4K",
+            "pinned io_uring read, 64K",
+            "pinned io_uring read, 1M",
         ];
         assert_eq!(cases, expected);
         assert!(rows.iter().all(|row| row.polder_value > 0.0 && row.ratio > 0.0));
