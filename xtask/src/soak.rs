@@ -161,6 +161,13 @@ const PARTS: &[Part] = &[
         environment: &[],
     },
     Part {
+        name: "populations",
+        about: "ten million pages that a source fills, seen by four readers",
+        build: &["test", "--no-run", "--release", "-p", "polder", "--test", "source_threads"],
+        run: &["test", "--release", "-p", "polder", "--test", "source_threads", "four_readers"],
+        environment: &[("POLDER_POPULATIONS", "10000000")],
+    },
+    Part {
         name: "play",
         about: "any steps of a scenario, played to an end",
         build: &["test", "--no-run", "--release", "-p", "polder-play", "--test", "bad_input"],

@@ -66,13 +66,13 @@ pub struct Row {
     pub baseline: &'static str,
     /// What the two values are in.
     pub unit: &'static str,
-    /// The baseline's.
+    /// The baseline's; not a number where this machine lacks something, as the other two.
     pub baseline_value: f64,
     /// Polder's.
     pub polder_value: f64,
     /// How many times better Polder is: above 1, better; below 1, worse.
     pub ratio: f64,
-    /// What else one has to know; often nothing.
+    /// What else one has to know; often nothing. Why there are no figures, if there are none.
     pub note: String,
 }
 
@@ -82,6 +82,12 @@ impl Row {
         let Costs { baseline: baseline_value, polder: polder_value } = values;
         let ratio = baseline_value / polder_value;
         Self { case, baseline, unit, baseline_value, polder_value, ratio, note: String::new() }
+    }
+
+    /// A row of what this machine lacks something for. It has no figures, which are `null` in JSON.
+    fn left_out(case: String, baseline: &'static str, unit: &'static str, why: &str) -> Self {
+        let values = Costs { baseline: f64::NAN, polder: f64::NAN };
+        Self { note: format!("left out: {why}"), ..Self::of_costs(case, baseline, unit, values) }
     }
 }
 
@@ -159,6 +165,11 @@ pub enum BenchError {
 }
 
 impl BenchError {
+    /// Whether this machine lacks what is measured, or does not let this user have it.
+    fn is_missing(&self) -> bool {
+        matches!(self, Self::Vm(_) | Self::Memory(polder::Error::Missing { .. }))
+    }
+
     /// What the user can do about it.
     pub fn way_out(&self) -> Option<&'static str> {
         match self {

@@ -95,7 +95,15 @@ fn run(scale: &Scale, progress: &mut dyn FnMut(Progress)) -> Measured {
     rows.push(conversion(scale)?);
     for size in ring::SIZES {
         tell(format!("pinned io_uring read, {}", size.0));
-        rows.push(ring::row(scale, size)?);
+        match ring::row(scale, size) {
+            Ok(row) => rows.push(row),
+            Err(missing) if missing.is_missing() => {
+                let row = rows.last_mut().expect("the rows before");
+                row.note = format!("{}; reads by io_uring were not measured: {missing}", row.note);
+                break;
+            }
+            Err(error) => return Err(error),
+        }
     }
     Ok(rows)
 }
@@ -241,7 +249,7 @@ mod tests {
     fn every_case_is_measured() {
         let scale = Scale { pages: 1 << 12, held: &[1, 4_000], turn: Duration::from_millis(1) };
         let measured = run(&scale, &mut |_| {});
-        let Some(rows) = found(Facility::IoUring, measured) else { return };
+        let Some(rows) = found(Facility::Userfault, measured) else { return };
         let cases: Vec<&str> = rows.iter().map(|row| row.case.as_str()).collect();
         let expected = [
             "pin unpin, 1 held",
@@ -254,7 +262,8 @@ mod tests {
             "pinned io_uring read, 64K",
             "pinned io_uring read, 1M",
         ];
-        assert_eq!(cases, expected);
+        // The last where there is io_uring.
+        assert!(cases.len() >= 6 && expected.starts_with(&cases), "{cases:?}");
         assert!(rows.iter().all(|row| row.polder_value > 0.0 && row.ratio > 0.0));
     }
 }

@@ -106,9 +106,10 @@ fn cells(row: &Row) -> [String; 7] {
     ]
 }
 
-/// Three digits that count, or all before the point.
+/// Three digits that count, or all before the point; a dash for what was not measured.
 fn number(value: f64) -> String {
     match value.abs() {
+        value if value.is_nan() => "-".to_owned(),
         100.0.. => format!("{value:.0}"),
         10.0.. => format!("{value:.1}"),
         0.1.. => format!("{value:.2}"),

@@ -366,6 +366,7 @@ pub(crate) fn exit(end: End) -> &'static str {
         End::Failed(Failure::Exception { .. }) => "exception",
         End::Failed(Failure::TripleFault { .. }) => "triple-fault",
         End::Failed(Failure::MemoryFailure { .. }) => "memory-failure",
+        End::Failed(Failure::MachineCheckLost { .. }) => "machine-check-lost",
         End::Failed(Failure::MemoryFault { .. }) => "memory-fault",
         End::Failed(Failure::TooFewChecks { .. }) => "too-few-checks",
         End::Failed(Failure::Intrusion { .. }) => "intrusion",
@@ -395,6 +396,7 @@ fn why(arguments: &Arguments, end: End) -> Option<(&'static str, String)> {
                 Failure::MemoryFailure { .. } => {
                     "the page is in quarantine, or the machine's memory is broken there"
                 }
+                Failure::MachineCheckLost { .. } => "KVM took it, and the guest never had it",
                 Failure::MemoryFault { .. } => "the guest's memory is not what it takes it for",
                 Failure::TooFewChecks { .. } => "a part of its program was not run",
                 Failure::Intrusion { .. } => "a private page has to be out of the host's reach",

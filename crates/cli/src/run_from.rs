@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use polder::source::{Fault, Faulty, FileSource, Source};
 use polder::units::{ByteSize, PageIndex};
 use polder::{HostKind, PageSize, ReadAhead};
-use polder_vmm::{Accelerator, End, FromConfig, FromReport};
+use polder_vmm::{Accelerator, End, FromConfig, FromReport, OnFailedPage};
 use serde_json::json;
 
 use crate::control::Control;
@@ -36,6 +36,17 @@ pub(crate) struct From {
     /// Bring what the guest has not come to yet, too
     #[arg(long, requires = "from")]
     fill: bool,
+    /// What becomes of the guest when it touches a page that did not come
+    #[arg(long, value_enum, value_name = "WHAT", requires = "from", default_value_t = OnFailed::Stop)]
+    on_failed_page: OnFailed,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum OnFailed {
+    /// It is stopped, and the page named
+    Stop,
+    /// It takes a machine check that names the page, leaves what it was at, and goes on
+    Mce,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -129,6 +140,10 @@ impl From {
             read_ahead: if self.no_read_ahead { ReadAhead::Off } else { ReadAhead::Adaptive },
             deadline,
             fill: self.fill,
+            on_failed_page: match self.on_failed_page {
+                OnFailed::Stop => OnFailedPage::Stop,
+                OnFailed::Mce => OnFailedPage::MachineCheck,
+            },
         })
     }
 }
@@ -148,13 +163,25 @@ fn to_json(
             "why": failure.why.to_string(),
         })
     });
+    let machine_checks = report.machine_checks.iter().map(|it| {
+        json!({
+            "vcpu": it.vcpu,
+            "page": it.page.get(),
+            "gpa": it.gpa.get(),
+            "taken": it.taken,
+        })
+    });
     let mut object = json!({
         "host": run.host.to_string(),
         "accelerator": report.accelerator.to_string(),
         "vcpus": run.vcpus,
         "memory_bytes": size.get(),
         "page_size": report.page_size.to_string(),
-        "guest": { "exit": exit(report.end), "checks_passed": report.checks_passed },
+        "guest": {
+            "exit": exit(report.end),
+            "checks_passed": report.checks_passed,
+            "machine_checks": machine_checks.collect::<Vec<_>>(),
+        },
         "from": {
             "file": path.display().to_string(),
             "pages": {
@@ -194,7 +221,8 @@ fn to_text(
     let source = report.source;
     let verdict = if report.end == End::Ok { "ok" } else { "FAILED" };
     let ended = match report.end {
-        End::Ok => "every byte is as in the file".into(),
+        End::Ok if report.machine_checks.is_empty() => "every byte is as in the file".into(),
+        End::Ok => "all that came is as in the file, and the guest was told what did not".into(),
         end => ended(run.timeout, end),
     };
     let simulated = match report.accelerator {
@@ -203,6 +231,15 @@ fn to_text(
     };
     let failures: String =
         report.failures.iter().map(|failure| format!("\x20 failed       {failure}\n")).collect();
+    let machine_checks: String = report
+        .machine_checks
+        .iter()
+        .map(|it| {
+            let taken = if it.taken { "taken" } else { "not taken" };
+            let (vcpu, page, gpa) = (it.vcpu, it.page, it.gpa);
+            format!("\x20 told         vCPU {vcpu}: machine check at {gpa}, page {page}: {taken}\n")
+        })
+        .collect();
     format!(
         "{verdict}: {ended}; {passed} checks passed in {seconds:.1} s\n\
          \n\
@@ -213,7 +250,7 @@ fn to_text(
          {failed} failed, {owed} not asked for\n\
          \x20 reads        {reads}, {bytes} bytes\n\
          \x20 faults       {guest} of the guest\n\
-         {failures}",
+         {failures}{machine_checks}",
         passed = report.checks_passed,
         vcpus = run.vcpus,
         host = run.host,

@@ -89,6 +89,31 @@ fn a_page_that_does_not_come_stops_the_guest_and_is_named() {
 }
 
 #[test]
+fn a_guest_that_takes_machine_checks_is_told_of_the_page_and_goes_on() {
+    let file = Scratch::new("mce");
+    for host in hosts() {
+        let passed = |how: &str| {
+            let output = run(&file.0, &format!("--host {host} {how}"));
+            let object = json(&output);
+            assert_eq!(output.status.code(), Some(0), "{host} {how}: {object}");
+            (object["guest"]["checks_passed"].as_u64().unwrap(), object)
+        };
+        let (all, whole) = passed("");
+        assert_eq!(whole["guest"]["machine_checks"], serde_json::json!([]));
+        for (how, vcpus) in [("fail", 1), ("fail", 3), ("hang --deadline 0.2", 2)] {
+            let how = format!("--from-faults {how} --on-failed-page mce --vcpus {vcpus}");
+            let (rest, object) = passed(&how);
+            let [check] = &object["guest"]["machine_checks"].as_array().unwrap()[..] else {
+                panic!("one page failed, and is met once: {object}");
+            };
+            assert_eq!((&check["page"], &check["taken"]), (&2048.into(), &true.into()));
+            assert_eq!(check["gpa"], 2 * 1024 * 1024 + 2048 * 4096);
+            assert_eq!(rest, all - 1, "all but what it was at: {object}");
+        }
+    }
+}
+
+#[test]
 fn what_can_not_be_a_source_is_refused_with_a_way_out() {
     let file = Scratch::new("refused");
     let empty = Scratch::new("empty");

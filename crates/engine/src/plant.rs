@@ -78,6 +78,9 @@ pub enum Bug {
     StaleLevel,
     /// A population of some pages of a folio counts for all of it: they are in the page cache.
     FolioPopulated,
+    /// A page that is whole is populated again as long as another of its folio is owed: the hole is
+    /// looked for in the folio, not in the page map.
+    HolePopulatedTwice,
     /// A huge page that its last unpin has given back is given back again.
     ReturnedTwice,
     /// Taking a page back that was not used loses the promise it was taken on.

@@ -7,7 +7,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use polder_units::{PageIndex, PageRange};
+use polder_units::{Level, PageIndex, PageRange};
 
 use crate::operation::Program;
 use crate::plant::Bug;
@@ -60,7 +60,9 @@ impl Engine {
             return Err(Refusal::GuestFills { page, platform }.into());
         }
         let whole = |facts: PageFacts| facts.population == Population::Whole;
-        if let Some(page) = self.first_page(range, whole) {
+        if let Some(page) = self.first_page(range, whole)
+            && !(self.plants.has(Bug::HolePopulatedTwice) && self.has_hole_around(page))
+        {
             return Err(Refusal::Whole { page }.into());
         }
         if let Some(page) = self.failed.first_in(range) {
@@ -68,6 +70,14 @@ impl Engine {
         }
         let program = Program::default().stage([Step::Publish(range)].into_iter());
         Ok(self.begin(Activity::Population, vec![granules], vec![range], program))
+    }
+
+    /// Whether a page of the 2M page around `page` is owed: a bug's way of looking.
+    fn has_hole_around(&self, page: PageIndex) -> bool {
+        let folio = PageRange::enclosing(page, Level::Size2M, self.config.geometry);
+        let owed = |facts: PageFacts| facts.population == Population::Owed;
+        let all = PageRange::between(0, self.config.pages.get()).expect("an object has pages");
+        folio.intersection(all).is_some_and(|folio| self.first_page(folio, owed).is_some())
     }
 
     /// Makes the population true: from here on the pages are seen, and nothing takes them back.
@@ -158,6 +168,11 @@ impl Engine {
         self.owed_with(page).is_some()
     }
 
+    /// The pages that views map with `page`, itself among them.
+    pub fn shown_with(&self, page: PageIndex) -> PageRange {
+        self.granules(PageRange::one(page))
+    }
+
     /// The first page that views map with `page` and whose contents are still to come.
     fn owed_with(&self, page: PageIndex) -> Option<PageIndex> {
         let mut runs = self.pages.runs(self.granules(PageRange::one(page)));
@@ -203,7 +218,10 @@ impl Engine {
     /// # Errors
     /// Busy where an operation holds it.
     pub fn fail_late(&mut self, page: PageIndex) -> Result<Option<PageIndex>, Blocked> {
-        let Some(late) = self.owed_with(page) else { return Ok(None) };
+        // The page itself, where it has not come; else one without which views don't show it.
+        let itself = self.first_page(PageRange::one(page), |it| it.population == Population::Owed);
+        let late = itself.filter(|page| !self.failed.contains(*page)).or(self.owed_with(page));
+        let Some(late) = late else { return Ok(None) };
         self.fail(PageRange::one(late)).map(|()| Some(late))
     }
 

@@ -10,6 +10,7 @@
 //! | [`pre_fault()`], [`can_pre_fault`] | `KVM_PRE_FAULT_MEMORY` |
 //! | [`Vcpu`] | `KVM_RUN` |
 //! | [`Ring`] | `io_uring(7)`, with pages of a view as buffers |
+//! | [`inject_machine_check`], [`set_up_machine_checks`] | `KVM_X86_SET_MCE`, `KVM_X86_SETUP_MCE` |
 //! | [`HugetlbPool`], [`shmem_huge_pages`] | sysfs, and `/proc/self/smaps` |
 //! | [`Nudge`], [`wait()`], [`spawn`] | `eventfd(2)`, `poll(2)`, threads |
 //! | [`barrier`] | `membarrier(2)` |
@@ -37,6 +38,7 @@ mod huge;
 #[cfg(feature = "inject")]
 pub mod inject;
 mod kvm;
+mod machine_check;
 mod membarrier;
 mod memfd;
 mod pre_fault;
@@ -53,6 +55,7 @@ use polder_units::ByteRange;
 pub use guest_memfd::{GuestMemfd, PrivateMemory, set_private};
 pub use huge::{HugetlbPool, shmem_huge_pages};
 pub use kvm::KvmSlot;
+pub use machine_check::{MACHINE_CHECK_BANK, inject_machine_check, set_up_machine_checks};
 pub use membarrier::{barrier, can_barrier};
 pub use memfd::Memfd;
 pub use pre_fault::{can_pre_fault, pre_fault};

@@ -190,7 +190,7 @@ impl Frames {
 
     /// How many free blocks of `level` there are, not counting those inside larger ones.
     pub(crate) fn free_blocks(&self, level: Level) -> usize {
-        self.free.blocks[level as usize].len()
+        self.free.blocks(level)
     }
 }
 
@@ -198,15 +198,52 @@ impl Frames {
 #[derive(Clone, Hash)]
 struct Free {
     geometry: Geometry,
-    /// The first frames of the free blocks, by level.
-    blocks: [BTreeSet<u64>; 3],
-    /// How many next smaller blocks of a 2M (index 0) or 1G (1) block are free.
-    parts: [BTreeMap<u64, u64>; 2],
+    /// The first frames of the free 1G blocks.
+    whole: BTreeSet<u64>,
+    /// Which parts are free of the 2M (index 0) and 1G (1) blocks that are so in part.
+    parts: [BTreeMap<u64, Parts>; 2],
+}
+
+/// Which of up to 512 parts of a block are free, a bit each.
+#[derive(Clone, Default, Hash)]
+struct Parts([u64; 8]);
+
+impl Parts {
+    fn all_but_first(count: usize) -> Self {
+        let word = |at: usize| match count.saturating_sub(at * 64) {
+            0 => 0,
+            left @ 1..64 => (1 << left) - 1,
+            _ => u64::MAX,
+        };
+        let mut words = core::array::from_fn(word);
+        words[0] &= !1;
+        Self(words)
+    }
+
+    /// Takes the first one.
+    fn pop_first(&mut self) -> Option<usize> {
+        let at = self.0.iter().position(|&word| word != 0)?;
+        let bit = self.0[at].trailing_zeros() as usize;
+        self.0[at] &= self.0[at] - 1;
+        Some(at * 64 + bit)
+    }
+
+    /// Adds one; whether it was not there.
+    fn insert(&mut self, part: usize) -> bool {
+        let (word, bit) = (&mut self.0[part / 64], 1 << (part % 64));
+        let is_new = *word & bit == 0;
+        *word |= bit;
+        is_new
+    }
+
+    fn count(&self) -> usize {
+        self.0.iter().map(|word| word.count_ones() as usize).sum()
+    }
 }
 
 impl Free {
     fn new(count: PageCount, geometry: Geometry) -> Self {
-        let mut free = Self { geometry, blocks: Default::default(), parts: Default::default() };
+        let mut free = Self { geometry, whole: BTreeSet::new(), parts: Default::default() };
         let mut start = 0;
         for level in Level::ALL.into_iter().rev() {
             let pages = geometry.pages(level).get();
@@ -218,61 +255,50 @@ impl Free {
         free
     }
 
-    /// The block of the next larger level around `start`, its level and its count of free parts.
-    fn parent(
-        &mut self,
-        start: u64,
-        level: Level,
-    ) -> Option<(u64, Level, &mut BTreeMap<u64, u64>)> {
-        let larger = level.larger()?;
-        let parent = start & !(self.geometry.pages(larger).get() - 1);
-        Some((parent, larger, &mut self.parts[level as usize]))
-    }
-
     fn take(&mut self, level: Level) -> Option<u64> {
-        if let Some(start) = self.blocks[level as usize].pop_first() {
-            self.one_part_less(start, level);
+        let Some(larger) = level.larger() else { return self.whole.pop_first() };
+        let pages = self.geometry.pages(level).get();
+        if let Some(mut in_part) = self.parts[level as usize].first_entry() {
+            let part = in_part.get_mut().pop_first()?;
+            let start = in_part.key() + part as u64 * pages;
+            if in_part.get().count() == 0 {
+                in_part.remove();
+            }
             return Some(start);
         }
-        let start = self.take(level.larger()?)?;
-        let larger = self.geometry.pages(level.larger()?).get();
-        let pages = self.geometry.pages(level).get();
-        for part in (start + pages..start + larger).step_by(index(pages)) {
-            self.give(part, level);
-        }
+        let start = self.take(larger)?;
+        let count = index(self.geometry.pages(larger).get() / pages);
+        self.parts[level as usize].insert(start, Parts::all_but_first(count));
         Some(start)
     }
 
-    fn one_part_less(&mut self, start: u64, level: Level) {
-        if let Some((parent, _, parts)) = self.parent(start, level)
-            && let Some(count) = parts.get_mut(&parent)
-        {
-            *count -= 1;
-            if *count == 0 {
-                parts.remove(&parent);
-            }
+    fn give(&mut self, start: u64, level: Level) {
+        let Some(larger) = level.larger() else {
+            assert!(self.whole.insert(start), "frame {start:#x} is freed twice");
+            return;
+        };
+        let (pages, all) = (self.geometry.pages(level).get(), self.geometry.pages(larger).get());
+        let parent = start & !(all - 1);
+        let parts = self.parts[level as usize].entry(parent).or_default();
+        let is_new = parts.insert(index((start - parent) / pages));
+        assert!(is_new, "frame {start:#x} is freed twice");
+        if parts.count() as u64 * pages == all {
+            self.parts[level as usize].remove(&parent);
+            self.give(parent, larger);
         }
     }
 
-    fn give(&mut self, start: u64, level: Level) {
-        assert!(self.blocks[level as usize].insert(start), "frame {start:#x} is freed twice");
-        let pages = self.geometry.pages(level).get();
-        let geometry = self.geometry;
-        let Some((parent, larger, parts)) = self.parent(start, level) else { return };
-        let count = parts.entry(parent).or_insert(0);
-        *count += 1;
-        if *count * pages == geometry.pages(larger).get() {
-            parts.remove(&parent);
-            for part in (parent..parent + geometry.pages(larger).get()).step_by(index(pages)) {
-                self.blocks[level as usize].remove(&part);
-            }
-            self.give(parent, larger);
+    /// How many free blocks of `level` there are, not counting those inside larger ones.
+    fn blocks(&self, level: Level) -> usize {
+        match self.parts.get(level as usize) {
+            Some(parts) => parts.values().map(Parts::count).sum(),
+            None => self.whole.len(),
         }
     }
 
     fn count(&self) -> u64 {
         let pages = |level| self.geometry.pages(level).get();
-        Level::ALL.map(|level| self.blocks[level as usize].len() as u64 * pages(level)).iter().sum()
+        Level::ALL.map(|level| self.blocks(level) as u64 * pages(level)).iter().sum()
     }
 }
 

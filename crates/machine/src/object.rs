@@ -225,11 +225,35 @@ impl Machine {
         offset: u64,
         buffer: &mut [u8],
     ) -> Result<(), Error> {
+        self.read_bytes(object, (offset, buffer), true)
+    }
+
+    /// The same by a mapping of the reader's own, which takes no direct map.
+    ///
+    /// # Errors
+    /// As [`Machine::object_read`].
+    pub fn object_read_mapped(
+        &self,
+        object: ObjectId,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), Error> {
+        self.read_bytes(object, (offset, buffer), false)
+    }
+
+    fn read_bytes(
+        &self,
+        object: ObjectId,
+        (offset, buffer): (u64, &mut [u8]),
+        by_direct_map: bool,
+    ) -> Result<(), Error> {
         let object = self.object_bytes(object, offset, buffer.len())?;
         for (page, at, bytes) in chunks_mut(offset, buffer) {
             match PageIndex::new(page).and_then(|page| object.backing(page)) {
                 Some(Backing { pfn, .. }) => {
-                    self.check_direct_map(pfn, page_count(1), false)?;
+                    if by_direct_map {
+                        self.check_direct_map(pfn, page_count(1), false)?;
+                    }
                     self.protection.check(&Access::host(pfn, Level::Size4K, false))?;
                     self.frames.read(pfn, at, bytes);
                 }
@@ -250,6 +274,28 @@ impl Machine {
         offset: u64,
         bytes: &[u8],
     ) -> Result<(), Error> {
+        self.write_bytes(object, (offset, bytes), true)
+    }
+
+    /// The same by a mapping of the writer's own, which takes no direct map.
+    ///
+    /// # Errors
+    /// As [`Machine::object_write`].
+    pub fn object_write_mapped(
+        &mut self,
+        object: ObjectId,
+        offset: u64,
+        bytes: &[u8],
+    ) -> Result<(), Error> {
+        self.write_bytes(object, (offset, bytes), false)
+    }
+
+    fn write_bytes(
+        &mut self,
+        object: ObjectId,
+        (offset, bytes): (u64, &[u8]),
+        by_direct_map: bool,
+    ) -> Result<(), Error> {
         let anonymous = self.object_bytes(object, offset, bytes.len())?.anonymous;
         for (page, at, bytes) in chunks(offset, bytes) {
             let Some(page) = PageIndex::new(page) else { continue };
@@ -258,7 +304,9 @@ impl Machine {
             }
             let backing = self.objects.get(object)?.backing(page);
             let Backing { pfn, .. } = backing.ok_or(Error::Hole { object, page })?;
-            self.check_direct_map(pfn, page_count(1), true)?;
+            if by_direct_map {
+                self.check_direct_map(pfn, page_count(1), true)?;
+            }
             self.protection.check(&Access::host(pfn, Level::Size4K, true))?;
             self.frames.write(pfn, at, bytes);
         }

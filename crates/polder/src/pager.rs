@@ -143,18 +143,18 @@ fn add(counter: &AtomicU64, count: u64) {
 
 impl Pager {
     pub(crate) fn new(paging: Paging) -> Self {
+        let granule = paging.granule.max(paging.source.granule()).get().max(1);
         let state = State {
             demands: BTreeMap::new(),
             reading: Vec::new(),
             ahead: VecDeque::new(),
-            windows: Windows::new(paging.read_ahead),
+            windows: Windows::new(paging.read_ahead, granule),
             filling: None,
             failures: Vec::new(),
             owed_from: PageIndex::from(0),
             let_go: false,
             last_id: 0,
         };
-        let granule = paging.granule.max(paging.source.granule()).get().max(1);
         Self {
             source: paging.source,
             deadline: paging.deadline,
@@ -179,6 +179,24 @@ impl Pager {
     /// Whether there is something to bring that nobody is bringing.
     pub(crate) fn has_work(&self) -> bool {
         self.state.lock().has_work()
+    }
+
+    /// Whether all there is to bring is one window that somebody waits for, and reads have been short
+    /// of late.
+    pub(crate) fn has_one_demand(&self) -> bool {
+        if self.granule > AT_ONCE || self.slow.load(Ordering::Relaxed) {
+            return false;
+        }
+        let state = self.state.lock();
+        state.ahead.is_empty() && state.filling.is_none() && {
+            let mut pending = state.pending();
+            pending.next().is_some() && pending.next().is_none()
+        }
+    }
+
+    /// A read takes longer than the last ones did.
+    pub(crate) fn note_slow(&self) {
+        self.slow.store(true, Ordering::Relaxed);
     }
 
     /// Whether somebody waits for something: then the time is looked at now and then.
@@ -226,6 +244,13 @@ impl Pager {
         }
     }
 
+    /// Brings what is next.
+    pub(crate) fn bring_next(&self, driver: &Driver) {
+        if let Some(job) = self.next_job(driver) {
+            self.bring(driver, job);
+        }
+    }
+
     /// Denies pages that somebody has waited for too long.
     pub(crate) fn expire(&self, driver: &Driver) {
         let now = polder_linux::now();
@@ -258,9 +283,9 @@ impl Pager {
         let granule = self.granule;
         let mut state = self.state.lock();
         if let Some(page) = state.next_demand() {
-            let window = state.windows.window(page.get());
             let start = page.get() - page.get() % granule;
-            let end = (page.get() + window).next_multiple_of(granule).min(pages);
+            let window = state.windows.window(page.get() / granule) * granule;
+            let end = (start + window).min(pages);
             let now = end.min(start + AT_ONCE.max(granule));
             let range = state.unread(page, (start, now));
             let rest = PageRange::between(now, end);
@@ -432,8 +457,14 @@ impl Pager {
     /// A page can't be read. What nobody waits for, and nobody has asked to be filled, may be read
     /// another time.
     fn failed(&self, driver: &Driver, page: PageIndex, why: SourceError, job: Job) {
-        let waited_for =
-            job.why == Why::Demand(page) || self.state.lock().demands.contains_key(&page);
+        // Who waits for another page of a huge one that is shown as a whole waits for this one, too.
+        let around = driver.engine().shown_with(page);
+        let by_job = matches!(job.why, Why::Demand(page) if around.contains(page));
+        let waited_for = by_job || {
+            let state = self.state.lock();
+            let mut from = state.demands.range(around.start()..);
+            from.next().is_some_and(|(page, _)| around.contains(*page))
+        };
         if !waited_for && job.why != Why::Fill {
             return;
         }
@@ -495,12 +526,17 @@ impl State {
         self.next_demand().is_some() || !self.ahead.is_empty() || self.filling.is_some()
     }
 
-    /// The page that somebody has waited for longest, and that is not being read.
-    fn next_demand(&self) -> Option<PageIndex> {
+    /// The pages that somebody waits for, and that are not being read.
+    fn pending(&self) -> impl Iterator<Item = (PageIndex, &Demand)> {
         let pending = self.demands.iter().filter(|(page, demand)| {
             demand.pending && !self.reading.iter().any(|it| it.range.contains(**page))
         });
-        pending.min_by_key(|(_, demand)| demand.since).map(|(page, _)| *page)
+        pending.map(|(page, demand)| (*page, demand))
+    }
+
+    /// That of them that somebody has waited for longest.
+    fn next_demand(&self) -> Option<PageIndex> {
+        self.pending().min_by_key(|(_, demand)| demand.since).map(|(page, _)| page)
     }
 
     /// What to read ahead next, `at_once` pages at most.

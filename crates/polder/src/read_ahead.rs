@@ -9,6 +9,9 @@
 //!
 //! A continued stream has used as much as it is then given more: no more than half of what a stream
 //! was given can be wasted.
+//!
+//! Where pages come together only, as huge ones do, all of this counts in those. Of huge pages of 2M
+//! a stream that was continued gets the next one, too, which another thread brings meanwhile.
 
 /// The most pages of a window: 2 MiB.
 const MOST: u64 = 512;
@@ -41,10 +44,14 @@ pub enum ReadAhead {
     Off,
 }
 
-/// A [`ReadAhead`] at work.
+/// A [`ReadAhead`] at work. It counts in granules: what comes together.
 #[derive(Debug)]
 pub(crate) struct Windows {
     kind: ReadAhead,
+    /// The most of a window, of an initial one, and of what a stream may pass over.
+    most: u64,
+    most_initial: u64,
+    slack: u64,
     /// The most recent last.
     streams: Vec<Stream>,
     initial: u64,
@@ -60,23 +67,28 @@ struct Stream {
 }
 
 impl Windows {
-    pub(crate) const fn new(kind: ReadAhead) -> Self {
-        Self { kind, streams: Vec::new(), initial: INITIAL, score: 0 }
+    /// Of granules of so many pages.
+    pub(crate) fn new(kind: ReadAhead, granule: u64) -> Self {
+        let of = |pages: u64| (pages / granule).max(1);
+        let most = of(MOST).max(if granule <= MOST { 2 } else { 1 });
+        let (initial, most_initial) = (of(INITIAL), of(MOST_INITIAL));
+        let slack = SLACK / granule;
+        Self { kind, most, most_initial, slack, streams: Vec::new(), initial, score: 0 }
     }
 
-    /// How many pages to bring, from `page` on, now that it is asked for: 1 at least.
+    /// How many to bring, from `page` on, now that it is asked for: 1 at least.
     pub(crate) fn window(&mut self, page: u64) -> u64 {
         if self.kind == ReadAhead::Off {
             return 1;
         }
-        let met = |stream: &Stream| (stream.next..=stream.next + SLACK).contains(&page);
+        let met = |stream: &Stream| (stream.next..=stream.next + self.slack).contains(&page);
         let stream = match self.streams.iter().position(met) {
             Some(at) => {
                 let stream = self.streams.remove(at);
                 if !stream.continued {
                     self.learn(CONTINUED);
                 }
-                let window = (2 * stream.window).min(MOST);
+                let window = (2 * stream.window).min(self.most);
                 Stream { next: page + window, window, continued: true }
             }
             None => {
@@ -93,7 +105,7 @@ impl Windows {
     fn learn(&mut self, by: i32) {
         self.score += by;
         if self.score >= ENOUGH {
-            self.initial = (2 * self.initial).min(MOST_INITIAL);
+            self.initial = (2 * self.initial).min(self.most_initial);
             self.score = 0;
         } else if self.score <= -ENOUGH {
             self.initial = (self.initial / 2).max(1);
@@ -129,26 +141,35 @@ mod tests {
 
     #[test]
     fn off_brings_what_is_asked_for() {
-        assert_eq!(touch(&mut Windows::new(ReadAhead::Off), 0..100), (100, 100));
+        assert_eq!(touch(&mut Windows::new(ReadAhead::Off, 1), 0..100), (100, 100));
     }
 
     #[test]
     fn who_goes_straight_on_asks_seldom() {
-        let (brought, demands) = touch(&mut Windows::new(ReadAhead::Adaptive), 0..65536);
+        let (brought, demands) = touch(&mut Windows::new(ReadAhead::Adaptive, 1), 0..65536);
         assert!(demands < 160, "{demands}");
         assert!(brought <= 65536 + MOST, "{brought}");
     }
 
     #[test]
+    fn of_huge_pages_a_stream_gets_the_next_one_too_and_of_the_largest_none() {
+        let mut windows = Windows::new(ReadAhead::Adaptive, 512);
+        assert_eq!([0, 1, 3, 5].map(|page| windows.window(page)), [1, 2, 2, 2]);
+        assert_eq!([90, 70, 50].map(|page| windows.window(page)), [1; 3], "no stream");
+        let mut windows = Windows::new(ReadAhead::Adaptive, 1 << 18);
+        assert_eq!([0, 1, 2].map(|page| windows.window(page)), [1; 3]);
+    }
+
+    #[test]
     fn several_who_go_straight_on_are_told_apart() {
         let pages = (0..4096).flat_map(|step| (0..8).map(move |who| who * 1_000_000 + step));
-        let (_, demands) = touch(&mut Windows::new(ReadAhead::Adaptive), pages);
+        let (_, demands) = touch(&mut Windows::new(ReadAhead::Adaptive, 1), pages);
         assert!(demands < 8 * 20, "{demands}");
     }
 
     #[test]
     fn random_demands_soon_waste_nothing() {
-        let mut windows = Windows::new(ReadAhead::Adaptive);
+        let mut windows = Windows::new(ReadAhead::Adaptive, 1);
         let mut seed = 1;
         touch(&mut windows, (0..200).map(|_| random(&mut seed) % (1 << 31) * 64));
         let (brought, demands) =
@@ -158,7 +179,7 @@ mod tests {
 
     #[test]
     fn clusters_are_met_in_few_demands_and_no_more_is_wasted_than_used() {
-        let mut windows = Windows::new(ReadAhead::Adaptive);
+        let mut windows = Windows::new(ReadAhead::Adaptive, 1);
         let mut seed = 7;
         let clusters: Vec<(u64, u64)> = (0..2000)
             .map(|_| (random(&mut seed) % 100_000 * 100, 1 + random(&mut seed) % 64))

@@ -2,8 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a failing test may panic anywhere")]
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::ThreadId;
 use std::time::Duration;
 
 use polder::source::{Source, SourceError};
@@ -89,6 +90,8 @@ struct Killer {
     random: AtomicU64,
     one_in: u64,
     left: AtomicU64,
+    /// Those that have died.
+    dead: Mutex<Vec<ThreadId>>,
 }
 
 impl Watch for Killer {
@@ -101,7 +104,12 @@ impl Watch for Killer {
         }
         let kill = |left: u64| left.checked_sub(1);
         let killed = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, kill);
-        assert!(killed.is_err(), "a fault thread dies, as it was told to");
+        if killed.is_ok() {
+            let (me, mut dead) = (std::thread::current().id(), self.dead.lock().unwrap());
+            dead.push(me);
+            drop(dead);
+            panic!("a fault thread dies, as it was told to");
+        }
     }
 }
 
@@ -124,6 +132,7 @@ fn two_hundred_fault_threads_die_and_nobody_waits_long_or_reads_wrong_bytes() {
                 random: AtomicU64::new(round),
                 one_in,
                 left: AtomicU64::new(200 - killed),
+                dead: Mutex::default(),
             });
             assert!(memory.watch(Arc::clone(&killer) as Arc<dyn Watch>));
             let start = polder_linux::now();
@@ -135,6 +144,10 @@ fn two_hundred_fault_threads_die_and_nobody_waits_long_or_reads_wrong_bytes() {
             });
             assert!(memory.owed().is_zero() && memory.source_failures().is_empty());
             let died = 200 - killed - killer.left.load(Ordering::Relaxed);
+            let dead = std::mem::take(&mut *killer.dead.lock().unwrap());
+            assert_eq!(dead.len() as u64, died);
+            let again = |(at, thread): (usize, &ThreadId)| dead[..at].contains(thread);
+            assert!(!dead.iter().enumerate().any(again), "who has died is not seen again");
             killed += died;
             // The deadline is ten seconds for each of them.
             assert!(start.elapsed() < patience(Duration::from_secs(60)), "round {round}");

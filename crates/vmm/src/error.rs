@@ -39,6 +39,9 @@ pub enum RunError {
         #[source]
         source: polder_linux::Error,
     },
+    /// This KVM has no machine checks to give a guest.
+    #[error("this KVM gives a guest no machine checks")]
+    NoMachineChecks(#[source] polder_linux::Error),
     /// This KVM makes no VM whose memory can be private.
     #[error("this KVM offers no VM with private memory: that needs TDP (EPT or NPT)")]
     NoPrivateMemory,
@@ -114,6 +117,7 @@ impl RunError {
                 Some("name memory that the guest has, or all of it: --prefault all")
             }
             Self::FaultsRemain { way_out, .. } => Some(way_out),
+            Self::NoMachineChecks(_) => Some("have the guest stopped: --on-failed-page stop"),
             Self::NoPrivateMemory => {
                 Some("use --host memfd, or a kernel with CONFIG_KVM_SW_PROTECTED_VM and TDP")
             }

@@ -15,7 +15,8 @@ use polder::units::{ByteSize, Gpa, PAGE_SIZE, PageCount, PageRange};
 use polder::{HostKind, Memory, PageSize, ReadAhead, Slot, SourceStatistics, Statistics};
 
 use crate::guest::DIGEST_LEN_MAX;
-use crate::report::{Accelerator, End, Progress, Supervision};
+use crate::machine_check::{MachineCheck, OnFailedPage};
+use crate::report::{Accelerator, End, Failure, Progress, Supervision};
 use crate::scenario::{
     BOOT_END, MMIO_END, MMIO_START, Op, Random, ScenarioError, VCPUS_MAX, WORD, digest,
 };
@@ -54,6 +55,8 @@ pub struct FromConfig {
     pub deadline: Duration,
     /// Whether what the guest has not come to yet is brought meanwhile.
     pub fill: bool,
+    /// What becomes of the guest when it touches a page that did not come.
+    pub on_failed_page: OnFailedPage,
 }
 
 /// What came of it.
@@ -75,6 +78,8 @@ pub struct FromReport {
     pub failures: Vec<SourceFailure>,
     /// Pages that nobody has asked for.
     pub owed: PageCount,
+    /// The machine checks that the guest was given.
+    pub machine_checks: Vec<MachineCheck>,
 }
 
 /// Runs a guest that reads all of its memory, until it ends, or the supervisor has it stopped.
@@ -117,19 +122,29 @@ pub fn run_from(
         Some(digest(words.map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes")))))
     };
     let programs = programs(config.pages, vcpus, config.seed);
-    let ended = vm.run_expecting((&memory, id), &programs, &expected, supervise)?;
+    let on_failed_page = config.on_failed_page;
+    let (ended, machine_checks) =
+        vm.run_expecting((&memory, id), &programs, (&expected, on_failed_page), supervise)?;
+    let untaken = machine_checks.iter().find(|it| !it.taken);
+    let end = match (ended.end, untaken) {
+        (End::Ok, Some(it)) => {
+            End::Failed(Failure::MachineCheckLost { vcpu: it.vcpu, page: it.page })
+        }
+        (end, _) => end,
+    };
     Ok(FromReport {
         accelerator: match config.host {
             HostKind::Memfd | HostKind::GuestMemfd => Accelerator::Kvm,
             HostKind::Machine => Accelerator::Machine,
         },
         page_size: memory.page_size(),
-        end: ended.end,
+        end,
         checks_passed: ended.checks_passed,
         memory: memory.statistics(),
         source: memory.source_statistics(),
         failures: memory.source_failures(),
         owed: memory.owed(),
+        machine_checks,
     })
 }
 

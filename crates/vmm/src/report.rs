@@ -107,6 +107,13 @@ pub enum Failure {
         /// The page.
         page: Option<PageIndex>,
     },
+    /// The guest was given a machine check, and did not say that it took it.
+    MachineCheckLost {
+        /// On which vCPU.
+        vcpu: u32,
+        /// The page.
+        page: PageIndex,
+    },
     /// Memory refused the guest what it is to have.
     MemoryFault {
         /// On which vCPU.
@@ -153,6 +160,9 @@ impl fmt::Display for Failure {
             }
             Self::MemoryFailure { vcpu, page: None } => {
                 write!(f, "vCPU {vcpu}: memory failed, and no page of this memory is named")
+            }
+            Self::MachineCheckLost { vcpu, page } => {
+                write!(f, "vCPU {vcpu}: was given a machine check for page {page}, and took none")
             }
             Self::MemoryFault { vcpu, fault } => write!(f, "vCPU {vcpu}: {fault}"),
             Self::TooFewChecks { passed, least } => {

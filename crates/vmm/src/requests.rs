@@ -7,6 +7,7 @@ use polder::{Memory, OnBusy, VmId};
 use crate::device;
 use crate::guest::{Request, RequestError};
 use crate::intruder::Intruder;
+use crate::machine_check::MachineChecks;
 use crate::report::Failure;
 use crate::scenario::Outcome;
 use crate::virtqueue::{Virtqueue, VirtqueueStatistics};
@@ -45,6 +46,8 @@ pub struct Requests<'a> {
     /// None where no device can point to the memory.
     virtqueue: Option<Virtqueue>,
     expected: Option<Expected<'a>>,
+    /// None where a guest that touches a page which has failed is stopped.
+    machine_checks: Option<MachineChecks>,
 }
 
 impl<'a> Requests<'a> {
@@ -59,6 +62,7 @@ impl<'a> Requests<'a> {
             intruder: Intruder::new(memory, vm)?,
             virtqueue: None,
             expected: None,
+            machine_checks: None,
         })
     }
 
@@ -75,6 +79,16 @@ impl<'a> Requests<'a> {
     /// Has digests compared with these.
     pub(crate) fn expect(&mut self, expected: Expected<'a>) {
         self.expected = Some(expected);
+    }
+
+    /// Has the guest take machine checks.
+    pub(crate) fn give_machine_checks(&mut self) {
+        self.machine_checks = Some(MachineChecks::default());
+    }
+
+    /// Those that it took, if it takes any.
+    pub(crate) fn machine_checks(&self) -> Option<&MachineChecks> {
+        self.machine_checks.as_ref()
     }
 
     /// The memory that the requests are about.
@@ -108,6 +122,11 @@ impl<'a> Requests<'a> {
             Ok(Request::Done { checks_passed }) => Next::Done { checks_passed },
             Ok(Request::Digest { gpa, len, digest, op }) => {
                 self.digest(vcpu, (gpa, len), digest, op)
+            }
+            Ok(Request::MachineCheck { gpa, .. }) => {
+                let taken = self.machine_checks.as_ref().is_some_and(|it| it.take(vcpu, gpa));
+                let outcome = if taken { Outcome::Done } else { Outcome::Invalid };
+                Next::Answer(i64::from(outcome.code()))
             }
             Ok(Request::Failed { op, gpa, expected, found, checks_passed }) => Next::Failed {
                 failure: Failure::Check { vcpu, op, gpa, expected, found },

@@ -16,6 +16,7 @@ use crate::accesses::{Accepting, Accesses};
 use crate::guest::Program;
 use crate::intruder::Intruder;
 use crate::machine::Interpreter;
+use crate::machine_check::MachineChecks;
 use crate::report::{End, Failure, Progress, Supervision};
 use crate::requests::{Expected, Requests};
 use crate::scenario::Op;
@@ -111,6 +112,17 @@ impl<'a> Threads<'a> {
     pub(crate) fn expect(mut self, expected: Expected<'a>) -> Self {
         self.requests.expect(expected);
         self
+    }
+
+    /// Has the guest take machine checks for pages that have failed.
+    pub(crate) fn give_machine_checks(mut self) -> Self {
+        self.requests.give_machine_checks();
+        self
+    }
+
+    /// Those that it took.
+    pub(crate) fn machine_checks(&self) -> Option<&MachineChecks> {
+        self.requests.machine_checks()
     }
 
     /// Runs vCPUs of KVM.

@@ -10,6 +10,7 @@ use polder_linux::{Exit, FailedAt, Kicker, Vcpu};
 use crate::RunError;
 use crate::error::os;
 use crate::guest::Request;
+use crate::machine_check::gpa_of;
 use crate::report::Failure;
 use crate::requests::{Next, Requests};
 
@@ -73,6 +74,10 @@ pub(crate) fn run(
             Exit::Interrupted => continue,
             Exit::MemoryFailure(at) => {
                 let page = page_of_failure(requests, at);
+                if machine_check(index, &vcpu, requests, page)? {
+                    handled.fetch_add(1, Ordering::Relaxed);
+                    continue;
+                }
                 failed(Failure::MemoryFailure { vcpu: index, page })
             }
             Exit::Shutdown => failed(Failure::TripleFault { vcpu: index }),
@@ -146,7 +151,26 @@ fn page_of_failure(requests: &Requests<'_>, at: FailedAt) -> Option<PageIndex> {
     }
 }
 
-fn page_at(memory: &Memory, vm: VmId, gpa: Gpa) -> Option<PageIndex> {
+/// Gives the guest a machine check for a page that has failed, if that is wished. Not for one that an
+/// instruction met which KVM emulates: by the time we are told, the instruction counts as done.
+fn machine_check(
+    index: u32,
+    vcpu: &Vcpu,
+    requests: &Requests<'_>,
+    page: Option<PageIndex>,
+) -> Result<bool, RunError> {
+    let (memory, vm) = requests.memory();
+    let there = page.and_then(|page| Some((page, gpa_of(memory, vm, page)?)));
+    let (Some(checks), Some((page, gpa))) = (requests.machine_checks(), there) else {
+        return Ok(false);
+    };
+    polder_linux::inject_machine_check(vcpu.fd(), gpa)
+        .map_err(|source| RunError::Vcpu { vcpu: index, source })?;
+    checks.give(index, page, gpa);
+    Ok(true)
+}
+
+pub(crate) fn page_at(memory: &Memory, vm: VmId, gpa: Gpa) -> Option<PageIndex> {
     let pages = memory.pages_of(vm, GfnRange::one(gpa.gfn())).unwrap_or_default();
     pages.first().map(|run| run.start())
 }

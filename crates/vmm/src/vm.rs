@@ -11,6 +11,7 @@ use polder::{
 };
 
 use crate::guest::{Chunk, Image, Program, Transport};
+use crate::machine_check::{MachineCheck, MachineChecks, OnFailedPage};
 use crate::requests::Expected;
 use crate::roots::GuestRoot;
 use crate::scenario::{BOOT_END, Op, ScenarioError, VCPUS_MAX};
@@ -172,7 +173,8 @@ impl Vm {
         self.go((memory, id), &threads, programs, supervise)
     }
 
-    /// The same, of a guest that tells [digests](Op::Digest), which have to be as expected.
+    /// The same, of a guest that tells [digests](Op::Digest), which have to be as expected, and what
+    /// becomes of it when it touches a page that has failed; also returns its machine checks.
     ///
     /// # Errors
     /// As [`Vm::run`].
@@ -180,11 +182,15 @@ impl Vm {
         &self,
         (memory, id): (&Memory, VmId),
         programs: &[Vec<Op>],
-        expected: Expected<'_>,
+        (expected, on_failed_page): (Expected<'_>, OnFailedPage),
         supervise: impl FnMut(Progress) -> Supervision,
-    ) -> Result<Ended, RunError> {
-        let threads = Threads::new(memory, id, None)?.expect(expected);
-        self.go((memory, id), &threads, programs, supervise)
+    ) -> Result<(Ended, Vec<MachineCheck>), RunError> {
+        let mut threads = Threads::new(memory, id, None)?.expect(expected);
+        if on_failed_page == OnFailedPage::MachineCheck {
+            threads = threads.give_machine_checks();
+        }
+        let ended = self.go((memory, id), &threads, programs, supervise)?;
+        Ok((ended, threads.machine_checks().map(MachineChecks::all).unwrap_or_default()))
     }
 
     fn go(
@@ -256,7 +262,12 @@ impl KvmVm {
         // KVM's number of a vCPU is a fresh one; ours is that of its program.
         let vcpus = (0..).zip(&image.vcpus).map(|(index, start)| {
             let fresh = self.next_vcpu.fetch_add(1, Ordering::Relaxed);
-            Ok((index, kvm::create_vcpu(&self.kvm, &self.fd, fresh, start)?))
+            let vcpu = kvm::create_vcpu(&self.kvm, &self.fd, fresh, start)?;
+            if threads.machine_checks().is_some() {
+                polder_linux::set_up_machine_checks(&self.kvm, &vcpu)
+                    .map_err(RunError::NoMachineChecks)?;
+            }
+            Ok((index, vcpu))
         });
         let vcpus = vcpus.collect::<Result<Vec<_>, RunError>>()?;
         threads.run_on_kvm(vcpus, supervise)

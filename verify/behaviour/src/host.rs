@@ -224,6 +224,9 @@ pub trait Inside {
     /// dropped.
     fn refer_to_file<'a>(&self, memory: &'a Memory, page: PageIndex) -> Box<dyn Send + 'a>;
 
+    /// The numbers of the pages of a range that have memory off the kernel's direct map.
+    fn off_direct_map(&self, memory: &Memory, range: PageRange) -> Vec<u64>;
+
     /// Whether all references, mappings and pins add up.
     ///
     /// # Errors

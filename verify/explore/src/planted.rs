@@ -71,6 +71,9 @@ impl PlantedBug {
         if (setup.first_gfn, setup.slot_pages) != (setup.first_page, setup.pages) {
             return Err("its slot does not show all pages from the first on".into());
         }
+        if setup.off_direct_map {
+            return Err("it is in the kernel's direct map, which no scenario can ask about".into());
+        }
         if setup.pooled {
             return Err("its huge pages have two pages or four".into());
         }
@@ -291,6 +294,27 @@ pub const ALL: &[PlantedBug] = &[
         EngineBug::DiscardKeepsSource,
         "population",
         "INV-3",
+    ),
+    engine(
+        "hole-populated-twice",
+        "a 4K hole in a huge page is filled again while another page of it is owed",
+        EngineBug::HolePopulatedTwice,
+        "holes",
+        "INV-3",
+    ),
+    driver(
+        "direct-map-late",
+        "a page is taken off the kernel's direct map after it was mapped",
+        Slip::DirectMapLate,
+        "direct-map",
+        "INV-3",
+    ),
+    driver(
+        "touch-forgotten",
+        "a touch is lost with the fault thread that took it from its queue",
+        Slip::TouchForgotten,
+        "abandoned",
+        "INV-8",
     ),
     driver(
         "missing-only",

@@ -79,6 +79,8 @@ impl Oracle {
             Request::Notify { .. } => EOPNOTSUPP,
             // Nobody says what should be there.
             Request::Digest { .. } => EINVAL,
+            // It was given none.
+            Request::MachineCheck { .. } => EINVAL,
             Request::Done { .. } | Request::Failed { .. } | Request::Exception { .. } => {
                 return None;
             }

@@ -113,8 +113,8 @@ impl Engine {
     /// kind is there, nor can come, until it is given back by [`Engine::unpin`].
     ///
     /// # Errors
-    /// [`Refusal::Pinned`] while there is another, or a device has a page mapped; and where [`Engine::pin`] is refused or has to
-    /// wait; the wait is as it was.
+    /// [`Refusal::Pinned`] while there is another, or a device has a page mapped; and where
+    /// [`Engine::pin`] is refused or has to wait. The wait is as it was.
     ///
     /// # Panics
     /// If an operation was waited for, or other than one range.

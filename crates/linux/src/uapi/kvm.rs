@@ -1,6 +1,6 @@
 //! `include/uapi/linux/kvm.h`, where `kvm-bindings` and `kvm-ioctls` are behind it.
 
-use kvm_bindings::{KVMIO, kvm_pre_fault_memory};
+use kvm_bindings::{KVMIO, kvm_pre_fault_memory, kvm_x86_mce};
 use rustix::ioctl::{Opcode, opcode};
 
 /// The flags of a guest_memfd, as bits.
@@ -11,3 +11,7 @@ const GROUP: u8 = KVMIO as u8;
 
 pub(crate) const KVM_PRE_FAULT_MEMORY: Opcode =
     opcode::read_write::<kvm_pre_fault_memory>(GROUP, 0xd5);
+
+pub(crate) const KVM_X86_SETUP_MCE: Opcode = opcode::write::<u64>(GROUP, 0x9c);
+pub(crate) const KVM_X86_GET_MCE_CAP_SUPPORTED: Opcode = opcode::read::<u64>(GROUP, 0x9d);
+pub(crate) const KVM_X86_SET_MCE: Opcode = opcode::write::<kvm_x86_mce>(GROUP, 0x9e);

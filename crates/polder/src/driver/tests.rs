@@ -152,7 +152,7 @@ impl Views for Troubled {
         &self,
         into: &mut Vec<(View, PageIndex)>,
         at_most: Option<Duration>,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         self.host.views().touches(into, at_most)
     }
 

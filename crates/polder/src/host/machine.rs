@@ -70,12 +70,12 @@ pub(crate) struct MachineHost {
     vms: Mutex<BTreeMap<VmId, Attached>>,
     /// Of memory of huge pages.
     huge: Option<huge::Huge>,
+    /// Whether what is published leaves the kernel's direct map.
+    hides: bool,
     /// Of an SNP guest's memory.
     rmp: Option<Rmp>,
     /// Of a protected VM's memory under pKVM.
     pkvm: Option<Pkvm>,
-    /// Of memory whose private pages are off the direct map.
-    direct_map: Option<direct_map::DirectMap>,
     events: Mutex<Events>,
     /// A touch was queued, or the fault threads are nudged.
     queued: Condvar,
@@ -191,9 +191,9 @@ impl MachineHost {
             pages,
             vms: Mutex::default(),
             huge,
+            hides: false,
             rmp,
             pkvm,
-            direct_map: None,
             events: Mutex::default(),
             queued: Condvar::new(),
             answered: Condvar::new(),
@@ -231,7 +231,6 @@ impl MachineHost {
                 self.allocate_huge(machine, page)?;
             } else {
                 machine.allocate(self.object, page, Level::Size4K).map_err(refused)?;
-                self.take_off(machine, PageRange::one(page));
             }
         }
         Ok(())
@@ -333,7 +332,7 @@ impl MachineHost {
         let mut parts = parts.filter(left);
         if self.huge.is_some() {
             // A part of a huge page goes with the whole of it.
-            return parts.try_for_each(|part| self.lock().zero(self.object, part).map_err(refused));
+            return parts.try_for_each(|part| self.zero(part));
         }
         parts.try_for_each(|part| self.punch(part))
     }
@@ -345,10 +344,10 @@ impl MachineHost {
         let mut retries = REFERENCE_RETRIES;
         loop {
             let punch = |machine: &mut Machine| machine.punch(self.object, part, None);
-            let punched = self.mapped_directly(&mut self.lock(), part, punch);
+            let punched = self.by_direct_map(&mut self.lock(), part, punch)?;
             match punched {
                 Err(Locked { .. } | Mapped { .. }) if retries > 0 => {}
-                Err(Part { .. }) => return self.lock().zero(self.object, part).map_err(refused),
+                Err(Part { .. }) => return self.zero(part),
                 punched => return punched.map(drop).map_err(refused),
             }
             retries -= 1;
@@ -357,9 +356,15 @@ impl MachineHost {
         }
     }
 
+    fn zero(&self, part: PageRange) -> Result<(), Error> {
+        let zero = |machine: &mut Machine| machine.zero(self.object, part);
+        self.by_direct_map(&mut self.lock(), part, zero)?.map_err(refused)
+    }
+
     fn map_host(&self, range: PageRange) -> Result<(), Error> {
         let mut machine = self.lock();
         self.allocate(&mut machine, range)?;
+        self.hide(&mut machine, range)?;
         machine.host_map_range(self.process, Self::vpns(range)).map(|_| ()).map_err(refused)
     }
 
@@ -394,11 +399,7 @@ impl Host for MachineHost {
             Step::Smash(range) => self.smash_all(range),
             Step::Merge(range) => self.merge(range),
             Step::Thaw(range) => self.thaw(range),
-            Step::Protect(range, to) => {
-                self.answer_guest(range, to)?;
-                self.follow(range, to);
-                Ok(())
-            }
+            Step::Protect(range, to) => self.answer_guest(range, to),
             Step::Move(range) => self.move_folios(range),
             Step::Launch(range) => self.launch(range),
             Step::PrepareSplit(range) => self.prepare_split(range),
@@ -408,7 +409,7 @@ impl Host for MachineHost {
                 self.release_tables(range);
                 Ok(())
             }
-            Step::Publish(_) => Ok(()),
+            Step::Publish(range) => self.hide(&mut self.lock(), range),
             Step::MapDma(..) | Step::UnmapDma(..) => unreachable!("the driver's: {step}"),
         }
     }

@@ -28,12 +28,12 @@ pub(crate) trait Views: Send + Sync {
     fn wake(&self, view: ViewKind, range: PageRange);
 
     /// Adds the touches that wait to be answered; waits for one, for [`Views::nudge`], or until
-    /// `at_most` has passed.
+    /// `at_most` has passed. Whether it was nudged, which it then is no more.
     fn touches(
         &self,
         into: &mut Vec<(ViewKind, PageIndex)>,
         at_most: Option<Duration>,
-    ) -> Result<(), Error>;
+    ) -> Result<bool, Error>;
 
     /// Makes a waiting [`Views::touches`] return.
     fn nudge(&self);
@@ -395,7 +395,7 @@ impl Views for MemfdViews {
         &self,
         into: &mut Vec<(ViewKind, PageIndex)>,
         at_most: Option<Duration>,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         let fds = [self.guest.as_fd(), self.host.as_fd(), self.nudge.as_fd()];
         let [guest, host, nudged] = polder_linux::wait(fds, at_most)?;
         if nudged {
@@ -407,7 +407,7 @@ impl Views for MemfdViews {
             self.watched(view).touches(&mut touches)?;
             into.extend(touches.drain(..).map(|page| (view, page)));
         }
-        Ok(())
+        Ok(nudged)
     }
 
     fn nudge(&self) {

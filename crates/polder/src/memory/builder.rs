@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polder_engine::{Config, PageFacts, Platform, Population, Refusal, Visibility};
-use polder_units::{Geometry, Level, PageCount, PageRange, RangeError};
+use polder_units::{Geometry, Level, PageCount, RangeError};
 
 #[cfg(doc)]
 use crate::HostView;
@@ -26,12 +26,12 @@ pub struct Builder {
     platform: Platform,
     initial: PageFacts,
     page_size: PageSize,
-    off_direct_map: bool,
     pool: Option<HugePool>,
     source: Option<Arc<dyn Source>>,
     read_ahead: ReadAhead,
     deadline: Duration,
     fault_threads: Option<usize>,
+    off_direct_map: bool,
 }
 
 /// How long is waited for contents, unless [`Builder::fault_deadline`] says.
@@ -48,13 +48,13 @@ impl Builder {
             host: HostKind::Memfd,
             platform: Platform::Plain,
             page_size: PageSize::Small,
-            off_direct_map: false,
             pool: None,
             initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
             source: None,
             read_ahead: ReadAhead::Adaptive,
             deadline: DEADLINE,
             fault_threads: None,
+            off_direct_map: false,
         }
     }
 
@@ -100,21 +100,6 @@ impl Builder {
         Self { pool: Some(pool.clone()), ..self }
     }
 
-    /// Private pages are not in the kernel's direct map, so that it can't read them by mistake or by
-    /// speculation (as `memfd_secret(2)`, and as is proposed for guest_memfd). On the simulated
-    /// machine, of 4K pages of a plain or software-protected VM.
-    ///
-    /// ```
-    /// # use polder::{HostKind, Memory, units::PageCount};
-    /// let builder = Memory::builder(PageCount::from(16u32)).off_direct_map();
-    /// assert!(builder.clone().build().is_err(), "this kernel's direct map is its own affair");
-    /// builder.host(HostKind::Machine).build()?;
-    /// # Ok::<_, polder::Error>(())
-    /// ```
-    pub fn off_direct_map(self) -> Self {
-        Self { off_direct_map: true, ..self }
-    }
-
     /// Every page's contents are owed until [`Memory::populate`] brings them, or
     /// [`Memory::settle`] says that nothing more will come. Whoever touches such a page waits. Of an
     /// SNP guest's memory shared pages only can be owed.
@@ -152,6 +137,13 @@ impl Builder {
     /// reads), 1 without, unless said. With a source there are at least 2.
     pub fn fault_threads(self, count: usize) -> Self {
         Self { fault_threads: Some(count), ..self }
+    }
+
+    /// Takes each page off the kernel's direct map before anybody sees it, until its memory is freed: the
+    /// kernel does not reach it by mistake or by speculation then. On the simulated machine; no kernel
+    /// up to 7.3 offers it for memory that KVM can map.
+    pub fn off_direct_map(self) -> Self {
+        Self { off_direct_map: true, ..self }
     }
 
     /// Every page is shared at first; private unless said.
@@ -212,37 +204,29 @@ impl Builder {
                     take what it needs",
             });
         }
-        let page_size = self.offered_page_size()?;
-        let keeps = !matches!(self.platform, Platform::Plain | Platform::SwProtected);
-        if self.off_direct_map
-            && (keeps || self.host != HostKind::Machine || page_size != PageSize::Small)
-        {
+        if self.off_direct_map && !self.can_leave_direct_map() {
             return Err(Error::NotOffered {
-                what: "private pages can be taken off the direct map on the simulated machine, of \
-                       4K pages of a plain or software-protected VM",
-                way_out: "use --host machine, --platform plain and --page-size 4k; on Linux, \
-                          memfd_secret(2) does so for memory that no VM can have",
+                what: "memory off the kernel's direct map is for plain VMs of the simulated machine",
+                way_out: "leave it in (no Builder::off_direct_map), or use --host machine",
             });
         }
+        let page_size = self.offered_page_size()?;
         let host = match self.host {
             HostKind::Memfd => {
                 let owed = self.initial.population == Population::Owed;
                 Box::new(MemfdHost::new(self.pages, owed, page_size)?) as Box<dyn Host>
             }
             HostKind::GuestMemfd => Box::new(GuestMemfdHost::new(self.pages, self.initial)?),
-            HostKind::Machine => Box::new(match page_size.reserved() {
-                None if self.off_direct_map => {
-                    let all = PageRange::between(0, self.pages.get());
-                    let private = self.initial.visibility == Visibility::Private;
-                    MachineHost::new(self.pages, self.platform)?
-                        .off_direct_map(all.filter(|_| private))
-                }
-                None => MachineHost::new(self.pages, self.platform)?,
-                Some(level) => {
-                    let pool = self.pool.as_ref();
-                    MachineHost::of_huge_pages(self.pages, self.platform, level, pool)?
-                }
-            }),
+            HostKind::Machine => {
+                let host = match page_size.reserved() {
+                    None => MachineHost::new(self.pages, self.platform)?,
+                    Some(level) => {
+                        let pool = self.pool.as_ref();
+                        MachineHost::of_huge_pages(self.pages, self.platform, level, pool)?
+                    }
+                };
+                Box::new(if self.off_direct_map { host.off_direct_map() } else { host })
+            }
         };
         let config = Config {
             pages: self.pages,
@@ -262,6 +246,12 @@ impl Builder {
         });
         let (least, usual) = if driver.pager.is_some() { (2, FAULT_THREADS) } else { (1, 1) };
         Memory::of(driver, page_size, self.fault_threads.unwrap_or(usual).max(least))
+    }
+
+    /// Whether this memory's pages can be taken off the direct map.
+    fn can_leave_direct_map(&self) -> bool {
+        let owned = self.platform.has_rmp() || self.platform.hypervisor_keeps_stage2();
+        self.host == HostKind::Machine && !owned
     }
 
     /// The page size that can be had, or why none can.

@@ -194,7 +194,8 @@ impl Memory {
     }
 
     /// Pins pages of the object, which must be shared: they stay shared until the pin is dropped, and
-    /// are mapped in the [host view](HostView) beforehand. Waits for operations. Who pins often takes a [`Memory::pinner`].
+    /// are mapped in the [host view](HostView) beforehand. Waits for operations. Who pins often takes
+    /// a [`Memory::pinner`].
     ///
     /// # Errors
     /// [`Refusal::Private`] and the other refusals, naming the page; [`Refusal::Pinned`] by an

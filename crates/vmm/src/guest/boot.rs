@@ -6,7 +6,8 @@ use polder_units::Gpa;
 use super::tables::{CODE_3, DATA_3, TSS, TSS_BYTES, TSS_DESCRIPTOR};
 
 const CR0_PE_MP_ET_NE_WP_PG: u64 = 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
-const CR4_PAE: u64 = 1 << 5;
+/// With machine checks: a guest that is told of failed memory without that shuts down.
+const CR4_PAE_MCE: u64 = 1 << 5 | 1 << 6;
 const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
 
 /// The state a vCPU starts in.
@@ -60,7 +61,7 @@ impl VcpuStart {
             cr0: CR0_PE_MP_ET_NE_WP_PG,
             cr2: 0,
             cr3: self.page_tables.get(),
-            cr4: CR4_PAE,
+            cr4: CR4_PAE_MCE,
             efer: EFER_LME_LMA,
             ..*reset
         }

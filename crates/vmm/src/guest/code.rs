@@ -54,18 +54,20 @@ pub(super) fn assemble(
     let mut a = CodeAssembler::new(64)?;
     let mut gate = a.create_label();
     let mut start = a.create_label();
+    let abandon = a.create_label();
     // The gate is first, so that the stub knows its address.
     a.set_label(&mut gate)?;
     a.ud2()?;
     a.ret()?;
     a.set_label(&mut start)?;
     match program {
-        Program::SelfTest => interpreter(&mut a, gate, start)?,
+        Program::SelfTest => interpreter(&mut a, gate, start, abandon)?,
         Program::TripleFault => a.ud2()?,
         Program::Spin => a.jmp(start)?,
         Program::Flood => flood(&mut a, gate)?,
     }
-    let handlers = stub(&mut a, base, program, transport)?;
+    let abandons = (program == Program::SelfTest).then_some(abandon);
+    let handlers = stub(&mut a, base, program, transport, abandons)?;
     let options = BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS;
     let assembled = a.assemble_options(base.get(), options)?;
     let mut entries = [0; VECTORS];

@@ -146,7 +146,14 @@ impl Image {
 }
 
 fn registers(start: u64, ops: Gpa, stack: u64) -> kvm_regs {
-    kvm_regs { rip: start, rsp: stack, r15: ops.get(), rflags: RFLAGS_FIXED, ..Default::default() }
+    kvm_regs {
+        rip: start,
+        rsp: stack,
+        rbp: stack,
+        r15: ops.get(),
+        rflags: RFLAGS_FIXED,
+        ..Default::default()
+    }
 }
 
 fn records(ops: &[Op]) -> Vec<u8> {

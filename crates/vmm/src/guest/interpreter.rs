@@ -6,8 +6,9 @@
 //! | R14 | the op's index |
 //! | R13 | the checks passed |
 //! | R12 | the seed of a churn's pass |
+//! | RBP | the stack's top |
 //!
-//! The gate changes RAX only.
+//! The gate changes RAX only. An op that meets a machine check is abandoned, wherever it was.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -36,17 +37,19 @@ struct Labels {
     check: CodeLabel,
 }
 
-/// The loop over the records; `run` is its first instruction, the caller's to place.
+/// The loop over the records; `run` is its first instruction, the caller's to place. At `next` it goes
+/// on with the next record.
 pub(super) fn interpreter(
     a: &mut CodeAssembler,
     gate: CodeLabel,
     run: CodeLabel,
+    next: CodeLabel,
 ) -> Result<(), IcedError> {
     let mut labels = Labels {
         gate,
         run,
         passed: a.create_label(),
-        next: a.create_label(),
+        next,
         fail: a.create_label(),
         fill: a.create_label(),
         check: a.create_label(),

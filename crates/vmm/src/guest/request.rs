@@ -15,6 +15,7 @@
 //! | 0x104 | exception | vector | rip | cr2 | error code | |
 //! | 0x105 | notify | gpa of a virtqueue | descriptors | | | |
 //! | 0x106 | digest | gpa | bytes | digest | op index | |
+//! | 0x107 | machine check | gpa of the bank | status of the bank | | | |
 //!
 //! Done, failed and exception are final: the VMM stops the vCPU. Resumed nevertheless, it says the same again.
 //!
@@ -56,6 +57,8 @@ pub mod number {
     pub const NOTIFY: u64 = 0x105;
     /// Have a digest compared.
     pub const DIGEST: u64 = 0x106;
+    /// A machine check was taken, and what it met abandoned.
+    pub const MACHINE_CHECK: u64 = 0x107;
 }
 
 /// A request that makes sense, though perhaps not for memory that exists.
@@ -97,6 +100,13 @@ pub enum Request {
         digest: u64,
         /// The op's index in its program.
         op: u64,
+    },
+    /// A machine check was taken; the program went on with its next op.
+    MachineCheck {
+        /// The address that the bank had.
+        gpa: Gpa,
+        /// What `IA32_MCi_STATUS` was.
+        status: u64,
     },
     /// The program ended.
     Done {
@@ -262,6 +272,7 @@ impl Request {
                 return Err(RequestError::Doorbell { gpa: Gpa::new(a) });
             }
             number::DOORBELL => Self::Doorbell { request: Gpa::new(a) },
+            number::MACHINE_CHECK => Self::MachineCheck { gpa: Gpa::new(a), status: b },
             number::NOTIFY => Self::Notify { queue: Gpa::new(a), size: b },
             number::DONE => Self::Done { checks_passed: a },
             number::FAILED => {

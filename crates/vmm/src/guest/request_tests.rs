@@ -8,6 +8,12 @@ use super::*;
 const PAGE: u64 = PAGE_SIZE;
 
 #[test]
+fn a_machine_check_has_an_address_and_a_status() {
+    let parsed = Request::parse(number::MACHINE_CHECK, [0x5000, 7, 0, 0, 0]);
+    assert_eq!(parsed, Ok(Request::MachineCheck { gpa: Gpa::new(0x5000), status: 7 }));
+}
+
+#[test]
 fn sensible_registers_are_requests() {
     let pages = GfnRange::between(2, 5).unwrap();
     let to = Visibility::Private;

@@ -8,16 +8,28 @@ use polder_units::Gpa;
 
 use super::code::{Program, Transport, VECTORS};
 use super::request::{KVM_HC_MAP_GPA_RANGE, PORT, number};
+use polder_linux::MACHINE_CHECK_BANK;
 
 /// The vector of an undefined instruction, which the gate's UD2 is.
 const UNDEFINED: usize = 6;
 
-/// The handlers of all exceptions, by vector.
+/// The vector of a machine check.
+const MACHINE_CHECK: usize = 18;
+
+/// MSRs (Intel SDM volume 4, table 2-2): `IA32_MCG_STATUS`, and the first bank's `IA32_MC0_STATUS` and
+/// `IA32_MC0_ADDR`; each bank has four.
+const MCG_STATUS: u32 = 0x17a;
+const MC_STATUS: u32 = 0x401 + 4 * MACHINE_CHECK_BANK as u32;
+const MC_ADDR: u32 = MC_STATUS + 1;
+
+/// The handlers of all exceptions, by vector. With `abandon`, ring 3 goes on there after a machine
+/// check; else that is an exception like any other.
 pub(super) fn stub(
     a: &mut CodeAssembler,
     gate: Gpa,
     program: Program,
     transport: Transport,
+    abandon: Option<CodeLabel>,
 ) -> Result<[CodeLabel; VECTORS], IcedError> {
     let mut handlers = [(); VECTORS].map(|()| a.create_label());
     let (mut report, mut stray) = (a.create_label(), a.create_label());
@@ -34,7 +46,14 @@ pub(super) fn stub(
     a.add(qword_ptr(rsp), 2)?;
     a.iretq()?;
 
+    if let Some(abandon) = abandon {
+        a.set_label(&mut handlers[MACHINE_CHECK])?;
+        machine_check(a, abandon)?;
+    }
     for (vector, handler) in handlers.iter_mut().enumerate() {
+        if vector == MACHINE_CHECK && abandon.is_some() {
+            continue;
+        }
         a.set_label(if vector == UNDEFINED { &mut stray } else { handler })?;
         if !matches!(vector, 8 | 10..=14 | 17 | 21 | 29 | 30) {
             // No error code comes with this one.
@@ -54,6 +73,30 @@ pub(super) fn stub(
     a.in_(eax, i32::from(PORT))?;
     a.jmp(again)?;
     Ok(handlers)
+}
+
+/// Tells of a machine check, clears it, and leaves what ring 3 was at.
+fn machine_check(a: &mut CodeAssembler, abandon: CodeLabel) -> Result<(), IcedError> {
+    for (register, msr) in [(rbx, MC_ADDR), (rsi, MC_STATUS)] {
+        a.mov(ecx, msr)?;
+        a.rdmsr()?;
+        a.shl(rdx, 32)?;
+        a.or(rax, rdx)?;
+        a.mov(register, rax)?;
+    }
+    a.xor(eax, eax)?;
+    a.xor(edx, edx)?;
+    // RCX is the bank's status still. Until the other is cleared, too, a second one is a shutdown.
+    a.wrmsr()?;
+    a.mov(ecx, MCG_STATUS)?;
+    a.wrmsr()?;
+    a.mov(rcx, rsi)?;
+    a.mov(rax, number::MACHINE_CHECK)?;
+    a.in_(eax, i32::from(PORT))?;
+    a.lea(rax, ptr(abandon))?;
+    a.mov(qword_ptr(rsp), rax)?;
+    a.mov(qword_ptr(rsp + 24), rbp)?;
+    a.iretq()
 }
 
 /// The request in the registers; RAX = the answer.

@@ -26,7 +26,7 @@ pub(crate) const RESERVED: &str = "huge pages are promised when memory is made, 
 pub(crate) const SPLIT: &str = "a folio is split along the path alone, and merged level by level";
 
 /// Huge pages that are set aside for a case.
-struct SetAside(
+pub(super) struct SetAside(
     #[expect(dead_code, reason = "held")] Option<HugetlbPages>,
     #[expect(dead_code, reason = "held")] Option<Thp>,
 );
@@ -49,7 +49,8 @@ fn each(w: &World<'_>, mut case: impl FnMut(&Memory, PageSize, u64)) -> Ran {
     PASSED
 }
 
-fn set_aside(host: HostKind, size: PageSize) -> Result<SetAside, Skipped> {
+/// Sets two huge pages aside.
+pub(super) fn set_aside(host: HostKind, size: PageSize) -> Result<SetAside, Skipped> {
     let lacking = |why| Skipped { facility: Facility::HugePages, why };
     Ok(match (host, size) {
         (HostKind::Machine, _) => SetAside(None, None),

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use polder::units::{Gpa, PAGE_BYTES, PAGE_SIZE, PageRange};
 use polder::{
-    Contents, Error, Memory, MemoryFault, OnBusy, Population as Facts, Refusal, Visibility,
+    Contents, Error, HostKind, Memory, MemoryFault, OnBusy, Population as Facts, Refusal,
+    Visibility,
 };
 use polder_require::patience;
 use polder_vmm::scenario::{HostAccess, Op};
@@ -14,8 +15,8 @@ use polder_vmm::{End, Failure};
 
 use crate::Section::Population;
 use crate::world::{
-    BASE, Bound, PASSED, World, all, byte, bytes, check, facts, fill, gfn, gfns, holds, meanwhile,
-    page, pages, probe, put, seeded, share_all, to, zero,
+    BASE, Bound, PASSED, World, all, byte, bytes, check, count, facts, fill, gfn, gfns, holds,
+    meanwhile, page, pages, probe, put, seeded, share_all, to, zero,
 };
 use crate::{Case, Ran, Trouble};
 
@@ -56,6 +57,11 @@ pub(super) const CASES: &[Case] = &[
         Population,
         "failed pages stay so when nothing more will come, until discarded",
         stays,
+    ),
+    Case::new(
+        Population,
+        "no page that is seen is in the kernel's direct map, if so asked",
+        hidden,
     ),
     Case::new(Population, PLAIN_FAULTS, plain),
     Case::new(Population, CONTINUE_FAILS, failed),
@@ -448,5 +454,40 @@ fn stays(w: &World<'_>) -> Ran {
     memory.discard(pages(2, 4), polder::OnBusy::Wait).expect("no pins");
     assert_eq!([2, 3].map(|at| byte(memory, at)), [Some(0), Some(0)]);
     bound.passes([zero(gfns(all(memory)))]);
+    PASSED
+}
+
+fn hidden(w: &World<'_>) -> Ran {
+    let built = w.try_build(Memory::builder(count(8)).owed().shared().off_direct_map())?;
+    if w.kind() != HostKind::Machine || w.memory(1)?.platform().has_rmp() {
+        assert!(matches!(built, Err(Error::NotOffered { .. })), "{built:?}");
+        return PASSED;
+    }
+    let inside = w.inside();
+    let bound = w.bound(built.expect("memory of a sensible size"))?;
+    let memory = &bound.memory;
+    let hidden = |range| inside.off_direct_map(memory, range);
+    populate(memory, pages(0, 3), 1).expect("it is owed");
+    assert_eq!(hidden(all(memory)), [0, 1, 2], "published, and seen by nobody yet");
+    memory.settle().expect("nothing is in the way");
+    // What nobody has populated is published when it is first touched.
+    bound.passes([check(gfns(pages(0, 3)), 1), zero(gfns(page(4)))]);
+    assert_eq!(byte(memory, 6), Some(0));
+    assert_eq!(hidden(all(memory)), [0, 1, 2, 4, 6]);
+    let mut read = vec![0; PAGE_BYTES];
+    memory.read(bound.vm, gfn(BASE + 1).gpa(), &mut read).expect("by a mapping of our own");
+    assert!(read == seeded(gfn(BASE + 1), 1));
+    memory.write(bound.vm, gfn(BASE + 4).gpa(), &[3]).expect("the same");
+    to(memory, pages(0, 2), Visibility::Private).expect("no pins");
+    to(memory, pages(0, 1), Visibility::Shared).expect("no pins");
+    assert_eq!(hidden(all(memory)), [0, 1, 2, 4, 6]);
+    memory.discard(pages(1, 5), OnBusy::Wait).expect("no pins");
+    assert_eq!(
+        hidden(all(memory)),
+        [0, 6],
+        "the next owner of what is free has it zeroed that way"
+    );
+    assert_eq!(inside.audit(memory), Ok(()));
+    bound.passes([zero(gfns(pages(1, 5))), check(gfns(page(0)), 1)]);
     PASSED
 }

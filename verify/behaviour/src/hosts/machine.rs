@@ -562,6 +562,17 @@ impl Inside for Machine {
         Box::new(Reference { memory, pin })
     }
 
+    fn off_direct_map(&self, memory: &Memory, range: PageRange) -> Vec<u64> {
+        let off = memory.simulated(|machine, object, _| {
+            let is_off = |page: &PageIndex| {
+                let backing = machine.backing(object, *page).expect("the object");
+                backing.is_some_and(|backing| !machine.is_in_direct_map(backing.pfn))
+            };
+            range.frames().filter(is_off).map(PageIndex::get).collect()
+        });
+        off.expect("memory of this host")
+    }
+
     fn audit(&self, memory: &Memory) -> Result<(), String> {
         let audit = memory.simulated(|machine, _, _| machine.audit());
         audit.expect("memory of this host").map_err(|wrong| wrong.to_string())

@@ -45,6 +45,8 @@ pub(super) enum Act {
         len: u8,
         token: u8,
     },
+    /// Those of the pages that have memory are taken off the kernel's direct map.
+    TakeOffDirectMap(PageRange),
     /// The pages are mapped in the host view.
     MapHost(PageRange),
     /// Markers are put there.
@@ -206,6 +208,12 @@ impl Act {
                 plain(pages.frames().try_for_each(|page| {
                     let at = page.get() * PAGE_SIZE + u64::from(offset);
                     machine.object_write(object, at, bytes)
+                }))
+            }
+            Self::TakeOffDirectMap(pages) => {
+                plain(pages.frames().try_for_each(|page| match machine.backing(object, page)? {
+                    Some(backing) => machine.direct_map_remove(PfnRange::one(backing.pfn)),
+                    None => Ok(()),
                 }))
             }
             Self::MapHost(pages) => {
@@ -425,6 +433,12 @@ fn split(machine: &mut Machine, object: ObjectId, folio: PageRange) -> Result<()
 /// Frees the folios of a range; a part of one, which can't be freed, is made zeros.
 fn punch(machine: &mut Machine, object: ObjectId, pages: PageRange) -> Result<(), Error> {
     let geometry = machine.geometry();
+    // Whoever has the frames next has them zeroed that way.
+    for page in pages.frames() {
+        if let Some(backing) = machine.backing(object, page)? {
+            machine.direct_map_restore(PfnRange::one(backing.pfn));
+        }
+    }
     let folios: Vec<_> = machine
         .folios(object, pages)?
         .map(|(page, backing)| PageRange::enclosing(page, backing.level, geometry))

@@ -67,6 +67,13 @@ impl World {
         if early != 0 {
             return broken("INV-3", format!("{} is mapped before it is whole", first(early)));
         }
+        let seen = reach.host | reach.guest;
+        if let Some(page) = (0..self.setup.pages).find(|&page| {
+            self.setup.off_direct_map && seen & 1 << page != 0 && self.is_in_direct_map(page)
+        }) {
+            let what = format!("page {page} is mapped, and still in the kernel's direct map");
+            return broken("INV-3", what);
+        }
         let denied = reach.poisoned & !private & !out;
         if denied != 0 {
             return broken("INV-4", format!("{} is shared, and denied", first(denied)));
@@ -139,6 +146,13 @@ impl World {
             return broken("INV-3", format!("page {page} is not whole, and {who} has reached it"));
         }
         Ok(())
+    }
+
+    /// Whether the kernel has a page in its direct map.
+    fn is_in_direct_map(&self, page: u8) -> bool {
+        let machine = &self.machine.machine;
+        let backing = machine.backing(self.parts.object, u32::from(page).into());
+        matches!(backing, Ok(Some(backing)) if machine.is_in_direct_map(backing.pfn))
     }
 
     /// Bytes that were read.

@@ -42,6 +42,7 @@ fn small() -> Setup {
         donated: 0,
         device: false,
         owed: false,
+        off_direct_map: false,
         first_gfn: 0,
         first_page: 0,
         slot_pages: 2,
@@ -66,6 +67,8 @@ pub fn all() -> Vec<Setup> {
         abandoned(),
         population(),
         sources(),
+        holes(),
+        direct_map(),
         discard(),
         pins(),
         slots(),
@@ -193,6 +196,43 @@ fn sources() -> Setup {
             actor("source", Role::Caller, &[Task::Populate { start: 0, end: 2, value: 5 }]),
             actor("second source", Role::Caller, &[Task::Populate { start: 0, end: 2, value: 5 }]),
             actor("converter", Role::Caller, &[convert(0, 1, PRIVATE)]),
+        ],
+        ..small()
+    }
+}
+
+fn holes() -> Setup {
+    Setup {
+        name: "holes",
+        about: "a huge page of two whose pages are populated one by one, one of them by two sources",
+        owed: true,
+        huge: true,
+        actors: vec![
+            actor("vcpu", Role::Vcpu(0), &[Task::GuestRead(0), Task::GuestWrite(0, 1)]),
+            actor("thread", Role::Thread(0), &[Task::HostRead(0), Task::HostRead(1)]),
+            faults(),
+            actor("source", Role::Caller, &[Task::Populate { start: 0, end: 1, value: 5 }]),
+            actor("second source", Role::Caller, &[Task::Populate { start: 0, end: 1, value: 6 }]),
+            actor("third source", Role::Caller, &[Task::Populate { start: 1, end: 2, value: 7 }]),
+        ],
+        ..small()
+    }
+}
+
+fn direct_map() -> Setup {
+    Setup {
+        name: "direct-map",
+        about: "pages that are taken off the kernel's direct map when they are published",
+        owed: true,
+        off_direct_map: true,
+        deaths: 1,
+        actors: vec![
+            actor("vcpu", Role::Vcpu(0), &[Task::GuestRead(0), Task::GuestRead(0)]),
+            actor("thread", Role::Thread(0), &[Task::HostRead(0), Task::HostRead(0)]),
+            faults(),
+            actor("source", Role::Caller, &[Task::Populate { start: 0, end: 2, value: 5 }]),
+            actor("second source", Role::Caller, &[Task::Populate { start: 0, end: 1, value: 6 }]),
+            actor("discarder", Role::Caller, &[Task::Discard { start: 0, end: 1 }]),
         ],
         ..small()
     }

@@ -6,6 +6,7 @@ use polder_explored_engine::{
 use polder_units::{PageIndex, PageRange};
 
 use super::act::{Act, Done};
+use super::kept::set;
 use super::{Came, Given, Slip, Stage, World, verdict};
 use crate::system::Violation;
 
@@ -82,15 +83,22 @@ impl World {
 
     /// Carries out an answer in the host view.
     pub(super) fn answer_host(&mut self, response: Response, range: PageRange) -> bool {
-        match response {
+        let done = match response {
             Response::Map => {
-                self.allocate(range).is_ok() && self.act(Act::MapHost(range)).is_well()
+                self.allocate(range).is_ok()
+                    && self.take_off_direct_map(range)
+                    && self.act(Act::MapHost(range)).is_well()
             }
             Response::Poison => {
                 let done = self.act(Act::Poison(range));
                 matches!(done, Done::Well | Done::Refused(polder_machine::Error::Exists { .. }))
             }
+        };
+        if done {
+            // Whoever sleeps there wakes.
+            self.lost &= !set(range);
         }
+        done
     }
 
     pub(super) fn carry_out(
@@ -106,6 +114,10 @@ impl World {
             self.go(actor, Stage::GiveBack(given, undo));
             return Ok(());
         };
+        if way > 0 && way == u8::from(self.failures > 0) + 1 {
+            self.die_answering(actor, given, undo);
+            return Ok(());
+        }
         let fails = way == 1;
         self.failures -= u8::from(fails);
         // Neighbours with the same answer by one call.
@@ -129,6 +141,23 @@ impl World {
             if over { Stage::GiveBack(given, undo) } else { Stage::CarryOut(given, next, undo) };
         self.go(actor, stage);
         Ok(())
+    }
+
+    /// The fault thread dies before it has carried all answers out. They are given back as its stack
+    /// unwinds, touches that it has not answered are kept, and another takes its place.
+    fn die_answering(&mut self, actor: usize, given: [Option<Given>; 2], undo: Option<OpId>) {
+        self.deaths -= 1;
+        self.say(|| "dies".into());
+        let mut left = given;
+        if self.setup.slips(Slip::TouchForgotten) {
+            for (answer, done) in left.iter_mut().filter_map(|it| it.take_if(|it| it.1.is_none())) {
+                let bit = 1 << answer.range().start().get();
+                self.answering &= !bit;
+                self.lost |= bit;
+                self.engine(|engine| engine.answered(answer, done));
+            }
+        }
+        self.go(actor, Stage::GiveBack(left, undo));
     }
 
     pub(super) fn give_back(

@@ -214,6 +214,7 @@ impl World {
         };
         self.say(|| format!("has memory for page {page}"));
         self.allocate(PageRange::one(page))?;
+        self.take_off_direct_map(PageRange::one(page));
         let private = self.task(actor).is_some_and(|task| wants(task) == Visibility::Private);
         self.go(
             actor,

@@ -5,6 +5,7 @@ use polder_units::{PageIndex, PageRange};
 
 use super::act::{Act, Done};
 use super::guest::token;
+use super::operation::pages_of;
 use super::{Came, Role, Slip, Stage, Task, World};
 use crate::system::Violation;
 
@@ -74,6 +75,22 @@ impl World {
             let what = format!("no memory for pages {range}, which was free: {refused}");
             return Err(Violation::new("INV-9", what));
         }
+        Ok(())
+    }
+
+    /// Takes pages that are about to be seen off the kernel's direct map, where that is asked for.
+    pub(super) fn take_off_direct_map(&mut self, range: PageRange) -> bool {
+        let asked = self.setup.off_direct_map && !self.setup.slips(Slip::DirectMapLate);
+        !asked || self.act(Act::TakeOffDirectMap(range)).is_well()
+    }
+
+    /// The same once they can be seen: a bug.
+    pub(super) fn direct_map_late(&mut self, actor: usize) -> Result<(), Violation> {
+        if let Some(task) = self.task(actor) {
+            self.act(Act::TakeOffDirectMap(pages_of(task))).well();
+        }
+        self.say(|| "takes the pages off the direct map".into());
+        self.done(actor);
         Ok(())
     }
 

@@ -110,6 +110,8 @@ pub struct World {
     touched: Pages,
     /// Touches that it is answering.
     answering: Pages,
+    /// Touches that nobody knows of any more: a bug.
+    lost: Pages,
     /// What was done to hardware, by operation, in order, and (`true`) what memory was freed.
     journal: [Option<(OpId, bool, Pages)>; 6],
     /// What was unassigned, and may be given back: `polder/src/host/machine/rmp/taken.rs`.
@@ -154,6 +156,7 @@ impl World {
             promised,
             touched: 0,
             answering: 0,
+            lost: 0,
             journal: [None; 6],
             taken: rmp::Taken::default(),
             failures: setup.failures,
@@ -226,7 +229,7 @@ impl World {
 
     /// Whether somebody who waits for a touch to be answered has to go on waiting.
     fn unanswered(&self, role: Role, page: u8) -> bool {
-        self.faults(role, page) && (self.touched | self.answering) & (1 << page) != 0
+        self.faults(role, page) && (self.touched | self.answering | self.lost) & (1 << page) != 0
     }
 
     fn begin(&mut self, actor: usize) -> Result<(), Violation> {
@@ -297,6 +300,7 @@ impl World {
             Stage::Drain(op) => self.drained(actor, op),
             Stage::Write(op, half) => self.write(actor, op, half, way),
             Stage::WriteLate(half) => self.write_late(actor, half),
+            Stage::DirectMapLate => self.direct_map_late(actor),
             Stage::Take(op, stage, step, part) => self.take_step(actor, op, stage, step, part, way),
             Stage::Taken(op, stage) => self.step_taken(actor, op, stage),
             Stage::TakeBack(op, step, part, own) => self.take_back(actor, op, step, part, own, way),
@@ -424,7 +428,7 @@ impl System for World {
         }
         actors[..count].hash(state);
         self.promised.hash(state);
-        (self.touched, self.answering, self.failures, self.deaths).hash(state);
+        (self.touched, self.answering, self.lost, self.failures, self.deaths).hash(state);
         self.taken.of(self.engine.held).hash(state);
         for (op, freed, pages) in self.journal.iter().flatten() {
             (self.engine.engine.place_of(*op), freed, pages).hash(state);

@@ -323,6 +323,10 @@ impl World {
     ) -> Result<(), Violation> {
         self.engine(|engine| engine.answered(answer, Some(Response::Map)));
         self.say(|| "wakes the guest's waiters".into());
+        if self.setup.slips(Slip::DirectMapLate) {
+            self.go(actor, Stage::DirectMapLate);
+            return Ok(());
+        }
         if self.setup.slips(Slip::PublishBeforeBytes) {
             // Its operation is over; what is left is to write.
             self.go(actor, Stage::WriteLate(0));
@@ -473,7 +477,7 @@ impl World {
                 }
                 true
             }
-            (Step::Publish(_), _) => true,
+            (Step::Publish(range), _) => self.take_off_direct_map(range),
             (Step::Move(range), _) => self.act(Act::Migrate(range)).is_well(),
             (Step::MapDma(_, range), _) => self.act(Act::MapDevice(range)).is_well(),
             (Step::UnmapDma(_, range), 0) => self.act(Act::UnmapDevice(range)).is_well(),

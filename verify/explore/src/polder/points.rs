@@ -172,7 +172,7 @@ impl World {
             Stage::Waits | Stage::GupWaits => 6,
             Stage::CarryOut(..) | Stage::CarryOutLate(_) => 7,
             Stage::Drain(_) => 8,
-            Stage::Write(..) | Stage::WriteLate(_) => 9,
+            Stage::Write(..) | Stage::WriteLate(_) | Stage::DirectMapLate => 9,
             Stage::Take(_, _, step, _) => stage_of(step),
             Stage::Taken(..) => 17,
             Stage::TakeBack(..) | Stage::TakenBack(..) => 18,

@@ -33,6 +33,8 @@ pub struct Setup {
     pub device: bool,
     /// Whether contents are to come.
     pub owed: bool,
+    /// Whether pages are taken off the kernel's direct map before anybody sees them.
+    pub off_direct_map: bool,
     /// The slot's first guest frame, first page, and pages.
     pub first_gfn: u8,
     /// See above.
@@ -184,6 +186,10 @@ pub enum Slip {
     NoRetry,
     /// A page is published, and shown, before its bytes are written.
     PublishBeforeBytes,
+    /// A touch is lost with the fault thread that took it from its queue: who touched sleeps on.
+    TouchForgotten,
+    /// Pages are taken off the direct map once they were shown.
+    DirectMapLate,
     /// The host view is watched for missing pages only: what is in the page cache the kernel maps.
     MissingOnly,
     /// An answer is given back first and carried out then.

@@ -59,6 +59,8 @@ pub(super) enum Stage {
     Write(OpId, u8),
     /// The same after the pages were shown: a bug.
     WriteLate(u8),
+    /// The pages, which were shown, are about to be taken off the direct map: a bug.
+    DirectMapLate,
     /// A step of an operation's stage, in its part.
     Take(OpId, u8, Step, u8),
     Taken(OpId, u8),
@@ -118,7 +120,7 @@ impl World {
         match stage {
             Stage::Idle | Stage::Dead | Stage::GuestAsk | Stage::Waits | Stage::GupSlow => {}
             Stage::GupWaits | Stage::Unbinding | Stage::Unbound | Stage::Binding => {}
-            Stage::SizeAsk | Stage::Looked | Stage::AskPin => {}
+            Stage::SizeAsk | Stage::Looked | Stage::AskPin | Stage::DirectMapLate => {}
             Stage::GuestAllocate(it, level)
             | Stage::GuestResolve(it, level)
             | Stage::Give(it, level) => {

@@ -60,7 +60,7 @@ impl World {
                 _ => 1,
             },
             Stage::Donate(_) => may(!self.donation_waits(actor)),
-            Stage::CarryOut(..) => 1 + may(self.failures > 0),
+            Stage::CarryOut(..) => 1 + may(self.failures > 0) + may(self.deaths > 0),
             Stage::Drain(op) => {
                 may(self.engine.engine.is_drained_of(op) && !self.meets_passing_pins(actor, op))
                     + may(self.may_die(actor))

@@ -1,80 +1,49 @@
-//! What is private is not in the kernel's direct map, where that was asked for
-//! ([`Builder::off_direct_map`](crate::Builder::off_direct_map)).
+//! The kernel's direct map: where it is asked for, no page that anybody can see is in it.
 //!
-//! A page goes in the hold of the machine's lock that gives it memory, so that no way of populating
-//! it can forget to; one that has memory already goes with its conversion. Whatever the kernel itself
-//! has to do to such a page (write what is populated, copy what moves) it does by a mapping for just
-//! that, in one hold of the lock. What is shared is in the direct map, and what is freed is put back
-//! before.
+//! A page leaves it when it is published: before the first mapping, whichever way its contents came.
+//! It is back before its memory is freed or made zeros, which the kernel does by that map. Polder's
+//! own copies go by a mapping of the VMM's then, which is what the trusted view is on a real host.
 
-use polder_engine::{RangeSet, Visibility};
 use polder_machine::Machine;
 use polder_units::{PageRange, PfnRange};
 
-use super::MachineHost;
-use crate::sync::Mutex;
-
-/// The pages that are private.
-pub(super) struct DirectMap(Mutex<RangeSet>);
+use super::{MachineHost, refused};
+use crate::Error;
 
 impl MachineHost {
-    /// The same, with what is private off the direct map, from these pages on.
-    pub(crate) fn off_direct_map(self, private: Option<PageRange>) -> Self {
-        let mut pages = RangeSet::default();
-        private.into_iter().for_each(|range| pages.insert(range));
-        Self { direct_map: Some(DirectMap(Mutex::new(pages))), ..self }
+    /// Has pages that are published taken off the direct map from here on.
+    pub(crate) fn off_direct_map(self) -> Self {
+        Self { hides: true, ..self }
     }
 
-    /// Takes those of the pages out of the direct map that are private and have memory.
-    pub(super) fn take_off(&self, machine: &mut Machine, range: PageRange) {
-        let Some(DirectMap(private)) = &self.direct_map else { return };
-        for run in private.lock().within(range) {
-            for frame in self.frames(machine, run) {
-                machine.direct_map_remove(frame).expect("the frame is the object's");
+    /// Takes pages that are about to be seen off the direct map: those that have memory.
+    pub(super) fn hide(&self, machine: &mut Machine, range: PageRange) -> Result<(), Error> {
+        if !self.hides {
+            return Ok(());
+        }
+        for page in range.frames() {
+            if let Some(backing) = machine.backing(self.object, page).map_err(refused)? {
+                machine.direct_map_remove(PfnRange::one(backing.pfn)).map_err(refused)?;
             }
         }
+        Ok(())
     }
 
-    /// Puts the memory of pages back into it.
-    fn put_back(&self, machine: &mut Machine, range: PageRange) {
-        if self.direct_map.is_some() {
-            let frames = self.frames(machine, range);
-            frames.into_iter().for_each(|frame| machine.direct_map_restore(frame));
-        }
-    }
-
-    /// The frames of those of the pages that have memory, one by one.
-    fn frames(&self, machine: &Machine, range: PageRange) -> Vec<PfnRange> {
-        let backing = |page| machine.backing(self.object, page).expect("the object is ours");
-        range.frames().filter_map(backing).map(|backing| PfnRange::one(backing.pfn)).collect()
-    }
-
-    /// Does something to pages that the kernel needs its direct map for.
-    pub(super) fn mapped_directly<T>(
+    /// Does what the kernel does by the direct map, with the pages back in it; those that have memory
+    /// afterwards leave it again.
+    pub(super) fn by_direct_map<T>(
         &self,
         machine: &mut Machine,
         range: PageRange,
-        act: impl FnOnce(&mut Machine) -> T,
-    ) -> T {
-        self.put_back(machine, range);
-        let done = act(machine);
-        self.take_off(machine, range);
-        done
-    }
-
-    /// Notes what pages become.
-    pub(super) fn follow(&self, range: PageRange, to: Visibility) {
-        let Some(DirectMap(private)) = &self.direct_map else { return };
-        let machine = &mut *self.lock();
-        match to {
-            Visibility::Private => {
-                private.lock().insert(range);
-                self.take_off(machine, range);
-            }
-            Visibility::Shared => {
-                private.lock().remove(range);
-                self.put_back(machine, range);
+        kernel: impl FnOnce(&mut Machine) -> T,
+    ) -> Result<T, Error> {
+        for page in range.frames().filter(|_| self.hides) {
+            if let Some(backing) = machine.backing(self.object, page).map_err(refused)? {
+                machine.direct_map_restore(PfnRange::one(backing.pfn));
             }
         }
+        let done = kernel(machine);
+        self.hide(machine, range)?;
+        Ok(done)
     }
 }

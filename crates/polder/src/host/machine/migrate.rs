@@ -48,10 +48,17 @@ impl MachineHost {
     /// The whole of it under the folio's lock.
     fn try_move(&self, page: PageIndex) -> Result<(), polder_machine::Error> {
         let machine = &mut *self.lock();
-        let Some(Backing { pfn, .. }) = machine.backing(self.object, page)? else { return Ok(()) };
+        let Some(Backing { pfn, level, .. }) = machine.backing(self.object, page)? else {
+            return Ok(());
+        };
         machine.lock_folio(pfn, DRIVER)?;
+        // The kernel copies by its direct map.
+        let folio = PageRange::enclosing(page, level, machine.geometry());
         let migrate = |machine: &mut Machine| machine.migrate_folio(self.object, page, DRIVER);
-        let moved = self.mapped_directly(machine, PageRange::one(page), migrate);
+        let moved = match self.by_direct_map(machine, folio, migrate) {
+            Ok(moved) => moved,
+            Err(other) => unreachable!("its folio has memory: {other}"),
+        };
         machine.unlock_folio(moved.unwrap_or(pfn), DRIVER)?;
         moved.map(|_| ())
     }

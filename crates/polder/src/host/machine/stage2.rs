@@ -78,6 +78,7 @@ impl MachineHost {
         let Some(page) = is_ours(machine.bound(vm, gfn)) else { return Ok(Tried::Moved) };
         // No more memory is taken than the touch needs: the folio decides how much is mapped.
         self.allocate(&mut machine, PageRange::one(page))?;
+        self.hide(&mut machine, within)?;
         drop(machine);
         if self.is_pkvm() {
             return self.donate(vm, gfn, page);

@@ -105,7 +105,7 @@ impl Views for MachineHost {
         &self,
         into: &mut Vec<(View, PageIndex)>,
         at_most: Option<Duration>,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         let mut events = self.events.lock();
         if events.touches.is_empty() && !events.nudged {
             match at_most {
@@ -115,9 +115,8 @@ impl Views for MachineHost {
                 None => self.queued.wait(&mut events),
             }
         }
-        events.nudged = false;
         into.extend(std::mem::take(&mut events.touches));
-        Ok(())
+        Ok(std::mem::take(&mut events.nudged))
     }
 
     fn nudge(&self) {
@@ -126,7 +125,12 @@ impl Views for MachineHost {
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
-        self.lock().object_read(self.object, offset, into).map_err(refused)
+        let machine = self.lock();
+        match self.hides {
+            true => machine.object_read_mapped(self.object, offset, into),
+            false => machine.object_read(self.object, offset, into),
+        }
+        .map_err(refused)
     }
 
     fn write(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
@@ -137,8 +141,11 @@ impl Views for MachineHost {
         loop {
             let mut machine = self.lock();
             self.allocate(&mut machine, range)?;
-            let write = |machine: &mut Machine| machine.object_write(self.object, offset, from);
-            match self.mapped_directly(&mut machine, range, write) {
+            let written = match self.hides {
+                true => machine.object_write_mapped(self.object, offset, from),
+                false => machine.object_write(self.object, offset, from),
+            };
+            match written {
                 Err(polder_machine::Error::Refused(by))
                     if by.check == AccessCheck::InUse && retries > 0 =>
                 {
