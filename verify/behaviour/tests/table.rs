@@ -124,6 +124,11 @@ fn reach() {
 }
 
 #[test]
+fn pins() {
+    section(Section::Pins);
+}
+
+#[test]
 fn devices() {
     section(Section::Devices);
 }
