@@ -10,7 +10,7 @@
 
 use alloc::vec::Vec;
 
-use polder_units::{PageCount, PageRange};
+use polder_units::{Level, PageCount, PageRange};
 
 use crate::folio::Reshape;
 use crate::operation::Program;
@@ -145,7 +145,7 @@ impl Engine {
             parts.iter().for_each(|&part| self.pages.set_visibility(part, to));
         }
         let unclaimed = self.plants.has(Bug::NeighboursUnclaimed);
-        let claims = if unclaimed { ranges.clone() } else { claims };
+        let claims = if unclaimed { ranges.clone() } else { claims.into_owned() };
         let conversion = self.begin(activity, claims, parts, program);
         let record = self.record_mut(conversion.id());
         (record.asked, record.reshape) = (ranges.clone(), reshape);
@@ -161,6 +161,9 @@ impl Engine {
     ) -> Result<(), Refusal> {
         for &part in parts {
             self.check_pins(part)?;
+            if self.config.backing.granule == Level::Size4K {
+                continue;
+            }
             let around = self.granules(part);
             let ends = [around.start(), around.frames().next_back().unwrap_or(around.start())];
             for end in ends {

@@ -167,7 +167,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// What the user can do about it.
+    /// What the user can do about it, where the message does not say so itself, as that of a
+    /// [`Refusal`] does.
     ///
     /// ```
     /// # use polder::{HostKind, Memory, Platform, units::PageCount};

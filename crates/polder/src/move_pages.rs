@@ -22,6 +22,17 @@ impl Memory {
     ///
     /// On host `memfd` the one move that there is brings the 4K pages of a transparent huge page
     /// together again: [`Memory::regain_huge_page`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, OnBusy, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// memory.host_view().touch_write(0x3000, b"hello")?;
+    /// memory.move_pages(PageRange::between(3, 4).unwrap(), OnBusy::Wait)?;
+    /// let mut bytes = [0; 5];
+    /// memory.host_view().touch_read(0x3000, &mut bytes)?;
+    /// assert_eq!(&bytes, b"hello");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn move_pages(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
         if self.driver.host.machine().is_none() {
             return Err(Error::NotOffered {
@@ -62,6 +73,16 @@ impl Memory {
     ///
     /// # Errors
     /// [`Error::Host`] where the kernel can't say what exists.
+    ///
+    /// ```
+    /// # use polder::{Memory, PageSize};
+    /// # fn idle(memory: &Memory) -> Result<(), polder::Error> {
+    /// if memory.page_size() == PageSize::Thp {
+    ///     println!("{} mapped by 2M", memory.regain_huge_pages()?);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn regain_huge_pages(&self) -> Result<PageCount, Error> {
         self.driver.regain()?;
         let mapped = self.driver.host.levels().map_or(0, |levels| levels.size_2m);
@@ -81,6 +102,19 @@ impl Memory {
     /// of pages to populate; [`Error::NotOffered`] on host `guest_memfd`, whose private pages the
     /// host can't write; [`Error::TooManyBytes`]. If the host fails in the middle the pages are
     /// zeros.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Visibility, Vm, units::{Gfn, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// memory.preload(PageRange::between(0, 1).unwrap(), b"the firmware")?;
+    /// memory.launch();
+    /// let mut bytes = [0; 12];
+    /// memory.machine_vcpu(vm)?.read(Gpa::new(0x10_0000), Visibility::Private, &mut bytes).unwrap();
+    /// assert_eq!(&bytes, b"the firmware");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn preload(&self, range: PageRange, bytes: &[u8]) -> Result<(), Error> {
         if range.count().bytes().is_none_or(|size| size < bytes.len() as u64) {
             return Err(Error::TooManyBytes { range, bytes: bytes.len() });
@@ -98,6 +132,14 @@ impl Memory {
 
     /// Says that the guest begins: nobody but the guest puts anything onto its private pages any
     /// more. On the simulated machine its first fault says so, too.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// memory.launch();
+    /// assert!(memory.preload(PageRange::between(0, 1).unwrap(), b"too late").is_err());
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn launch(&self) {
         self.driver.engine().launch();
     }

@@ -6,7 +6,9 @@
 
 use std::time::Duration;
 
-use polder_engine::{Activity, Engine, Holder, PinId, Refusal, Response, View, WaitFor, Waiting};
+use polder_engine::{
+    Activity, Engine, Holder, PinId, PinKind, Refusal, Response, View, WaitFor, Waiting,
+};
 use polder_linux::Deadline;
 use polder_units::{Level, PageRange};
 
@@ -93,7 +95,8 @@ impl Driver {
         Some(self.engine())
     }
 
-    /// Makes an attempt; if pins are in its way and `on_busy` says so, again once they are gone.
+    /// Makes an attempt; if pins are in its way, again once they are gone: those that pass by
+    /// themselves, or whichever if `on_busy` says so.
     pub(crate) fn unpinned<T>(
         &self,
         on_busy: OnBusy,
@@ -102,12 +105,13 @@ impl Driver {
         attempt: impl Fn() -> Result<T, Error>,
     ) -> Result<T, Error> {
         let first = attempt();
-        let (OnBusy::WaitForPins { .. }, Err(Error::Refused(Refusal::Pinned { .. }))) =
-            (on_busy, &first)
-        else {
-            return first;
+        let Err(Error::Refused(Refusal::Pinned { kind, .. })) = &first else { return first };
+        // A short pin that somebody has around a few bytes passes by itself.
+        let mut patience = match on_busy {
+            OnBusy::WaitForPins { .. } => Patience::of(on_busy),
+            OnBusy::Wait if *kind == PinKind::Short => Patience::short(),
+            OnBusy::Wait | OnBusy::Refuse => return first,
         };
-        let mut patience = Patience::of(on_busy);
         let waiting = self.claim(on_busy, |engine| {
             let ranges = find(engine)?;
             engine.wait_for_pins(&ranges, WaitFor::Operation(activity))
