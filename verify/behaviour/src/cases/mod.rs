@@ -12,6 +12,7 @@ mod host_view;
 mod huge_pages;
 mod kernel_access;
 mod moves;
+mod pins;
 mod pkvm;
 mod population;
 mod prefault;
@@ -66,6 +67,7 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
         userfault::CASES,
         kernel_access::CASES,
         prefault::CASES,
+        pins::CASES,
         devices::CASES,
         moves::CASES,
         pkvm::CASES,

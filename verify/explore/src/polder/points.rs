@@ -29,6 +29,8 @@ pub(super) const WORKS: &[&str] = &[
     "device",
     "exclusive pin",
     "hypervisor",
+    "pin without the lock",
+    "pin of one alone",
     "prefault",
     "write to a copy",
 ];
@@ -47,8 +49,8 @@ const fn work_of(task: Task) -> u8 {
         Task::Pin(_) => 8,
         Task::Gup(_) => 9,
         Task::Rebind | Task::Unbind => 10,
-        Task::Prefault { .. } => 22,
-        Task::CopiedWrite(..) => 23,
+        Task::Prefault { .. } => 24,
+        Task::CopiedWrite(..) => 25,
         Task::Accept(_) | Task::AcceptLarge(_) | Task::PrivateRead(_) | Task::PrivateWrite(..) => {
             11
         }
@@ -62,6 +64,8 @@ const fn work_of(task: Task) -> u8 {
         Task::DmaWrite(..) => 19,
         Task::PinExclusive(_) => 20,
         Task::HypervisorFails(_) => 21,
+        Task::PinUnlocked(_) => 22,
+        Task::PinAlone(_) => 23,
     }
 }
 
@@ -118,6 +122,9 @@ pub(super) const STAGES: &[&str] = &[
     "split",
     "merge folio",
     "release",
+    "counted",
+    "ask for a pin",
+    "wait for pins",
 ];
 
 /// The number of a stage, which is one of [`STAGES`].
@@ -201,6 +208,9 @@ impl World {
             Stage::FolioZapped(_) => 39,
             Stage::FolioDone(..) => 40,
             Stage::Holding(..) => 41,
+            Stage::Counted(_) | Stage::Looked => 52,
+            Stage::AskPin => 53,
+            Stage::Alone(_) => 54,
         };
         Point { work, stage }
     }
@@ -276,6 +286,8 @@ impl World {
                 }
                 Task::CopyOut(_) | Task::CopyIn(..) => add(work, &["copy", "hold"]),
                 Task::Pin(_) => add(work, &["hold"]),
+                Task::PinUnlocked(_) => add(work, &["counted", "ask for a pin", "hold"]),
+                Task::PinAlone(_) => add(work, &["wait for pins", "hold"]),
                 Task::Gup(_) => {
                     add(work, &["fast", "slow", "wait", "hold"]);
                     undone = false;

@@ -134,6 +134,10 @@ pub enum Task {
     CopyIn(u8, u8),
     /// `Memory::pin` of a page, for a while.
     Pin(u8),
+    /// `Pinner::pin` of a page, which takes no lock, for a while.
+    PinUnlocked(u8),
+    /// `Memory::pin` of a page exclusively, for a while.
+    PinAlone(u8),
     /// The kernel pins a page of the host view, GUP-fast first, for a while.
     Gup(u8),
     /// `Memory::unbind` of the slot, and `Memory::bind` again.
@@ -240,6 +244,8 @@ pub enum Slip {
     ProgressBeyond,
     /// A prefault does not keep slots from changing, and tries again where one has gone.
     DeletedSlotSpins,
+    /// Who pins without the lock looks first and counts afterwards.
+    LooksBeforeCounting,
 }
 
 /// A planted bug.

@@ -141,6 +141,8 @@ fn verb(task: Task) -> Result<String, String> {
         | Task::Want(..)
         | Task::DmaWrite(..)
         | Task::PinExclusive(_)
+        | Task::PinUnlocked(_)
+        | Task::PinAlone(_)
         | Task::HypervisorFails(_) => return Err("a task that no scenario is told of yet".into()),
         Task::Prefault { .. } | Task::CopiedWrite(..) | Task::Unbind => {
             return Err("a task that no scenario is told of yet".into());
