@@ -321,7 +321,7 @@ impl Engine {
         let id = OpId(self.next_id());
         let abandoned = Arc::new(AtomicBool::new(false));
         let lease = Lease(Arc::clone(&abandoned));
-        if !self.plants.has(Bug::PinnedWhileDrained) {
+        if self.closes(activity) {
             claims.iter().for_each(|&claim| self.pins.close(claim));
         }
         let (asked, reshape, why) = (Vec::new(), Reshape::default(), None);
@@ -501,8 +501,13 @@ impl Engine {
     fn end(&mut self, id: OpId) -> Ended {
         let at = self.operations.iter().position(|record| record.id == id);
         let record = self.operations.swap_remove(at.expect("a handle's operation is in flight"));
-        let gate = (!self.plants.has(Bug::PinnedWhileDrained)).then(|| self.pins.gate());
+        let gate = self.closes(record.activity).then(|| self.pins.gate());
         Ended { record, gate }
+    }
+
+    /// Whether nobody can pin what an operation claims without asking.
+    fn closes(&self, activity: Activity) -> bool {
+        activity.needs_unpinned() && !self.plants.has(Bug::PinnedWhileDrained)
     }
 
     pub(crate) fn record(&self, id: OpId) -> &Record {

@@ -6,11 +6,13 @@
 
 use std::time::Duration;
 
-use polder_engine::{Activity, Engine, Holder, PinId, PinKind, Refusal, WaitFor, Waiting};
+use polder_engine::{
+    Activity, Engine, Holder, PinId, PinKind, Refusal, Response, View, WaitFor, Waiting,
+};
 use polder_linux::Deadline;
-use polder_units::PageRange;
+use polder_units::{Level, PageRange};
 
-use crate::driver::{Driver, Locked};
+use crate::driver::{Driver, Land, Locked};
 use crate::{Error, OnBusy};
 
 /// Pins that pass by themselves are waited for so often: first others have their turn, then a while
@@ -124,6 +126,20 @@ impl Driver {
         }
         drop(engine);
         attempt()
+    }
+
+    /// Maps in the host view what somebody has pinned, and is about to touch: else each touch would be
+    /// a fault. Of huge pages one fault brings many; and a pin does not wait for somebody who has a
+    /// page claimed and does not mind pins: touches will.
+    pub(crate) fn map_pinned(&self, range: PageRange) -> Result<(), Error> {
+        let mut engine = self.engine();
+        if engine.config().backing.granule != Level::Size4K {
+            return Ok(());
+        }
+        let Ok(claimed) = engine.copy(&[range]) else { return Ok(()) };
+        drop(engine);
+        let _given = Land::copy(self, claimed);
+        self.host.views().answer(View::Host, Response::Map, range)
     }
 
     /// Pins pages exclusively.

@@ -195,26 +195,6 @@ impl Memory {
         self.driver.host.pool()
     }
 
-    /// Has the guest's view of transparent huge pages mapped by 2M again where it is not: after a
-    /// page was brought in alone, or the kernel had no huge page at the time. Nothing is done while
-    /// contents are owed; [`Memory::settle`] does it, then. Returns how many pages are mapped so.
-    ///
-    /// # Errors
-    /// [`Error::Host`] where the kernel can't say what exists.
-    ///
-    /// ```
-    /// # use polder::{Memory, PageSize};
-    /// # fn idle(memory: &Memory) -> Result<(), polder::Error> {
-    /// if memory.page_size() == PageSize::Thp {
-    ///     println!("{} mapped by 2M", memory.regain_huge_pages()?);
-    /// }
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub fn regain_huge_pages(&self) -> Result<PageCount, Error> {
-        self.driver.host.regain()
-    }
-
     /// What bounds the level at which a page is mapped: in the host view, or for a VM, if a binding
     /// of it shows the page. What an SNP guest's RMP has of it is not in it.
     ///

@@ -216,12 +216,14 @@ impl Memory {
         self.driver.host.lock_memory()
     }
 
-    /// Pins pages of the object, which must be shared: they stay shared until the pin is dropped.
-    /// Waits for operations. Who pins often takes a [`Memory::pinner`].
+    /// Pins pages of the object, which must be shared: they stay shared until the pin is dropped, and
+    /// are mapped in the [host view](HostView) beforehand. Waits for operations. Who pins often takes
+    /// a [`Memory::pinner`].
     ///
     /// # Errors
     /// [`Refusal::Private`] and the other refusals, naming the page; [`Refusal::Pinned`] by an
-    /// exclusive pin, and for one by any other.
+    /// exclusive pin, and for one by any other, or by a device; [`Error::Host`] where there is no
+    /// memory for the pages. None is pinned then.
     ///
     /// ```
     /// # use polder::{Contents, Holder, HostKind, Memory, OnBusy, PinKind, Visibility, units::{PageCount, PageRange}};
@@ -269,7 +271,9 @@ impl Memory {
                 self.driver.claim(on_busy, |engine| engine.pin(range, kind, holder.clone()))?
             }
         };
-        Ok(Pin::by_id(&self.driver, id, (kind, holder)))
+        let pin = Pin::by_id(&self.driver, id, (kind, holder));
+        self.driver.map_pinned(range)?;
+        Ok(pin)
     }
 
     /// A holder that pins often: without the engine's lock, where nothing is in the way.
