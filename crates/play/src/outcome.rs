@@ -203,7 +203,7 @@ impl From<GuestExit> for Outcome {
         match exit {
             GuestExit::MemoryFault(fault) => fault.into(),
             GuestExit::NotValidated(_) => Self::new(Is::NotValidated, text),
-            GuestExit::PageFault(_) => Self::new(Is::Failed, text),
+            GuestExit::PageFault(_) | GuestExit::Userfault(_) => Self::new(Is::Failed, text),
             GuestExit::Kicked => Self::new(Is::Kicked, text),
             GuestExit::Failed(error) => error.into(),
         }

@@ -111,7 +111,7 @@ pub use pager::SourceStatistics;
 pub use pin::{DeadPin, Pin, Pinner};
 pub use prefault::{Prefaulted, Vcpu};
 pub use read_ahead::ReadAhead;
-pub use source::Source;
+pub use source::{Delivery, Source};
 pub use statistics::{RmpStatistics, Statistics};
 pub use vcpu::{GuestExit, MachineVcpu};
 pub use watch::{Delays, Moment, Reached, UnknownStage, Watch};
