@@ -50,11 +50,14 @@ fn run(root: &Path) -> Result<u8, String> {
     let arguments = Arguments::parse(std::env::args_os().skip(2))?;
     guest::needs()?;
     let root = root.canonicalize().map_err(|error| format!("{}: {error}", root.display()))?;
-    let lab = Lab { target: target(&root)?, root, arguments };
+    let mut lab = Lab { target: target(&root)?, root, arguments };
     if lab.arguments.matrix {
         return matrix::run(&lab);
     }
     let kernel = lab.kernel()?;
+    if lab.arguments.command.is_empty() {
+        lab.arguments.gigantic = lab.arguments.gigantic.max(table::GIGANTIC);
+    }
     match lab.arguments.command.as_slice() {
         [] => table::run(&lab, &kernel),
         command => lab.run(&kernel, None, command, &mut |bytes| {
@@ -137,6 +140,7 @@ impl Lab {
             patience: whose,
             cpus: self.arguments.cpus,
             memory: self.arguments.memory,
+            gigantic: self.arguments.gigantic,
             timeout: self.arguments.timeout,
             script: script(&here, std::env::vars_os(), command),
             shown: vec![self.root.clone(), self.target.clone(), here],

@@ -147,6 +147,22 @@ const PARTS: &[Part] = &[
         environment: &[SHUTTLE, ("POLDER_SHUTTLE", "20000")],
     },
     Part {
+        name: "folios",
+        about: "folios and the pool of huge pages, by up to 100,000 operations in a row",
+        build: &["test", "--no-run", "--release", "-p", "polder-engine", "--lib"],
+        run: &[
+            "test",
+            "--release",
+            "-p",
+            "polder-engine",
+            "--lib",
+            "--",
+            "levels_agree_with_an_oracle",
+            "it_agrees_with_one_that_counts_anew",
+        ],
+        environment: &[("POLDER_FOLIO_OPS", "100000"), ("POLDER_POOL_OPS", "100000")],
+    },
+    Part {
         name: "hostile",
         about: "a guest and a scenario of any bytes",
         build: &["test", "--no-run", "--release", "-p", "polder-hostile"],

@@ -210,6 +210,14 @@ pub const VERBS: &[VerbEntry] = &[
     verb("populate", &[Vmm], &["page", "bytes"], &["hold"], "bring contents that are owed"),
     verb("fail", &[Vmm], &["page"], &[], "say that owed contents will not come"),
     verb("settle", &[Vmm], &[], &[], "say that nothing more will come"),
+    verb(
+        "create",
+        &[Vmm],
+        &["huge-pages"],
+        &["name"],
+        "make another memory, of so many huge pages of the same pool",
+    ),
+    verb("drop", &[Vmm], &[], &["name"], "let go of such a memory"),
     verb("bind", &[Vmm], &["slot", "pages", "gpa"], &["vm"], "show pages to a VM, by a slot"),
     verb("unbind", &[Vmm], &["slot"], &["vm"], "take a slot away"),
     verb(
@@ -298,6 +306,7 @@ pub const VERBS: &[VerbEntry] = &[
         &[],
         "tell all that is known of the first page, and why it is so, as `polder explain` does",
     ),
+    verb("pool", &[], &[], &[], "tell what the pool of huge pages has"),
     verb("audit", &[], &[], &[], "check that everything on the machine adds up"),
 ];
 

@@ -177,6 +177,7 @@ impl From<Error> for Outcome {
             | Error::Missing { .. }
             | Error::OneVm { .. }
             | Error::OtherRoot { .. } => (Is::NotOffered, None, None),
+            Error::HugePages { .. } => (Is::NoMemory, None, None),
             Error::Host(_) if error.errno() == polder::Errno::ENOMEM => (Is::NoMemory, None, None),
             _ => (Is::Failed, None, None),
         };

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use polder::machine::RmpSize;
 use polder::units::{ByteSize, Gpa, Level, PAGE_SIZE, PageCount, PageIndex, PageRange};
-use polder::{Contents, HostKind, PinKind, Platform, Population, Visibility};
+use polder::{Contents, HostKind, PageSize, PinKind, Platform, Population, Visibility};
 use toml::de::{DeTable, DeValue};
 
 use crate::ScenarioError;
@@ -130,7 +130,8 @@ impl<'t> Reader<'t> {
     fn memory(&self, root: &Table<'t>) -> Parsed<MemorySpec> {
         let key = root.need("memory", "a scenario")?;
         let table = Table::of(self.text, key.value, "`memory`")?;
-        table.check_keys(&["pages", "size", "platform", "starts", "owed"], "`memory`")?;
+        let keys = ["pages", "size", "platform", "starts", "owed", "page-size", "pool"];
+        table.check_keys(&keys, "`memory`")?;
         let (said, pages) = match (table.get("pages"), table.get("size")) {
             (Some(_), Some(size)) => {
                 return Err(size.wrong("`size` says what `pages` says already"));
@@ -173,7 +174,33 @@ impl<'t> Reader<'t> {
             );
             return Err(key.wrong(why));
         }
-        Ok(MemorySpec { pages, platform, starts, owed: is_owed })
+        let (page_size, pool) = self.page_size(&table, pages)?;
+        Ok(MemorySpec { pages, platform, starts, owed: is_owed, page_size, pool })
+    }
+
+    /// What memory is made of, and how large the pool is that it draws from.
+    fn page_size(&self, table: &Table<'t>, pages: PageCount) -> Parsed<(PageSize, Option<u64>)> {
+        let size = match table.get("page-size") {
+            None => PageSize::Small,
+            Some(key) => key.word(&PageSize::ALL)?,
+        };
+        let huge = size.reserved().map(|level| polder::units::Geometry::X86_64.pages(level).get());
+        if let (Some(key), Some(huge)) = (table.get("page-size"), huge)
+            && !pages.get().is_multiple_of(huge)
+        {
+            let what =
+                format!("memory of {size} pages has a multiple of {huge} pages, not {pages}");
+            return Err(key.wrong(what));
+        }
+        let Some(key) = table.get("pool") else { return Ok((size, None)) };
+        let count = key.number()?;
+        match huge {
+            None => Err(key.wrong("`pool` is of memory with page-size = \"2m\" or \"1g\"")),
+            Some(huge) if count > PAGES_MAX / huge => {
+                Err(key.wrong(format!("`pool` has {} huge pages at most", PAGES_MAX / huge)))
+            }
+            Some(_) => Ok((size, Some(count))),
+        }
     }
 
     fn visibility(&self, table: &Table<'t>, key: &str) -> Parsed<Option<Visibility>> {
@@ -343,6 +370,16 @@ impl<'t> Reader<'t> {
             },
             "fail" => Verb::Fail { place: self.place(table, what)? },
             "settle" => Verb::Settle,
+            "create" => {
+                let key = need("huge-pages")?;
+                let huge_pages = key.number()?;
+                if !(1..=PAGES_MAX / 512).contains(&huge_pages) {
+                    let what = format!("`huge-pages` is 1 to {}", PAGES_MAX / 512);
+                    return Err(key.wrong(what));
+                }
+                Verb::Create { huge_pages, name: name()? }
+            }
+            "drop" => Verb::Drop { name: name()? },
             "bind" => {
                 let (slot, pages, gpa) = (need("slot")?, need("pages")?, need("gpa")?);
                 let slot =
@@ -410,6 +447,7 @@ impl<'t> Reader<'t> {
             "resume" => Verb::Resume { hold: table.get("hold").map(|key| key.hold()).transpose()? },
             "look" => Verb::Look(self.look(table, what)?),
             "explain" => Verb::Explain { place: self.place(table, what)? },
+            "pool" => Verb::Pool,
             "audit" => Verb::Audit,
             other => unreachable!("the table of verbs has {other}, and nothing reads it"),
         })
@@ -554,6 +592,7 @@ impl<'t> Reader<'t> {
             || match &step.verb {
                 Verb::Refer { .. } | Verb::Release { .. } | Verb::GupFast { .. } => true,
                 Verb::Pvalidate { .. } | Verb::Audit => true,
+                Verb::Create { .. } | Verb::Drop { .. } => true,
                 Verb::Look(look) => look.is_simulated(),
                 _ => false,
             };

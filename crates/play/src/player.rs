@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use polder::units::{PageCount, PageRange};
-use polder::{HostKind, Moment, View};
+use polder::{HostKind, Moment, PoolCounts, View};
 
 use crate::limits::{LOOKED_MAX, WAITS_MAX};
 use crate::names::{Is, Kind};
@@ -196,6 +196,7 @@ impl Player<'_> {
             (Verb::Explain { place }, _) => {
                 self.explain(*place).unwrap_or_else(|Stop(outcome)| *outcome)
             }
+            (Verb::Pool, _) => self.pool(),
             (Verb::Audit, _) => self.audit(),
             (verb, Some(number)) => self.act(number, step, verb, &pages)?,
             (_, None) => return Err(format!("line {}: nobody does this", step.line)),
@@ -495,6 +496,17 @@ impl Player<'_> {
         Ok(Outcome::new(Is::Ok, text))
     }
 
+    fn pool(&self) -> Outcome {
+        match self.world.memory.pool() {
+            Some(PoolCounts { total, free, reserved, pending }) => {
+                let text =
+                    format!("total {total}, free {free}, reserved {reserved}, pending {pending}");
+                Outcome::new(Is::Ok, text)
+            }
+            None => Outcome::new(Is::NotOffered, "this memory is of no pool"),
+        }
+    }
+
     fn audit(&self) -> Outcome {
         match self.world.memory.simulated(|machine, _, _| machine.audit()) {
             Ok(Ok(())) => Outcome::done(),
@@ -589,7 +601,8 @@ impl Verb {
             Self::Settle | Self::Unbind { .. } | Self::Unpin { .. } | Self::Release { .. } => {
                 return None;
             }
-            Self::NoMemory { .. } | Self::Resume { .. } | Self::Audit => return None,
+            Self::NoMemory { .. } | Self::Resume { .. } => return None,
+            Self::Create { .. } | Self::Drop { .. } | Self::Pool | Self::Audit => return None,
         })
     }
 

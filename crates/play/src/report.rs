@@ -209,6 +209,11 @@ impl Verb {
             Self::Resume { hold: Some(hold) } => format!("resume, to be held {hold}"),
             Self::Look(look) => format!("look at {}", look.place),
             Self::Explain { place } => format!("explain {place}"),
+            Self::Create { huge_pages, name } => {
+                format!("make memory \"{}\" of {huge_pages} huge pages", short(name))
+            }
+            Self::Drop { name } => format!("drop memory \"{}\"", short(name)),
+            Self::Pool => "look at the pool".into(),
             Self::Audit => "audit".into(),
         }
     }

@@ -8,7 +8,7 @@ use std::fmt;
 
 use polder::machine::RmpSize;
 use polder::units::{Gpa, Level, PageCount, PageRange};
-use polder::{Contents, HostKind, PinKind, Platform, Population, Reached, Visibility};
+use polder::{Contents, HostKind, PageSize, PinKind, Platform, Population, Reached, Visibility};
 
 use crate::names::{Is, Kind};
 
@@ -48,6 +48,10 @@ pub struct MemorySpec {
     pub starts: Visibility,
     /// Whether all contents are owed at first.
     pub owed: bool,
+    /// What it is made of.
+    pub page_size: PageSize,
+    /// How many huge pages the pool has that it draws from, if it is not just enough.
+    pub pool: Option<u64>,
 }
 
 /// A VM.
@@ -89,7 +93,8 @@ pub struct Actor {
 pub struct Step {
     /// The line that it begins at, from 1. Not a part of what is said.
     pub line: usize,
-    /// Who does it; nobody, for [`Verb::Look`], [`Verb::Explain`] and [`Verb::Audit`].
+    /// Who does it; nobody, for [`Verb::Look`], [`Verb::Explain`], [`Verb::Pool`] and
+    /// [`Verb::Audit`].
     pub actor: Option<String>,
     /// What he does.
     pub verb: Verb,
@@ -141,6 +146,8 @@ pub enum Verb {
     Populate { place: Place, bytes: String },
     Fail { place: Place },
     Settle,
+    Create { huge_pages: u64, name: String },
+    Drop { name: String },
     Bind { vm: usize, slot: SlotSpec },
     Unbind { vm: usize, slot: u32 },
     Read { from: Bytes, length: u64 },
@@ -168,6 +175,7 @@ pub enum Verb {
     Resume { hold: Option<Hold> },
     Look(Look),
     Explain { place: Place },
+    Pool,
     Audit,
 }
 

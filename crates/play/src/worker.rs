@@ -153,6 +153,8 @@ impl Worker<'_> {
                 memory.settle()?;
                 Ok(Outcome::done())
             }
+            Verb::Create { huge_pages, name } => self.world.create(*huge_pages, name),
+            Verb::Drop { name } => self.world.drop_other(name),
             Verb::Bind { vm, slot } => self.bind(*vm, slot),
             Verb::Unbind { vm, slot } => {
                 let id = self.world.vms[*vm].id.ok_or_else(nobodys)?;
@@ -184,9 +186,11 @@ impl Worker<'_> {
             Verb::Release { name } => self.release(name),
             Verb::GupFast { place, name } => self.gup_fast(*place, name),
             Verb::Pvalidate { place, size, validate } => self.pvalidate(*place, *size, *validate),
-            Verb::Resume { .. } | Verb::Look(_) | Verb::Explain { .. } | Verb::Audit => {
-                Err(Stop::new(Is::Failed, "the player does this, not an actor"))
-            }
+            Verb::Resume { .. }
+            | Verb::Look(_)
+            | Verb::Explain { .. }
+            | Verb::Pool
+            | Verb::Audit => Err(Stop::new(Is::Failed, "the player does this, not an actor")),
             other => self.kernel(other),
         }
     }

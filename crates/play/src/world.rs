@@ -1,15 +1,19 @@
 //! What a scenario is played on: memory of a host, the VMs, and who watches.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use polder::machine::{Asid, LockOwner, Machine, ObjectId, ProcessId, VmId as MachineVm};
-use polder::units::{Gfn, GfnRange, Gpa, PAGE_SIZE, PageIndex, PageRange};
-use polder::{Error, HostKind, Memory, Moment, Population, Slot, View, Visibility, VmId, Watch};
+use polder::units::{Geometry, Gfn, GfnRange, Gpa, PAGE_SIZE, PageCount, PageIndex, PageRange};
+use polder::{
+    Error, HostKind, HugePool, Memory, Moment, Population, Slot, View, Visibility, VmId, Watch,
+};
 use polder_vmm::RunError;
 
+use crate::limits::VMS_MAX;
 use crate::names::Is;
 use crate::outcome::{Outcome, Stop};
 use crate::player::Options;
@@ -53,6 +57,9 @@ pub(crate) struct World {
     kickers: Mutex<Vec<Arc<AtomicBool>>>,
     /// Who has locked folios.
     lockers: Mutex<Vec<LockOwner>>,
+    /// The pool of the memory, and other memories of it, by name.
+    pool: Option<HugePool>,
+    others: Mutex<BTreeMap<String, Memory>>,
 }
 
 /// Why a scenario can't be played here.
@@ -70,7 +77,9 @@ impl From<Error> for Unplayable {
             Error::Missing { ref source, .. } => {
                 Self::Skipped(format!("{error}: {source}{way_out}"))
             }
-            Error::NotOffered { .. } => Self::Skipped(format!("{error}{way_out}")),
+            Error::NotOffered { .. } | Error::HugePages { .. } => {
+                Self::Skipped(format!("{error}{way_out}"))
+            }
             error => Self::Failed(Outcome::from(error).text),
         }
     }
@@ -92,10 +101,30 @@ impl World {
         let spec = scenario.memory;
         let builder = Memory::builder(spec.pages).host(host).platform(spec.platform);
         let builder = if spec.owed { builder.owed() } else { builder };
-        let memory = match spec.starts {
-            Visibility::Private => builder.build()?,
-            Visibility::Shared => builder.shared().build()?,
+        let builder = builder.page_size(spec.page_size);
+        let pool = match (host, spec.page_size.reserved()) {
+            (HostKind::Machine, Some(level)) => {
+                let enough = spec.pages.get() / Geometry::X86_64.pages(level).get();
+                Some(HugePool::new(level, spec.pool.unwrap_or(enough)))
+            }
+            _ => None,
         };
+        let builder = pool.iter().fold(builder, |builder, pool| builder.pool(pool));
+        let builder = match spec.starts {
+            Visibility::Private => builder,
+            Visibility::Shared => builder.shared(),
+        };
+        let memory = match builder.build() {
+            // Of the kernel's pool others have taken, of the story's own nobody.
+            Err(error @ Error::HugePages { .. }) if pool.is_some() => {
+                return Err(Unplayable::Failed(Outcome::from(error).text));
+            }
+            built => built?,
+        };
+        if memory.page_size() != spec.page_size {
+            let size = spec.page_size;
+            return Err(Unplayable::Skipped(format!("this machine has no {size} pages to give")));
+        }
         memory.watch(Arc::new(Watcher { events }));
         if let Some(prepare) = options.prepare {
             prepare(&memory);
@@ -106,6 +135,8 @@ impl World {
             over: AtomicBool::new(false),
             kickers: Mutex::default(),
             lockers: Mutex::default(),
+            pool,
+            others: Mutex::default(),
         };
         for vm in &scenario.vms {
             let vm = world.add_vm(vm, host)?;
@@ -221,6 +252,36 @@ impl World {
     /// The names of the VMs, at Polder and on the machine.
     pub(crate) fn names(&self) -> Vec<VmNames> {
         self.vms.iter().map(|vm| (vm.id, vm.machine)).collect()
+    }
+
+    fn others(&self) -> MutexGuard<'_, BTreeMap<String, Memory>> {
+        self.others.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes another memory, of huge pages of the same pool.
+    pub(crate) fn create(&self, huge_pages: u64, name: &str) -> Result<Outcome, Stop> {
+        let no_pool = || Stop::new(Is::NotOffered, "this memory is of no pool");
+        let pool = self.pool.as_ref().ok_or_else(no_pool)?;
+        if self.others().contains_key(name) {
+            return Err(Stop::new(Is::Exists, format!("there is a memory \"{name}\" already")));
+        }
+        if self.others().len() >= VMS_MAX {
+            return Err(Stop::new(Is::NotOffered, format!("{VMS_MAX} memories are the most")));
+        }
+        let pages = huge_pages.saturating_mul(Geometry::X86_64.pages(pool.level()).get());
+        let pages = PageCount::new(pages).ok_or_else(|| Stop::new(Is::Range, "so many pages"))?;
+        let builder = Memory::builder(pages).host(HostKind::Machine);
+        let memory = builder.page_size(self.memory.page_size()).pool(pool).build()?;
+        self.others().insert(name.to_owned(), memory);
+        Ok(Outcome::done())
+    }
+
+    /// Lets go of one.
+    pub(crate) fn drop_other(&self, name: &str) -> Result<Outcome, Stop> {
+        match self.others().remove(name) {
+            Some(_) => Ok(Outcome::done()),
+            None => Err(Stop::new(Is::Hole, format!("there is no memory \"{name}\""))),
+        }
     }
 
     pub(crate) fn add_kicker(&self, kicker: Arc<AtomicBool>) {

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use polder::machine::RmpSize;
-use polder::{Contents, PinKind, Population, Visibility};
+use polder::{Contents, PageSize, PinKind, Population, Visibility};
 
 use crate::names::VERBS;
 use crate::scenario::{
@@ -137,6 +137,8 @@ impl fmt::Display for Scenario {
             .text("platform", memory.platform)
             .text("starts", memory.starts)
             .flag("owed", memory.owed, false)
+            .some("page-size", Some(memory.page_size).filter(|size| *size != PageSize::Small))
+            .number("pool", memory.pool)
             .lines(f)?;
         self.vms.iter().try_for_each(|vm| write_vm(f, vm))?;
         for (name, Actor { kind, vm, declared }) in &self.actors {
@@ -214,7 +216,10 @@ impl Scenario {
             | Verb::Unsmash { place }
             | Verb::Explain { place }
             | Verb::RmpRelease { place } => keys.place(*place),
-            Verb::Settle | Verb::Audit => keys,
+            Verb::Settle | Verb::Pool | Verb::Audit => keys,
+            Verb::Create { huge_pages, name } => {
+                keys.raw("huge-pages", huge_pages).text("name", name)
+            }
             Verb::Bind { vm, slot: it } => {
                 keys.text("vm", self.vm_name(*vm)).0.extend(slot(it).0);
                 keys
@@ -231,7 +236,9 @@ impl Scenario {
             Verb::Refer { place, name } | Verb::GupFast { place, name } => {
                 keys.place(*place).text("name", name)
             }
-            Verb::Unpin { name } | Verb::Release { name } => keys.text("name", name),
+            Verb::Unpin { name } | Verb::Release { name } | Verb::Drop { name } => {
+                keys.text("name", name)
+            }
             Verb::Pvalidate { place, size, validate } => {
                 keys.place(*place).size(*size).flag("validate", *validate, true)
             }
@@ -297,6 +304,9 @@ impl Verb {
     pub fn name(&self) -> &'static str {
         let name = match self {
             Self::Convert { .. } => "convert",
+            Self::Create { .. } => "create",
+            Self::Drop { .. } => "drop",
+            Self::Pool => "pool",
             Self::Want { .. } => "want",
             Self::Discard { .. } => "discard",
             Self::Populate { .. } => "populate",

@@ -4,9 +4,9 @@
 use std::path::PathBuf;
 
 use polder::machine::Plant;
-use polder::{HostKind, Memory};
+use polder::{HostKind, Memory, PageSize};
 use polder_play::{Options, Played, Scenario, Verdict, parse, play};
-use polder_require::{Facility, require};
+use polder_require::{Facility, HugetlbPages, require};
 
 fn all() -> Vec<(String, Scenario)> {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../scenarios");
@@ -41,6 +41,12 @@ fn every_scenario_passes_and_names_its_thread_and_invariant() {
         assert!(scenario.thread.is_some_and(|thread| thread <= 4), "{name}: its thread");
         assert!(!scenario.invariants.is_empty(), "{name}: its invariant");
         for &host in &scenario.hosts {
+            let huge = scenario.memory.page_size == PageSize::Huge2M && host == HostKind::Memfd;
+            let set_aside = || HugetlbPages::of_2m(scenario.memory.pages.get() / 512);
+            let held = huge.then(|| require(Facility::HugePages, set_aside()));
+            if held.as_ref().is_some_and(Option::is_none) {
+                continue;
+            }
             let played = play(scenario, host, Options::default());
             match played.verdict {
                 Verdict::Passed => assert_eq!(played.steps.len(), scenario.steps.len()),

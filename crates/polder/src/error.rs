@@ -126,7 +126,7 @@ pub enum Error {
     },
     /// Too few huge pages: free, and promised to nobody else.
     #[error(
-        "{asked} huge pages of {level} are needed, and {available} are available{}",
+        "huge pages of {level}: {asked} needed, {available} available{}",
         .pending.checked_sub(1).map_or(String::new(), |_| format!("; {pending} more are pending"))
     )]
     HugePages {

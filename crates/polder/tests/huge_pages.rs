@@ -228,6 +228,7 @@ fn every_huge_page_is_back_after_a_kill_in_the_middle_of_a_conversion() {
         let mut child = Command::new(&this)
             .args(["--exact", name, "--nocapture"])
             .env(KILLED, "1")
+            .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -250,7 +251,12 @@ fn every_huge_page_is_back_after_a_kill_in_the_middle_of_a_conversion() {
     }
 }
 
+/// As long as its parent lives.
 fn convert_for_ever() {
+    std::thread::spawn(|| {
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        std::process::exit(1);
+    });
     let memory = Memory::builder(PageCount::from(8 * 512)).page_size(PageSize::Huge2M);
     let Ok(memory) = memory.build() else { return };
     memory.watch(Arc::new(Delays::new(1, Duration::from_millis(2))));
@@ -260,6 +266,82 @@ fn convert_for_ever() {
             to(&memory, range, kind).expect("nobody is in the way");
         }
     }
+}
+
+const RACES: &str = "POLDER_RACES_FOR_HUGE_PAGES";
+
+/// Each of two processes wants five of eight pages, again and again.
+#[test]
+fn two_processes_that_race_for_the_pool_have_all_or_are_refused_and_lose_none() {
+    if std::env::var_os(RACES).is_some() {
+        return race();
+    }
+    let Some(alone) = alone(8) else { return };
+    let name = "two_processes_that_race_for_the_pool_have_all_or_are_refused_and_lose_none";
+    let this = std::env::current_exe().unwrap();
+    let children = [(); 2].map(|()| {
+        let mut child = Command::new(&this);
+        child.args(["--exact", name, "--nocapture"]).env(RACES, "1").stdout(Stdio::null());
+        child.spawn().unwrap()
+    });
+    for mut child in children {
+        assert!(child.wait().unwrap().success(), "no SIGBUS, and no other error");
+    }
+    assert_eq!(alone.free() - alone.reserved(), 8);
+}
+
+fn race() {
+    let mut had = 0;
+    // The other ends some time.
+    for _ in 0..100_000 {
+        let memory = Memory::builder(PageCount::from(5 * 512)).page_size(PageSize::Huge2M).shared();
+        match memory.build() {
+            Ok(memory) => {
+                had += 1;
+                let touch = |page: u64| memory.host_view().touch_write(page * 4096, &[1]);
+                (0..5).for_each(|huge| touch(huge * 512).expect("it was promised"));
+            }
+            Err(Error::HugePages { asked: 5, .. }) => {
+                std::thread::sleep(Duration::from_micros(200))
+            }
+            Err(Error::Missing { .. }) => return,
+            Err(other) => panic!("{other:?}"),
+        }
+        if had >= 20 {
+            return;
+        }
+    }
+    panic!("{had} times of 20");
+}
+
+/// Huge pages that no other test has a part of; says so where that can't be.
+fn alone(count: u64) -> Option<HugetlbPages> {
+    let found = HugetlbPages::of_2m_alone(count, patience(Duration::from_secs(10)));
+    found.map_err(|why| println!("SKIPPED: {why}")).ok()
+}
+
+#[test]
+fn a_pool_that_is_shrunk_meanwhile_keeps_what_was_promised_and_no_touch_is_a_sigbus() {
+    let Some(mut alone) = alone(4) else { return };
+    let memory = Memory::builder(PageCount::from(2 * 512)).page_size(PageSize::Huge2M).shared();
+    let Some(memory) = require(Facility::Userfault, memory.build()) else { return };
+    alone.shrink();
+    let more = Memory::builder(PageCount::from(512)).page_size(PageSize::Huge2M).build();
+    assert!(matches!(more, Err(Error::HugePages { available: 0, .. })), "{more:?}");
+    for page in [0, 600] {
+        memory.host_view().touch_write(page * 4096, &[7]).expect("it was promised");
+        assert_eq!(first_byte(&memory, page), Ok(7));
+    }
+    // What is discarded goes back to a pool that is to have none: it may be gone for good.
+    match memory.discard(pages(512, 1024), OnBusy::Wait) {
+        Ok(()) => assert_eq!(first_byte(&memory, 600), Ok(0)),
+        Err(error) => {
+            assert!(matches!(error, Error::Quarantined { .. }), "{error:?}");
+            assert!(first_byte(&memory, 600).is_err(), "denied, by a typed error");
+            assert_eq!(memory.quarantined(), [pages(512, 1024)]);
+        }
+    }
+    assert_eq!(first_byte(&memory, 0), Ok(7), "the other is as good as ever");
 }
 
 /// Memory of `count` huge pages on the simulated machine.
@@ -351,34 +433,63 @@ fn a_pin_by_somebody_else_keeps_a_discarded_huge_page_pending_until_it_goes() {
         .unwrap();
 }
 
-#[test]
-fn no_memory_for_the_tables_of_a_split_changes_nothing_whichever_it_is() {
-    for nth in 0..600 {
-        let memory = simulated(PageSize::Huge1G, 1, Platform::Plain);
-        to(&memory, pages(0, 512), Visibility::Shared).unwrap();
-        memory.host_view().touch_write(0, &[7]).unwrap();
-        let free =
-            |memory: &Memory| memory.simulated(|machine, _, _| machine.free_frames()).unwrap();
-        let (before, levels, pool) = (free(&memory), memory.levels(), memory.pool());
+/// What of memory on the machine an operation that is refused leaves as it was.
+fn state(memory: &Memory) -> impl PartialEq + std::fmt::Debug + use<> {
+    let all = pages(0, memory.pages().get());
+    let inside = memory.simulated(|machine, object, _| {
+        machine.audit().expect("it adds up");
+        let folios = machine.folios(object, all).expect("the memory's");
+        let levels: Vec<Level> = folios.map(|(_, folio)| folio.level).collect();
+        (machine.free_frames(), levels)
+    });
+    let facts = memory.facts(all).expect("all of it");
+    (inside.expect("it is the machine"), memory.levels(), memory.reshaped(), memory.pool(), facts)
+}
+
+/// Has the first allocation that an operation makes fail, then the second, and so on, until it is
+/// done without one. How many there were.
+fn every_allocation_fails(memory: &Memory, operation: impl Fn() -> Result<(), Error>) -> u64 {
+    for nth in 0.. {
         let fail = |nth| {
-            let set = memory.simulated(|machine, _, _| {
-                machine.fail_allocation(nth);
-            });
-            set.unwrap();
+            let set = memory.simulated(|machine, _, _| machine.fail_allocation(nth));
+            set.expect("it is the machine");
         };
+        let before = state(memory);
         fail(Some(nth));
-        let shared = to(&memory, pages(1024, 1025), Visibility::Shared);
+        let done = operation();
         fail(None);
-        if shared.is_ok() {
-            assert_eq!(nth, 7, "one 2M page was to be split, by its tables");
-            return;
+        match done {
+            Ok(()) => return nth,
+            Err(error) => assert_eq!(error.errno(), polder::Errno::ENOMEM, "{error:?}"),
         }
-        assert_eq!(shared.unwrap_err().errno(), polder::Errno::ENOMEM);
-        assert_eq!((free(&memory), memory.levels(), memory.pool()), (before, levels, pool));
+        assert_eq!(state(memory), before, "allocation {nth}");
         assert!(memory.quarantined().is_empty());
-        to(&memory, pages(1024, 1025), Visibility::Shared).unwrap();
     }
-    panic!("it goes on failing");
+    unreachable!("there are as many numbers as there are")
+}
+
+#[test]
+fn no_memory_at_any_point_of_a_split_merge_or_discard_changes_nothing() {
+    let memory = simulated(PageSize::Huge1G, 1, Platform::Plain);
+    let convert = |range: PageRange, kind| {
+        every_allocation_fails(&memory, || to(&memory, range, kind).map(drop))
+    };
+    let touch = |page: u64| memory.host_view().touch_write(page * 4096, &[7]);
+    // What is not there yet: the tables are had for it, and then its touch takes one page of 1G.
+    assert_eq!(convert(pages(1000, 1001), Visibility::Shared), 511 + 7);
+    touch(1000).unwrap();
+    assert_eq!(convert(pages(5000, 5001), Visibility::Shared), 7);
+    assert_eq!(convert(pages(2048, 2560), Visibility::Shared), 0, "a whole 2M page");
+    // Merges: nothing is needed, and nothing given back before all is done.
+    assert_eq!(convert(pages(2048, 2560), Visibility::Private), 0);
+    assert_eq!(convert(pages(1000, 1001), Visibility::Private), 0);
+    assert_eq!(convert(pages(5000, 5001), Visibility::Private), 0);
+    assert_eq!(memory.levels().size_1g, 1);
+    // Of what is there, from 1G on.
+    assert_eq!(convert(pages(1000, 1001), Visibility::Shared), 511 + 7);
+    let discard = || memory.discard(pages(0, 512 * 512), OnBusy::Wait);
+    assert_eq!(every_allocation_fails(&memory, discard), 0, "its tables are kept for it");
+    assert_eq!(first_byte(&memory, 1000), Ok(0));
 }
 
 #[test]

@@ -1,7 +1,10 @@
 //! What a host gives to the cases.
 
 use polder::units::{GfnRange, Gpa, Level, PageIndex, PageRange};
-use polder::{Error, HostKind, Memory, MemoryFault, Platform, Prefaulted, Visibility, VmId};
+use polder::{
+    Error, HostKind, Memory, MemoryFault, PageSize, Platform, Prefaulted, Visibility, VmId,
+};
+use polder_require::Thp;
 use polder_vmm::scenario::Op;
 use polder_vmm::{Ended, IdleVcpu};
 
@@ -17,23 +20,31 @@ pub trait Host: Sync {
         Platform::Plain
     }
 
+    /// What memory is made of, where a case doesn't say.
+    fn page_size(&self) -> PageSize {
+        PageSize::Small
+    }
+
+    /// Sets aside what memory is made of, until it is dropped.
+    ///
+    /// # Errors
+    /// [`Skipped`] where this machine has none.
+    fn set_aside(&self) -> Result<Option<Thp>, Skipped> {
+        Ok(None)
+    }
+
     /// The column's name.
     fn name(&self) -> String {
-        match self.platform() {
-            Platform::Plain => self.kind().to_string(),
-            platform => format!("{} {platform}", self.kind()),
+        match (self.platform(), self.page_size()) {
+            (Platform::Plain, PageSize::Small) => self.kind().to_string(),
+            (Platform::Plain, size) => format!("{} {size}", self.kind()),
+            (platform, _) => format!("{} {platform}", self.kind()),
         }
     }
 
     /// Why a whole section does not apply to it.
     fn lacks(&self, section: Section) -> Option<&'static str> {
-        match section {
-            Section::Rmp => Some("only memory of an SNP guest has an RMP"),
-            Section::Pkvm => {
-                Some("only memory of a protected VM under pKVM is the guest's to share")
-            }
-            _ => None,
-        }
+        not_protected(section)
     }
 
     /// The cases that do not apply to it, by name, each with the reason.
@@ -78,6 +89,15 @@ pub trait Host: Sync {
     /// it are not applicable to others.
     fn inside(&self) -> Option<&dyn Inside> {
         None
+    }
+}
+
+/// Why a section does not apply to memory that no hardware protects.
+pub(crate) fn not_protected(section: Section) -> Option<&'static str> {
+    match section {
+        Section::Rmp => Some("only memory of an SNP guest has an RMP"),
+        Section::Pkvm => Some("only memory of a protected VM under pKVM is the guest's to share"),
+        _ => None,
     }
 }
 

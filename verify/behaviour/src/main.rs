@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use polder::HostKind;
+use polder::{HostKind, PageSize};
 use polder_behaviour::{Case, Cell, Host, Verdict, cases, cell, hosts, render, run, run_within};
 use serde_json::{Value, json};
 
@@ -16,6 +16,9 @@ struct Arguments {
     /// Only the cells of these hosts
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     host: Vec<HostKind>,
+    /// Only the columns whose memory is of pages of this size, where a case doesn't say
+    #[arg(long, value_name = "SIZE")]
+    page_size: Option<PageSize>,
     /// Only the cases in whose sentence this occurs
     #[arg(long, value_name = "TEXT")]
     case: Option<String>,
@@ -26,7 +29,7 @@ struct Arguments {
     #[arg(long)]
     json: bool,
     /// Run nothing; write verify/behaviour/table.md
-    #[arg(long, conflicts_with_all = ["host", "case", "json"])]
+    #[arg(long, conflicts_with_all = ["host", "page_size", "case", "json"])]
     write: bool,
 }
 
@@ -44,8 +47,10 @@ fn main() -> ExitCode {
     }
     let mut rows = Vec::new();
     let (mut failed, mut looked) = (0, 0);
-    let wanted =
-        |host: &&&dyn Host| arguments.host.is_empty() || arguments.host.contains(&host.kind());
+    let wanted = |host: &&&dyn Host| {
+        (arguments.host.is_empty() || arguments.host.contains(&host.kind()))
+            && arguments.page_size.is_none_or(|size| size == host.page_size())
+    };
     for host in hosts().iter().filter(wanted) {
         let asked = |case: &&Case| arguments.case.as_ref().is_none_or(|a| case.name.contains(a));
         for case in cases().filter(asked) {

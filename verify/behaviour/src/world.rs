@@ -57,7 +57,7 @@ impl<'a> World<'a> {
     /// # Errors
     /// [`Skipped`].
     pub fn memory(&self, pages: u64) -> Result<Memory, Skipped> {
-        self.build(Memory::builder(count(pages)))
+        self.build(self.builder(pages))
     }
 
     /// The same for a platform that the case is about.
@@ -65,7 +65,7 @@ impl<'a> World<'a> {
     /// # Errors
     /// [`Skipped`].
     pub fn memory_for(&self, platform: Platform, pages: u64) -> Result<Memory, Skipped> {
-        let built = self.build_on(Memory::builder(count(pages)).platform(platform))?;
+        let built = self.build_on(self.builder(pages).platform(platform))?;
         Ok(built.expect("memory of a sensible size"))
     }
 
@@ -86,9 +86,14 @@ impl<'a> World<'a> {
     /// # Errors
     /// [`Skipped`].
     pub fn owed(&self, pages: u64) -> Result<Memory, Skipped> {
-        let builder = Memory::builder(count(pages)).owed();
+        let builder = self.builder(pages).owed();
         let private = self.0.platform().host_fills_private();
         self.build(if private { builder } else { builder.shared() })
+    }
+
+    /// Memory of so many pages, of what the host's is made of.
+    pub fn builder(&self, pages: u64) -> Builder {
+        Memory::builder(count(pages)).page_size(self.0.page_size())
     }
 
     fn build(&self, builder: Builder) -> Result<Memory, Skipped> {

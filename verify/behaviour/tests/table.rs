@@ -89,6 +89,11 @@ fn conversion() {
 }
 
 #[test]
+fn huge_pages() {
+    section(Section::HugePages);
+}
+
+#[test]
 fn rmp() {
     section(Section::Rmp);
 }

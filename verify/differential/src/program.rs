@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use polder::units::{Gpa, PAGE_SIZE, PageCount, PageRange};
-use polder::{Contents, HostKind, PinKind, Platform, Reached, Visibility};
+use polder::{Contents, HostKind, PageSize, PinKind, Platform, Reached, Visibility};
 use polder_play::{
     Actor, Bytes, DEFAULT_GPA, Expect, Hold, Kind, MemorySpec, Place, Scenario, SlotSpec, Step,
     Verb, VmSpec,
@@ -36,6 +36,8 @@ pub fn program(seed: u64, hosts: &[HostKind]) -> Scenario {
         },
         starts: random.one_of(&[Visibility::Private, Visibility::Shared]),
         owed: random.percent(12) && !left_out(Feature::Owed),
+        page_size: PageSize::Small,
+        pool: None,
     };
     let vms = if random.percent(30) && !left_out(Feature::SecondVm) { 2 } else { 1 };
     let mut maker = Maker {

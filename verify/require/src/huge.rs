@@ -6,6 +6,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 const POOL_2M: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 const POOL_1G: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB";
@@ -16,7 +17,10 @@ const THP_OF_ALL: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 #[derive(Debug)]
 pub struct HugetlbPages {
     pool: PathBuf,
+    /// Those that were not there before.
     count: u64,
+    /// The pool's lock, where nobody else is to have a part of it.
+    held: Option<File>,
 }
 
 fn number(path: &Path) -> Result<u64, String> {
@@ -37,25 +41,77 @@ impl HugetlbPages {
     /// # Errors
     /// Why there are none.
     pub fn of_2m(count: u64) -> Result<Self, String> {
-        Self::of(POOL_2M, count)
+        // The kernel gives up soon where memory is in pieces, or full of files that were read.
+        let compact = Some("compact_memory");
+        Self::of(POOL_2M, count, &[None, compact, Some("drop_caches"), compact])
     }
 
-    /// `count` more pages of 1G.
+    /// `count` pages of 2M, the only ones that are free and not promised, and nobody sets aside any
+    /// while they are held. Waits for others to have taken or given back theirs, for `at_most` at
+    /// most.
+    ///
+    /// # Errors
+    /// Why there are none.
+    pub fn of_2m_alone(count: u64, at_most: Duration) -> Result<Self, String> {
+        const PAUSE: Duration = Duration::from_millis(20);
+        let (pool, mut left) = (PathBuf::from(POOL_2M), at_most);
+        let file = pool.join("nr_hugepages");
+        loop {
+            let held = lock(&file)?;
+            let free = number(&pool.join("free_hugepages"))?;
+            if free <= number(&pool.join("resv_hugepages"))? {
+                let before = number(&file)?;
+                fs::write(&file, (before + count).to_string())
+                    .map_err(|error| format!("{}: {error}", file.display()))?;
+                let had = number(&file)?.saturating_sub(before);
+                let pages = Self { pool, count: had, held: Some(held) };
+                return if had == count {
+                    Ok(pages)
+                } else {
+                    Err(format!("{had} of {count} huge pages could be had"))
+                };
+            }
+            drop(held);
+            let others = || "others have free huge pages set aside, all the time".to_owned();
+            left = left.checked_sub(PAUSE).ok_or_else(others)?;
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// Takes them away again, as an administrator may: what is promised of them stays so.
+    ///
+    /// # Panics
+    /// If the kernel no longer listens.
+    pub fn shrink(&mut self) {
+        let file = self.pool.join("nr_hugepages");
+        let now = number(&file).expect("it was there");
+        let count = std::mem::take(&mut self.count);
+        fs::write(file, now.saturating_sub(count).to_string()).expect("it was there");
+    }
+
+    /// `count` pages of 1G: free ones that were set aside at boot, or else more.
     ///
     /// # Errors
     /// Why there are none.
     pub fn of_1g(count: u64) -> Result<Self, String> {
-        Self::of(POOL_1G, count)
+        let pool = PathBuf::from(POOL_1G);
+        let held = lock(&pool.join("nr_hugepages"))?;
+        let set_aside = Self { pool, count: 0, held: Some(held) };
+        if set_aside.free() >= set_aside.reserved() + count {
+            return Ok(set_aside);
+        }
+        drop(set_aside);
+        // Memory that was not in one piece a moment ago is not made so by asking again.
+        Self::of(POOL_1G, count, &[None])
     }
 
-    fn of(pool: &str, count: u64) -> Result<Self, String> {
+    fn of(pool: &str, count: u64, helps: &[Option<&str>]) -> Result<Self, String> {
         let pool = PathBuf::from(pool);
         let file = pool.join("nr_hugepages");
         let _held = lock(&file)?;
         let before = number(&file)?;
         let mut after = before;
-        // The kernel gives up soon where memory is in pieces, or full of files that were read.
-        for help in [None, Some("compact_memory"), Some("drop_caches"), Some("compact_memory")] {
+        for help in helps {
             if let Some(help) = help {
                 let _ = fs::write(Path::new("/proc/sys/vm").join(help), "1");
             }
@@ -66,7 +122,7 @@ impl HugetlbPages {
                 break;
             }
         }
-        let pages = Self { pool, count: after.saturating_sub(before) };
+        let pages = Self { pool, count: after.saturating_sub(before), held: None };
         if pages.count == count {
             return Ok(pages);
         }
@@ -94,8 +150,12 @@ impl HugetlbPages {
 
 impl Drop for HugetlbPages {
     fn drop(&mut self) {
+        if self.count == 0 {
+            return;
+        }
         let file = self.pool.join("nr_hugepages");
-        let _held = lock(&file);
+        // What is locked here already would be waited for in vain.
+        let _held = self.held.is_none().then(|| lock(&file));
         if let Ok(now) = number(&file) {
             // Who shares the machine has the rest.
             let _ = fs::write(&file, now.saturating_sub(self.count).to_string());

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 
 const USAGE: &str = "\
-usage: cargo xtask lab [--cpus N] [--memory MIB] [--timeout SECONDS]
+usage: cargo xtask lab [--cpus N] [--memory MIB] [--gigantic N] [--timeout SECONDS]
                        [--matrix [--json] | -- COMMAND [ARGUMENT]...]
   without a command: the behaviour table and `polder run`, on every host
   --matrix: the behaviour table in Debian's kernels too; writes docs/kernels.md";
@@ -15,6 +15,8 @@ pub(super) struct Arguments {
     pub(super) cpus: u32,
     /// Its memory, in MiB.
     pub(super) memory: u32,
+    /// Huge pages of 1G that are set aside as it boots, beside that memory.
+    pub(super) gigantic: u32,
     /// After how many seconds it counts as hung.
     pub(super) timeout: u32,
     /// Whether the table is run in all kernels.
@@ -30,6 +32,7 @@ impl Arguments {
         let mut parsed = Self {
             cpus: 2,
             memory: 1024,
+            gigantic: 0,
             timeout: 1800,
             matrix: false,
             json: false,
@@ -41,6 +44,7 @@ impl Arguments {
             let (value, allowed) = match option.to_str() {
                 Some("--cpus") => (&mut parsed.cpus, 1..=8),
                 Some("--memory") => (&mut parsed.memory, 256..=1 << 20),
+                Some("--gigantic") => (&mut parsed.gigantic, 0..=64),
                 Some("--timeout") => (&mut parsed.timeout, 1..=86_400),
                 Some("--matrix") => {
                     parsed.matrix = true;
@@ -89,8 +93,9 @@ mod tests {
 
     #[test]
     fn options_come_first_and_the_command_is_left_as_it_is() {
-        let parsed = parse("--cpus 3 --memory 512 --timeout 9 -- ls --cpus x -- y").unwrap();
-        assert_eq!((parsed.cpus, parsed.memory, parsed.timeout), (3, 512, 9));
+        let parsed = parse("--cpus 3 --memory 512 --gigantic 2 --timeout 9 -- ls --cpus x -- y");
+        let parsed = parsed.unwrap();
+        assert_eq!((parsed.cpus, parsed.memory, parsed.gigantic, parsed.timeout), (3, 512, 2, 9));
         assert_eq!(parsed.command, ["ls", "--cpus", "x", "--", "y"]);
         assert!(!parsed.matrix && !parsed.json);
         assert_eq!(parse("").unwrap().command, [""; 0]);

@@ -41,6 +41,8 @@ pub(super) struct Guest<'a> {
     pub(super) cpus: u32,
     /// MiB.
     pub(super) memory: u32,
+    /// Pages of 1G that the kernel sets aside as it boots, beside that memory.
+    pub(super) gigantic: u32,
     /// Seconds.
     pub(super) timeout: u32,
     /// What its shell runs.
@@ -121,6 +123,23 @@ impl Guest<'_> {
             .finish()
     }
 
+    /// MiB. From 2816 on the machine has 2048 below 4G, where the kernel lies about, and the rest
+    /// above in one piece.
+    fn all_memory(&self) -> u32 {
+        match self.gigantic {
+            0 => self.memory,
+            pages => (self.memory + 1024 * pages).max(2048 + 512 + 1024 * pages),
+        }
+    }
+
+    fn kernel_parameters(&self) -> String {
+        let plain = "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off";
+        match self.gigantic {
+            0 => plain.to_owned(),
+            pages => format!("{plain} hugepagesz=1G hugepages={pages}"),
+        }
+    }
+
     fn command(&self, folder: &Path) -> Command {
         let port = |name: &str| {
             let path = option(&folder.join(name));
@@ -139,7 +158,7 @@ impl Guest<'_> {
         };
         let mut command = tool::ends_with_us("KILL", QEMU);
         command.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt", "-machine", "q35"]);
-        command.args(["-m", &self.memory.to_string(), "-smp", &self.cpus.to_string()]);
+        command.args(["-m", &self.all_memory().to_string(), "-smp", &self.cpus.to_string()]);
         command.args(["-nodefaults", "-no-reboot", "-display", "none"]);
         command.args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]);
         command.args(["-chardev", &port("console"), "-serial", "chardev:console"]);
@@ -150,7 +169,7 @@ impl Guest<'_> {
         command.args(share("root", Path::new("/"), ",readonly=on"));
         command.args(share("work", &self.writable, ""));
         command.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(folder.join("initramfs"));
-        command.args(["-append", "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off"]);
+        command.args(["-append", &self.kernel_parameters()]);
         command.stdin(Stdio::null());
         command
     }

@@ -91,6 +91,8 @@ fn tried(
         lab.program("polder-behaviour"),
         "--host".into(),
         HOSTS.into(),
+        "--page-size".into(),
+        "4k".into(),
         "--limit".into(),
         LIMIT.into(),
         "--json".into(),

@@ -16,9 +16,12 @@ pub(super) const HOSTS: &str = "memfd,guest_memfd";
 
 /// What must not be missing in the lab (`polder_require`), whichever kernel with private memory it
 /// is given.
-const REQUIRED: &str = "kvm,userfault,private-memory";
+const REQUIRED: &str = "kvm,userfault,private-memory,huge-pages,gigantic-pages";
 /// What the kernel that is built here has besides.
 const REQUIRED_OF_OURS: &str = "seccomp,cachestat";
+
+/// Pages of 1G that the kernel sets aside as it boots: elsewhere memory is seldom in one piece.
+pub(super) const GIGANTIC: u32 = 1;
 
 /// Seconds that `polder run` may take: emulated, it is a matter of ten.
 const RUN_SECONDS: &str = "600";
@@ -41,6 +44,9 @@ pub(super) fn run(lab: &Lab, kernel: &Kernel) -> Result<u8, String> {
         lab.program("polder-behaviour"),
         "--host".into(),
         HOSTS.into(),
+        // The rows about huge pages are of every size; the others are run on them outside.
+        "--page-size".into(),
+        "4k".into(),
     ];
     let (status, text) = shown(lab, kernel, &table)?;
     let counts = counts(&text);

@@ -109,6 +109,33 @@ fn a_step_that_fails_leaves_folios_as_they_were_and_gives_tables_back() {
 }
 
 #[test]
+fn a_step_of_a_merge_that_fails_leaves_folios_and_their_tables_as_they_were() {
+    let private = request(pages(5, 6), Visibility::Private, Contents::Preserve);
+    let steps = {
+        let mut engine = split();
+        preserve(&mut engine, pages(5, 6), Visibility::Shared);
+        convert(&mut engine, &private, None).unwrap()
+    };
+    let merges = steps.iter().filter(|it| matches!(it, Step::MergeFolio(_))).count();
+    assert_eq!(merges, 2);
+    // The tables go when nothing can fail any more.
+    let last = steps.iter().position(|it| matches!(it, Step::ReleaseTables(_))).unwrap();
+    for fail in 0..last {
+        let mut engine = split();
+        preserve(&mut engine, pages(5, 6), Visibility::Shared);
+        let before = (counts(&engine), engine.reshaped());
+        let undone = convert(&mut engine, &private, Some(fail)).unwrap_err();
+        assert_eq!((counts(&engine), engine.reshaped()), before);
+        assert!(!undone.iter().any(|it| matches!(it, Step::ReleaseTables(_))), "{undone:?}");
+        let tried = steps[..=fail].iter().filter(|it| matches!(it, Step::MergeFolio(_))).count();
+        let split = undone.iter().filter(|it| matches!(it, Step::SplitFolio(_))).count();
+        assert_eq!(split, tried, "step {fail}: {undone:?}");
+        convert(&mut engine, &private, None).unwrap();
+        assert_eq!(counts(&engine), [0, 0, 2]);
+    }
+}
+
+#[test]
 fn who_touches_a_neighbour_waits_while_the_folio_is_reshaped() {
     let mut engine = split();
     preserve(&mut engine, pages(20, 24), Visibility::Shared);

@@ -1,5 +1,7 @@
 //! The driver over each host, with steps and answers that fail or panic.
 
+mod huge_pages;
+
 use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -129,6 +131,10 @@ impl Host for Troubled {
         self.host.settle(failed)
     }
 
+    fn pool(&self) -> Option<polder_engine::pool::PoolCounts> {
+        self.host.pool()
+    }
+
     fn existing(&self) -> Result<Vec<PageRange>, Error> {
         self.host.existing()
     }
@@ -232,8 +238,6 @@ impl Set {
             HostKind::GuestMemfd => unreachable!("not one of `HOSTS`"),
             HostKind::Machine => (Box::new(MachineHost::new(pages, platform).unwrap()), None),
         };
-        let plan = Arc::new(Mutex::new((usize::MAX, 0)));
-        let answers = Arc::new(AtomicUsize::new(0));
         let config = Config {
             pages,
             geometry: Geometry::X86_64,
@@ -243,6 +247,18 @@ impl Set {
             backing: polder_engine::Backing::ANY,
             initial: PageFacts { visibility: Visibility::Private, population: Population::Whole },
         };
+        Some(Self::over(host, guest_view, config, trouble, ask_again))
+    }
+
+    fn over(
+        host: Box<dyn Host>,
+        guest_view: Option<Arc<polder_linux::View>>,
+        config: Config,
+        trouble: Trouble,
+        ask_again: Duration,
+    ) -> Self {
+        let plan = Arc::new(Mutex::new((usize::MAX, 0)));
+        let answers = Arc::new(AtomicUsize::new(0));
         let unbinding = Arc::new(Unbinding::default());
         let host = Troubled {
             host,
@@ -256,7 +272,7 @@ impl Set {
         driver.ask_again = ask_again;
         let driver = Arc::new(driver);
         let threads = FaultThreads::start(&driver, 1).unwrap();
-        Some(Self { driver, threads, plan, answers, unbinding, guest_view })
+        Self { driver, threads, plan, answers, unbinding, guest_view }
     }
 
     fn convert(&self, range: PageRange, to: Visibility, contents: Contents) -> Result<(), Error> {

@@ -407,8 +407,8 @@ impl Host for MachineHost {
             Step::Move(range) => self.move_folios(range),
             Step::Launch(range) => self.launch(range),
             Step::PrepareSplit(range) => self.prepare_split(range),
-            Step::SplitFolio(range) => self.split_folio(range),
-            Step::MergeFolio(range) => self.merge_folios(range),
+            Step::SplitFolio(range) => self.reshape(range, true),
+            Step::MergeFolio(range) => self.reshape(range, false),
             Step::ReleaseTables(range) => {
                 self.release_tables(range);
                 Ok(())

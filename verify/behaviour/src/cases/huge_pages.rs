@@ -4,7 +4,7 @@ use polder::units::{PageCount, PageRange};
 use polder::{
     Contents, Error, Holder, HostKind, Memory, OnBusy, PageSize, PinKind, Refusal, Visibility,
 };
-use polder_require::{Facility, HugetlbPages, Thp};
+use polder_require::{Facility, HugetlbPages, Thp, require};
 
 use crate::Section::HugePages;
 use crate::world::{PASSED, World, byte, page, pages, put, to};
@@ -31,14 +31,21 @@ pub(super) struct SetAside(
     #[expect(dead_code, reason = "held")] Option<Thp>,
 );
 
-/// Runs a case on memory of each page size that the host has, of two huge pages; of one of 1G.
+/// Runs a case on memory of each page size that the host has, of two huge pages; of one of 1G, which
+/// a kernel seldom has to give.
 fn each(w: &World<'_>, mut case: impl FnMut(&Memory, PageSize, u64)) -> Ran {
     let sizes: &[PageSize] = match w.kind() {
         HostKind::Machine => &[PageSize::Huge2M, PageSize::Huge1G],
-        _ => &[PageSize::Thp, PageSize::Huge2M],
+        _ => &[PageSize::Thp, PageSize::Huge2M, PageSize::Huge1G],
     };
     for &size in sizes {
-        let _held = set_aside(w.kind(), size)?;
+        let _held = match set_aside(w.kind(), size) {
+            Err(lacks) if lacks.facility == Facility::GiganticPages => {
+                let _ = require(lacks.facility, Err::<(), _>(lacks.why));
+                continue;
+            }
+            held => held?,
+        };
         let huge = if size == PageSize::Huge1G { 512 * 512 } else { 512 };
         let count = PageCount::from(if size == PageSize::Huge1G { huge } else { 2 * huge });
         let memory = w.try_build(Memory::builder(count).page_size(size))?;
@@ -55,6 +62,10 @@ pub(super) fn set_aside(host: HostKind, size: PageSize) -> Result<SetAside, Skip
     Ok(match (host, size) {
         (HostKind::Machine, _) => SetAside(None, None),
         (_, PageSize::Thp) => SetAside(None, Some(Thp::allow().map_err(lacking)?)),
+        (_, PageSize::Huge1G) => {
+            let lacking = |why| Skipped { facility: Facility::GiganticPages, why };
+            SetAside(Some(HugetlbPages::of_1g(1).map_err(lacking)?), None)
+        }
         _ => SetAside(Some(HugetlbPages::of_2m(2).map_err(lacking)?), None),
     })
 }
@@ -97,7 +108,7 @@ fn one_of_many(w: &World<'_>) -> Ran {
         share(memory, page(5));
         assert_eq!(byte(memory, 4), None);
         assert_eq!(byte(memory, 6), None);
-        let whole = size == PageSize::Huge2M && w.kind() == HostKind::Memfd;
+        let whole = size.reserved().is_some() && w.kind() == HostKind::Memfd;
         assert_eq!(byte(memory, 5).is_some(), !whole, "a hugetlb page is shown as a whole");
         let pin = memory.pin(page(5), PinKind::Short, Holder::new("a device"));
         assert!(pin.is_ok(), "by the API it is reached");
@@ -131,9 +142,13 @@ fn odd(w: &World<'_>) -> Ran {
 }
 
 fn whole(w: &World<'_>) -> Ran {
-    each(w, |memory, _, huge| {
+    each(w, |memory, size, huge| {
         share(memory, pages(0, huge));
+        let before = memory.statistics().host_faults;
         assert_eq!([0, 1, huge - 1].map(|at| byte(memory, at)), [Some(0); 3]);
+        if size.reserved().is_some() && w.kind() == HostKind::Memfd {
+            assert_eq!(memory.statistics().host_faults, before + 1, "by one entry");
+        }
         let limits = memory.level_limits(polder::View::Host, page(1).start(), None);
         assert!(limits.is_ok_and(|limits| limits.limiting() != Some(polder::Limit::Visibility)));
     })

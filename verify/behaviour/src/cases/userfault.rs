@@ -103,7 +103,7 @@ fn memory(
     source: Arc<dyn Source>,
     deadline: Duration,
 ) -> Result<Memory, Skipped> {
-    let builder = Memory::builder(count(pages)).shared().source(source);
+    let builder = w.builder(pages).shared().source(source);
     let builder = builder.read_ahead(ReadAhead::Off).fault_deadline(patience(deadline));
     Ok(w.try_build(builder)?.expect("memory of a sensible size"))
 }
@@ -332,7 +332,7 @@ fn filled(w: &World<'_>) -> Ran {
 }
 
 fn torn(w: &World<'_>) -> Ran {
-    let builder = Memory::builder(count(256)).shared().source(Arc::new(Written::default()));
+    let builder = w.builder(256).shared().source(Arc::new(Written::default()));
     let memory = w.try_build(builder)?.expect("memory of a sensible size");
     let bound = w.bound(memory)?;
     let (memory, whole) = (&bound.memory, pages(0, 256));

@@ -9,8 +9,8 @@ use polder::{HostKind, Memory};
 use polder_require::Facility;
 use polder_vmm::{RunError, Vm};
 
-use super::memfd::{MOVED, Memfd};
-use super::{KERNEL_MOVES, NO_DEVICE};
+use super::memfd::MOVED;
+use super::{KERNEL_MOVES, MEMFD, NO_DEVICE};
 use crate::host::{Guest, Host, Trouble, Way};
 use crate::{Section, Skipped, cases};
 
@@ -91,7 +91,7 @@ impl Host for GuestMemfd {
     }
 
     fn missing(&self, error: &polder::Error) -> Option<Skipped> {
-        Memfd.missing(error)
+        MEMFD.missing(error)
     }
 
     fn guest(&self) -> Result<Box<dyn Guest>, Skipped> {
@@ -109,7 +109,7 @@ impl Host for GuestMemfd {
     }
 
     fn in_trouble(&self, trouble: Trouble, run: &mut (dyn FnMut() + Send)) -> Result<(), Skipped> {
-        Memfd.in_trouble(trouble, run)
+        MEMFD.in_trouble(trouble, run)
     }
 
     /// Nobody: the kernel keeps private pages from the process, and shows them by no descriptor.
@@ -118,7 +118,7 @@ impl Host for GuestMemfd {
     }
 
     fn mapped(&self, memory: &Memory, range: PageRange) -> Vec<PageIndex> {
-        Memfd.mapped(memory, range)
+        MEMFD.mapped(memory, range)
     }
 
     fn taken(&self, memory: &Memory) -> u64 {
@@ -139,6 +139,6 @@ impl Host for GuestMemfd {
     }
 
     fn inherited(&self, memory: &Memory) -> Vec<String> {
-        Memfd.inherited(memory)
+        MEMFD.inherited(memory)
     }
 }

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::LazyLock;
 
 use polder::units::{Gpa, PAGE_SIZE, PageIndex, PageRange};
-use polder::{HostKind, Memory, MemoryFault, Visibility, VmId};
-use polder_require::Facility;
+use polder::{HostKind, Memory, MemoryFault, PageSize, Visibility, VmId};
+use polder_require::{Facility, Thp};
 use polder_vmm::scenario::Op;
 use polder_vmm::{End, Ended, Failure, IdleVcpu, Progress, RunError, Supervision, Vm};
 use seccompiler::{
@@ -15,14 +16,99 @@ use seccompiler::{
 };
 
 use super::{KERNEL_MOVES, LOOKS, NO_DEVICE};
-use crate::host::{Guest, Host, Trouble, Way};
-use crate::{Skipped, cases};
+use crate::host::{Guest, Host, Trouble, Way, not_protected};
+use crate::{Section, Skipped, cases};
 
-/// The memfd host.
-pub(super) struct Memfd;
+/// The memfd host, with memory of pages of a size.
+pub(super) struct Memfd {
+    pub(super) size: PageSize,
+}
 
 pub(super) const MOVED: &str = "an access amid the change of a slot ends in the VMM by the time \
     the slot is there again; a VMM stops its vCPUs first";
+
+/// A row and why it is not applicable.
+type Reason = (&'static str, &'static str);
+
+const SAME_ACCESS: &str = "a guest of KVM's default VM type has one kind of access to memory, \
+    neither private nor shared";
+
+const EVERY: &[Reason] = &[
+    (cases::IMPLICIT, SAME_ACCESS),
+    (cases::MISMATCH, SAME_ACCESS),
+    (
+        cases::SPLIT_FOLIOS,
+        "a part of the kernel's huge page is mapped, or shown by the API; none is split",
+    ),
+    (cases::LOST, "memory is converted in place: every treatment of contents is on offer"),
+    (
+        cases::REFERENCED,
+        "a reference that the kernel took through the host view is not to be seen from \
+         outside the kernel",
+    ),
+    (
+        cases::FAILED,
+        "failing memory for real (`MADV_HWPOISON`) takes a page of this machine out of \
+         use for good; a page in quarantine takes the same road to the VMM",
+    ),
+    (
+        cases::CHILD,
+        "a fork needs `unsafe`, which `crates/linux` alone may have: \
+         `a_child_has_no_view` in its `tests/views.rs`",
+    ),
+    (
+        cases::OTHER,
+        "the memfd is the VMM's alone: Polder neither hands out its descriptor nor lets a \
+         child inherit it",
+    ),
+    (cases::GUP, "GUP-fast can't be stopped between two of its steps from outside the kernel"),
+    (cases::MOVED, MOVED),
+    (cases::MOVES, KERNEL_MOVES),
+    (cases::MOVES_PINNED, KERNEL_MOVES),
+    (cases::MOVES_UNTOLD, KERNEL_MOVES),
+    (cases::MOVES_BUSY, KERNEL_MOVES),
+    (cases::UNMOVABLE, KERNEL_MOVES),
+    (cases::REACHES, NO_DEVICE),
+    (cases::NO_PRELOAD, "the trusted view writes private pages, too"),
+    (cases::AUDIT, "the kernel's counts are not to be seen from outside"),
+    (
+        cases::STRAY,
+        "a touch by a plain pointer needs `unsafe`, which `crates/linux` alone may have: \
+         `a_stray_touch_of_a_denied_page_ends_the_process` in its `tests/views.rs`",
+    ),
+];
+
+const WRITES_ZEROS: &str =
+    "what is discarded of a huge page is written with zeros: that frees none";
+const NO_FREE: &str = "what is discarded of a huge page is written with zeros: nothing of that can \
+    be had to fail";
+const EVERY_SIZE: &str = "rows about huge pages run on every page size: see memfd";
+const BY_2M: &str = "a source brings all of the huge page that a touch lies in";
+
+/// What does not apply to transparent huge pages.
+const THP: &[Reason] = &[
+    ("contents become zeros in every view, and memory is freed", WRITES_ZEROS),
+    ("contents zeroed are zeros for the guest, too", WRITES_ZEROS),
+    (
+        "while a guest runs and converts, it sees no wrong byte and the host no page late",
+        WRITES_ZEROS,
+    ),
+    (
+        "ten rounds of everything to and fro take up the guest's size and no more",
+        "the first touch takes up a huge page, before anything is counted",
+    ),
+    (cases::QUARANTINE, NO_FREE),
+    (cases::QUARANTINE_EXIT, NO_FREE),
+    ("a touch by any view brings its page, whole", BY_2M),
+    ("guest and host that touch one page have it read once", BY_2M),
+    ("with read-ahead off, what nobody touches is not read", BY_2M),
+    ("while a source does not answer, other faults are", BY_2M),
+    ("a touch in a huge page brings all of it, whole, by any view", EVERY_SIZE),
+    ("a huge page with a page that can't be read is denied, or that page", EVERY_SIZE),
+    ("a huge page that is discarded, or a part of it, is not read", EVERY_SIZE),
+    ("a huge page that is being read can be discarded, and is zeros", EVERY_SIZE),
+    ("nobody sees a torn huge page while a source fills it", EVERY_SIZE),
+];
 
 impl Host for Memfd {
     fn kind(&self) -> HostKind {
@@ -30,55 +116,32 @@ impl Host for Memfd {
     }
 
     fn not_applicable(&self) -> &'static [(&'static str, &'static str)] {
-        const SAME_ACCESS: &str = "a guest of KVM's default VM type has one kind of access to \
-            memory, neither private nor shared";
-        &[
-            (cases::IMPLICIT, SAME_ACCESS),
-            (cases::MISMATCH, SAME_ACCESS),
-            (
-                cases::SPLIT_FOLIOS,
-                "a part of the kernel's huge page is mapped, or shown by the API; none is split",
-            ),
-            (cases::LOST, "memory is converted in place: every treatment of contents is on offer"),
-            (
-                cases::REFERENCED,
-                "a reference that the kernel took through the host view is not to be seen from \
-                 outside the kernel",
-            ),
-            (
-                cases::FAILED,
-                "failing memory for real (`MADV_HWPOISON`) takes a page of this machine out of \
-                 use for good; a page in quarantine takes the same road to the VMM",
-            ),
-            (
-                cases::CHILD,
-                "a fork needs `unsafe`, which `crates/linux` alone may have: \
-                 `a_child_has_no_view` in its `tests/views.rs`",
-            ),
-            (
-                cases::OTHER,
-                "the memfd is the VMM's alone: Polder neither hands out its descriptor nor lets a \
-                 child inherit it",
-            ),
-            (
-                cases::GUP,
-                "GUP-fast can't be stopped between two of its steps from outside the kernel",
-            ),
-            (cases::MOVED, MOVED),
-            (cases::MOVES, KERNEL_MOVES),
-            (cases::MOVES_PINNED, KERNEL_MOVES),
-            (cases::MOVES_UNTOLD, KERNEL_MOVES),
-            (cases::MOVES_BUSY, KERNEL_MOVES),
-            (cases::UNMOVABLE, KERNEL_MOVES),
-            (cases::REACHES, NO_DEVICE),
-            (cases::NO_PRELOAD, "the trusted view writes private pages, too"),
-            (cases::AUDIT, "the kernel's counts are not to be seen from outside"),
-            (
-                cases::STRAY,
-                "a touch by a plain pointer needs `unsafe`, which `crates/linux` alone may have: \
-                 `a_stray_touch_of_a_denied_page_ends_the_process` in its `tests/views.rs`",
-            ),
-        ]
+        static OF_THP: LazyLock<Vec<Reason>> = LazyLock::new(|| [EVERY, THP].concat());
+        match self.size {
+            PageSize::Thp => &OF_THP,
+            _ => EVERY,
+        }
+    }
+
+    fn lacks(&self, section: Section) -> Option<&'static str> {
+        use Section::{Conversion, Discard, Exits, HostView, HugePages, KernelAccess};
+        let unprotected = not_protected(section);
+        match section {
+            _ if self.size == PageSize::Small || unprotected.is_some() => unprotected,
+            HostView | Discard | Conversion | Exits | KernelAccess => None,
+            Section::Userfault | Section::Prefault => None,
+            HugePages => Some(EVERY_SIZE),
+            _ => Some("nothing of this section depends on how large its pages are: see memfd"),
+        }
+    }
+
+    fn page_size(&self) -> PageSize {
+        self.size
+    }
+
+    fn set_aside(&self) -> Result<Option<Thp>, Skipped> {
+        let lacking = |why| Skipped { facility: Facility::HugePages, why };
+        (self.size == PageSize::Thp).then(Thp::allow).transpose().map_err(lacking)
     }
 
     fn missing(&self, error: &polder::Error) -> Option<Skipped> {

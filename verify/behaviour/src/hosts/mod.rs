@@ -5,7 +5,7 @@ mod machine;
 mod memfd;
 
 use polder::machine::Plant;
-use polder::{Bug, Platform};
+use polder::{Bug, PageSize, Platform};
 use polder_vmm::GuestRoot;
 
 use crate::Host;
@@ -17,6 +17,8 @@ const NO_DEVICE: &str =
 /// How often a run is looked at before it counts as hung; some twenty times a second.
 const LOOKS: u32 = 20 * 30;
 
+const MEMFD: &dyn Host = &memfd::Memfd { size: PageSize::Small };
+
 /// The columns of the table, in order.
 pub fn hosts() -> &'static [&'static dyn Host] {
     const PLAIN: &dyn Host = &machine::Machine::new(Platform::Plain);
@@ -25,7 +27,8 @@ pub fn hosts() -> &'static [&'static dyn Host] {
     const PKVM: &dyn Host = &machine::Machine::new(Platform::Pkvm);
     const SHADOW: &dyn Host = &machine::Machine::on(GuestRoot::Shadow);
     const NESTED: &dyn Host = &machine::Machine::on(GuestRoot::Nested);
-    &[&memfd::Memfd, &guest_memfd::GuestMemfd, PLAIN, PROTECTED, SNP, PKVM, SHADOW, NESTED]
+    const THP: &dyn Host = &memfd::Memfd { size: PageSize::Thp };
+    &[MEMFD, THP, &guest_memfd::GuestMemfd, PLAIN, PROTECTED, SNP, PKVM, SHADOW, NESTED]
 }
 
 /// The simulated machine with a bug of its own: no column of the table, but what its rows are

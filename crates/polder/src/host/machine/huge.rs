@@ -60,11 +60,14 @@ impl Huge {
         Ok(Self { level, state: Mutex::new(State { reserved, held, unborn }) })
     }
 
-    /// What the pool has; `pending` is of this machine too, where pins keep what was discarded.
+    /// What the pool has. What this memory has discarded, and pins on its machine keep, is promised
+    /// to it as before, and not free yet: it is pending.
     pub(super) fn counts(&self, machine: &Machine) -> PoolCounts {
-        let state = self.state.lock();
-        let mut counts = state.reserved.pool().counts();
-        counts.pending += machine.pool_counts(self.level).pending;
+        let mut counts = self.state.lock().reserved.pool().counts();
+        let pending = machine.pool_counts(self.level).pending;
+        counts.free = counts.free.saturating_sub(pending);
+        counts.reserved = counts.reserved.saturating_sub(pending);
+        counts.pending += pending;
         counts
     }
 }
@@ -91,19 +94,28 @@ impl MachineHost {
         machine.release_tables(self.object, range.start(), level);
     }
 
-    /// Splits a folio, or notes that it is to be split. Whoever refers to it may soon not.
-    pub(super) fn split_folio(&self, range: PageRange) -> Result<(), Error> {
+    /// Splits a folio to the next level, or merges such to one and keeps what the split took. Of what
+    /// is not there yet it is noted, and what is so already stays so. Whoever refers to the folio may
+    /// soon not.
+    pub(super) fn reshape(&self, range: PageRange, split: bool) -> Result<(), Error> {
         self.again(|| {
             let mut machine = self.lock();
             let level = Self::level_of(&machine, range);
             let page = range.start();
             match machine.backing(self.object, page).map_err(refused)? {
                 None => {
-                    self.huge().state.lock().unborn.insert((level, page));
+                    let unborn = &mut self.huge().state.lock().unborn;
+                    let _ = match split {
+                        true => unborn.insert((level, page)),
+                        false => unborn.remove(&(level, page)),
+                    };
                     Ok(())
                 }
-                Some(Backing { level: there, .. }) if there < level => Ok(()),
-                Some(_) => self.split_once(&mut machine, page),
+                Some(Backing { level: there, .. }) if split == (there < level) => Ok(()),
+                Some(_) if split => self.split_once(&mut machine, page),
+                Some(_) => machine
+                    .merge_folios_keeping_tables(self.object, page, level, DRIVER)
+                    .map_err(refused),
             }
         })
     }
@@ -118,25 +130,6 @@ impl MachineHost {
         let split = machine.split_folio(self.object, page, DRIVER);
         let unlocked = machine.unlock_folio(backing(machine)?, DRIVER);
         split.and(unlocked).map_err(refused)
-    }
-
-    /// Merges folios to one, and keeps what the split took.
-    pub(super) fn merge_folios(&self, range: PageRange) -> Result<(), Error> {
-        self.again(|| {
-            let mut machine = self.lock();
-            let level = Self::level_of(&machine, range);
-            let page = range.start();
-            match machine.backing(self.object, page).map_err(refused)? {
-                None => {
-                    self.huge().state.lock().unborn.remove(&(level, page));
-                    Ok(())
-                }
-                Some(Backing { level: there, .. }) if there >= level => Ok(()),
-                Some(_) => machine
-                    .merge_folios_keeping_tables(self.object, page, level, DRIVER)
-                    .map_err(refused),
-            }
-        })
     }
 
     /// Tries again what a reference, a mapping or a lock that is soon gone is in the way of.
