@@ -133,6 +133,13 @@ const PARTS: &[Part] = &[
         environment: &[("POLDER_STRESS_SECONDS", "SECONDS")],
     },
     Part {
+        name: "ring",
+        about: "conversions under io_uring's reads into the same pages",
+        build: &["test", "--no-run", "--release", "-p", "polder", "--test", "ring"],
+        run: &["test", "--release", "-p", "polder", "--test", "ring"],
+        environment: &[("POLDER_RING_ROUNDS", "10000")],
+    },
+    Part {
         name: "misuse",
         about: "the whole public API, called with any arguments by several threads",
         build: &["test", "--no-run", "--release", "-p", "polder", "--test", "misuse"],

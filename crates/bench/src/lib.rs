@@ -24,6 +24,7 @@ mod here;
 mod hugepages;
 mod machine;
 mod map;
+mod pins;
 mod prefault;
 mod stall;
 mod turns;
@@ -111,6 +112,7 @@ pub struct Report {
 /// Every bench.
 pub const ALL: &[Bench] = &[
     map::BENCH,
+    pins::BENCH,
     machine::BENCH,
     faults::BENCH,
     convert::BENCH,
@@ -163,6 +165,11 @@ pub enum BenchError {
 }
 
 impl BenchError {
+    /// Whether this machine lacks what is measured, or does not let this user have it.
+    fn is_missing(&self) -> bool {
+        matches!(self, Self::Vm(_) | Self::Memory(polder::Error::Missing { .. }))
+    }
+
     /// What the user can do about it.
     pub fn way_out(&self) -> Option<&'static str> {
         match self {

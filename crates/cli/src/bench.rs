@@ -19,6 +19,7 @@ use crate::trouble::Trouble;
 Examples:
   polder bench list                       what there is
   polder bench map                        the page map, as a table
+  polder bench pins                       pins, next to a lock over a tree of them
   polder bench machine                    the simulated machine
   polder bench faults                     a guest's faults on KVM; also convert and stall
   polder bench map --json | jq '.rows[] | select(.ratio < 1)'

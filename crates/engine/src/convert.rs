@@ -10,7 +10,7 @@
 
 use alloc::vec::Vec;
 
-use polder_units::{PageCount, PageRange};
+use polder_units::{Level, PageCount, PageRange};
 
 use crate::folio::Reshape;
 use crate::operation::Program;
@@ -145,7 +145,7 @@ impl Engine {
             parts.iter().for_each(|&part| self.pages.set_visibility(part, to));
         }
         let unclaimed = self.plants.has(Bug::NeighboursUnclaimed);
-        let claims = if unclaimed { ranges.clone() } else { claims };
+        let claims = if unclaimed { ranges.clone() } else { claims.into_owned() };
         let conversion = self.begin(activity, claims, parts, program);
         let record = self.record_mut(conversion.id());
         (record.asked, record.reshape) = (ranges.clone(), reshape);
@@ -161,6 +161,9 @@ impl Engine {
     ) -> Result<(), Refusal> {
         for &part in parts {
             self.check_pins(part)?;
+            if self.config.backing.granule == Level::Size4K {
+                continue;
+            }
             let around = self.granules(part);
             let ends = [around.start(), around.frames().next_back().unwrap_or(around.start())];
             for end in ends {
@@ -187,8 +190,6 @@ impl Engine {
     ) -> Program {
         // What is split or merged, and what a view can't map but as a whole, is cut off as a whole.
         let around = self.with_neighbours(parts, reshape);
-        let cut = || around.iter().copied();
-        let each = || parts.iter().copied();
         let reshaped = |range: PageRange| reshape.folios().any(|folio| folio.overlaps(range));
         let to_private = to == Visibility::Private;
         let rmp = self.config.platform.has_rmp();
@@ -196,36 +197,58 @@ impl Engine {
         // the RMP is asked when a TLB is filled, and not again (AMD APM volume 2, 15.36.10).
         // Under pKVM the guest keeps its mapping, which is right for both.
         let zaps = !self.config.platform.hypervisor_keeps_stage2();
-        let from_guest = cut().filter(|&part| zaps && (rmp || !to_private || reshaped(part)));
-        let from_host = cut().filter(|_| to_private).map(Step::UnmapHost);
-        let late = to_private && self.plants.has(Bug::DmaUnmappedLate);
-        let from_devices = if to_private { self.dma_steps(parts, to) } else { Vec::new() };
-        let (early, late) =
-            if late { (Vec::new(), from_devices) } else { (from_devices, Vec::new()) };
-        let cut_off = from_host.chain(from_guest.map(Step::UnmapGuest));
-        let cut_off = early.into_iter().chain(reshape.prepare()).chain(cut_off);
-        let check = each().filter(|_| to_private).map(Step::CheckReferences);
-        let protect = each().filter(|_| !rmp).map(|part| Step::Protect(part, to));
-        let protect = protect.chain(self.rmp_steps(parts, to));
-        let none = core::iter::empty;
-        let program = Program::default();
-        let program = if self.plants.has(Bug::CheckBeforeCuttingOff) {
-            program.stage(check).stage(cut_off).stage(none()).stage(protect)
-        } else if self.plants.has(Bug::AssignedBeforeCutOff) && to_private {
-            program.stage(protect.chain(cut_off)).stage(check).stage(none()).stage(none())
-        } else if self.plants.has(Bug::AssignedBeforeCheck) && to_private {
-            program.stage(cut_off).stage(protect.chain(check)).stage(none()).stage(none())
-        } else {
-            program.stage(cut_off).stage(check).stage(reshape.steps()).stage(protect)
+        let zapped = |part: PageRange| zaps && (rmp || !to_private || reshaped(part));
+        let dma_late = to_private && self.plants.has(Bug::DmaUnmappedLate);
+        let cut_off = |program: &mut Program| {
+            if to_private && !dma_late {
+                program.push(self.dma_steps(parts, to));
+            }
+            program.push(reshape.prepare());
+            if to_private {
+                program.push(around.iter().copied().map(Step::UnmapHost));
+            }
+            let from_guest = around.iter().copied().filter(|&part| zapped(part));
+            program.push(from_guest.map(Step::UnmapGuest));
         };
-        program.stage(
-            cut()
-                .filter(|&part| !to_private && self.may_have_markers(part))
-                .map(Step::UnmapHost)
-                .chain(each().filter(|_| self.frees(how)).map(Step::Free))
-                .chain(reshape.release())
-                .chain(if to_private { late } else { self.dma_steps(parts, to) }),
-        )
+        let check = |program: &mut Program| {
+            if to_private {
+                program.push(parts.iter().copied().map(Step::CheckReferences));
+            }
+        };
+        let protect = |program: &mut Program| match rmp {
+            true => program.push(self.rmp_steps(parts, to)),
+            false => program.push(parts.iter().map(|&part| Step::Protect(part, to))),
+        };
+        let reshape_folios = |program: &mut Program| program.push(reshape.steps());
+        let none = |_: &mut Program| {};
+        type Stage<'a> = &'a dyn Fn(&mut Program);
+        let stages: [Stage<'_>; 4] = if self.plants.has(Bug::CheckBeforeCuttingOff) {
+            [&check, &cut_off, &none, &protect]
+        } else if self.plants.has(Bug::AssignedBeforeCutOff) && to_private {
+            [&|program| (protect(program), cut_off(program)).1, &check, &none, &none]
+        } else if self.plants.has(Bug::AssignedBeforeCheck) && to_private {
+            [&cut_off, &|program| (protect(program), check(program)).1, &none, &none]
+        } else {
+            [&cut_off, &check, &reshape_folios, &protect]
+        };
+        let mut program = Program::default();
+        for stage in stages {
+            stage(&mut program);
+            program.end_stage();
+        }
+        if !to_private {
+            let marked = around.iter().copied().filter(|&part| self.may_have_markers(part));
+            program.push(marked.map(Step::UnmapHost));
+        }
+        if self.frees(how) {
+            program.push(parts.iter().copied().map(Step::Free));
+        }
+        program.push(reshape.release());
+        if !to_private || dma_late {
+            program.push(self.dma_steps(parts, to));
+        }
+        program.end_stage();
+        program
     }
 
     /// Whether a conversion frees the pages: asked for zeros; or to have no memory left on the

@@ -56,7 +56,7 @@ impl Engine {
     ///
     /// # Errors
     /// Refused for a granule that is zero, no power of two, or cuts what is shared; where contents
-    /// are owed; busy while an operation runs.
+    /// are owed, or a page is pinned exclusively; busy while an operation runs.
     pub fn attach(
         &mut self,
         granule: PageCount,
@@ -69,6 +69,7 @@ impl Engine {
         let shared = self.shared(all);
         for &run in &shared {
             check_granule(run, granule)?;
+            self.check_exclusive(run)?;
         }
         if !granule.get().is_power_of_two() {
             return Err(Refusal::Granule { range: all, granule }.into());

@@ -14,7 +14,7 @@ use polder_units::PageRange;
 
 use crate::fault::InFlight;
 use crate::operation::{OpId, Operation};
-use crate::{Answer, Copying, Engine, PinId};
+use crate::{Answer, Copying, Engine, Holder, PinId, Waiting};
 
 impl Engine {
     /// A copy of its own: abandoning an operation in the one leaves the other as it is.
@@ -80,6 +80,32 @@ impl Engine {
     /// Whose pin it is, counted from 0, and of which pages.
     pub fn place_of_pin(&self, pin: PinId) -> (usize, PageRange) {
         self.pins.place_of(pin)
+    }
+
+    /// The first half of [`Pinner::pin`](crate::Pinner::pin), by a holder of this name: its pin is
+    /// counted. A [`Pinner`](crate::Pinner) itself stays with the engine that it was made of.
+    pub fn count_pin(&mut self, range: PageRange, holder: Holder) -> PinId {
+        self.count_pin_of(range, holder)
+    }
+
+    /// The second half: whether the pin may stay. If not, it is given back.
+    pub fn may_pin(&self, range: PageRange) -> bool {
+        self.pins.may_stay(&self.reader(), range)
+    }
+
+    /// Whether an operation, parked, would find pins in its way.
+    pub fn finds_pins(&self, id: OpId) -> bool {
+        self.find_pins(id).is_err()
+    }
+
+    /// Whether somebody waits for pins of `range` to go.
+    pub fn is_awaited(&self, range: PageRange) -> bool {
+        self.pins.is_awaited(range)
+    }
+
+    /// Which of those who wait it is, counted from 0.
+    pub fn place_of_wait(&self, waiting: Waiting) -> usize {
+        self.pins.place_of_wait(waiting)
     }
 
     /// Hashes all that what happens from here on depends on: places stand for ids, and how the

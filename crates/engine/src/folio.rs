@@ -16,6 +16,7 @@
 //! [`Step::PrepareSplit`]: where there is none, nothing has changed. The tables that a merge frees
 //! are given back last of all, so that undoing a merge needs none.
 
+use alloc::borrow::Cow;
 use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
 
@@ -182,6 +183,10 @@ pub(crate) struct Reshape {
 }
 
 impl Reshape {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.splits.is_empty() && self.merges.is_empty()
+    }
+
     pub(crate) fn folios(&self) -> impl Iterator<Item = PageRange> {
         self.splits.iter().chain(&self.merges).copied()
     }
@@ -331,9 +336,13 @@ impl Engine {
 
     /// Runs with all of the granules, and with the folios that are reshaped: nobody may map a part
     /// of one meanwhile.
-    pub(crate) fn with_neighbours(&self, runs: &[PageRange], reshape: &Reshape) -> Vec<PageRange> {
-        if self.config.backing.granule == Level::Size4K && reshape == &Reshape::default() {
-            return runs.to_vec();
+    pub(crate) fn with_neighbours<'a>(
+        &self,
+        runs: &'a [PageRange],
+        reshape: &Reshape,
+    ) -> Cow<'a, [PageRange]> {
+        if self.config.backing.granule == Level::Size4K && reshape.is_empty() {
+            return runs.into();
         }
         let mut set = RangeSet::default();
         runs.iter().for_each(|&run| set.insert(self.granules(run)));

@@ -20,6 +20,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use polder_units::{PageIndex, PageRange};
 
+use crate::fault::InFlight;
 use crate::folio::Reshape;
 use crate::history::Came;
 use crate::pin::PinGate;
@@ -209,10 +210,20 @@ impl Program {
 
     /// Adds a stage of these steps.
     pub(crate) fn stage(mut self, steps: impl Iterator<Item = Step>) -> Self {
+        self.push(steps);
+        self.end_stage();
+        self
+    }
+
+    /// Adds steps to the stage that is being written.
+    pub(crate) fn push(&mut self, steps: impl IntoIterator<Item = Step>) {
         self.steps.extend(steps);
+    }
+
+    /// Ends that stage: what follows is of the next one.
+    pub(crate) fn end_stage(&mut self) {
         self.stage_ends[self.stages] = self.steps.len();
         self.stages += 1;
-        self
     }
 }
 
@@ -240,6 +251,12 @@ impl Record {
 
     pub(crate) fn is_abandoned(&self) -> bool {
         self.abandoned.load(Ordering::Acquire)
+    }
+
+    /// Whether none of the answers and copies in flight is on what it claims.
+    fn is_drained(&self, in_flight: &[InFlight]) -> bool {
+        let claimed = |one: &InFlight| self.claims.iter().any(|claim| claim.overlaps(one.range()));
+        !in_flight.iter().any(claimed)
     }
 
     fn lease(&mut self) -> Lease {
@@ -304,7 +321,7 @@ impl Engine {
         let id = OpId(self.next_id());
         let abandoned = Arc::new(AtomicBool::new(false));
         let lease = Lease(Arc::clone(&abandoned));
-        if !self.plants.has(Bug::PinnedWhileDrained) {
+        if self.closes(activity) {
             claims.iter().for_each(|&claim| self.pins.close(claim));
         }
         let (asked, reshape, why) = (Vec::new(), Reshape::default(), None);
@@ -350,12 +367,7 @@ impl Engine {
 
     /// Whether no answer and no copy is in flight on what the operation claims.
     pub fn is_drained<S>(&self, operation: &Operation<S>) -> bool {
-        let claims = &self.record(operation.id).claims;
-        self.plants.has(Bug::NoDrain)
-            || !self
-                .in_flight
-                .iter()
-                .any(|one| claims.iter().any(|claim| claim.overlaps(one.range())))
+        self.plants.has(Bug::NoDrain) || self.record(operation.id).is_drained(&self.in_flight)
     }
 
     /// The step to take next at this stage, or `None` when the stage is over. Until the next call
@@ -366,13 +378,14 @@ impl Engine {
     /// mapping may be touched before.
     pub fn next_step<S: Stage>(&mut self, operation: &Operation<S>) -> Option<Step> {
         // With these planted answers are given on what is claimed.
-        let planted = [Bug::OneTableUnclaimed, Bug::DeniedWhileClaimed];
+        let planted = [Bug::NoDrain, Bug::OneTableUnclaimed, Bug::DeniedWhileClaimed];
         let planted = planted.into_iter().any(|bug| self.plants.has(bug));
-        let drained = planted || self.is_drained(operation);
+        let record = self.operations.iter_mut().find(|record| record.id == operation.id);
+        let record = record.expect("a handle's operation is in flight");
+        let drained = planted || record.is_drained(&self.in_flight);
         assert!(drained, "a step was asked for before the range was drained");
-        let unpinned = self.record(operation.id).unpinned;
-        assert!(unpinned, "a step was asked for before pins were looked for");
-        match &mut self.record_mut(operation.id).progress {
+        assert!(record.unpinned, "a step was asked for before pins were looked for");
+        match &mut record.progress {
             Progress::Forward { program, taken, issued } => {
                 let step = (*taken < program.stage_ends[S::INDEX]).then(|| program.steps[*taken]);
                 *issued = step.is_some();
@@ -488,8 +501,13 @@ impl Engine {
     fn end(&mut self, id: OpId) -> Ended {
         let at = self.operations.iter().position(|record| record.id == id);
         let record = self.operations.swap_remove(at.expect("a handle's operation is in flight"));
-        let gate = (!self.plants.has(Bug::PinnedWhileDrained)).then(|| self.pins.gate());
+        let gate = self.closes(record.activity).then(|| self.pins.gate());
         Ended { record, gate }
+    }
+
+    /// Whether nobody can pin what an operation claims without asking.
+    fn closes(&self, activity: Activity) -> bool {
+        activity.needs_unpinned() && !self.plants.has(Bug::PinnedWhileDrained)
     }
 
     pub(crate) fn record(&self, id: OpId) -> &Record {

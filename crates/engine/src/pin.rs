@@ -36,7 +36,8 @@ use crate::operation::Record;
 use crate::plant::Bug;
 use crate::sync::{AtomicU32, Ordering, fence};
 use crate::{
-    Activity, Blocked, Engine, Operation, PageFacts, Pinned, Population, Refusal, Stage, Visibility,
+    Activity, Blocked, Engine, OpId, Operation, PageFacts, Pinned, Population, Refusal, Stage,
+    Visibility,
 };
 
 pub use exclusive::{WaitFor, Waiting};
@@ -175,7 +176,23 @@ impl Pins {
     #[cfg(feature = "explore")]
     pub(crate) fn place_of(&self, pin: PinId) -> (usize, PageRange) {
         let before = self.holders.iter().take_while(|(id, _)| *id != pin.holder);
-        (before.count(), pin.range)
+        let pinning = before.filter(|(_, held)| !held.counts.pinned().is_empty());
+        (pinning.count(), pin.range)
+    }
+
+    #[cfg(feature = "explore")]
+    pub(crate) fn place_of_wait(&self, waiting: Waiting) -> usize {
+        self.waiting.iter().take_while(|waiter| !waiter.is(&waiting)).count()
+    }
+
+    #[cfg(feature = "explore")]
+    pub(crate) fn may_stay(&self, reader: &crate::PageReader, range: PageRange) -> bool {
+        self.shared.may_stay(reader, range)
+    }
+
+    #[cfg(feature = "explore")]
+    pub(crate) fn is_awaited(&self, range: PageRange) -> bool {
+        self.waiting.iter().any(|waiter| waiter.first_in(range).is_some())
     }
 
     #[cfg(feature = "explore")]
@@ -275,6 +292,13 @@ impl Engine {
         (id, held)
     }
 
+    #[cfg(feature = "explore")]
+    pub(crate) fn count_pin_of(&mut self, range: PageRange, holder: Holder) -> PinId {
+        let (holder, held) = self.add_holder(holder, PinKind::Short, None);
+        held.counts.add(range);
+        PinId { holder, range }
+    }
+
     /// Pins pages, which must be shared: they stay shared until [`Engine::unpin`]. Exclusive pins
     /// are taken by [`Engine::pin_exclusive`].
     ///
@@ -366,18 +390,24 @@ impl Engine {
     /// [`Refusal::Pinned`], naming the first page. It may be somebody who finds that the pages are
     /// claimed and goes: asking a few times more is worth the while.
     pub fn look_for_pins<S: Stage>(&mut self, operation: &Operation<S>) -> Result<(), Refusal> {
-        if !self.plants.has(Bug::PinsForgotten) {
-            let Record { activity, parts, reshape, .. } = self.record(operation.id());
-            match activity {
-                Activity::Discard | Activity::Move => {
-                    parts.iter().try_for_each(|&part| self.check_pins(part))?
-                }
-                activity if activity.needs_unpinned() => self.check_pins_around(parts, reshape)?,
-                _ => {}
-            }
-        }
+        self.find_pins(operation.id())?;
         self.record_mut(operation.id()).unpinned = true;
         Ok(())
+    }
+
+    /// Refuses for a pin of what an operation changes.
+    pub(crate) fn find_pins(&self, id: OpId) -> Result<(), Refusal> {
+        if self.plants.has(Bug::PinsForgotten) {
+            return Ok(());
+        }
+        let Record { activity, parts, reshape, .. } = self.record(id);
+        match activity {
+            Activity::Discard | Activity::Move => {
+                parts.iter().try_for_each(|&part| self.check_pins(part))
+            }
+            activity if activity.needs_unpinned() => self.check_pins_around(parts, reshape),
+            _ => Ok(()),
+        }
     }
 
     /// Refuses a range that holds a pinned page, naming the first.

@@ -56,6 +56,8 @@ pub enum Bug {
     PinnedWhileDrained,
     /// An exclusive pin is granted without a look at pins that were taken without the lock.
     ExclusiveUnchecked,
+    /// An exclusive pin is granted of a page that a device has mapped.
+    ExclusiveBesideDma,
     /// A touch of a page whose contents are to come is answered.
     OwedShown,
     /// What a VMM wishes counts as granted, where the guest decides.

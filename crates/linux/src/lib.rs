@@ -9,6 +9,7 @@
 //! | [`GuestMemfd`], [`set_private`] | `KVM_CREATE_GUEST_MEMFD`, `KVM_SET_MEMORY_ATTRIBUTES`, `cachestat(2)` |
 //! | [`pre_fault()`], [`can_pre_fault`] | `KVM_PRE_FAULT_MEMORY` |
 //! | [`Vcpu`] | `KVM_RUN` |
+//! | [`Ring`] | `io_uring(7)`, with pages of a view as buffers |
 //! | [`inject_machine_check`], [`set_up_machine_checks`] | `KVM_X86_SET_MCE`, `KVM_X86_SETUP_MCE` |
 //! | [`HugetlbPool`], [`shmem_huge_pages`] | sysfs, and `/proc/self/smaps` |
 //! | [`Nudge`], [`wait()`], [`spawn`] | `eventfd(2)`, `poll(2)`, threads |
@@ -41,6 +42,7 @@ mod machine_check;
 mod membarrier;
 mod memfd;
 mod pre_fault;
+mod ring;
 pub mod sigbus;
 mod uapi;
 mod userfault;
@@ -57,6 +59,7 @@ pub use machine_check::{MACHINE_CHECK_BANK, inject_machine_check, set_up_machine
 pub use membarrier::{barrier, can_barrier};
 pub use memfd::Memfd;
 pub use pre_fault::{can_pre_fault, pre_fault};
+pub use ring::{Completion, Full, Ring, Transfer};
 pub use rustix::io::Errno;
 pub use userfault::{Continued, Userfault, UserfaultOffer, Way};
 pub use vcpu::{Exit, FailedAt, Kicker, Vcpu};

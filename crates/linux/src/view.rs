@@ -325,7 +325,7 @@ impl View {
     }
 
     #[inline(always)]
-    fn bytes(&self, offset: u64, count: usize) -> *mut u8 {
+    pub(crate) fn bytes(&self, offset: u64, count: usize) -> *mut u8 {
         let start = usize::try_from(offset)
             .ok()
             .filter(|start| start.checked_add(count).is_some_and(|end| end <= self.length));
@@ -344,7 +344,7 @@ impl View {
     }
 
     /// Start and length of a range, if it lies in the view.
-    fn within(&self, bytes: ByteRange) -> Option<(usize, usize)> {
+    pub(crate) fn within(&self, bytes: ByteRange) -> Option<(usize, usize)> {
         let start = usize::try_from(bytes.start()).ok()?;
         let length = usize::try_from(bytes.len()?).ok()?;
         (start.checked_add(length)? <= self.length).then_some((start, length))

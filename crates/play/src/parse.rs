@@ -339,6 +339,10 @@ impl<'t> Reader<'t> {
         let flag = |key: &str, unless: bool| table.get(key).map_or(Ok(unless), |key| key.flag());
         let level = |key: &str| table.get(key).map_or(Ok(Level::Size4K), |key| key.level());
         let size = || table.get("size").map_or(Ok(RmpSize::Size4K), |key| key.rmp_size());
+        let pin_kind = || match table.get("kind") {
+            None => Ok(PinKind::LongTerm),
+            Some(key) => key.word(&[PinKind::Short, PinKind::LongTerm, PinKind::Exclusive]),
+        };
         let need = |key: &str| table.need(key, what);
         Ok(match verb.name {
             "convert" => Verb::Convert {
@@ -399,16 +403,13 @@ impl<'t> Reader<'t> {
                 to: self.bytes_at(table, what, actor)?,
                 bytes: self.bytes(&need("bytes")?)?,
             },
-            "pin" => Verb::Pin {
-                place: self.place(table, what)?,
-                kind: match table.get("kind") {
-                    None => PinKind::LongTerm,
-                    Some(key) => key.word(&[PinKind::Short, PinKind::LongTerm])?,
-                },
-                name: name()?,
-            },
+            "pin" => {
+                Verb::Pin { place: self.place(table, what)?, kind: pin_kind()?, name: name()? }
+            }
             "unpin" => Verb::Unpin { name: name()? },
-            "refer" => Verb::Refer { place: self.place(table, what)?, name: name()? },
+            "refer" => {
+                Verb::Refer { place: self.place(table, what)?, kind: pin_kind()?, name: name()? }
+            }
             "release" => Verb::Release { name: name()? },
             "gup-fast" => Verb::GupFast { place: self.place(table, what)?, name: name()? },
             "pvalidate" => Verb::Pvalidate {

@@ -173,7 +173,7 @@ impl Verb {
             }
             Self::Pin { place, name, .. } => format!("pin {place} as \"{}\"", short(name)),
             Self::Unpin { name } => format!("unpin \"{}\"", short(name)),
-            Self::Refer { place, name } => format!("refer to {place} as \"{}\"", short(name)),
+            Self::Refer { place, name, .. } => format!("refer to {place} as \"{}\"", short(name)),
             Self::Release { name } => format!("release \"{}\"", short(name)),
             Self::GupFast { place, .. } => format!("gup-fast {place}: next step"),
             Self::Pvalidate { place, size: how, validate: true } => {

@@ -154,7 +154,7 @@ pub enum Verb {
     Write { to: Bytes, bytes: String },
     Pin { place: Place, kind: PinKind, name: String },
     Unpin { name: String },
-    Refer { place: Place, name: String },
+    Refer { place: Place, kind: PinKind, name: String },
     Release { name: String },
     GupFast { place: Place, name: String },
     Pvalidate { place: Place, size: RmpSize, validate: bool },

@@ -182,7 +182,7 @@ impl Worker<'_> {
                     Err(Stop::new(Is::NotPinned, what))
                 }
             },
-            Verb::Refer { place, name } => self.refer(*place, name),
+            Verb::Refer { place, kind, name } => self.refer(*place, *kind, name),
             Verb::Release { name } => self.release(name),
             Verb::GupFast { place, name } => self.gup_fast(*place, name),
             Verb::Pvalidate { place, size, validate } => self.pvalidate(*place, *size, *validate),
@@ -431,12 +431,17 @@ impl Worker<'_> {
         Ok(Outcome::done())
     }
 
-    fn refer(&mut self, place: Place, name: &str) -> Acted {
+    fn refer(&mut self, place: Place, kind: polder::PinKind, name: &str) -> Acted {
         self.check_free(name)?;
         let (process, vpns) = self.vpns(place)?;
-        let pin = self.world.inside(|machine, _, _| {
-            Ok(machine.pin_user_pages(process, vpns, true, GupKind::LongTerm)?)
-        })?;
+        let kind = match kind {
+            polder::PinKind::Short => GupKind::Short,
+            polder::PinKind::LongTerm => GupKind::LongTerm,
+            polder::PinKind::Exclusive => GupKind::Exclusive,
+        };
+        let pin = self
+            .world
+            .inside(|machine, _, _| Ok(machine.pin_user_pages(process, vpns, true, kind)?))?;
         self.references.insert(name.to_owned(), pin);
         Ok(Outcome::done())
     }

@@ -17,7 +17,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use polder::guest_memory::GuestMemory;
 use polder::units::{ByteSize, Gfn, GfnRange, Gpa, PageRange};
 use polder::{Contents, Holder, Memory, OnBusy, Refusal, Slot, Visibility, VmId};
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueT};
 
 /// The guest's requests: each is a byte written to a port.
 const SHARE: u8 = 0x10;
@@ -171,18 +171,23 @@ impl Greeter {
     fn notified(&mut self) -> Result<(), Box<dyn Error>> {
         while let Some(chain) = self.queue.pop_descriptor_chain(&self.guest) {
             let head = chain.head_index();
-            // All that the chain names is pinned as long as these two exist.
-            let mut reader = chain.clone().reader(&self.guest)?;
-            let mut writer = chain.writer(&self.guest)?;
-            let taken = convert(&self.memory, self.vm, 2, Visibility::Private);
-            assert!(taken.is_err_and(|why| why.to_string().contains("greeter")), "it is in use");
-            let mut greeting = String::new();
-            reader.read_to_string(&mut greeting)?;
-            writer.write_all(format!("{greeting} to you, too\n\0").as_bytes())?;
-            let written = u32::try_from(writer.bytes_written())?;
+            let written = self.answer(chain)?;
             self.queue.add_used(&self.guest, head, written)?;
         }
         Ok(())
+    }
+
+    /// Answers one greeting; returns how many bytes that took. What the chain names is pinned here,
+    /// until it has been read and written; nothing is any more when the guest learns that it is done.
+    fn answer(&self, chain: DescriptorChain<&GuestMemory>) -> Result<u32, Box<dyn Error>> {
+        let mut reader = chain.clone().reader(&self.guest)?;
+        let mut writer = chain.writer(&self.guest)?;
+        let taken = convert(&self.memory, self.vm, 2, Visibility::Private);
+        assert!(taken.is_err_and(|why| why.to_string().contains("greeter")), "it is in use");
+        let mut greeting = String::new();
+        reader.read_to_string(&mut greeting)?;
+        writer.write_all(format!("{greeting} to you, too\n\0").as_bytes())?;
+        Ok(u32::try_from(writer.bytes_written())?)
     }
 }
 

@@ -214,6 +214,18 @@ impl Memory {
     ///
     /// # Errors
     /// [`Error::NotSimulated`] on another host; as [`Memory::attach_dma`].
+    ///
+    /// ```
+    /// # use polder::{Holder, HostKind, Memory, units::{PageCount}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// let nic = memory.simulated_device(Holder::new("nic"))?;
+    /// nic.write(0x3000, b"a packet")?;
+    /// let mut bytes = [0; 8];
+    /// memory.host_view().touch_read(0x3000, &mut bytes)?;
+    /// assert_eq!(&bytes, b"a packet");
+    /// nic.detach()?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn simulated_device(&self, holder: Holder) -> Result<SimulatedDevice<'_>, Error> {
         let dma = Arc::new(MachineDevice::new(&self.driver)?);
         let told = Arc::clone(&dma) as Arc<dyn Dma>;

@@ -107,6 +107,12 @@ pub enum Error {
         /// How many bytes came.
         bytes: usize,
     },
+    /// A ring has no place for another transfer.
+    #[error("{in_flight} transfers are in flight, and the ring has no place for another")]
+    RingFull {
+        /// How many.
+        in_flight: u32,
+    },
     /// The host can't do this, on this machine or anywhere.
     #[error("{what}")]
     NotOffered {
@@ -161,7 +167,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// What the user can do about it.
+    /// What the user can do about it, where the message does not say so itself, as that of a
+    /// [`Refusal`] does.
     ///
     /// ```
     /// # use polder::{HostKind, Memory, Platform, units::PageCount};
@@ -181,6 +188,9 @@ impl Error {
                 "reserve some: echo N > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages; or \
                  use --page-size thp",
             ),
+            Self::RingFull { .. } => {
+                Some("take completions first (Ring::complete), or make the ring larger")
+            }
             Self::Unaligned { .. } => {
                 Some("ask for a multiple of the page size, or for smaller pages")
             }
@@ -228,6 +238,7 @@ impl Error {
             Self::Unaligned { .. } => Errno::EINVAL,
             Self::HugePages { .. } => Errno::ENOMEM,
             Self::Interrupted => Errno::EINTR,
+            Self::RingFull { .. } => Errno::EAGAIN,
             Self::Missing { .. } | Self::NotOffered { .. } | Self::OtherRoot { .. } => {
                 Errno::EOPNOTSUPP
             }

@@ -195,6 +195,15 @@ impl Memory {
     ///
     /// # Errors
     /// [`Refusal::Unbound`](crate::Refusal::Unbound) where no slot is.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Vm, units::{Gfn, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// assert_eq!(memory.explain_gpa(vm, Gpa::new(0x10_3000))?.page, 3);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn explain_gpa(&self, vm: VmId, gpa: Gpa) -> Result<Explanation, Error> {
         let runs = self.pages_of(vm, GfnRange::one(gpa.gfn()))?;
         let page = runs.first().map(|run| run.start()).expect("one frame is one page");
@@ -321,6 +330,14 @@ impl fmt::Display for MappingLimit {
 
 impl Explanation {
     /// What keeps a device model from touching it now, in a sentence; nothing, if it may.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// let why = memory.explain(5u32.into())?.host_access();
+    /// assert_eq!(why.as_deref(), Some("it is private to the guest"));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn host_access(&self) -> Option<String> {
         let granted = (self.granted == Visibility::Private.to_string())
             .then(|| "it is private to the guest".to_owned());
@@ -333,6 +350,15 @@ impl Explanation {
     }
 
     /// What keeps it from becoming private, or from being discarded, now.
+    ///
+    /// ```
+    /// # use polder::{Holder, HostKind, Memory, PinKind, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// let page = PageRange::between(3, 4).unwrap();
+    /// let _pin = memory.pin(page, PinKind::LongTerm, Holder::new("vfio"))?;
+    /// assert!(memory.explain(3u32.into())?.in_use().unwrap().contains("vfio"));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn in_use(&self) -> Option<String> {
         if let Some(pin) = self.pins.first() {
             return Some(format!("it is pinned ({}) by {}", pin.kind, pin.holder));

@@ -246,7 +246,8 @@ impl Team {
     /// Adds the touches that wait, to those that waited before.
     fn touches(&self, driver: &Driver) {
         let waits = || !driver.waiting.lock().is_empty();
-        let bringing = driver.pager.as_ref().is_some_and(Pager::is_awaited);
+        // Work that is there has found nobody to take the lead: somebody may have come since.
+        let bringing = driver.pager.as_ref().is_some_and(|it| it.is_awaited() || it.has_work());
         let at_most = (bringing || waits()).then_some(driver.ask_again);
         let mut touches = Vec::new();
         // What can fail here is reading descriptors that are ours: it is tried again. Whoever nudges

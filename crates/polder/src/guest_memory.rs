@@ -14,8 +14,13 @@
 //! - The first touch of a page after it became shared is a fault that a fault thread answers.
 //! - A slice stays with its thread, as those of `vm-memory` do.
 //! - The guest memory keeps the [`Memory`] alive: no slice outlives the threads that answer for it.
+//! - A `vm-memory` reader or writer lets go of each slice once its last byte has been taken.
+//!
+//! What a device does with it, in full, is in `docs/devices.md`. Two things have the name
+//! `GuestMemory`: for the trait's methods, `use polder::vm_memory::GuestMemory as _`.
 //!
 //! # Holes
+//! - Slices are not named among [`Memory::pins_of_the_dead`]; they are given back all the same.
 //! - A part of a slice pins all that the whole one did.
 //! - What is written through a slice is marked as dirty nowhere.
 //! - A slice that a thread keeps in a thread-local variable for its very end is taken for another
@@ -29,7 +34,7 @@ use std::sync::atomic::Ordering;
 
 use polder_engine::{AskEngine, Errno, Holder, Local, Pinner};
 use polder_linux::View;
-use polder_units::{PAGE_SIZE, PageIndex, PageRange};
+use polder_units::{GfnRange, PAGE_SIZE, PageIndex, PageRange, RangeError};
 use vm_memory::bitmap::{BS, Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::{
@@ -140,7 +145,21 @@ impl Memory {
     }
 }
 
-/// Why Polder refused what came back as an error of `vm-memory`'s, if it was Polder who did.
+/// Why Polder refused what came back as an error of `vm-memory`'s, if it was Polder who did: `None`
+/// for an address outside the slots. `virtio-queue` has such errors inside its own
+/// (`Error::GuestMemory`, `Error::GuestMemoryError`).
+///
+/// ```
+/// # use polder::{Error, Refusal, guest_memory::{self, GuestMemory}};
+/// # use polder::vm_memory::{Bytes, GuestAddress};
+/// # fn index(guest: &GuestMemory) -> Result<u16, String> {
+/// let read = guest.read_obj(GuestAddress(0x1002));
+/// read.map_err(|error| match guest_memory::refusal(&error) {
+///     Some(Error::Refused(Refusal::Private { page })) => format!("the ring's page {page} is private"),
+///     _ => error.to_string(),
+/// })
+/// # }
+/// ```
 pub fn refusal(error: &GuestMemoryError) -> Option<&Error> {
     match error {
         GuestMemoryError::IOError(error) => error.get_ref()?.downcast_ref(),
@@ -166,6 +185,36 @@ impl GuestMemory {
     #[cold]
     fn find_among_all(&self, at: GuestAddress) -> Result<(&GuestRegion, MemoryRegionAddress)> {
         self.regions.to_region_addr(at).ok_or(GuestMemoryError::InvalidGuestAddress(at))
+    }
+
+    /// Says whether a device may have `count` bytes at `at` now, all of them, or why not: to refuse a
+    /// driver whose ring it can't reach, with the reason.
+    ///
+    /// # Errors
+    /// [`Refusal::Private`] and the other refusals, naming the first page in the way;
+    /// [`Refusal::Unbound`] where a byte lies outside every slot, [`Refusal::Range`] where there is no
+    /// such address. With [`OnBusy::Wait`] it waits for operations.
+    pub fn check(&self, at: GuestAddress, count: usize) -> std::result::Result<(), Error> {
+        let mut slices = Slices { memory: self, at, left: count };
+        while let Some(slice) = slices.next() {
+            let Err(why) = slice else { continue };
+            return Err(match refusal(&why) {
+                Some(refused) => refused.clone(),
+                None => self.outside(slices.at, at, count).into(),
+            });
+        }
+        Ok(())
+    }
+
+    /// The frames from `first` to the end of `count` bytes at `at` are not all in slots.
+    fn outside(&self, first: GuestAddress, at: GuestAddress, count: usize) -> Refusal {
+        let end = at.checked_add(count as u64 - 1);
+        let frames =
+            |end: GuestAddress| GfnRange::between(first.0 / PAGE_SIZE, end.0 / PAGE_SIZE + 1);
+        match end.and_then(frames) {
+            Some(gfns) => Refusal::Unbound { gfns },
+            None => Refusal::Range(RangeError::Overflow { start: at.0 }),
+        }
     }
 
     /// A slice of bytes that lie in one slot.

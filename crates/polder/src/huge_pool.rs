@@ -26,6 +26,12 @@ struct Inner {
 
 impl HugePool {
     /// A pool of `total` huge pages of `level`.
+    ///
+    /// ```
+    /// # use polder::{HugePool, units::Level};
+    /// let pool = HugePool::new(Level::Size2M, 4);
+    /// assert_eq!((pool.level(), pool.counts().total), (Level::Size2M, 4));
+    /// ```
     pub fn new(level: Level, total: u64) -> Self {
         Self(Arc::new(Inner { level, pool: Mutex::new(Pool::new(total)), changed: Condvar::new() }))
     }
@@ -42,6 +48,14 @@ impl HugePool {
 
     /// Waits until `count` pages can be reserved, for `at_most` at most: those of a memory that is
     /// going come one by one, and pinned ones last. Whether they can.
+    ///
+    /// ```
+    /// # use polder::{HugePool, units::Level};
+    /// use std::time::Duration;
+    ///
+    /// let pool = HugePool::new(Level::Size2M, 4);
+    /// assert!(pool.wait_for(4, Duration::ZERO) && !pool.wait_for(5, Duration::from_millis(20)));
+    /// ```
     pub fn wait_for(&self, count: u64, at_most: Duration) -> bool {
         let mut pool = self.0.pool.lock();
         let mut left = at_most;

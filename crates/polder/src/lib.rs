@@ -28,6 +28,7 @@
 //! | make pages private and shared | [`Memory::convert`], [`Memory::convert_gfns`], [`Contents`]; wishes: [`Memory::want`] |
 //! | copy bytes | [`Memory::read`], [`Memory::write`] |
 //! | give device models pointers | [`Memory::host_view`], [`HostView`]; pages that have to stay shared: [`Memory::pin`], [`Pin`] |
+//! | have the kernel read files straight into pages | [`Memory::ring`], [`Ring`]; [`HostView::read_from`] |
 //! | drop contents | [`Memory::discard`] |
 //! | bring contents later | [`Builder::owed`], [`Memory::populate`], [`Memory::fail`], [`Memory::settle`] |
 //! | map ahead of a guest's touches | [`Memory::prefault`] |
@@ -77,6 +78,7 @@ mod pager;
 mod pin;
 mod prefault;
 mod read_ahead;
+mod ring;
 pub mod source;
 mod statistics;
 mod sync;
@@ -111,6 +113,7 @@ pub use pager::SourceStatistics;
 pub use pin::{DeadPin, Pin, Pinner};
 pub use prefault::{Prefaulted, Vcpu};
 pub use read_ahead::ReadAhead;
+pub use ring::{Completed, Ring};
 pub use source::{Delivery, Source};
 pub use statistics::{RmpStatistics, Statistics};
 pub use vcpu::{GuestExit, MachineVcpu};

@@ -1,10 +1,11 @@
 //! Moving pages, and bytes for private pages before the guest begins.
 
-use polder_units::PageRange;
+use polder_engine::{Activity, Engine};
+use polder_units::{Geometry, Level, PageCount, PageIndex, PageRange};
 
 use crate::driver::Driver;
 use crate::watch::{Moment, Reached};
-use crate::{Error, Memory, OnBusy};
+use crate::{Error, Memory, OnBusy, PageSize};
 
 impl Memory {
     /// Moves pages to other memory (compaction, NUMA): private and shared ones, with all that is in
@@ -18,15 +19,75 @@ impl Memory {
     /// [`Refusal::FolioPart`](crate::Refusal::FolioPart); [`Error::NotOffered`] on a host where the
     /// kernel alone decides where pages are. If memory runs out in the middle, pages before are
     /// moved, which nobody sees.
+    ///
+    /// On host `memfd` the one move that there is brings the 4K pages of a transparent huge page
+    /// together again: [`Memory::regain_huge_page`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, OnBusy, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// memory.host_view().touch_write(0x3000, b"hello")?;
+    /// memory.move_pages(PageRange::between(3, 4).unwrap(), OnBusy::Wait)?;
+    /// let mut bytes = [0; 5];
+    /// memory.host_view().touch_read(0x3000, &mut bytes)?;
+    /// assert_eq!(&bytes, b"hello");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn move_pages(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
         if self.driver.host.machine().is_none() {
             return Err(Error::NotOffered {
                 what: "where pages lie is the kernel's affair on this host: it offers no way to \
                        move some of them with everybody cut off",
-                way_out: "use --host machine, or leave compaction to the kernel",
+                way_out: "use --host machine, or leave compaction to the kernel; transparent huge \
+                          pages are put together again by Memory::regain_huge_page",
             });
         }
         self.driver.move_pages(range, on_busy)
+    }
+
+    /// Has the 2M page around `page` made one transparent huge page again, and mapped so for the
+    /// guest: after a page was brought in alone, or the kernel had no huge page at the time. It is a
+    /// move, by the kernel (`MADV_COLLAPSE`): who touches the pages meanwhile waits, what is in them
+    /// stays, and what is pinned does not move.
+    ///
+    /// # Errors
+    /// [`Refusal::Pinned`](crate::Refusal::Pinned) by a pin or a device, by name;
+    /// [`Refusal::Beyond`](crate::Refusal::Beyond) where the 2M page is not all there;
+    /// [`Error::NotOffered`] for memory that is not of transparent huge pages; [`Error::Host`] where
+    /// the kernel has no huge page to give, knows of a reference that Polder does not (both may
+    /// pass), or where contents are owed yet (`EBUSY`). It is as it was then.
+    pub fn regain_huge_page(&self, page: PageIndex, on_busy: OnBusy) -> Result<(), Error> {
+        if self.page_size() != PageSize::Thp {
+            return Err(Error::NotOffered {
+                what: "this memory is not made of transparent huge pages",
+                way_out: "make it so (--page-size thp) where the machine's settings allow for it",
+            });
+        }
+        let page = PageRange::enclosing(page, Level::Size2M, Geometry::X86_64);
+        self.driver.move_pages(page, on_busy)
+    }
+
+    /// [`Memory::regain_huge_page`] for all that exists of the memory, but for what is in use.
+    /// Nothing is done while contents are owed; [`Memory::settle`] does it, then. Returns how many
+    /// pages the guest has mapped so.
+    ///
+    /// # Errors
+    /// [`Error::Host`] where the kernel can't say what exists.
+    ///
+    /// ```
+    /// # use polder::{Memory, PageSize};
+    /// # fn idle(memory: &Memory) -> Result<(), polder::Error> {
+    /// if memory.page_size() == PageSize::Thp {
+    ///     println!("{} mapped by 2M", memory.regain_huge_pages()?);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn regain_huge_pages(&self) -> Result<PageCount, Error> {
+        self.driver.regain()?;
+        let mapped = self.driver.host.levels().map_or(0, |levels| levels.size_2m);
+        let pages = mapped * Geometry::X86_64.pages(Level::Size2M).get();
+        Ok(PageCount::new(pages).unwrap_or(PageCount::ZERO))
     }
 
     /// Puts bytes onto private pages that the guest is to begin with; what they do not reach of the
@@ -41,6 +102,19 @@ impl Memory {
     /// of pages to populate; [`Error::NotOffered`] on host `guest_memfd`, whose private pages the
     /// host can't write; [`Error::TooManyBytes`]. If the host fails in the middle the pages are
     /// zeros.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Visibility, Vm, units::{Gfn, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// memory.preload(PageRange::between(0, 1).unwrap(), b"the firmware")?;
+    /// memory.launch();
+    /// let mut bytes = [0; 12];
+    /// memory.machine_vcpu(vm)?.read(Gpa::new(0x10_0000), Visibility::Private, &mut bytes).unwrap();
+    /// assert_eq!(&bytes, b"the firmware");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn preload(&self, range: PageRange, bytes: &[u8]) -> Result<(), Error> {
         if range.count().bytes().is_none_or(|size| size < bytes.len() as u64) {
             return Err(Error::TooManyBytes { range, bytes: bytes.len() });
@@ -58,6 +132,14 @@ impl Memory {
 
     /// Says that the guest begins: nobody but the guest puts anything onto its private pages any
     /// more. On the simulated machine its first fault says so, too.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// memory.launch();
+    /// assert!(memory.preload(PageRange::between(0, 1).unwrap(), b"too late").is_err());
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn launch(&self) {
         self.driver.engine().launch();
     }
@@ -65,6 +147,20 @@ impl Memory {
 
 impl Driver {
     fn move_pages(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
+        let find = |_: &Engine| Ok(vec![range]);
+        self.unpinned(on_busy, Activity::Move, find, || self.move_now(range, on_busy))
+    }
+
+    /// Moves each 2M page of transparent huge pages together, but for those that are in use, or for
+    /// which the kernel has no memory.
+    pub(crate) fn regain(&self) -> Result<(), Error> {
+        for page in self.host.in_pieces()? {
+            let _ = self.move_pages(page, OnBusy::Refuse);
+        }
+        Ok(())
+    }
+
+    fn move_now(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
         let moving = self.claim(on_busy, |engine| engine.move_pages(range))?;
         let (engine, moving) = self.drain(moving)?;
         let (engine, unmapped) = self.perform(engine, moving, Reached::Unmapped)?;

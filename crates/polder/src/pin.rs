@@ -31,23 +31,31 @@ const DEAD_KEPT: usize = 64;
 /// ```
 #[must_use = "dropping it unpins the pages"]
 pub struct Pin<'a> {
-    driver: &'a Driver,
     how: How<'a>,
     range: PageRange,
 }
 
-/// How the pin was taken, and so is given back.
+/// How the pin was taken, and so is given back. Small: a pin of a [`Pinner`] is moved as often as it
+/// is taken.
 enum How<'a> {
-    /// With the engine's lock. The id is there until then.
-    Id(Option<PinId>, PinKind, Holder),
+    /// With the engine's lock.
+    Id(Box<ById<'a>>),
     /// Without it.
-    By(&'a polder_engine::Pinner),
+    By(&'a Pinner<'a>),
+}
+
+struct ById<'a> {
+    driver: &'a Driver,
+    /// There until it is given back.
+    id: Option<PinId>,
+    kind: PinKind,
+    holder: Holder,
 }
 
 impl<'a> Pin<'a> {
     pub(crate) fn by_id(driver: &'a Driver, id: PinId, (kind, holder): (PinKind, Holder)) -> Self {
         let range = id.range();
-        Self { driver, how: How::Id(Some(id), kind, holder), range }
+        Self { how: How::Id(Box::new(ById { driver, id: Some(id), kind, holder })), range }
     }
 
     /// The pages.
@@ -57,20 +65,11 @@ impl<'a> Pin<'a> {
 }
 
 impl Drop for Pin<'_> {
-    #[inline]
+    #[inline(always)]
     fn drop(&mut self) {
         match &mut self.how {
-            How::By(pinner) => {
-                if pinner.unpin(self.range) {
-                    self.driver.changed();
-                }
-            }
-            How::Id(id, ..) => {
-                if let (Some(mut engine), Some(id)) = (self.driver.try_engine(), id.take()) {
-                    engine.unpin(id);
-                }
-                self.driver.released();
-            }
+            How::By(pinner) => pinner.unpin(self.range),
+            How::Id(pin) => pin.give_back(),
         }
         if std::thread::panicking() {
             self.note_dead();
@@ -78,14 +77,24 @@ impl Drop for Pin<'_> {
     }
 }
 
+impl ById<'_> {
+    #[inline(never)]
+    fn give_back(&mut self) {
+        if let (Some(mut engine), Some(id)) = (self.driver.try_engine(), self.id.take()) {
+            engine.unpin(id);
+        }
+        self.driver.released();
+    }
+}
+
 impl Pin<'_> {
     #[cold]
     fn note_dead(&self) {
-        let (kind, holder) = match &self.how {
-            How::Id(_, kind, holder) => (*kind, holder.clone()),
-            How::By(pinner) => (pinner.kind(), pinner.holder().clone()),
+        let (driver, kind, holder) = match &self.how {
+            How::Id(pin) => (pin.driver, pin.kind, pin.holder.clone()),
+            How::By(pinner) => (pinner.driver, pinner.pinner.kind(), pinner.holder().clone()),
         };
-        let mut dead = self.driver.dead_pins.lock();
+        let mut dead = driver.dead_pins.lock();
         if dead.len() == DEAD_KEPT {
             dead.remove(0);
         }
@@ -133,12 +142,32 @@ impl Pinner<'_> {
     ///
     /// # Errors
     /// As [`Memory::pin_or`](crate::Memory::pin_or).
-    #[inline]
+    #[inline(always)]
     pub fn pin(&self, range: PageRange, on_busy: OnBusy) -> Result<Pin<'_>, Error> {
-        if let Err(AskEngine) = self.pinner.pin(range) {
-            self.driver.claim(on_busy, |engine| engine.pin_as(&self.pinner, range))?;
+        self.pin_pages(range, on_busy)?;
+        Ok(Pin { how: How::By(self), range })
+    }
+
+    /// Pins pages until [`Pinner::unpin`].
+    #[inline(always)]
+    pub(crate) fn pin_pages(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
+        match self.pinner.pin(range) {
+            Ok(()) => Ok(()),
+            Err(AskEngine) => self.ask(range, on_busy),
         }
-        Ok(Pin { driver: self.driver, how: How::By(&self.pinner), range })
+    }
+
+    #[cold]
+    fn ask(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
+        self.driver.claim(on_busy, |engine| engine.pin_as(&self.pinner, range))
+    }
+
+    /// Gives pages back that were pinned.
+    #[inline(always)]
+    pub(crate) fn unpin(&self, range: PageRange) {
+        if self.pinner.unpin(range) {
+            self.driver.changed();
+        }
     }
 
     /// Who it is.

@@ -21,6 +21,33 @@ pub use failing::{Fault, Faulty};
 pub use file::{FileSource, OpenError};
 
 /// Where the contents of an object's pages come from.
+///
+/// ```
+/// # use polder::{HostKind, Memory, source::{Source, SourceError}, units::{PageCount, PageRange}};
+/// use std::sync::Arc;
+///
+/// /// Each page says which one it is.
+/// struct Numbered;
+///
+/// impl Source for Numbered {
+///     fn name(&self) -> String {
+///         "numbers".into()
+///     }
+///     fn read(&self, pages: PageRange, into: &mut [u8]) -> Result<usize, SourceError> {
+///         for (page, bytes) in pages.frames().zip(into.chunks_mut(4096)) {
+///             bytes[..8].copy_from_slice(&page.get().to_le_bytes());
+///         }
+///         Ok(into.len())
+///     }
+/// }
+///
+/// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared();
+/// let memory = memory.source(Arc::new(Numbered)).build()?;
+/// let mut first = [0];
+/// memory.host_view().touch_read(7 * 4096, &mut first)?;
+/// assert_eq!(first, [7]);
+/// # Ok::<_, polder::Error>(())
+/// ```
 pub trait Source: Send + Sync {
     /// Its name, for messages.
     fn name(&self) -> String;

@@ -6,11 +6,13 @@
 
 use std::time::Duration;
 
-use polder_engine::{Activity, Engine, Holder, PinId, Refusal, WaitFor, Waiting};
+use polder_engine::{
+    Activity, Engine, Holder, PinId, PinKind, Refusal, Response, View, WaitFor, Waiting,
+};
 use polder_linux::Deadline;
-use polder_units::PageRange;
+use polder_units::{Level, PageRange};
 
-use crate::driver::{Driver, Locked};
+use crate::driver::{Driver, Land, Locked};
 use crate::{Error, OnBusy};
 
 /// Pins that pass by themselves are waited for so often: first others have their turn, then a while
@@ -93,7 +95,8 @@ impl Driver {
         Some(self.engine())
     }
 
-    /// Makes an attempt; if pins are in its way and `on_busy` says so, again once they are gone.
+    /// Makes an attempt; if pins are in its way, again once they are gone: those that pass by
+    /// themselves, or whichever if `on_busy` says so.
     pub(crate) fn unpinned<T>(
         &self,
         on_busy: OnBusy,
@@ -102,12 +105,13 @@ impl Driver {
         attempt: impl Fn() -> Result<T, Error>,
     ) -> Result<T, Error> {
         let first = attempt();
-        let (OnBusy::WaitForPins { .. }, Err(Error::Refused(Refusal::Pinned { .. }))) =
-            (on_busy, &first)
-        else {
-            return first;
+        let Err(Error::Refused(Refusal::Pinned { kind, .. })) = &first else { return first };
+        // A short pin that somebody has around a few bytes passes by itself.
+        let mut patience = match on_busy {
+            OnBusy::WaitForPins { .. } => Patience::of(on_busy),
+            OnBusy::Wait if *kind == PinKind::Short => Patience::short(),
+            OnBusy::Wait | OnBusy::Refuse => return first,
         };
-        let mut patience = Patience::of(on_busy);
         let waiting = self.claim(on_busy, |engine| {
             let ranges = find(engine)?;
             engine.wait_for_pins(&ranges, WaitFor::Operation(activity))
@@ -122,6 +126,20 @@ impl Driver {
         }
         drop(engine);
         attempt()
+    }
+
+    /// Maps in the host view what somebody has pinned, and is about to touch: else each touch would be
+    /// a fault. Of huge pages one fault brings many; and a pin does not wait for somebody who has a
+    /// page claimed and does not mind pins: touches will.
+    pub(crate) fn map_pinned(&self, range: PageRange) -> Result<(), Error> {
+        let mut engine = self.engine();
+        if engine.config().backing.granule != Level::Size4K {
+            return Ok(());
+        }
+        let Ok(claimed) = engine.copy(&[range]) else { return Ok(()) };
+        drop(engine);
+        let _given = Land::copy(self, claimed);
+        self.host.views().answer(View::Host, Response::Map, range)
     }
 
     /// Pins pages exclusively.

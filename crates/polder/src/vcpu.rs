@@ -103,6 +103,20 @@ impl MachineVcpu {
 
     /// What makes an access that is not let through at once return [`GuestExit::Kicked`], and a
     /// prefault [`Error::Interrupted`], once set. Who waits for an operation sees it within 20 ms.
+    ///
+    /// ```
+    /// # use polder::{GuestExit, HostKind, Memory, Slot, Visibility, Vm, units::{Gfn, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().owed().build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// use std::sync::atomic::Ordering;
+    ///
+    /// let vcpu = memory.machine_vcpu(vm)?;
+    /// vcpu.kicker().store(true, Ordering::Release);
+    /// let owed = vcpu.read(Gpa::new(0x10_0000), Visibility::Shared, &mut [0]);
+    /// assert_eq!(owed, Err(GuestExit::Kicked), "it would have waited for the contents");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn kicker(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.kicked)
     }
@@ -144,6 +158,16 @@ impl MachineVcpu {
     ///
     /// # Errors
     /// [`GuestExit`]; nothing was written.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Visibility, Vm, units::{Gfn, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let vcpu = memory.machine_vcpu(vm)?;
+    /// vcpu.write(Gpa::new(0x10_0000), Visibility::Private, b"its own").unwrap();
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn write(&self, gpa: Gpa, side: Visibility, from: &[u8]) -> Result<(), GuestExit> {
         self.access((gfns(gpa, from.len()), side), |machine, id, side| {
             Ok(machine.vcpu(id)?.write(gpa, side, from)?)
@@ -177,6 +201,17 @@ impl MachineVcpu {
     ///
     /// # Errors
     /// [`GuestExit::Failed`] with what the VMM or the hypervisor refused: nothing has changed then.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Visibility, Vm, units::{Gfn, GfnRange, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let vcpu = memory.machine_vcpu(vm)?;
+    /// let pages = vcpu.convert(GfnRange::between(0x100, 0x104).unwrap(), Visibility::Shared).unwrap();
+    /// assert_eq!(pages.get(), 4);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn convert(&self, gfns: GfnRange, to: Visibility) -> Result<PageCount, GuestExit> {
         let (by, contents) = ((Some(self.vm), true), self.driver.keeps_most(to));
         let convert = || {
@@ -195,6 +230,18 @@ impl MachineVcpu {
     ///
     /// # Errors
     /// As [`Self::convert`]; of several runs of pages, those before the one that failed are given.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Visibility, Vm, units::{Gfn, GfnRange, Gpa, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let vcpu = memory.machine_vcpu(vm)?;
+    /// vcpu.write(Gpa::new(0x10_0000), Visibility::Private, b"its own").unwrap();
+    /// vcpu.relinquish(GfnRange::one(Gfn::from(0x100))).unwrap();
+    /// assert!(memory.resident()?.is_zero());
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn relinquish(&self, gfns: GfnRange) -> Result<(), GuestExit> {
         self.ask_for(gfns, Ask::Relinquish, || {
             let runs = self.driver.ask(|engine| engine.pages_of(self.vm, gfns))?;

@@ -137,6 +137,30 @@ impl fmt::Display for Moment {
 }
 
 /// Who is told what happens, while it happens: the thread goes on once this returns.
+///
+/// ```
+/// # use polder::{Contents, HostKind, Memory, Moment, OnBusy, Reached, Visibility, Watch, units::{PageCount, PageRange}};
+/// use std::sync::{Arc, Mutex};
+///
+/// #[derive(Default)]
+/// struct Stages(Mutex<Vec<Reached>>);
+///
+/// impl Watch for Stages {
+///     fn at(&self, moment: Moment) {
+///         if let Moment::Reached(stage) = moment {
+///             self.0.lock().unwrap().push(stage);
+///         }
+///     }
+/// }
+///
+/// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+/// let stages = Arc::new(Stages::default());
+/// memory.watch(stages.clone());
+/// let page = PageRange::between(0, 1).unwrap();
+/// memory.convert(page, Visibility::Shared, Contents::Preserve, OnBusy::Wait)?;
+/// assert_eq!(stages.0.lock().unwrap()[0], Reached::Claimed);
+/// # Ok::<_, polder::Error>(())
+/// ```
 pub trait Watch: Send + Sync {
     /// Something happens, on the calling thread.
     fn at(&self, moment: Moment);

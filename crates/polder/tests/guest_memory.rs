@@ -130,6 +130,48 @@ fn a_private_page_is_refused_by_name_and_a_page_outside_differently() {
 }
 
 #[test]
+fn a_check_says_why_a_ring_can_t_be_reached() {
+    let Some(rig) = Rig::new() else { return };
+    let guest = rig.guest("a device");
+    rig.to(pages(5, 6), Visibility::Private).unwrap();
+    assert_eq!(guest.check(at(0x100), 5 * 4096), Ok(()));
+    assert_eq!(guest.check(at(0x11f), 2 * 4096), Ok(()), "from slot to slot");
+    assert_eq!(guest.check(at(0x1000), 0), Ok(()), "no byte is anywhere");
+    let private = Refusal::Private { page: 5u32.into() };
+    assert_eq!(guest.check(at(0x104), 2 * 4096), Err(private.into()));
+    let unbound = |start, end| {
+        let gfns = polder::units::GfnRange::between(start, end).unwrap();
+        Err(Error::Refused(Refusal::Unbound { gfns }))
+    };
+    assert_eq!(guest.check(at(7), 2 * 4096), unbound(8, 9));
+    assert_eq!(guest.check(at(0x50), 6), unbound(0x50, 0x51));
+    let nowhere = guest.check(GuestAddress(u64::MAX - 3), 6);
+    assert!(matches!(nowhere, Err(Error::Refused(Refusal::Range(_)))), "{nowhere:?}");
+    assert!(rig.converts(pages(0, 5)), "nothing is pinned");
+}
+
+#[test]
+fn a_page_that_somebody_looks_at_all_the_time_is_converted_by_who_waits() {
+    let Some(rig) = Rig::new() else { return };
+    let guest = rig.guest("a poller");
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (guest, stop) = (&guest, &stop);
+        scope.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                let _ = guest.load::<u16>(at(0x103), Ordering::Relaxed);
+            }
+        });
+        for round in 0..200 {
+            let refused = rig.to(pages(3, 4), Visibility::Private).err();
+            rig.to(pages(3, 4), Visibility::Shared).unwrap();
+            assert_eq!(refused, None, "round {round}");
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
 fn a_slice_is_in_the_way_of_a_conversion_and_of_a_discard_until_the_last_of_it_is_gone() {
     let Some(rig) = Rig::new() else { return };
     let guest = rig.guest("virtio-blk");

@@ -194,6 +194,36 @@ fn transparent_huge_pages_stay_huge_in_the_guests_view_while_single_pages_are_sh
 }
 
 #[test]
+fn a_huge_page_is_regained_as_a_move_and_what_is_pinned_does_not_move() {
+    let Some(_allowed) = require(Facility::HugePages, Thp::allow()) else { return };
+    let memory = Memory::builder(PageCount::from(1100)).page_size(PageSize::Thp).shared();
+    let Some(memory) = require(Facility::Userfault, memory.build()) else { return };
+    assert_eq!(memory.page_size(), PageSize::Thp);
+    for page in [3, 600] {
+        memory.host_view().touch_write(page * 4096, &[7]).unwrap();
+    }
+    assert_eq!(memory.levels().size_2m, 0, "no guest has touched it");
+    let holder = Holder::new("vhost-net");
+    let pin = memory.pin(pages(600, 601), PinKind::LongTerm, holder.clone()).unwrap();
+    let kind = PinKind::LongTerm;
+    let pinned: Error = Refusal::Pinned { page: 600u32.into(), kind, holder }.into();
+    assert_eq!(memory.regain_huge_page(700u32.into(), OnBusy::Refuse), Err(pinned.clone()));
+    let waits = OnBusy::WaitForPins { at_most: std::time::Duration::from_millis(5) };
+    assert_eq!(memory.regain_huge_page(700u32.into(), waits), Err(pinned));
+    memory.regain_huge_page(5u32.into(), OnBusy::Refuse).unwrap();
+    assert_eq!(memory.levels().size_2m, 1);
+    assert_eq!(memory.regain_huge_pages(), Ok(PageCount::from(512)), "but what is pinned");
+    drop(pin);
+    assert_eq!(memory.regain_huge_pages(), Ok(PageCount::from(1024)));
+    assert_eq!((first_byte(&memory, 3), first_byte(&memory, 600)), (Ok(7), Ok(7)));
+    let beyond = memory.regain_huge_page(1050u32.into(), OnBusy::Refuse).unwrap_err();
+    assert!(matches!(beyond, Error::Refused(Refusal::Beyond { .. })), "{beyond}");
+    let small = Memory::builder(PageCount::from(512)).shared().build().unwrap();
+    let refused = small.regain_huge_page(0u32.into(), OnBusy::Refuse).unwrap_err();
+    assert!(matches!(refused, Error::NotOffered { .. }), "{refused}");
+}
+
+#[test]
 fn where_transparent_huge_pages_are_not_allowed_memory_is_of_4k_and_says_so() {
     let Some(allowed) = require(Facility::HugePages, Thp::allow()) else { return };
     drop(allowed);

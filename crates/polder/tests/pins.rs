@@ -95,6 +95,64 @@ fn an_exclusive_pin_excludes_every_other_and_is_excluded_by_any() {
 }
 
 #[test]
+fn an_exclusive_pin_and_a_device_exclude_each_other() {
+    let memory = memory();
+    let nic = memory.simulated_device(Holder::new("nic")).unwrap();
+    let pin = |range| memory.pin(range, Exclusive, Holder::new("a hypervisor"));
+    assert_eq!(pin(pages(4, 6)).unwrap_err(), pinned(4, LongTerm, "nic"));
+    let waited = memory.pin_or(pages(4, 6), Exclusive, Holder::new("a hypervisor"), waits(5));
+    assert_eq!(waited.unwrap_err(), pinned(4, LongTerm, "nic"), "it never lets go");
+    // What it was refused it has not closed, and plain pins do not mind a device.
+    drop(memory.pin(pages(0, 16), LongTerm, Holder::new("vhost-net")).unwrap());
+    nic.write(4 * 4096, &[9]).unwrap();
+    nic.detach().unwrap();
+
+    let exclusive = pin(pages(4, 6)).unwrap();
+    let refused = memory.simulated_device(Holder::new("nic")).unwrap_err();
+    assert_eq!(refused, pinned(4, Exclusive, "a hypervisor"));
+    drop(exclusive);
+    let nic = memory.simulated_device(Holder::new("nic")).unwrap();
+    let mut byte = [0];
+    nic.read(4 * 4096, &mut byte).unwrap();
+    assert_eq!(byte, [9]);
+}
+
+#[test]
+fn a_pinned_page_is_mapped_before_it_is_touched() {
+    let memory = memory();
+    let pin = memory.pin(pages(2, 10), LongTerm, Holder::new("vhost-net")).unwrap();
+    memory.host_view().touch_write(2 * 4096, &[1; 8 * 4096]).unwrap();
+    // A fault is counted once it was answered.
+    memory.host_view().touch_write(0, &[1]).unwrap();
+    assert!(memory.statistics().host_faults <= 1, "of the pinned ones none");
+    drop(pin);
+    to(&memory, pages(2, 3), Private, OnBusy::Wait).unwrap();
+    assert!(memory.host_view().touch_read(2 * 4096, &mut [0]).is_err(), "mapped or not");
+    // Where a page can't be had there is no pin.
+    memory.simulated(|machine, _, _| machine.fail_allocation(Some(0))).unwrap();
+    let refused = memory.pin(pages(12, 13), LongTerm, Holder::new("vhost-net")).unwrap_err();
+    assert_eq!(refused.errno(), polder::Errno::ENOMEM);
+    memory.simulated(|machine, _, _| machine.fail_allocation(None)).unwrap();
+    to(&memory, pages(12, 13), Private, OnBusy::Refuse).unwrap();
+}
+
+#[test]
+fn a_move_waits_for_pins_if_it_is_asked_to() {
+    let memory = memory();
+    let held = memory.pin(pages(2, 4), LongTerm, Holder::new("vfio")).unwrap();
+    assert_eq!(memory.move_pages(pages(0, 8), waits(20)), Err(pinned(2, LongTerm, "vfio")));
+    std::thread::scope(|scope| {
+        let mover = scope.spawn(|| memory.move_pages(pages(0, 8), waits(60_000)));
+        while memory.pin_or(pages(6, 7), Short, Holder::new("a queue"), OnBusy::Refuse).is_ok() {
+            assert!(!mover.is_finished(), "page 2 is pinned");
+            std::thread::yield_now();
+        }
+        drop(held);
+        mover.join().unwrap().unwrap();
+    });
+}
+
+#[test]
 fn who_waits_for_pins_has_his_turn_when_the_last_goes_and_none_comes_between() {
     let memory = memory();
     for kind in [None, Some(Exclusive)] {

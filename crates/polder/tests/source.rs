@@ -104,6 +104,20 @@ fn all_that_is_filled_is_there_and_then_nothing_is_owed() {
 }
 
 #[test]
+fn a_fill_before_every_fault_thread_is_there_comes_to_its_end() {
+    for _ in 0..200 {
+        let memory = Memory::builder(count(16)).host(HostKind::Machine).shared();
+        let memory = memory.source(Arc::new(ZeroSource)).build().unwrap();
+        memory.fill();
+        let mut left = patience(Duration::from_secs(5)).as_millis();
+        while memory.owed() > PageCount::ZERO {
+            left = left.checked_sub(1).expect("the fill was forgotten");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+#[test]
 fn without_read_ahead_a_page_at_a_time_is_brought() {
     let file = Scratch::new("alone");
     let builder = Memory::builder(count(PAGES)).shared().source(Arc::new(file.source()));

@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 
 use polder::guest_memory::GuestMemory;
 use polder::units::{Gpa, PAGE_SIZE};
-use virtio_queue::{DescriptorChain, Queue, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 
 use crate::guest::DEVICE_LEN_MAX;
 use crate::scenario::Outcome;
@@ -66,9 +66,16 @@ impl Virtqueue {
         if !queue.is_valid(&self.guest) {
             return Outcome::Fault;
         }
-        // Whatever a guest writes to its ring, it has so many chains at a time, and no more.
-        for _ in 0..queue.size() {
-            let Some(chain) = queue.pop_descriptor_chain(&self.guest) else { break };
+        // What is there now, and not what comes meanwhile.
+        let Ok(end) = queue.avail_idx(&self.guest, Ordering::Acquire) else {
+            return Outcome::Fault;
+        };
+        while queue.next_avail() != end.0 {
+            // (`pop_descriptor_chain` takes a ring that it can't read for an empty one.)
+            let Some(chain) = queue.iter(&self.guest).ok().and_then(|mut chains| chains.next())
+            else {
+                return Outcome::Fault;
+            };
             let head = chain.head_index();
             let written = self.complement(chain);
             if queue.add_used(&self.guest, head, written).is_err() {

@@ -62,6 +62,8 @@ pub enum Section {
     KernelAccess,
     /// Mapping for a guest ahead of its touches.
     Prefault,
+    /// Pins, and who waits for them.
+    Pins,
     /// Devices that have what is shared mapped.
     Devices,
     /// Bytes before the guest begins, and pages that move.
@@ -76,7 +78,7 @@ pub enum Section {
 
 impl Section {
     /// Every section, in the table's order.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Create,
         Self::Bind,
         Self::HostView,
@@ -89,6 +91,7 @@ impl Section {
         Self::Userfault,
         Self::KernelAccess,
         Self::Prefault,
+        Self::Pins,
         Self::Devices,
         Self::Move,
         Self::Pkvm,
@@ -112,6 +115,7 @@ impl fmt::Display for Section {
             Self::Userfault => "userfault",
             Self::KernelAccess => "the kernel's own accesses",
             Self::Prefault => "prefault",
+            Self::Pins => "pins",
             Self::Devices => "devices",
             Self::Move => "preload and move",
             Self::Pkvm => "pkvm",

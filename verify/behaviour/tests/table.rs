@@ -129,6 +129,11 @@ fn reach() {
 }
 
 #[test]
+fn pins() {
+    section(Section::Pins);
+}
+
+#[test]
 fn devices() {
     section(Section::Devices);
 }

@@ -160,8 +160,9 @@ mod tests {
     #[test]
     fn no_interleaving_of_a_small_configuration_breaks_an_invariant() {
         let small = ["failures", "abandoned", "population", "levels", "apart", "folios", "pieces"];
+        let of_pins = ["pinners", "dma"];
         let of_snp = ["snp-contention", "snp-apart", "snp-part", "snp-other"];
-        for name in small.into_iter().chain(of_snp) {
+        for name in small.into_iter().chain(of_pins).chain(of_snp) {
             let setup = polder::named(name).expect("a configuration");
             let report = check(&polder::World::new(&setup), How::All, &mut |_, _| true);
             assert!(report.finding.is_none(), "{name}: {:?}", report.finding);

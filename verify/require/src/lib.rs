@@ -32,6 +32,8 @@ pub enum Facility {
     Cachestat,
     /// A process that may look into another of the same user (ptrace).
     Ptrace,
+    /// A ring of io_uring.
+    IoUring,
 }
 
 impl Facility {
@@ -47,6 +49,7 @@ impl Facility {
             Self::GiganticPages => "gigantic-pages",
             Self::Cachestat => "cachestat",
             Self::Ptrace => "ptrace",
+            Self::IoUring => "io-uring",
         }
     }
 

@@ -47,6 +47,18 @@ impl Waiter {
     }
 }
 
+impl Waiter {
+    #[cfg(feature = "explore")]
+    pub(super) fn is(&self, waiting: &Waiting) -> bool {
+        self.id == waiting.0
+    }
+
+    /// The first of the pages that it waits for in `range`: that part, and all around it.
+    pub(super) fn first_in(&self, range: PageRange) -> Option<(PageRange, PageRange)> {
+        self.ranges.iter().find_map(|&other| Some((other.intersection(range)?, other)))
+    }
+}
+
 impl Exclusive {
     /// What it says to others, about its first page in `range`.
     pub(super) fn refusal(&self, range: PageRange) -> Option<Refusal> {
@@ -101,8 +113,8 @@ impl Engine {
     /// kind is there, nor can come, until it is given back by [`Engine::unpin`].
     ///
     /// # Errors
-    /// [`Refusal::Pinned`] while there is another, and where [`Engine::pin`] is refused or has to
-    /// wait; the wait is as it was.
+    /// [`Refusal::Pinned`] while there is another, or a device has a page mapped; and where
+    /// [`Engine::pin`] is refused or has to wait. The wait is as it was.
     ///
     /// # Panics
     /// If an operation was waited for, or other than one range.
@@ -125,6 +137,13 @@ impl Engine {
         {
             return Err((waiting, refusal));
         }
+        let ranges = self.waiter(&waiting).ranges.iter();
+        let mapped = ranges.map(|&range| self.check_dma(range)).find_map(Result::err);
+        if !self.plants.has(Bug::ExclusiveBesideDma)
+            && let Some(refusal) = mapped
+        {
+            return Err((waiting, refusal));
+        }
         let Waiter { id, ranges, what } = self.end_wait(waiting);
         let (WaitFor::Exclusive(holder), [range]) = (what, &ranges[..]) else {
             panic!("an exclusive pin of one range is what was waited for");
@@ -137,13 +156,9 @@ impl Engine {
 
     /// Blocks a pin where somebody waits for pins to go, or has an exclusive one.
     pub(super) fn check_waiting(&self, range: PageRange) -> Result<(), Blocked> {
-        if let Some(refusal) = self.pins.exclusive.iter().find_map(|pin| pin.refusal(range)) {
-            return Err(Blocked::Refused(refusal));
-        }
-        let held = |waiter: &Waiter| {
-            waiter.ranges.iter().find_map(|other| Some((other.intersection(range)?, *other)))
-        };
-        let waiter = self.pins.waiting.iter().find_map(|waiter| Some((held(waiter)?, waiter)));
+        self.check_exclusive(range)?;
+        let mut waiters = self.pins.waiting.iter();
+        let waiter = waiters.find_map(|waiter| Some((waiter.first_in(range)?, waiter)));
         let Some(((part, held), waiter)) = waiter else { return Ok(()) };
         Err(Blocked::Busy(match &waiter.what {
             &WaitFor::Operation(by) => Refusal::Busy { range, by, held },
@@ -153,6 +168,12 @@ impl Engine {
                 holder: holder.clone(),
             },
         }))
+    }
+
+    /// Refuses a range of which a page is pinned exclusively.
+    pub(crate) fn check_exclusive(&self, range: PageRange) -> Result<(), Refusal> {
+        let refusal = self.pins.exclusive.iter().find_map(|pin| pin.refusal(range));
+        refusal.map_or(Ok(()), Err)
     }
 
     fn waiter(&self, waiting: &Waiting) -> &Waiter {

@@ -1,8 +1,9 @@
 //! The gate: the pages that nobody may pin without asking the engine.
 //!
-//! Closed are the pages that an operation claims, those of an exclusive pin, those that somebody
-//! waits to have unpinned, and those in quarantine. Whoever has the engine closes and opens; who
-//! pins looks, without a lock.
+//! Closed are the pages that an operation claims to take them from who could pin them, those of an
+//! exclusive pin, those that somebody waits to have unpinned, and those in quarantine. Whoever has
+//! the engine closes and opens; who pins looks, without a lock. An operation on pages that can't be
+//! pinned as they are (private, owed) closes nothing: until it is over, the page map says so.
 //!
 //! ```text
 //! closes:  the range, stored      pins:  the pin, counted
@@ -28,7 +29,9 @@ const RANGES: usize = if cfg!(loom) { 2 } else { 32 };
 /// Closings that found no place count this much.
 const UNLISTED: u64 = 1 << 32;
 
-/// Which pages are closed.
+/// Which pages are closed. Who pins reads the first line of it each time, and mostly no other: the
+/// ranges that are listed first lie in it, so that whoever closes one takes one line from him.
+#[repr(C, align(64))]
 pub(super) struct Gate {
     /// How many ranges are listed, and times [`UNLISTED`], how many are not.
     closed: AtomicU64,

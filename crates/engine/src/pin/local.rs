@@ -18,8 +18,9 @@ use crate::sync::{AtomicU32, AtomicU64, OnceBox, Ordering};
 
 /// Places in a block of them.
 const THREADS: usize = if cfg!(loom) { 2 } else { 64 };
-/// Pins in one part of a place.
+/// Pins in a place, and in the first block of those that are more.
 const PINS: usize = if cfg!(loom) { 1 } else { 7 };
+const MORE: usize = if cfg!(loom) { 1 } else { 64 };
 
 /// The places of threads, and of those that are too many for the block.
 pub(super) struct Places {
@@ -31,14 +32,31 @@ pub(super) struct Places {
 #[repr(align(128))]
 struct Place {
     entries: [Entry; PINS],
-    more: OnceBox<Self>,
+    more: OnceBox<More>,
 }
+
+/// What is too much for a place: a guest decides how many slices its chain of buffers takes, so one
+/// is found in no more time however many there are.
+struct More {
+    entries: Box<[Entry]>,
+    /// The first free entry; those after it by their links.
+    free: AtomicU32,
+    /// How many are held.
+    held: AtomicU32,
+    /// Twice as many, where all of these are held.
+    next: OnceBox<Self>,
+}
+
+/// No free entry.
+const NONE: u32 = u32::MAX;
 
 /// One pin, held as often as it was cloned; free if not at all.
 struct Entry {
     start: AtomicU64,
     end: AtomicU64,
     held: AtomicU32,
+    /// Of [`More`]: while it is held, its own index; while it is free, the next free one's.
+    link: AtomicU32,
 }
 
 impl Places {
@@ -54,11 +72,11 @@ impl Places {
             Some(place) => place,
             None => self.make(thread),
         };
-        let entry = place.free();
+        let (entry, more) = place.free();
         entry.start.store(range.start().get(), Ordering::Relaxed);
         entry.end.store(range.end(), Ordering::Relaxed);
         entry.held.store(1, Ordering::Release);
-        Local { entry, thread: PhantomData }
+        Local { entry, more, thread: PhantomData }
     }
 
     #[cold]
@@ -73,13 +91,19 @@ impl Places {
     /// is being pinned or unpinned may come out as either.
     pub(super) fn first_in(&self, range: PageRange) -> Option<PageIndex> {
         let mut first = None;
+        let mut look = |entries: &[Entry]| {
+            let held = entries.iter().filter_map(Entry::range);
+            let here = held.filter_map(|pinned| Some(pinned.intersection(range)?.start()));
+            first = here.chain(first).min();
+        };
         for place in self.block.iter().filter_map(OnceBox::get) {
-            let mut part = Some(place);
-            while let Some(place) = part {
-                let held = place.entries.iter().filter_map(Entry::range);
-                let here = held.filter_map(|pinned| Some(pinned.intersection(range)?.start()));
-                first = here.chain(first).min();
-                part = place.more.get();
+            look(&place.entries);
+            let mut more = place.more.get();
+            while let Some(block) = more {
+                if block.held.load(Ordering::Acquire) > 0 {
+                    look(&block.entries);
+                }
+                more = block.next.get();
             }
         }
         first.into_iter().chain(self.more.get().and_then(|more| more.first_in(range))).min()
@@ -88,27 +112,62 @@ impl Places {
 
 impl Place {
     fn new() -> Self {
-        let entry =
-            |_| Entry { start: AtomicU64::new(0), end: AtomicU64::new(0), held: AtomicU32::new(0) };
-        Self { entries: core::array::from_fn(entry), more: OnceBox::new() }
+        let entries = core::array::from_fn(|_| Entry::new(NONE));
+        Self { entries, more: OnceBox::new() }
     }
 
     #[inline(always)]
-    fn free(&self) -> &Entry {
+    fn free(&self) -> (&Entry, Option<&More>) {
         let free = self.entries.iter().find(|entry| entry.held.load(Ordering::Relaxed) == 0);
         match free {
-            Some(free) => free,
-            None => self.further(),
+            Some(free) => (free, None),
+            None => self.more.get_or_init(|| Box::new(More::new(MORE))).take(),
         }
     }
+}
 
+impl More {
+    fn new(count: usize) -> Self {
+        let count = u32::try_from(count).expect("memory holds fewer");
+        let entries = (1..count).chain([NONE]).map(Entry::new).collect();
+        let [free, held] = [(); 2].map(|()| AtomicU32::new(0));
+        Self { entries, free, held, next: OnceBox::new() }
+    }
+
+    /// A free entry, of these or those after them.
     #[cold]
-    fn further(&self) -> &Entry {
-        self.more.get_or_init(|| Box::new(Self::new())).free()
+    fn take(&self) -> (&Entry, Option<&Self>) {
+        let mut block = self;
+        while block.free.load(Ordering::Relaxed) == NONE {
+            let twice = || Box::new(Self::new(2 * block.entries.len()));
+            block = block.next.get_or_init(twice);
+        }
+        let free = block.free.load(Ordering::Relaxed);
+        let entry = &block.entries[free as usize];
+        block.free.store(entry.link.load(Ordering::Relaxed), Ordering::Relaxed);
+        entry.link.store(free, Ordering::Relaxed);
+        let held = block.held.load(Ordering::Relaxed);
+        block.held.store(held + 1, Ordering::Relaxed);
+        (entry, Some(block))
+    }
+
+    /// Takes an entry back that is held no more.
+    #[cold]
+    fn give(&self, entry: &Entry) {
+        let own = entry.link.load(Ordering::Relaxed);
+        entry.link.store(self.free.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.free.store(own, Ordering::Relaxed);
+        let held = self.held.load(Ordering::Relaxed);
+        self.held.store(held - 1, Ordering::Release);
     }
 }
 
 impl Entry {
+    fn new(link: u32) -> Self {
+        let [start, end] = [(); 2].map(|()| AtomicU64::new(0));
+        Self { start, end, held: AtomicU32::new(0), link: AtomicU32::new(link) }
+    }
+
     fn range(&self) -> Option<PageRange> {
         if self.held.load(Ordering::Acquire) == 0 {
             return None;
@@ -121,6 +180,7 @@ impl Entry {
 #[must_use = "dropping it unpins the pages"]
 pub struct Local<'a> {
     entry: &'a Entry,
+    more: Option<&'a More>,
     thread: PhantomData<*const ()>,
 }
 
@@ -130,7 +190,7 @@ impl Clone for Local<'_> {
         let held = self.entry.held.load(Ordering::Relaxed);
         assert!(held < u32::MAX, "a pin was cloned four billion times");
         self.entry.held.store(held + 1, Ordering::Relaxed);
-        Self { entry: self.entry, thread: PhantomData }
+        Self { entry: self.entry, more: self.more, thread: PhantomData }
     }
 }
 
@@ -140,11 +200,71 @@ impl Drop for Local<'_> {
         // What was done with the pages comes before whoever finds them unpinned.
         let held = self.entry.held.load(Ordering::Relaxed);
         self.entry.held.store(held - 1, Ordering::Release);
+        if let (1, Some(more)) = (held, self.more) {
+            more.give(self.entry);
+        }
     }
 }
 
 impl fmt::Debug for Local<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Local").finish_non_exhaustive()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use alloc::vec::Vec;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Pin(PageRange),
+        Clone(usize),
+        Drop(usize),
+    }
+
+    fn range() -> impl Strategy<Value = PageRange> {
+        (0..100_u64, 1..20_u64)
+            .prop_filter_map("a range", |(start, count)| PageRange::between(start, start + count))
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        prop_oneof![
+            3 => range().prop_map(Op::Pin),
+            1 => any::<usize>().prop_map(Op::Clone),
+            3 => any::<usize>().prop_map(Op::Drop),
+        ]
+    }
+
+    proptest! {
+        /// However many one thread holds, and in whatever order they go.
+        #[test]
+        fn pins_of_a_thread_are_those_that_it_holds(
+            before in 0..600_usize,
+            ops in prop::collection::vec((op(), range()), 0..200),
+        ) {
+            let places = Places::new();
+            let first = PageRange::between(0, 1).unwrap();
+            let mut held: Vec<_> = (0..before).map(|_| (places.note(3, first), first)).collect();
+            for (op, asked) in ops {
+                match op {
+                    Op::Pin(range) => held.push((places.note(3, range), range)),
+                    Op::Clone(at) if !held.is_empty() => {
+                        let (pin, range) = &held[at % held.len()];
+                        held.push((pin.clone(), *range));
+                    }
+                    Op::Drop(at) if !held.is_empty() => drop(held.swap_remove(at % held.len())),
+                    Op::Clone(_) | Op::Drop(_) => {}
+                }
+                let pages = held.iter().filter_map(|(_, range)| range.intersection(asked));
+                prop_assert_eq!(places.first_in(asked), pages.map(PageRange::start).min());
+            }
+            drop(held);
+            prop_assert_eq!(places.first_in(PageRange::between(0, 200).unwrap()), None);
+        }
     }
 }

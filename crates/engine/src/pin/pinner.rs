@@ -8,7 +8,7 @@ use polder_units::{PageIndex, PageRange};
 use super::counts::Counts;
 use super::gate::Gate;
 use super::local::{Local, Places};
-use crate::sync::{AtomicU32, Ordering, fence, light_fence};
+use crate::sync::{AtomicU32, Ordering, fence, fence_after_atomic, light_fence};
 use crate::{Holder, PageFacts, PageReader, PinKind, Population, Visibility};
 
 /// What may be pinned.
@@ -20,6 +20,14 @@ pub(super) struct Shared {
     pub(super) gate: Gate,
     /// How many wait for pins to go.
     pub(super) waiting: AtomicU32,
+}
+
+impl Shared {
+    /// Whether a pin of `range` may stay, which was counted, and a fence passed, before.
+    #[inline(always)]
+    pub(super) fn may_stay(&self, reader: &PageReader, range: PageRange) -> bool {
+        self.gate.is_open(range) && reader.are_all(range, PINNABLE)
+    }
 }
 
 /// The pins of one holder.
@@ -82,7 +90,7 @@ impl Pinner {
             return Err(AskEngine);
         }
         self.held.counts.add(range);
-        fence(Ordering::SeqCst);
+        fence_after_atomic();
         if self.may_pin(range) {
             return Ok(());
         }
@@ -97,7 +105,7 @@ impl Pinner {
     #[inline(always)]
     pub fn unpin(&self, range: PageRange) -> bool {
         self.held.counts.remove(range);
-        fence(Ordering::SeqCst);
+        fence_after_atomic();
         self.shared.waiting.load(Ordering::Relaxed) != 0
     }
 
@@ -132,7 +140,7 @@ impl Pinner {
 
     #[inline(always)]
     fn may_pin(&self, range: PageRange) -> bool {
-        self.shared.gate.is_open(range) && self.reader.are_all(range, PINNABLE)
+        self.shared.may_stay(&self.reader, range)
     }
 }
 

@@ -94,7 +94,7 @@ impl Drop for Locked<'_> {
 }
 
 /// What is to be given back to the engine, also when its thread panics.
-struct Land<'a> {
+pub(crate) struct Land<'a> {
     driver: &'a Driver,
     landing: Option<Landing>,
 }
@@ -105,7 +105,12 @@ enum Landing {
     Answer(Answer, Option<Response>),
 }
 
-impl Land<'_> {
+impl<'a> Land<'a> {
+    /// A copy's claim.
+    pub(crate) fn copy(driver: &'a Driver, copying: Copying) -> Self {
+        Self { driver, landing: Some(Landing::Copy(copying)) }
+    }
+
     /// Notes whether an answer was carried out.
     fn done(&mut self, carried_out: bool) {
         if let Some(Landing::Answer(answer, done)) = &mut self.landing {
@@ -284,7 +289,7 @@ impl Driver {
             let copying = engine.copy(&runs)?;
             Ok((runs, copying))
         })?;
-        let _given = Land { driver: self, landing: Some(Landing::Copy(copying)) };
+        let _given = Land::copy(self, copying);
         runs.into_iter().try_for_each(|run| each(self.host.views(), run))
     }
 

@@ -74,7 +74,8 @@ impl Host for MemfdHost {
             | Step::Thaw(_) => {
                 unreachable!("there is no memory of an SNP guest on this host")
             }
-            Step::Launch(_) | Step::Move(_) | Step::MapDma(..) | Step::UnmapDma(..) => {
+            Step::Move(range) => self.views.collapse(range),
+            Step::Launch(_) | Step::MapDma(..) | Step::UnmapDma(..) => {
                 unreachable!("not offered on this host, or the driver's own: {step}")
             }
         }
@@ -164,7 +165,7 @@ impl Host for MemfdHost {
         Some(PoolCounts { total, free, reserved, pending: 0 })
     }
 
-    fn regain(&self) -> Result<PageCount, Error> {
-        self.views.regain()
+    fn in_pieces(&self) -> Result<Vec<PageRange>, Error> {
+        self.views.in_pieces()
     }
 }

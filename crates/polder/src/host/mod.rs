@@ -224,9 +224,10 @@ pub(crate) trait Host: Send + Sync {
         None
     }
 
-    /// Has transparent huge pages mapped as such again where they are not. How many pages are.
-    fn regain(&self) -> Result<PageCount, Error> {
-        Ok(PageCount::ZERO)
+    /// The 2M pages, of transparent huge ones, of which something exists: each may be in pieces, and
+    /// [`Step::Move`] puts it into one.
+    fn in_pieces(&self) -> Result<Vec<PageRange>, Error> {
+        Ok(Vec::new())
     }
 
     /// The simulated machine, on that host.

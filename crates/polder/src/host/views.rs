@@ -244,31 +244,34 @@ impl MemfdViews {
         self.guest.view().mapped_huge().and_then(PageCount::new)
     }
 
-    /// Has the kernel map the guest view by entries of 2M again where it does not, of what exists.
-    /// While something may be owed nothing is done: a touch of the view is told to the fault
-    /// threads, whose answer maps 4K. Returns how many pages are mapped so then.
-    pub(super) fn regain(&self) -> Result<PageCount, Error> {
+    /// The 2M pages of which something exists, of transparent huge pages. While something may be owed
+    /// there are none: a touch of the guest view is told to the fault threads, whose answer maps 4K.
+    pub(super) fn in_pieces(&self) -> Result<Vec<PageRange>, Error> {
         let pages = Geometry::X86_64.pages(Level::Size2M).get();
-        let watching = self.watching.lock();
-        if self.freed == Level::Size2M && self.memfd.granule() == Level::Size4K && !watching.all {
-            let mut next = 0;
-            for run in self.memfd.existing()? {
-                let first = (run.start().get() / pages).max(next);
-                next = run.end().div_ceil(pages);
-                for number in first..next {
-                    let Some(page) = PageRange::between(number * pages, (number + 1) * pages)
-                    else {
-                        continue;
-                    };
-                    // What can't be one (for want of memory, or a pin) stays as it is.
-                    if page.end() <= self.pages().get() && watching.kept.first_in(page).is_none() {
-                        let _ = self.guest.view().collapse(page);
-                    }
-                }
-            }
+        let transparent = self.freed == Level::Size2M && self.memfd.granule() == Level::Size4K;
+        if !transparent || self.watching.lock().all {
+            return Ok(Vec::new());
         }
-        drop(watching);
-        Ok(self.mapped_huge().unwrap_or(PageCount::ZERO))
+        let (mut found, mut next) = (Vec::new(), 0);
+        for run in self.memfd.existing()? {
+            let first = (run.start().get() / pages).max(next);
+            next = run.end().div_ceil(pages);
+            let numbers = (first..next).filter(|number| (number + 1) * pages <= self.pages().get());
+            found.extend(numbers.filter_map(|it| PageRange::between(it * pages, (it + 1) * pages)));
+        }
+        Ok(found)
+    }
+
+    /// Has the kernel make one huge page of a 2M page, and map it in the guest view by one entry.
+    ///
+    /// # Errors
+    /// `EBUSY` while a part of it is watched there; of `madvise(MADV_COLLAPSE)`.
+    pub(super) fn collapse(&self, page: PageRange) -> Result<(), Error> {
+        let watching = self.watching.lock();
+        if watching.all || watching.kept.first_in(page).is_some() {
+            return Err(super::failed("madvise(MADV_COLLAPSE)", Errno::BUSY));
+        }
+        Ok(self.guest.view().collapse(page)?)
     }
 
     /// Takes pages out of all views for good, by markers in their place. All of it is done that
@@ -298,11 +301,7 @@ impl MemfdViews {
             }
             next = end;
         }
-        let was_watched = std::mem::replace(&mut watching.all, false);
-        drop(watching);
-        if was_watched {
-            self.regain()?;
-        }
+        watching.all = false;
         Ok(())
     }
 

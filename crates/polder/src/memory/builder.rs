@@ -93,11 +93,31 @@ impl Builder {
     /// [`Memory::page_size`] says so. On hugetlb pages of a memfd the raw [host view](HostView) shows
     /// a huge page only while all of it is shared, and else denies it as a whole: single pages are
     /// reached by [`Memory::read`] and [`Memory::write`]. See `docs/huge-pages.md`.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, PageSize, units::{Level, PageCount}};
+    /// let memory = Memory::builder(PageCount::from(1024u32)).host(HostKind::Machine);
+    /// let memory = memory.page_size(PageSize::Huge2M).build()?;
+    /// assert_eq!(memory.pool().map(|pool| pool.total), Some(2));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn page_size(self, page_size: PageSize) -> Self {
         Self { page_size, ..self }
     }
 
     /// Of this pool's huge pages, on the simulated machine; else a pool is made that is just enough.
+    ///
+    /// ```
+    /// # use polder::{HostKind, HugePool, Memory, PageSize, units::{Level, PageCount}};
+    /// let pool = HugePool::new(Level::Size2M, 3);
+    /// let of_pool = Memory::builder(PageCount::from(1024u32))
+    ///     .host(HostKind::Machine)
+    ///     .page_size(PageSize::Huge2M)
+    ///     .pool(&pool);
+    /// let first = of_pool.clone().build()?;
+    /// assert!(of_pool.build().is_err(), "one is left, and two are needed");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn pool(self, pool: &HugePool) -> Self {
         Self { pool: Some(pool.clone()), ..self }
     }
@@ -120,23 +140,64 @@ impl Builder {
 
     /// Every page's contents are owed, and come from `source` when somebody touches them, or a
     /// little before. Once none is owed any more, touches are plain faults that nobody is told of.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, source::ZeroSource, units::{PageCount, PageRange}};
+    /// use std::sync::Arc;
+    ///
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared();
+    /// let memory = memory.source(Arc::new(ZeroSource)).build()?;
+    /// assert_eq!(memory.owed().get(), 16);
+    /// memory.bring(PageRange::between(3, 4).unwrap())?;
+    /// assert!(memory.owed().get() < 16);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn source(self, source: Arc<dyn Source>) -> Self {
         Self { source: Some(source), ..self.owed() }
     }
 
     /// How much is brought with a page that somebody waits for.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, ReadAhead, source::ZeroSource, units::{PageCount, PageRange}};
+    /// # use std::sync::Arc;
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared();
+    /// let memory = memory.source(Arc::new(ZeroSource)).read_ahead(ReadAhead::Off).build()?;
+    /// memory.bring(PageRange::between(3, 4).unwrap())?;
+    /// assert_eq!(memory.owed().get(), 15, "that page alone");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn read_ahead(self, read_ahead: ReadAhead) -> Self {
         Self { read_ahead, ..self }
     }
 
     /// How long is waited for the source, at most: who waits longer for a page is denied it, as if
     /// the source had failed. 10 s unless said.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, source::{Fault, Faulty, ZeroSource}, units::{PageCount, PageRange}};
+    /// use std::{sync::Arc, time::Duration};
+    ///
+    /// let slow = Faulty::new(ZeroSource, Fault::Slow(Duration::from_secs(1)), 0u32.into(), 1);
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared();
+    /// let memory = memory.source(Arc::new(slow)).fault_deadline(Duration::from_millis(50)).build()?;
+    /// assert!(memory.bring(PageRange::between(3, 4).unwrap()).is_err());
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn fault_deadline(self, deadline: Duration) -> Self {
         Self { deadline, ..self }
     }
 
     /// How many threads answer faults and read the source: 4 with a source (one of which never
     /// reads), 1 without, unless said. With a source there are at least 2.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, source::ZeroSource, units::PageCount};
+    /// # use std::sync::Arc;
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared();
+    /// let memory = memory.source(Arc::new(ZeroSource)).fault_threads(8).build()?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn fault_threads(self, count: usize) -> Self {
         Self { fault_threads: Some(count), ..self }
     }

@@ -71,6 +71,14 @@ impl Memory {
     /// # Errors
     /// [`Refusal::SourceFailed`] naming the first page that can't be had, [`Refusal::Owed`] without
     /// a source, [`Refusal::Beyond`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, source::ZeroSource, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().source(std::sync::Arc::new(ZeroSource)).build()?;
+    /// memory.bring(PageRange::between(3, 4).unwrap())?;
+    /// memory.host_view().touch_read(3 * 4096, &mut [0])?; // waits for nobody
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn bring(&self, range: PageRange) -> Result<(), Error> {
         self.driver.claim(OnBusy::Wait, |engine| Ok(engine.check_whole(range)?))
     }
@@ -95,6 +103,16 @@ impl Memory {
 
     /// Has the source asked for all that is still owed, behind whatever somebody waits for. Does
     /// not wait; [`Memory::owed`] tells how much is left. Nothing is done without a source.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, source::ZeroSource, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().source(std::sync::Arc::new(ZeroSource)).build()?;
+    /// memory.fill();
+    /// while memory.owed() > PageCount::ZERO {
+    ///     std::thread::yield_now();
+    /// }
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn fill(&self) {
         if let Some(pager) = &self.driver.pager {
             pager.fill();
@@ -103,6 +121,16 @@ impl Memory {
     }
 
     /// How many pages are owed: their contents are to come, and have not failed to.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().owed().build()?;
+    /// assert_eq!(memory.owed().get(), 16);
+    /// memory.populate(PageRange::between(0, 4).unwrap(), b"four pages")?;
+    /// memory.fail(PageRange::between(4, 5).unwrap())?;
+    /// assert_eq!(memory.owed().get(), 11);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn owed(&self) -> PageCount {
         let engine = self.driver.engine();
         let all = PageRange::between(0, engine.config().pages.get()).expect("memory has pages");
@@ -115,11 +143,32 @@ impl Memory {
     }
 
     /// What the source was asked for, and what came of it; all zero without one.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, source::ZeroSource, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().source(std::sync::Arc::new(ZeroSource)).build()?;
+    /// memory.bring(PageRange::between(3, 4).unwrap())?;
+    /// println!("{:?}", memory.source_statistics());
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn source_statistics(&self) -> SourceStatistics {
         self.driver.pager.as_ref().map(Pager::statistics).unwrap_or_default()
     }
 
     /// The pages that the source could not bring, and why: the first thousand runs of them.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, source::{Fault, Faulty, SourceError, ZeroSource}, units::{PageCount, PageRange}};
+    /// # use std::sync::Arc;
+    /// let source = Faulty::new(ZeroSource, Fault::Fails, 3u32.into(), 0);
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared();
+    /// let memory = memory.source(Arc::new(source)).build()?;
+    /// assert!(memory.bring(PageRange::between(3, 4).unwrap()).is_err());
+    /// let failure = &memory.source_failures()[0];
+    /// assert!(matches!(failure.why, SourceError::Read(_)));
+    /// assert_eq!(failure.pages, PageRange::between(3, 4).unwrap(), "and no other page");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn source_failures(&self) -> Vec<SourceFailure> {
         self.driver.pager.as_ref().map(Pager::failures).unwrap_or_default()
     }

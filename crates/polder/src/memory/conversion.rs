@@ -101,12 +101,35 @@ impl Memory {
     ///
     /// # Errors
     /// [`Refusal::Unbound`] unless every frame is bound.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Visibility, Vm, units::{Gfn, GfnRange, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// let frames = GfnRange::between(0x100, 0x110).unwrap();
+    /// let [wish] = memory.wanted(vm, frames)?[..] else { panic!("all are alike") };
+    /// assert_eq!(wish.wanted, Visibility::Private);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn wanted(&self, vm: VmId, gfns: GfnRange) -> Result<Vec<Wish>, Error> {
         self.driver.ask(|engine| engine.wanted(vm, gfns))
     }
 
     /// Every wish that is not what is granted, by the binding whose it is: VMs that disagree about
     /// a page are seen here.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Slot, Visibility, Vm, units::{Gfn, GfnRange, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// # let vm = memory.attach(Vm::Machine)?;
+    /// # memory.bind(vm, Slot(0), Gfn::from(0x100), PageRange::between(0, 16).unwrap())?;
+    /// assert!(memory.unmet().is_empty());
+    /// memory.want(vm, GfnRange::one(Gfn::from(0x102)), Visibility::Shared)?;
+    /// let (of, slot, wish) = &memory.unmet()[0];
+    /// assert_eq!((*of, *slot, wish.granted), (vm, Slot(0), Visibility::Private));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn unmet(&self) -> Vec<(VmId, Slot, Wish)> {
         self.driver.engine().unmet().collect()
     }
@@ -141,6 +164,14 @@ impl Memory {
     /// # Errors
     /// [`Refusal::Beyond`]; for a 2M page as [`Memory::convert`]: those before it are merged then,
     /// which nobody sees but by its speed.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, OnBusy, Platform, units::{PageCount, PageRange}};
+    /// let memory = Memory::builder(PageCount::from(512u32)).host(HostKind::Machine);
+    /// let memory = memory.platform(Platform::Snp).build()?;
+    /// memory.merge(PageRange::between(0, 512).unwrap(), OnBusy::Wait)?; // after the guest's conversions
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn merge(&self, range: PageRange, on_busy: OnBusy) -> Result<(), Error> {
         self.driver.merge(range, on_busy)
     }

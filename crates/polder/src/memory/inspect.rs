@@ -33,6 +33,13 @@ impl Memory {
     }
 
     /// The pages that are out of use because an operation on them could not be undone.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// assert!(memory.quarantined().is_empty());
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn quarantined(&self) -> Vec<PageRange> {
         self.driver.engine().quarantine().runs().collect()
     }
@@ -41,6 +48,15 @@ impl Memory {
     ///
     /// # Errors
     /// [`Error::Host`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// assert!(memory.existing()?.is_empty());
+    /// memory.host_view().touch_write(0x5000, b"hello")?;
+    /// assert_eq!(memory.existing()?, [PageRange::between(5, 6).unwrap()]);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn existing(&self) -> Result<Vec<PageRange>, Error> {
         self.driver.host.existing()
     }
@@ -65,6 +81,13 @@ impl Memory {
 
     /// Whether private and shared pages are the same memory: [`HostKind::is_in_place`]. Whether
     /// their contents outlive a conversion is [`Memory::keeps_most`]'s to say.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// assert!(memory.is_in_place());
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn is_in_place(&self) -> bool {
         self.driver.engine().config().in_place
     }
@@ -91,12 +114,30 @@ impl Memory {
 
     /// The pages that it is made of. [`PageSize::Small`] also where transparent huge pages were
     /// asked for that this machine's settings don't allow.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, PageSize, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// assert_eq!(memory.page_size(), PageSize::Small);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn page_size(&self) -> PageSize {
         self.page_size
     }
 
     /// How many folios of each level it consists of; of transparent huge pages, how the kernel has
     /// the guest's view mapped (`ShmemPmdMapped`).
+    ///
+    /// ```
+    /// # use polder::{Contents, HostKind, Memory, OnBusy, PageSize, Visibility, units::{Level, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(1024u32)).host(HostKind::Machine);
+    /// # let memory = memory.page_size(PageSize::Huge2M).build()?;
+    /// let page = PageRange::between(3, 4).unwrap();
+    /// memory.convert(page, Visibility::Shared, Contents::Preserve, OnBusy::Wait)?;
+    /// let levels = memory.levels();
+    /// assert_eq!((levels.size_2m, levels.size_4k), (1, 512));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn levels(&self) -> FolioCounts {
         let of_host = self.driver.host.levels();
         of_host.unwrap_or_else(|| self.driver.engine().folio_counts())
@@ -104,6 +145,17 @@ impl Memory {
 
     /// The runs of pages whose folios are of one level; none of memory whose folios the kernel
     /// splits and collapses by itself.
+    ///
+    /// ```
+    /// # use polder::{Contents, HostKind, Memory, OnBusy, PageSize, Visibility, units::{Level, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(1024u32)).host(HostKind::Machine);
+    /// # let memory = memory.page_size(PageSize::Huge2M).build()?;
+    /// let page = PageRange::between(3, 4).unwrap();
+    /// memory.convert(page, Visibility::Shared, Contents::Preserve, OnBusy::Wait)?;
+    /// let halves = [PageRange::between(0, 512).unwrap(), PageRange::between(512, 1024).unwrap()];
+    /// assert_eq!(memory.folios(), [(halves[0], Level::Size4K), (halves[1], Level::Size2M)]);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn folios(&self) -> Vec<(PageRange, Level)> {
         match self.driver.host.levels() {
             Some(_) => Vec::new(),
@@ -112,24 +164,35 @@ impl Memory {
     }
 
     /// How often folios were split, and merged.
+    ///
+    /// ```
+    /// # use polder::{Contents, HostKind, Memory, OnBusy, PageSize, Visibility, units::{Level, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(1024u32)).host(HostKind::Machine);
+    /// # let memory = memory.page_size(PageSize::Huge2M).build()?;
+    /// let page = PageRange::between(3, 4).unwrap();
+    /// memory.convert(page, Visibility::Shared, Contents::Preserve, OnBusy::Wait)?;
+    /// memory.convert(page, Visibility::Private, Contents::Preserve, OnBusy::Wait)?;
+    /// let counts = memory.reshaped();
+    /// assert_eq!((counts.splits, counts.merges), (1, 1));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn reshaped(&self) -> ReshapedCounts {
         self.driver.engine().reshaped()
     }
 
     /// What the pool has that its huge pages are of: the kernel's, or the simulated machine's.
     /// `None` for memory of no pool.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, PageSize, units::{Level, PageCount}};
+    /// # let memory = Memory::builder(PageCount::from(1024u32)).host(HostKind::Machine);
+    /// # let memory = memory.page_size(PageSize::Huge2M).build()?;
+    /// let pool = memory.pool().expect("2M pages are of one");
+    /// assert_eq!((pool.total, pool.available()), (2, 0));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn pool(&self) -> Option<PoolCounts> {
         self.driver.host.pool()
-    }
-
-    /// Has the guest's view of transparent huge pages mapped by 2M again where it is not: after a
-    /// page was brought in alone, or the kernel had no huge page at the time. Nothing is done while
-    /// contents are owed; [`Memory::settle`] does it, then. Returns how many pages are mapped so.
-    ///
-    /// # Errors
-    /// [`Error::Host`] where the kernel can't say what exists.
-    pub fn regain_huge_pages(&self) -> Result<PageCount, Error> {
-        self.driver.host.regain()
     }
 
     /// What bounds the level at which a page is mapped: in the host view, or for a VM, if a binding
@@ -137,6 +200,18 @@ impl Memory {
     ///
     /// # Errors
     /// [`Refusal::Beyond`].
+    ///
+    /// ```
+    /// # use polder::{Contents, HostKind, Memory, OnBusy, PageSize, View, Visibility, units::{Level, PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(1024u32)).host(HostKind::Machine);
+    /// # let memory = memory.page_size(PageSize::Huge2M).build()?;
+    /// let page = PageRange::between(3, 4).unwrap();
+    /// memory.convert(page, Visibility::Shared, Contents::Preserve, OnBusy::Wait)?;
+    /// let limits = memory.level_limits(View::Host, 4u32.into(), None)?;
+    /// assert_eq!(limits.level(), Level::Size4K);
+    /// println!("because of {:?}", limits.limiting());
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn level_limits(
         &self,
         view: View,
@@ -153,6 +228,13 @@ impl Memory {
 
     /// Whether the [host view](Self::host_view) shows a page as things are: shared, and with it all
     /// that the view maps together with it. It may have changed when this returns.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// assert!(!memory.is_shown(3u32.into()), "it is private");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn is_shown(&self, page: PageIndex) -> bool {
         self.driver.engine().is_shown(page)
     }

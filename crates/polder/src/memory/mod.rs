@@ -29,9 +29,10 @@ use crate::{DeadPin, Error, HostView, PageSize, Pin, Pinner};
 /// What to do when another operation holds a part of the range.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum OnBusy {
-    /// Wait until it has ended.
+    /// Wait until it has ended. Pins are not waited for, but for short ones a millisecond or two: who
+    /// copies a few bytes has let go by then.
     Wait,
-    /// Fail with [`Refusal::Busy`].
+    /// Fail with [`Refusal::Busy`], or [`Refusal::Pinned`], at once.
     Refuse,
     /// Wait until it has ended; and where pins are in the way, until they are gone, which no new
     /// ones come between. [`Refusal::Pinned`] names who has not let go of his in time.
@@ -83,6 +84,13 @@ impl Memory {
     }
 
     /// Its size.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// assert_eq!(memory.pages(), PageCount::from(16u32));
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn pages(&self) -> PageCount {
         self.driver.engine().config().pages
     }
@@ -154,6 +162,14 @@ impl Memory {
     ///
     /// # Errors
     /// [`Error::NotSimulated`] on another host, [`Error::NoSuchVm`].
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, Vm, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// let vm = memory.attach(Vm::Machine)?;
+    /// let known = memory.simulated_vm(vm)?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn simulated_vm(&self, vm: VmId) -> Result<polder_machine::VmId, Error> {
         self.driver.host.machine().ok_or(Error::NotSimulated)?.vm(vm).ok_or(Error::NoSuchVm)
     }
@@ -189,16 +205,25 @@ impl Memory {
     ///
     /// # Errors
     /// [`Error::Host`]: `ENOMEM` and `EPERM` beyond the limit of locked memory (`ulimit -l`).
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// memory.lock()?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn lock(&self) -> Result<(), Error> {
         self.driver.host.lock_memory()
     }
 
-    /// Pins pages of the object, which must be shared: they stay shared until the pin is dropped.
-    /// Waits for operations. Who pins often takes a [`Memory::pinner`].
+    /// Pins pages of the object, which must be shared: they stay shared until the pin is dropped, and
+    /// are mapped in the [host view](HostView) beforehand. Waits for operations. Who pins often takes
+    /// a [`Memory::pinner`].
     ///
     /// # Errors
     /// [`Refusal::Private`] and the other refusals, naming the page; [`Refusal::Pinned`] by an
-    /// exclusive pin, and for one by any other.
+    /// exclusive pin, and for one by any other, or by a device; [`Error::Host`] where there is no
+    /// memory for the pages. None is pinned then.
     ///
     /// ```
     /// # use polder::{Contents, Holder, HostKind, Memory, OnBusy, PinKind, Visibility, units::{PageCount, PageRange}};
@@ -220,6 +245,19 @@ impl Memory {
     ///
     /// # Errors
     /// As [`Memory::pin`], and [`Refusal::Busy`].
+    ///
+    /// ```
+    /// # use polder::{Error, Holder, HostKind, Memory, OnBusy, PinKind, Refusal, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// use std::time::Duration;
+    ///
+    /// let page = PageRange::between(3, 4).unwrap();
+    /// let short = memory.pin(page, PinKind::Short, Holder::new("virtio-net"))?;
+    /// let patience = OnBusy::WaitForPins { at_most: Duration::from_millis(10) };
+    /// let alone = memory.pin_or(page, PinKind::Exclusive, Holder::new("a migration"), patience);
+    /// assert!(matches!(alone, Err(Error::Refused(Refusal::Pinned { .. }))), "virtio-net has it");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn pin_or(
         &self,
         range: PageRange,
@@ -233,13 +271,25 @@ impl Memory {
                 self.driver.claim(on_busy, |engine| engine.pin(range, kind, holder.clone()))?
             }
         };
-        Ok(Pin::by_id(&self.driver, id, (kind, holder)))
+        let pin = Pin::by_id(&self.driver, id, (kind, holder));
+        self.driver.map_pinned(range)?;
+        Ok(pin)
     }
 
     /// A holder that pins often: without the engine's lock, where nothing is in the way.
     ///
     /// # Errors
     /// [`Error::NotOffered`] for [`PinKind::Exclusive`].
+    ///
+    /// ```
+    /// # use polder::{Holder, HostKind, Memory, OnBusy, PinKind, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// let disk = memory.pinner(PinKind::Short, Holder::new("virtio-blk"))?;
+    /// let in_flight = disk.pin(PageRange::between(0, 4).unwrap(), OnBusy::Wait)?;
+    /// // ... a transfer ...
+    /// drop(in_flight);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn pinner(&self, kind: PinKind, holder: Holder) -> Result<Pinner<'_>, Error> {
         if kind == PinKind::Exclusive {
             return Err(Error::NotOffered {
@@ -252,6 +302,21 @@ impl Memory {
     }
 
     /// The pins that were given back because their holder's thread panicked, the last few of them.
+    ///
+    /// ```
+    /// # use polder::{Holder, HostKind, Memory, PinKind, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// let page = PageRange::between(3, 4).unwrap();
+    /// std::thread::scope(|scope| {
+    ///     let device = scope.spawn(|| {
+    ///         let _pin = memory.pin(page, PinKind::Short, Holder::new("a device")).unwrap();
+    ///         panic!("a bug in it");
+    ///     });
+    ///     assert!(device.join().is_err());
+    /// });
+    /// assert_eq!(memory.pins_of_the_dead()[0].holder.to_string(), "a device");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn pins_of_the_dead(&self) -> Vec<DeadPin> {
         self.driver.dead_pins.lock().clone()
     }
@@ -293,17 +358,39 @@ impl Memory {
 
     /// Counts a conversion that a guest asked for in terms that are none, and that was refused
     /// before it came here.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// memory.note_refused(); // a hypercall with a range that is none
+    /// assert_eq!(memory.statistics().refused, 1);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn note_refused(&self) {
         self.driver.counters.refused();
     }
 
     /// The page at a host address in the guest view, of which
     /// [`Exit::MemoryFailure`](polder_linux::Exit::MemoryFailure) tells.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// assert_eq!(memory.page_of_failure(0x1000), None, "the simulated machine has no addresses here");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn page_of_failure(&self, address: usize) -> Option<PageIndex> {
         self.driver.host.views().guest_page(address)
     }
 
     /// The mapping for device models.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
+    /// memory.host_view().touch_write(0x1000, b"hello")?;
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn host_view(&self) -> HostView<'_> {
         HostView { views: self.driver.host.views(), pages: self.pages() }
     }

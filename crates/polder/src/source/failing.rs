@@ -38,6 +38,14 @@ pub struct Faulty<S> {
 
 impl<S: Source> Faulty<S> {
     /// `source`, with `fault` at every `every`-th page from `first` on; 0 for that page alone.
+    ///
+    /// ```
+    /// # use polder::{source::{Fault, Faulty, Source, ZeroSource}, units::PageRange};
+    /// let source = Faulty::new(ZeroSource, Fault::Fails, 4u32.into(), 8); // pages 4, 12, 20, ...
+    /// let mut bytes = [1; 4096];
+    /// assert!(source.read(PageRange::between(5, 6).unwrap(), &mut bytes).is_ok());
+    /// assert!(source.read(PageRange::between(12, 13).unwrap(), &mut bytes).is_err());
+    /// ```
     pub fn new(source: S, fault: Fault, first: PageIndex, every: u64) -> Self {
         Self { source, fault, every, first }
     }

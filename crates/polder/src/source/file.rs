@@ -106,6 +106,16 @@ impl FileSource {
     ///
     /// # Errors
     /// [`OpenError`], but for [`OpenError::Mismatch`].
+    ///
+    /// ```
+    /// # use polder::{Memory, source::FileSource};
+    /// # use std::sync::Arc;
+    /// # fn restore() -> Result<Memory, Box<dyn std::error::Error>> {
+    /// let file = FileSource::open("guest.img").inspect_err(|error| eprintln!("{}", error.way_out()))?;
+    /// let memory = Memory::builder(file.pages()).shared().source(Arc::new(file)).build()?;
+    /// # Ok(memory)
+    /// # }
+    /// ```
     pub fn open(path: impl AsRef<Path>) -> Result<Self, OpenError> {
         let path = path.as_ref().to_owned();
         let open = || {

@@ -12,6 +12,7 @@ mod host_view;
 mod huge_pages;
 mod kernel_access;
 mod moves;
+mod pins;
 mod pkvm;
 mod population;
 mod prefault;
@@ -50,7 +51,7 @@ pub(crate) use together::DENIED_WHILE_FAILING;
 
 /// Every row, in the table's order within a section.
 pub fn cases() -> impl Iterator<Item = &'static Case> {
-    let files: [&[Case]; 20] = [
+    let files: [&[Case]; 21] = [
         create::CASES,
         bind::CASES,
         host_view::CASES,
@@ -66,6 +67,7 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
         userfault::CASES,
         kernel_access::CASES,
         prefault::CASES,
+        pins::CASES,
         devices::CASES,
         moves::CASES,
         pkvm::CASES,

@@ -78,11 +78,7 @@ impl World {
         if denied != 0 {
             return broken("INV-4", format!("{} is shared, and denied", first(denied)));
         }
-        let held = (0..self.setup.pages)
-            .find(|&page| promised.pins[usize::from(page)] > 0 && private & 1 << page != 0);
-        if let Some(page) = held {
-            return broken("INV-7", format!("page {page} is private, and the library pins it"));
-        }
+        self.check_alone()?;
         self.check_rmp(&reach)?;
         self.check_pkvm(&reach)?;
         if engine.idle {
@@ -208,9 +204,10 @@ impl World {
             Refusal::Whole { .. } => true,
             Refusal::Pinned { .. } if self.device_keeps(task) => true,
             Refusal::Pinned { .. } => {
-                // A neighbour's counts where its folio would have to be split.
+                // A neighbour's counts where its folio would have to be split. Who has counted, and
+                // finds the page open, has it pinned.
                 let pages = if self.setup.pooled { Pages::MAX } else { pages };
-                (0..8).any(|page| promised.pins[page] > 0 && pages & 1 << page != 0)
+                self.pinned_for_long(pages) | self.counted(pages) != 0
             }
             Refusal::Private { .. } => pages & promised.private != 0,
             Refusal::Owed { .. } => pages & promised.owed != 0,
@@ -230,11 +227,11 @@ impl World {
         }
     }
 
-    pub(super) fn check_discarded(&self, pages: Pages) -> Result<(), Violation> {
-        let pinned = |&page: &usize| self.promised.pins[page] > 0 && pages & 1 << page != 0;
-        match (0..8).find(pinned) {
-            Some(page) => broken("INV-7", format!("page {page} is discarded, and pinned")),
-            None => Ok(()),
+    /// Pages that were discarded, or moved.
+    pub(super) fn check_unpinned(&self, pages: Pages, what: &str) -> Result<(), Violation> {
+        match self.pinned_for_long(pages) {
+            0 => Ok(()),
+            pinned => broken("INV-7", format!("{} is {what}, and pinned", first(pinned))),
         }
     }
 

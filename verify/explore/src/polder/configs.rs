@@ -79,6 +79,7 @@ pub fn all() -> Vec<Setup> {
         moves(),
         dma(),
         exclusive(),
+        pinners(),
         pkvm::pkvm(),
         pkvm::device(),
         pkvm::moves(),
@@ -348,6 +349,7 @@ fn dma() -> Setup {
             faults(),
             actor("converter", Role::Caller, &[convert(0, 2, PRIVATE), convert(0, 1, SHARED)]),
             actor("mover", Role::Caller, &[Task::Move { start: 0, end: 1 }]),
+            actor("hypervisor", Role::Caller, &[Task::PinAlone(0)]),
         ],
         ..small()
     }
@@ -364,6 +366,27 @@ fn exclusive() -> Setup {
             actor("second pinner", Role::Pinner, &[Task::PinExclusive(0)]),
             actor("third pinner", Role::Pinner, &[Task::PinExclusive(0)]),
             actor("converter", Role::Caller, &[convert(0, 1, PRIVATE), convert(0, 1, SHARED)]),
+        ],
+        ..small()
+    }
+}
+
+fn pinners() -> Setup {
+    Setup {
+        name: "pinners",
+        about: "pins that take no lock, and an exclusive one, next to all that minds them",
+        actors: vec![
+            actor("thread", Role::Thread(0), &[Task::HostWrite(0, 2)]),
+            faults(),
+            actor("queue", Role::Caller, &[Task::PinUnlocked(0), Task::PinUnlocked(1)]),
+            actor("second queue", Role::Caller, &[Task::PinUnlocked(0)]),
+            actor("hypervisor", Role::Caller, &[Task::PinAlone(0)]),
+            actor("converter", Role::Caller, &[convert(0, 2, PRIVATE), convert(0, 1, SHARED)]),
+            actor(
+                "caller",
+                Role::Caller,
+                &[Task::Discard { start: 0, end: 1 }, Task::Move { start: 0, end: 2 }],
+            ),
         ],
         ..small()
     }

@@ -1,6 +1,6 @@
-//! Copies and pins by the library's callers.
+//! Copies by the library's callers.
 
-use polder_explored_engine::{Holder, InFlight, PinId, PinKind};
+use polder_explored_engine::InFlight;
 use polder_units::PAGE_SIZE;
 
 use super::act::Act;
@@ -80,29 +80,6 @@ impl World {
             self.engine(|engine| engine.copied(copying));
         }
         self.say(|| if kept { "keeps its claim" } else { "gives the copy back" }.into());
-        self.done(actor);
-        Ok(())
-    }
-
-    pub(super) fn pin(&mut self, actor: usize, page: u8) -> Result<(), Violation> {
-        let holder = Holder::new("a device");
-        let pinned = self.engine(|engine| engine.pin(one(page), PinKind::LongTerm, holder));
-        match pinned {
-            Ok(pin) => {
-                self.promised.pins[usize::from(page)] += 1;
-                self.say(|| format!("pins page {page}"));
-                self.go(actor, Stage::Held(pin));
-                Ok(())
-            }
-            Err(blocked) => self.blocked(actor, blocked),
-        }
-    }
-
-    pub(super) fn unpin(&mut self, actor: usize, pin: PinId) -> Result<(), Violation> {
-        let Some(Task::Pin(page)) = self.task(actor) else { return Ok(()) };
-        self.engine(|engine| engine.unpin(pin));
-        self.promised.pins[usize::from(page)] -= 1;
-        self.say(|| format!("unpins page {page}"));
         self.done(actor);
         Ok(())
     }

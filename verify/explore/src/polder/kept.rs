@@ -49,6 +49,8 @@ pub(super) struct KeptEngine {
     pub(super) busy: Pages,
     /// Claimed.
     pub(super) held: Pages,
+    /// Closed by somebody who waits for pins.
+    pub(super) awaited: Pages,
     pub(super) idle: bool,
 }
 
@@ -69,6 +71,7 @@ impl KeptEngine {
             quarantine: 0,
             busy: 0,
             held: 0,
+            awaited: 0,
             idle: true,
         };
         kept.refresh(setup.pages);
@@ -86,6 +89,7 @@ impl KeptEngine {
         self.failed = engine.failed().runs().fold(0, |all, run| all | set(run));
         self.quarantine = engine.quarantine().runs().fold(0, |all, run| all | set(run));
         self.idle = engine.is_idle();
+        self.awaited = pages(count, |page| engine.is_awaited(one(page)));
         (self.busy, self.held) = (0, 0);
         if !self.idle {
             self.busy = pages(count, |page| engine.is_busy(one(page)));

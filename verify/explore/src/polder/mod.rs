@@ -25,6 +25,7 @@ mod host;
 mod kept;
 mod merge;
 mod operation;
+mod pins;
 mod pkvm;
 mod points;
 mod private;
@@ -89,6 +90,8 @@ struct Promised {
     given: Pages,
     /// How often each is pinned by the library.
     pins: [u8; 8],
+    /// The same, of exclusive pins.
+    alone: [u8; 8],
     /// Of memory of a pool, the level of the folio that each page is to be of.
     folios: [u8; 8],
 }
@@ -252,6 +255,8 @@ impl World {
             | Task::Merge { .. } => self.claim(actor, task),
             Task::CopyOut(page) | Task::CopyIn(page, _) => self.claim_copy(actor, page),
             Task::Pin(page) => self.pin(actor, page),
+            Task::PinUnlocked(page) => self.count_pin(actor, page),
+            Task::PinAlone(page) => self.wait_alone(actor, page),
             Task::Gup(page) => {
                 self.say(|| format!("GUP-fast of page {page} reads the page table"));
                 self.begin_gup(actor, page)
@@ -304,6 +309,10 @@ impl World {
             Stage::Copy(in_flight) => self.copy(actor, in_flight),
             Stage::Copied(in_flight) => self.copied(actor, in_flight),
             Stage::Held(pin) => self.unpin(actor, pin),
+            Stage::Counted(pin) => self.look_at_gate(actor, pin),
+            Stage::Looked => self.count_late(actor),
+            Stage::AskPin => self.ask_for_pin(actor),
+            Stage::Alone(waiting) => self.pin_alone(actor, waiting),
             Stage::Gup(gup) => self.gup(actor, gup),
             Stage::GupSlow | Stage::GupWaits => self.gup_slow(actor),
             Stage::GupHeld(pin) => self.gup_release(actor, pin),

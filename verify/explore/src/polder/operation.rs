@@ -155,7 +155,12 @@ impl World {
     pub(super) fn drained(&mut self, actor: usize, op: OpId) -> Result<(), Violation> {
         let Some(task) = self.task(actor) else { return Ok(()) };
         self.say(|| "no answer is in flight".into());
-        self.engine(|engine| look_for_pins(engine, task, op)).expect("none came since the claim");
+        if let Err(refusal) = self.engine(|engine| look_for_pins(engine, task, op)) {
+            self.say(|| format!("finds a pin: {refusal}"));
+            self.came(actor, Came::Is("pinned"));
+            self.check_refusal(actor, &refusal)?;
+            return self.turn_back(actor, op);
+        }
         match task {
             Task::Populate { .. } if self.setup.slips(Slip::PublishBeforeBytes) => {
                 self.next_step(actor, task, op, 0, false)
@@ -272,7 +277,7 @@ impl World {
                 });
                 self.say(|| format!("pages {} are in their new place", pages_of(task)));
                 self.done(actor);
-                Ok(())
+                self.check_unpinned(pages, "moved")
             }
             Task::Merge { .. } => {
                 self.engine(|engine| {
@@ -297,7 +302,7 @@ impl World {
                 }
                 self.say(|| format!("pages {} are zeros from here on", pages_of(task)));
                 self.done(actor);
-                self.check_discarded(pages)
+                self.check_unpinned(pages, "discarded")
             }
         }
     }
@@ -550,6 +555,7 @@ pub(super) fn pages_of(task: Task) -> polder_units::PageRange {
         Task::Split(page) | Task::Collapse(page) | Task::Hold(page, _) => one(page),
         Task::OtherWrite(page, _) | Task::DmaWrite(page, _) => one(page),
         Task::Want(page, _) | Task::PinExclusive(page) => one(page),
+        Task::PinUnlocked(page) | Task::PinAlone(page) => one(page),
         Task::HypervisorFails(_) => unreachable!("a task about no page"),
         Task::Rebind => unreachable!("a task about the slot"),
     }

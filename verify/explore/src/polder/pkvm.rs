@@ -136,8 +136,16 @@ impl World {
 
     /// Whether the device keeps a page of what is to be moved or dropped.
     pub(super) fn device_keeps(&self, task: Task) -> bool {
-        let shared = set(pages_of(task)) & !self.promised.private;
-        matches!(task, Task::Move { .. } | Task::Discard { .. }) && self.setup.device && shared != 0
+        let keeps = Task::PinAlone(0);
+        let kinds = [Task::Move { start: 0, end: 0 }, Task::Discard { start: 0, end: 0 }, keeps];
+        let kind = std::mem::discriminant(&task);
+        kinds.iter().any(|other| std::mem::discriminant(other) == kind)
+            && self.device_has(set(pages_of(task)))
+    }
+
+    /// Whether the device has one of the pages mapped.
+    pub(super) fn device_has(&self, pages: Pages) -> bool {
+        self.setup.device && pages & !self.promised.private != 0
     }
 
     /// What a conversion that has not ended has told the hardware is shared: the device may have it

@@ -28,6 +28,8 @@ pub(super) const WORKS: &[&str] = &[
     "device",
     "exclusive pin",
     "hypervisor",
+    "pin without the lock",
+    "pin of one alone",
 ];
 
 const FAULTS: u8 = 2;
@@ -57,6 +59,8 @@ const fn work_of(task: Task) -> u8 {
         Task::DmaWrite(..) => 19,
         Task::PinExclusive(_) => 20,
         Task::HypervisorFails(_) => 21,
+        Task::PinUnlocked(_) => 22,
+        Task::PinAlone(_) => 23,
     }
 }
 
@@ -113,6 +117,9 @@ pub(super) const STAGES: &[&str] = &[
     "split",
     "merge folio",
     "release",
+    "counted",
+    "ask for a pin",
+    "wait for pins",
 ];
 
 /// The number of a stage, which is one of [`STAGES`].
@@ -188,6 +195,9 @@ impl World {
             Stage::FolioZapped(_) => 39,
             Stage::FolioDone(..) => 40,
             Stage::Holding(..) => 41,
+            Stage::Counted(_) | Stage::Looked => 52,
+            Stage::AskPin => 53,
+            Stage::Alone(_) => 54,
         };
         Point { work, stage }
     }
@@ -263,6 +273,8 @@ impl World {
                 }
                 Task::CopyOut(_) | Task::CopyIn(..) => add(work, &["copy", "hold"]),
                 Task::Pin(_) => add(work, &["hold"]),
+                Task::PinUnlocked(_) => add(work, &["counted", "ask for a pin", "hold"]),
+                Task::PinAlone(_) => add(work, &["wait for pins", "hold"]),
                 Task::Gup(_) => {
                     add(work, &["fast", "slow", "wait", "hold"]);
                     undone = false;

@@ -131,6 +131,10 @@ pub enum Task {
     CopyIn(u8, u8),
     /// `Memory::pin` of a page, for a while.
     Pin(u8),
+    /// `Pinner::pin` of a page, which takes no lock, for a while.
+    PinUnlocked(u8),
+    /// `Memory::pin` of a page exclusively, for a while.
+    PinAlone(u8),
     /// The kernel pins a page of the host view, GUP-fast first, for a while.
     Gup(u8),
     /// `Memory::unbind` of the slot, and `Memory::bind` again.
@@ -220,6 +224,8 @@ pub enum Slip {
     MergedUnzapped,
     /// A device's pages are taken out of its table, and its IOTLB keeps them.
     IotlbNotFlushed,
+    /// Who pins without the lock looks first and counts afterwards.
+    LooksBeforeCounting,
 }
 
 /// A planted bug.

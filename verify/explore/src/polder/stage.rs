@@ -2,7 +2,7 @@
 
 use std::hash::{Hash, Hasher};
 
-use polder_explored_engine::{Answer, InFlight, OpId, PinId, Response, Step};
+use polder_explored_engine::{Answer, InFlight, OpId, PinId, Response, Step, Waiting};
 use polder_machine::{GupFast, Resolved, RmpSize};
 use polder_units::{Level, Pfn};
 
@@ -74,6 +74,14 @@ pub(super) enum Stage {
     Copy(Option<InFlight>),
     Copied(Option<InFlight>),
     Held(PinId),
+    /// A pin was counted without the lock, and nobody has looked yet.
+    Counted(PinId),
+    /// Somebody has looked, and counts afterwards: a bug.
+    Looked,
+    /// He who could not pin without the lock asks the engine.
+    AskPin,
+    /// A page is closed for an exclusive pin.
+    Alone(Waiting),
 
     Gup(GupFast),
     GupSlow,
@@ -112,7 +120,7 @@ impl World {
         match stage {
             Stage::Idle | Stage::Dead | Stage::GuestAsk | Stage::Waits | Stage::GupSlow => {}
             Stage::GupWaits | Stage::Unbinding | Stage::Unbound | Stage::Binding => {}
-            Stage::SizeAsk | Stage::DirectMapLate => {}
+            Stage::SizeAsk | Stage::Looked | Stage::AskPin | Stage::DirectMapLate => {}
             Stage::GuestAllocate(it, level)
             | Stage::GuestResolve(it, level)
             | Stage::Give(it, level) => {
@@ -150,7 +158,8 @@ impl World {
             Stage::Copy(it) | Stage::Copied(it) => {
                 it.map(|it| engine.place_in_flight(it)).hash(state);
             }
-            Stage::Held(pin) => engine.place_of_pin(pin).hash(state),
+            Stage::Held(pin) | Stage::Counted(pin) => engine.place_of_pin(pin).hash(state),
+            Stage::Alone(waiting) => engine.place_of_wait(waiting).hash(state),
             Stage::Gup(gup) => gup.hash(state),
             Stage::GupHeld(pin) => pin.hash(state),
         }

@@ -141,6 +141,8 @@ fn verb(task: Task) -> Result<String, String> {
         | Task::Want(..)
         | Task::DmaWrite(..)
         | Task::PinExclusive(_)
+        | Task::PinUnlocked(_)
+        | Task::PinAlone(_)
         | Task::HypervisorFails(_) => return Err("a task that no scenario is told of yet".into()),
         Task::Rebind => return Err("a slot that is deleted in two parts".into()),
         _ => return Err("what an SNP guest, the kernel or another CPU does".into()),

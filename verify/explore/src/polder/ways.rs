@@ -1,8 +1,9 @@
 //! In how many ways everybody can go on.
 
-use polder_explored_engine::OpId;
+use polder_explored_engine::{OpId, Waiting};
 
 use super::kept::{self, Pages, range};
+use super::operation::pages_of;
 use super::{Role, Slip, Stage, Task, World};
 
 impl World {
@@ -31,9 +32,8 @@ impl World {
                 {
                     1
                 }
-                Some(Task::CopyOut(page) | Task::CopyIn(page, _) | Task::Pin(page)) => {
-                    may(!busy(page, page + 1))
-                }
+                Some(Task::CopyOut(page) | Task::CopyIn(page, _)) => may(!busy(page, page + 1)),
+                Some(Task::Pin(page) | Task::PinAlone(page)) => may(!self.pin_waits(page)),
                 Some(Task::Split(page) | Task::Collapse(page)) => may(!self.folio_is_locked(page)),
                 Some(Task::Want(page, _)) => may(!busy(page, page + 1)),
                 Some(Task::PinExclusive(page)) => may(!self.pinned_in_passing(page)),
@@ -62,8 +62,14 @@ impl World {
             Stage::Donate(_) => may(!self.donation_waits(actor)),
             Stage::CarryOut(..) => 1 + may(self.failures > 0) + may(self.deaths > 0),
             Stage::Drain(op) => {
-                may(self.engine.engine.is_drained_of(op)) + may(self.may_die(actor))
+                may(self.engine.engine.is_drained_of(op) && !self.meets_passing_pins(actor, op))
+                    + may(self.may_die(actor))
             }
+            Stage::AskPin => match self.task(actor) {
+                Some(Task::PinUnlocked(page)) => may(!self.pin_waits(page)),
+                _ => 0,
+            },
+            Stage::Alone(waiting) => may(!self.alone_waits(actor, waiting)),
             Stage::Write(..) => 1 + may(self.failures > 0) + may(self.may_die(actor)),
             Stage::Take(_, _, step, part) => self.ways_of_step(step, part),
             Stage::TakeBack(_, step, part, _) => {
@@ -73,6 +79,25 @@ impl World {
             _ => 1,
         }
     }
+
+    /// Whether who asks the engine for a pin has to wait.
+    fn pin_waits(&self, page: u8) -> bool {
+        (self.engine.busy | self.engine.awaited) & 1 << page != 0 && !self.setup.asks_while_busy()
+    }
+
+    /// Whether the pins in an operation's way go by themselves.
+    fn meets_passing_pins(&self, actor: usize, op: OpId) -> bool {
+        let pages = self.task(actor).map_or(0, |task| kept::set(pages_of(task)));
+        self.passes(pages, self.engine.engine.finds_pins(op))
+    }
+
+    /// Whether who is to have a page alone waits: for an operation, or for pins that go by themselves.
+    fn alone_waits(&self, actor: usize, waiting: Waiting) -> bool {
+        let pages = self.task(actor).map_or(0, |task| kept::set(pages_of(task)));
+        let found = self.engine.engine.still_pinned(&waiting).is_some();
+        self.engine.busy & pages != 0 || self.passes(pages, found)
+    }
+
     /// Whether a caller's thread may die where it drains, writes or undoes: the last of his ways.
     /// Where it dies on a step of an operation, `operation.rs` has it.
     fn may_die(&self, actor: usize) -> bool {
