@@ -30,6 +30,8 @@ pub(crate) const BENCH: Bench = Bench {
 /// What the baseline is called.
 const PEER: &str = "one thread, UFFDIO_COPY for each fault";
 
+const UNIT: &str = "us a page";
+
 /// How a guest goes through its memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Order {
@@ -86,21 +88,21 @@ fn run(progress: &mut dyn FnMut(Progress)) -> Measured {
     let mut rows = Vec::new();
     for (done, case) in CASES.iter().enumerate() {
         tell(done + 1, case.name);
-        rows.extend(measure(&image, case)?);
+        rows.push(measure(&image, case)?);
     }
     rows.extend(model::rows());
     Ok(rows)
 }
 
-/// A case by both, in turns.
-///
-/// `None` where there are no pages of the case's size.
-fn measure(image: &Image, case: &Case) -> Result<Option<Row>, BenchError> {
-    let pages = Memory::builder(image.pages()).page_size(case.page_size).build();
-    if case.page_size != PageSize::Small && pages.is_err() {
-        return Ok(None);
+/// A case by both, in turns; left out where there are no pages of the case's size.
+fn measure(image: &Image, case: &Case) -> Result<Row, BenchError> {
+    match Memory::builder(image.pages()).page_size(case.page_size).build() {
+        Err(error @ polder::Error::HugePages { .. }) => {
+            let (case, way_out) = (case.name.to_owned(), error.way_out().unwrap_or_default());
+            return Ok(Row::left_out(case, PEER, UNIT, &format!("{error}; {way_out}")));
+        }
+        built => drop(built?),
     }
-    drop(pages);
     let (programs, touched) = image.programs(case.order, case.vcpus);
     let (mut peer, mut polder, mut wasted, mut faults) = (Vec::new(), Vec::new(), 0, 0);
     for _ in 0..case.turns {
@@ -111,13 +113,13 @@ fn measure(image: &Image, case: &Case) -> Result<Option<Row>, BenchError> {
         faults = turn.faults;
     }
     let values = Costs { baseline: 1e6 * median_of(&peer), polder: 1e6 * median_of(&polder) };
-    let mut row = Row::of_costs(case.name.to_owned(), PEER, "us a page", values);
+    let mut row = Row::of_costs(case.name.to_owned(), PEER, UNIT, values);
     row.note = format!(
         "{touched} pages touched in {faults} faults; {} of {} KiB brought wasted",
         (wasted * PAGE_SIZE) >> 10,
         ((wasted + touched) * PAGE_SIZE) >> 10,
     );
-    Ok(Some(row))
+    Ok(row)
 }
 
 struct Turn {

@@ -229,6 +229,12 @@ pub enum Error {
         /// The page.
         page: PageIndex,
     },
+    /// Faults at this guest frame end in the VMM.
+    #[error("faults at gfn {gfn} end in the VMM")]
+    Userfault {
+        /// The frame.
+        gfn: Gfn,
+    },
     /// Only anonymous memory is copied by a fork.
     #[error("{object} is not anonymous memory: a fork shares it")]
     NotAnonymous {

@@ -162,7 +162,9 @@ mod slab;
 mod table;
 mod tdp;
 mod tlb;
+mod userfault;
 mod vm;
+mod vm_ops;
 
 pub use access::{AccessCheck, AccessFault, Path, Refused};
 pub use address::{Hva, Vpn, VpnRange};
@@ -190,3 +192,4 @@ pub use root::{L2, Root};
 pub use slab::{DomainId, ObjectId, PinId, ProcessId, VmId};
 pub use tdp::{Resolved, Spte};
 pub use vm::Bound;
+pub use vm_ops::VmOps;

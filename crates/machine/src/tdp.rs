@@ -113,11 +113,16 @@ impl Machine {
         if touch == Touch::Write && !writable {
             return Err(Error::ToCopy { object, page });
         }
+        let userfaults = &self.vms.get(vm)?.userfaults;
+        if userfaults.contains(&gfn.get()) {
+            return Err(Error::Userfault { gfn });
+        }
         let slot = self.vms.get(vm)?.slot(gfn)?;
         let fits = |level: &Level| {
             let pages = self.pages(*level);
             let at = GfnRange::enclosing(gfn, *level, self.config.geometry);
-            gfn.get() % pages == page.get() % pages && slot.gfns.contains_range(at)
+            let all_there = userfaults.range(at.start().get()..at.end()).next().is_none();
+            gfn.get() % pages == page.get() % pages && slot.gfns.contains_range(at) && all_there
         };
         let mut levels = Level::ALL.into_iter().rev().filter(|candidate| *candidate <= level);
         let largest = levels.find(fits).unwrap_or(Level::Size4K);

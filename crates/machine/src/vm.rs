@@ -1,5 +1,6 @@
 //! VMs and their slots: which object's pages show at which guest frames.
 
+use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
 use core::hash::{Hash, Hasher};
 
@@ -77,6 +78,8 @@ pub(crate) struct Vm {
     pub(crate) vcpus: Vec<VcpuState>,
     pub(crate) sequence: Sequence,
     pub(crate) invalidating: Option<Invalidating>,
+    /// The guest frames whose faults end in the VMM.
+    pub(crate) userfaults: BTreeSet<u64>,
     /// Of an SNP guest.
     pub(crate) snp: Option<Snp>,
     /// A protected VM of pKVM's.
@@ -180,6 +183,7 @@ impl Machine {
             vcpus: Vec::new(),
             sequence,
             invalidating: None,
+            userfaults: BTreeSet::new(),
             snp,
             protected: false,
         })

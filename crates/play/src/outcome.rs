@@ -217,6 +217,7 @@ impl From<GuestExit> for Outcome {
             GuestExit::MemoryFault(fault) => fault.into(),
             GuestExit::NotValidated(_) => Self::new(Is::NotValidated, text),
             GuestExit::PageFault(_) => Self::new(Is::PageFault, text),
+            GuestExit::Userfault(_) => Self::new(Is::Failed, text),
             GuestExit::Kicked => Self::new(Is::Kicked, text),
             GuestExit::Failed(error) => error.into(),
         }

@@ -114,7 +114,7 @@ pub use pin::{DeadPin, Pin, Pinner};
 pub use prefault::{Prefaulted, Vcpu};
 pub use read_ahead::ReadAhead;
 pub use ring::{Completed, Ring};
-pub use source::Source;
+pub use source::{Delivery, Source};
 pub use statistics::{RmpStatistics, Statistics};
 pub use vcpu::{GuestExit, MachineVcpu};
 pub use watch::{Delays, Moment, Reached, UnknownStage, Watch};

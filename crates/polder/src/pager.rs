@@ -27,11 +27,9 @@ use crate::read_ahead::{ReadAhead, Windows};
 use crate::source::{Extent, Source, SourceError, SourceFailure};
 use crate::sync::Mutex;
 
-/// The most pages that are read at once; whoever waits for one waits for all of them.
+/// The most pages that are read at once, however many come together; whoever waits for one waits for
+/// all of them. What a CPU's own cache holds is copied on from there.
 const AT_ONCE: u64 = 64;
-
-/// The most pages of one read, however many come together: 2 MiB.
-const READ_MOST: u64 = 512;
 
 /// A read that takes as long has gone to a disk or further: what comes next is told ahead.
 const SLOW: Duration = Duration::from_millis(1);
@@ -251,6 +249,26 @@ impl Pager {
         }
     }
 
+    /// Brings a page that the calling thread's vCPU touched, with what its window has: on this thread,
+    /// unless somebody else is at it. Returns what is whole, or being brought.
+    pub(crate) fn bring_here(&self, driver: &Driver, page: PageIndex) -> PageRange {
+        let since = polder_linux::now();
+        let job = {
+            let mut state = self.state.lock();
+            state.demands.entry(page).or_insert(Demand { since, pending: true });
+            if state.reading.iter().any(|it| it.range.contains(page)) {
+                return PageRange::one(page);
+            }
+            let start = page.get() - page.get() % self.granule;
+            let window = state.windows.window(page.get() / self.granule) * self.granule;
+            let end = (start + window).min(driver.pages());
+            let range = state.unread(page, (start, end));
+            state.begin(range, Why::Demand(page))
+        };
+        self.bring(driver, job);
+        job.range
+    }
+
     /// Denies pages that somebody has waited for too long.
     pub(crate) fn expire(&self, driver: &Driver) {
         let now = polder_linux::now();
@@ -376,8 +394,7 @@ impl Pager {
     /// Reads pages and makes them whole. Returns the number of the page to go on at.
     fn read(&self, driver: &Driver, range: PageRange, job: Job) -> u64 {
         let mut buffer = self.buffers.lock().pop().unwrap_or_default();
-        let most = self.granule.clamp(AT_ONCE, READ_MOST);
-        let end = range.end().min(range.start().get() + most);
+        let end = range.end().min(range.start().get() + AT_ONCE);
         let range = PageRange::between(range.start().get(), end).unwrap_or(range);
         let came = self.read_into(range, &mut buffer);
         let next = match came {

@@ -78,6 +78,18 @@ pub trait Source: Send + Sync {
     fn forget(&self, _pages: PageRange) {}
 }
 
+/// How a guest's touch of a page that is owed gets to who brings it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+pub enum Delivery {
+    /// As an event to Polder's fault threads, while the vCPU waits.
+    #[default]
+    Events,
+    /// As an exit of the vCPU that touched ([`GuestExit::Userfault`](crate::GuestExit::Userfault)): its
+    /// own thread brings the page ([`Memory::bring_for`](crate::Memory::bring_for)), so that vCPUs don't
+    /// wait for one queue. KVM userfault, which no released kernel has: on the simulated machine.
+    Exits,
+}
+
 /// What a [`Source`] has at a place.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Extent {

@@ -33,6 +33,11 @@ pub enum GuestExit {
     /// It is for the VMM to handle.
     #[error("the guest's access is refused: {0}")]
     MemoryFault(MemoryFault),
+    /// The page may be owed, and touches come as exits ([`Delivery::Exits`](crate::source::Delivery)):
+    /// the VMM has it brought on this vCPU's thread ([`Memory::bring_for`](crate::Memory::bring_for)),
+    /// and the guest tries again.
+    #[error("the guest touched gfn {0}, which may have to be brought")]
+    Userfault(Gfn),
     /// The guest's own affair (`#VC`, `PAGE_NOT_VALIDATED`): it has not accepted the page, which
     /// is assigned to it, by [`MachineVcpu::pvalidate`].
     #[error("the guest has not validated its page at gfn {0}")]
@@ -322,6 +327,9 @@ impl MachineVcpu {
                 Ok(()) => return Ok(()),
                 Err(Told::Fault(fault)) => {
                     let gfn = fault.gfn;
+                    if host.exits_at(self.id.vm, gfn) {
+                        return Err(GuestExit::Userfault(gfn));
+                    }
                     self.answer(gfn, Some(fault), visibility)?;
                     // It was not mapped: somebody else has its entry in use, or has zapped it.
                     if faulted.replace(gfn) == Some(gfn) {

@@ -265,6 +265,15 @@ impl<'a> Accesses<'a> {
         (gpa, side): (Gpa, Visibility),
         mut access: impl FnMut(&MachineVcpu) -> Result<(), GuestExit>,
     ) -> Result<(), GuestExit> {
+        let (memory, vm) = self.memory;
+        let mut access = |vcpu: &MachineVcpu| {
+            loop {
+                match access(vcpu) {
+                    Err(GuestExit::Userfault(gfn)) => memory.bring_for(vm, gfn)?,
+                    other => return other,
+                }
+            }
+        };
         if side == Visibility::Shared || !self.memory.0.platform().has_rmp() {
             // Nothing is to be accepted; and who waits for a page that is owed is in nobody's way.
             return access(&self.vcpu);

@@ -36,6 +36,7 @@ impl From<GuestExit> for Stop {
             GuestExit::MemoryFault(fault) => Self::Fault(fault),
             GuestExit::PageFault(fault) => unreachable!("its tables map all of memory: {fault:?}"),
             GuestExit::NotValidated(_) => unreachable!("the guest accepts what it is given"),
+            GuestExit::Userfault(_) => unreachable!("it is answered where it is made"),
         }
     }
 }

@@ -22,6 +22,7 @@ mod pkvm;
 mod rmp;
 mod stage2;
 mod touches;
+mod userfault;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -72,6 +73,8 @@ pub(crate) struct MachineHost {
     huge: Option<huge::Huge>,
     /// Whether what is published leaves the kernel's direct map.
     hides: bool,
+    /// Whether a guest's touches of what may be owed end in the VMM.
+    exits: bool,
     /// Of an SNP guest's memory.
     rmp: Option<Rmp>,
     /// Of a protected VM's memory under pKVM.
@@ -192,6 +195,7 @@ impl MachineHost {
             vms: Mutex::default(),
             huge,
             hides: false,
+            exits: false,
             rmp,
             pkvm,
             events: Mutex::default(),
@@ -456,6 +460,7 @@ impl Host for MachineHost {
         self.lock().bind(attached.vm, gfn, self.object, pages).map_err(refused)?;
         self.own(id, attached.vm)?;
         let gfns = GfnRange::new(gfn, pages.count()).expect("the engine has checked");
+        self.begin_exits(attached.vm, gfns)?;
         attached.slots.insert(slot, gfns);
         Ok(())
     }

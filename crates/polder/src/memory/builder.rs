@@ -15,7 +15,7 @@ use crate::host::memfd::MemfdHost;
 use crate::host::{Host, HostKind};
 use crate::pager::{Pager, Paging};
 use crate::read_ahead::ReadAhead;
-use crate::source::Source;
+use crate::source::{Delivery, Source};
 use crate::{Error, HugePool, Memory, PageSize};
 
 /// How to make a [`Memory`].
@@ -32,6 +32,7 @@ pub struct Builder {
     deadline: Duration,
     fault_threads: Option<usize>,
     off_direct_map: bool,
+    delivery: Delivery,
 }
 
 /// How long is waited for contents, unless [`Builder::fault_deadline`] says.
@@ -55,6 +56,7 @@ impl Builder {
             deadline: DEADLINE,
             fault_threads: None,
             off_direct_map: false,
+            delivery: Delivery::Events,
         }
     }
 
@@ -200,6 +202,12 @@ impl Builder {
         Self { fault_threads: Some(count), ..self }
     }
 
+    /// How touches of a guest get to who brings the page; as events unless said. Exits are for plain VMs
+    /// of the simulated machine.
+    pub fn delivery(self, delivery: Delivery) -> Self {
+        Self { delivery, ..self }
+    }
+
     /// Takes each page off the kernel's direct map before anybody sees it, until its memory is freed: the
     /// kernel does not reach it by mistake or by speculation then. On the simulated machine; no kernel
     /// up to 7.3 offers it for memory that KVM can map.
@@ -265,7 +273,14 @@ impl Builder {
                     take what it needs",
             });
         }
-        if self.off_direct_map && !self.can_leave_direct_map() {
+        if self.delivery == Delivery::Exits && !self.is_on_plain_machine() {
+            return Err(Error::NotOffered {
+                what: "touches that come as exits of the vCPU (KVM userfault) are for plain VMs of the \
+                    simulated machine: no released kernel has them",
+                way_out: "have them come as events (Delivery::Events), or use --host machine",
+            });
+        }
+        if self.off_direct_map && !self.is_on_plain_machine() {
             return Err(Error::NotOffered {
                 what: "memory off the kernel's direct map is for plain VMs of the simulated machine",
                 way_out: "leave it in (no Builder::off_direct_map), or use --host machine",
@@ -286,7 +301,8 @@ impl Builder {
                         MachineHost::of_huge_pages(self.pages, self.platform, level, pool)?
                     }
                 };
-                Box::new(if self.off_direct_map { host.off_direct_map() } else { host })
+                let host = if self.off_direct_map { host.off_direct_map() } else { host };
+                Box::new(if self.delivery == Delivery::Exits { host.with_exits() } else { host })
             }
         };
         let config = Config {
@@ -309,8 +325,8 @@ impl Builder {
         Memory::of(driver, page_size, self.fault_threads.unwrap_or(usual).max(least))
     }
 
-    /// Whether this memory's pages can be taken off the direct map.
-    fn can_leave_direct_map(&self) -> bool {
+    /// Whether the simulated machine has it, and nobody but the host owns its pages.
+    fn is_on_plain_machine(&self) -> bool {
         let owned = self.platform.has_rmp() || self.platform.hypervisor_keeps_stage2();
         self.host == HostKind::Machine && !owned
     }

@@ -1,7 +1,7 @@
 //! What is in the pages: contents that are owed, bytes read and written.
 
 use polder_engine::{Population, Refusal, VmId};
-use polder_units::{GfnRange, Gpa, PAGE_SIZE, PageCount, PageRange, RangeError};
+use polder_units::{Gfn, GfnRange, Gpa, PAGE_SIZE, PageCount, PageRange, RangeError};
 
 use crate::host::views::Views;
 use crate::pager::{Pager, SourceStatistics};
@@ -81,6 +81,24 @@ impl Memory {
     /// ```
     pub fn bring(&self, range: PageRange) -> Result<(), Error> {
         self.driver.claim(OnBusy::Wait, |engine| Ok(engine.check_whole(range)?))
+    }
+
+    /// Brings the page that a vCPU's exit names ([`GuestExit::Userfault`](crate::GuestExit::Userfault)), on
+    /// the calling thread: what comes with it by read-ahead comes from this thread, too. If somebody else
+    /// is bringing it, the guest waits when it tries again. Its touches are plain faults from then on.
+    ///
+    /// # Errors
+    /// [`Refusal::Unbound`]; [`Error::NotSimulated`] on a host that has no such exits.
+    pub fn bring_for(&self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
+        let host = self.driver.host.machine().ok_or(Error::NotSimulated)?;
+        let pages = self.driver.ask(|engine| engine.pages_of(vm, GfnRange::one(gfn)))?;
+        let page = pages[0].start();
+        let owed = self.driver.engine().is_owed_page(page);
+        let brought = match &self.driver.pager {
+            Some(pager) if owed => pager.bring_here(&self.driver, page),
+            _ => PageRange::one(page),
+        };
+        host.end_exits(vm, brought)
     }
 
     /// Has the source asked for all that is still owed, behind whatever somebody waits for. Does

@@ -1,10 +1,10 @@
 //! Contents that a source brings when they are touched.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use polder::source::{Fault, Faulty, SourceError};
+use polder::source::{Delivery, Fault, Faulty, SourceError};
 use polder::units::{PAGE_BYTES, PageIndex, PageRange};
 use polder::{
     Error, HostKind, Memory, MemoryFault, OnBusy, PageSize, ReadAhead, Refusal, Source, Visibility,
@@ -41,6 +41,11 @@ pub(super) const CASES: &[Case] = &[
         filled,
     ),
     Case::new(Userfault, "nobody sees a torn page while a source fills it", torn),
+    Case::new(
+        Userfault,
+        "touches come as events to fault threads, or as exits of their vCPU",
+        delivery,
+    ),
     Case::new(Userfault, "a touch in a huge page brings all of it, whole, by any view", huge),
     Case::new(
         Userfault,
@@ -451,4 +456,62 @@ fn huge_torn(w: &World<'_>) -> Ran {
             bound.pass(vec![vec![check(low, SEED)], vec![check(high, SEED)]]);
         });
     })
+}
+
+/// A source that notes by which threads it is read.
+#[derive(Default)]
+struct Noted {
+    written: Written,
+    readers: Mutex<Vec<String>>,
+}
+
+impl Source for Noted {
+    fn name(&self) -> String {
+        self.written.name()
+    }
+
+    fn read(&self, range: PageRange, into: &mut [u8]) -> Result<usize, SourceError> {
+        let thread = std::thread::current();
+        let name = thread.name().unwrap_or("no name").to_owned();
+        self.readers.lock().expect("nobody panics with it").push(name);
+        self.written.read(range, into)
+    }
+}
+
+fn delivery(w: &World<'_>) -> Ran {
+    const PAGES: u64 = 64;
+    let build = |delivery| {
+        let source = Arc::new(Noted::default());
+        let builder = Memory::builder(count(PAGES)).shared().delivery(delivery);
+        let builder = builder.source(Arc::clone(&source) as Arc<dyn Source>);
+        let builder = builder.read_ahead(ReadAhead::Off).fault_deadline(patience(LONG));
+        w.try_build(builder).map(|built| (source, built))
+    };
+    for delivery in [Delivery::Events, Delivery::Exits] {
+        let (source, built) = build(delivery)?;
+        let memory = match built {
+            Err(Error::NotOffered { .. }) if delivery == Delivery::Exits => {
+                let plain = w.memory(1)?.platform();
+                let of_machine = w.kind() == HostKind::Machine;
+                assert!(!of_machine || plain.has_rmp() || plain.hypervisor_keeps_stage2());
+                continue;
+            }
+            built => built.expect("memory of a sensible size"),
+        };
+        let bound = w.bound(memory)?;
+        let halves = [pages(0, PAGES / 2), pages(PAGES / 2, PAGES)];
+        bound.pass(halves.map(|half| vec![check(gfns(half), SEED)]).to_vec());
+        let readers = source.readers.lock().expect("nobody panics with it");
+        assert_eq!(readers.len() as u64, PAGES, "{delivery:?}: each page once");
+        let by_faults = readers.iter().filter(|name| *name == "polder-faults").count();
+        match delivery {
+            Delivery::Events => assert_eq!(by_faults, readers.len()),
+            Delivery::Exits => assert_eq!(by_faults, 0, "each vCPU's own thread"),
+        }
+        drop(readers);
+        assert!(holds(&bound.memory, all(&bound.memory), SEED));
+        bound.memory.discard(page(3), OnBusy::Wait).expect("no pins");
+        bound.passes([zero(gfns(page(3))), check(gfns(pages(4, PAGES)), SEED)]);
+    }
+    PASSED
 }
