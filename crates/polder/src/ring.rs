@@ -67,7 +67,7 @@ impl Memory {
     /// [`Error::NotOffered`] on the simulated machine, whose memory is none of the kernel's;
     /// [`Error::Host`] with `EINVAL` for no entries, or more than the kernel's 32768.
     pub fn ring(&self, holder: Holder, entries: u32, on_busy: OnBusy) -> Result<Ring<'_>, Error> {
-        let view = self.driver.host.views().host_view().ok_or(Error::NotOffered {
+        let view = self.driver.host.views().pinned_view().ok_or(Error::NotOffered {
             what: "the kernel can't read files into the simulated machine's memory",
             way_out: "use --host memfd, or copy by Memory::write",
         })?;

@@ -2,14 +2,16 @@
 //! decides who goes on at each of them (`tests/shuttle.rs`).
 
 #[cfg(not(shuttle))]
-pub(crate) use parking_lot::{Condvar, Mutex, MutexGuard, RwLock, RwLockWriteGuard};
+pub(crate) use parking_lot::{
+    Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
+};
 #[cfg(not(shuttle))]
 pub(crate) use polder_linux::spawn;
 #[cfg(not(shuttle))]
 pub(crate) use std::thread::{JoinHandle, sleep, yield_now};
 
 #[cfg(shuttle)]
-pub(crate) use shuttle::sync::RwLockWriteGuard;
+pub(crate) use shuttle::sync::{RwLockReadGuard, RwLockWriteGuard};
 #[cfg(shuttle)]
 pub(crate) use shuttle::thread::{JoinHandle, sleep, yield_now};
 #[cfg(shuttle)]

@@ -1,11 +1,13 @@
 //! Which VM sees which pages where.
 
+use std::sync::atomic::Ordering;
+
 use polder_engine::{Binding, Slot, VmId};
 use polder_units::{Gfn, GfnRange, PageRange};
 
 #[cfg(doc)]
 use crate::Refusal;
-use crate::sync::RwLockWriteGuard;
+use crate::sync::{RwLockReadGuard, RwLockWriteGuard};
 use crate::{Error, Memory, Moment};
 
 impl Memory {
@@ -61,14 +63,25 @@ impl Memory {
     /// Keeps slots from changing otherwise, and prefaults from beginning. That it waits is told again
     /// and again, as of whoever waits for an operation.
     fn change_slots(&self) -> RwLockWriteGuard<'_, ()> {
+        self.slots_wanted.fetch_add(1, Ordering::SeqCst);
         let mut changing = self.slots.try_write();
-        loop {
+        let changing = loop {
             if let Some(changing) = changing {
-                return changing;
+                break changing;
             }
             self.driver.tell(Moment::Waits);
             changing = self.slots.try_write_for(self.driver.ask_again);
+        };
+        self.slots_wanted.fetch_sub(1, Ordering::SeqCst);
+        changing
+    }
+
+    /// Keeps slots as they are, behind whoever waits to change them.
+    pub(crate) fn keep_slots(&self) -> RwLockReadGuard<'_, ()> {
+        while self.slots_wanted.load(Ordering::SeqCst) > 0 {
+            crate::sync::yield_now();
         }
+        self.slots.read()
     }
 
     /// Every binding.

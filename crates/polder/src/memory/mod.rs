@@ -55,7 +55,9 @@ pub struct Memory {
     page_size: PageSize,
     /// Held by one while a slot is bound or unbound, in the engine and on the host, and shared by
     /// those to whom no slot may change.
-    pub(crate) slots: RwLock<()>,
+    slots: RwLock<()>,
+    /// How many wait to change one: a prefault, which holds them again and again, lets those go first.
+    slots_wanted: AtomicU32,
 }
 
 impl Memory {
@@ -67,7 +69,14 @@ impl Memory {
     fn of(driver: Driver, page_size: PageSize, fault_threads: usize) -> Result<Self, Error> {
         let driver = Arc::new(driver);
         let faults = FaultThreads::start(&driver, fault_threads)?;
-        Ok(Self { driver, faults, vms: AtomicU32::new(0), page_size, slots: RwLock::default() })
+        Ok(Self {
+            driver,
+            faults,
+            vms: AtomicU32::new(0),
+            page_size,
+            slots: RwLock::default(),
+            slots_wanted: AtomicU32::new(0),
+        })
     }
 
     /// Memory of `pages` pages of 4 KiB.

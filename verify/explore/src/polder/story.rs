@@ -379,10 +379,13 @@ impl Story {
                 Ok(HostPte::Poison) => "denied",
                 _ => "absent",
             };
-            let _ = write!(
-                self.text,
-                "\n{head}\npage = {page}\nvisibility = \"{visibility}\"\nhost-view = \"{view}\"\n"
-            );
+            // A pin maps its page beforehand, which the search leaves to a touch.
+            let mapped_by_pin =
+                view == "absent" && self.text.contains(&format!("do = \"pin\"\npage = {page}\n"));
+            let _ = write!(self.text, "\n{head}\npage = {page}\nvisibility = \"{visibility}\"\n");
+            if !mapped_by_pin {
+                let _ = writeln!(self.text, "host-view = \"{view}\"");
+            }
         }
     }
 }
