@@ -19,7 +19,7 @@ usage: cargo xtask NAME
   lab --matrix [--json]
            run the behaviour table in Debian's kernels too, and write docs/kernels.md
   layers   check which crate uses which, and where `unsafe` stands (crates/README.md)
-  readme   run the commands that README.md and docs/ show
+  readme   run the commands that README.md and docs/ show, each once
   soak [--seconds N] [--part NAME] [--seed N] [--json]
            run the long forms of what CI runs for seconds";
 

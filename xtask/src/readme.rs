@@ -1,5 +1,6 @@
-//! Runs the commands that the documents show: each line of a fenced block marked `sh`.
+//! Runs the commands that the documents show: each line of a fenced block marked `sh`, once.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 
@@ -11,10 +12,14 @@ pub(crate) fn run(root: &Path) -> Result<(), String> {
             .filter(|path| path.extension().is_some_and(|kind| kind == "md")),
     );
     documents.sort();
+    let mut done = arguments(std::env::args().skip(2))?;
     for document in documents {
         let text = std::fs::read_to_string(&document)
             .map_err(|error| format!("{}: {error}", document.display()))?;
         for command in commands(&text) {
+            if !done.insert(command.to_owned()) {
+                continue;
+            }
             println!("$ {command}");
             let status = Command::new("bash")
                 .args(["-o", "pipefail", "-c", command])
@@ -27,6 +32,18 @@ pub(crate) fn run(root: &Path) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// The commands that were run already, each after a `--but`.
+fn arguments(mut arguments: impl Iterator<Item = String>) -> Result<BTreeSet<String>, String> {
+    let mut done = BTreeSet::new();
+    while let Some(argument) = arguments.next() {
+        match (argument.as_str(), arguments.next()) {
+            ("--but", Some(command)) => done.insert(command),
+            _ => return Err("usage: cargo xtask readme [--but COMMAND]...".into()),
+        };
+    }
+    Ok(done)
 }
 
 /// The lines of blocks marked `sh`; comments are left out.
@@ -45,7 +62,17 @@ fn commands(text: &str) -> Vec<&str> {
 
 #[cfg(test)]
 mod tests {
-    use super::commands;
+    use super::{arguments, commands};
+
+    #[test]
+    fn what_was_run_already_is_named() {
+        let parse = |text: &str| arguments(text.split_whitespace().map(str::to_owned));
+        assert_eq!(parse("--but ls --but pwd").unwrap().len(), 2);
+        assert!(parse("").unwrap().is_empty());
+        for bad in ["--but", "ls", "--but ls pwd"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn only_marked_blocks_are_run() {

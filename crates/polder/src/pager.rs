@@ -27,11 +27,9 @@ use crate::read_ahead::{ReadAhead, Windows};
 use crate::source::{Extent, Source, SourceError, SourceFailure};
 use crate::sync::Mutex;
 
-/// The most pages that are read at once; whoever waits for one waits for all of them.
+/// The most pages that are read at once, however many come together; whoever waits for one waits for
+/// all of them. What a CPU's own cache holds is copied on from there.
 const AT_ONCE: u64 = 64;
-
-/// The most pages of one read, however many come together: 2 MiB.
-const READ_MOST: u64 = 512;
 
 /// A read that takes as long has gone to a disk or further: what comes next is told ahead.
 const SLOW: Duration = Duration::from_millis(1);
@@ -396,8 +394,7 @@ impl Pager {
     /// Reads pages and makes them whole. Returns the number of the page to go on at.
     fn read(&self, driver: &Driver, range: PageRange, job: Job) -> u64 {
         let mut buffer = self.buffers.lock().pop().unwrap_or_default();
-        let most = self.granule.clamp(AT_ONCE, READ_MOST);
-        let end = range.end().min(range.start().get() + most);
+        let end = range.end().min(range.start().get() + AT_ONCE);
         let range = PageRange::between(range.start().get(), end).unwrap_or(range);
         let came = self.read_into(range, &mut buffer);
         let next = match came {
