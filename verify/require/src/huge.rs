@@ -1,8 +1,10 @@
 //! Huge pages for a test, set aside and put back.
 //!
 //! Tests run beside each other, in several processes: the number of hugetlb pages is raised and
-//! lowered by what each needs, under a lock of the kernel's own folder; the choice for transparent
-//! ones is held as long as the test that needs it runs.
+//! lowered by what each needs, under a lock of the kernel's own folder. Whoever has some holds
+//! another lock, shared: a discard gives a page back for the moment until it is promised again, and
+//! a test that empties the pool, or takes all that is free, would have it. Such a test holds that
+//! lock alone. The choice for transparent pages is held as long as the test that needs it runs.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -10,6 +12,9 @@ use std::time::Duration;
 
 const POOL_2M: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 const POOL_1G: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB";
+/// Whose lock is held by who changes their number, and by who has some of them.
+const NUMBER: &str = "nr_hugepages";
+const HAVE: &str = "resv_hugepages";
 const THP: &str = "/sys/kernel/mm/transparent_hugepage/hugepages-2048kB/shmem_enabled";
 const THP_OF_ALL: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
@@ -19,8 +24,8 @@ pub struct HugetlbPages {
     pool: PathBuf,
     /// Those that were not there before.
     count: u64,
-    /// The pool's lock, where nobody else is to have a part of it.
-    held: Option<File>,
+    /// The lock of those who have some, shared or alone.
+    _held: File,
 }
 
 fn number(path: &Path) -> Result<u64, String> {
@@ -28,10 +33,22 @@ fn number(path: &Path) -> Result<u64, String> {
     text.trim().parse().map_err(|error| format!("{}: {error}", path.display()))
 }
 
-/// Holds the folder's lock.
+fn open(path: &Path) -> Result<File, String> {
+    File::open(path).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+/// Holds a file's lock, as the only one.
 fn lock(path: &Path) -> Result<File, String> {
-    let file = File::open(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let file = open(path)?;
     file.lock().map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(file)
+}
+
+/// Holds the lock of those who have pages of a pool.
+fn share(pool: &Path) -> Result<File, String> {
+    let path = pool.join(HAVE);
+    let file = open(&path)?;
+    file.lock_shared().map_err(|error| format!("{}: {error}", path.display()))?;
     Ok(file)
 }
 
@@ -43,39 +60,25 @@ impl HugetlbPages {
     pub fn of_2m(count: u64) -> Result<Self, String> {
         // The kernel gives up soon where memory is in pieces, or full of files that were read.
         let compact = Some("compact_memory");
-        Self::of(POOL_2M, count, &[None, compact, Some("drop_caches"), compact])
+        let helps = [None, compact, Some("drop_caches"), compact];
+        Self::of(POOL_2M, count, &helps, share(Path::new(POOL_2M))?)
     }
 
-    /// `count` pages of 2M, the only ones that are free and not promised, and nobody sets aside any
-    /// while they are held. Waits for others to have taken or given back theirs, for `at_most` at
-    /// most.
+    /// `count` pages of 2M, and nobody else has any while they are held. Waits for those who do, for
+    /// `at_most` at most.
     ///
     /// # Errors
     /// Why there are none.
     pub fn of_2m_alone(count: u64, at_most: Duration) -> Result<Self, String> {
         const PAUSE: Duration = Duration::from_millis(20);
-        let (pool, mut left) = (PathBuf::from(POOL_2M), at_most);
-        let file = pool.join("nr_hugepages");
-        loop {
-            let held = lock(&file)?;
-            let free = number(&pool.join("free_hugepages"))?;
-            if free <= number(&pool.join("resv_hugepages"))? {
-                let before = number(&file)?;
-                fs::write(&file, (before + count).to_string())
-                    .map_err(|error| format!("{}: {error}", file.display()))?;
-                let had = number(&file)?.saturating_sub(before);
-                let pages = Self { pool, count: had, held: Some(held) };
-                return if had == count {
-                    Ok(pages)
-                } else {
-                    Err(format!("{had} of {count} huge pages could be had"))
-                };
-            }
-            drop(held);
-            let others = || "others have free huge pages set aside, all the time".to_owned();
+        let mut left = at_most;
+        let held = open(&Path::new(POOL_2M).join(HAVE))?;
+        while held.try_lock().is_err() {
+            let others = || "others have huge pages set aside, all the time".to_owned();
             left = left.checked_sub(PAUSE).ok_or_else(others)?;
             std::thread::sleep(PAUSE);
         }
+        Self::of(POOL_2M, count, &[None], held)
     }
 
     /// Takes them away again, as an administrator may: what is promised of them stays so.
@@ -83,7 +86,8 @@ impl HugetlbPages {
     /// # Panics
     /// If the kernel no longer listens.
     pub fn shrink(&mut self) {
-        let file = self.pool.join("nr_hugepages");
+        let file = self.pool.join(NUMBER);
+        let _changes = lock(&file).expect("it was there");
         let now = number(&file).expect("it was there");
         let count = std::mem::take(&mut self.count);
         fs::write(file, now.saturating_sub(count).to_string()).expect("it was there");
@@ -95,20 +99,18 @@ impl HugetlbPages {
     /// Why there are none.
     pub fn of_1g(count: u64) -> Result<Self, String> {
         let pool = PathBuf::from(POOL_1G);
-        let held = lock(&pool.join("nr_hugepages"))?;
-        let set_aside = Self { pool, count: 0, held: Some(held) };
-        if set_aside.free() >= set_aside.reserved() + count {
-            return Ok(set_aside);
+        let held = lock(&pool.join(HAVE))?;
+        if number(&pool.join("free_hugepages"))? >= number(&pool.join(HAVE))? + count {
+            return Ok(Self { pool, count: 0, _held: held });
         }
-        drop(set_aside);
         // Memory that was not in one piece a moment ago is not made so by asking again.
-        Self::of(POOL_1G, count, &[None])
+        Self::of(POOL_1G, count, &[None], held)
     }
 
-    fn of(pool: &str, count: u64, helps: &[Option<&str>]) -> Result<Self, String> {
+    fn of(pool: &str, count: u64, helps: &[Option<&str>], held: File) -> Result<Self, String> {
         let pool = PathBuf::from(pool);
-        let file = pool.join("nr_hugepages");
-        let _held = lock(&file)?;
+        let file = pool.join(NUMBER);
+        let changes = lock(&file)?;
         let before = number(&file)?;
         let mut after = before;
         for help in helps {
@@ -122,12 +124,12 @@ impl HugetlbPages {
                 break;
             }
         }
-        let pages = Self { pool, count: after.saturating_sub(before), held: None };
-        if pages.count == count {
+        drop(changes);
+        let had = after.saturating_sub(before);
+        let pages = Self { pool, count: had, _held: held };
+        if had == count {
             return Ok(pages);
         }
-        drop(_held);
-        let had = pages.count;
         Err(format!("{had} of {count} huge pages could be had: memory is in pieces, or used up"))
     }
 
@@ -144,7 +146,7 @@ impl HugetlbPages {
     /// # Panics
     /// If the kernel no longer says.
     pub fn reserved(&self) -> u64 {
-        number(&self.pool.join("resv_hugepages")).expect("it was there")
+        number(&self.pool.join(HAVE)).expect("it was there")
     }
 }
 
@@ -153,9 +155,8 @@ impl Drop for HugetlbPages {
         if self.count == 0 {
             return;
         }
-        let file = self.pool.join("nr_hugepages");
-        // What is locked here already would be waited for in vain.
-        let _held = self.held.is_none().then(|| lock(&file));
+        let file = self.pool.join(NUMBER);
+        let _changes = lock(&file);
         if let Ok(now) = number(&file) {
             // Who shares the machine has the rest.
             let _ = fs::write(&file, now.saturating_sub(self.count).to_string());
