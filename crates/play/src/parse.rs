@@ -10,8 +10,10 @@ mod memory;
 mod place;
 mod step;
 mod table;
+mod verb;
 mod vms;
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use polder::HostKind;
@@ -22,7 +24,7 @@ use self::table::{Parsed, Table, place_in, words, wrong};
 use crate::ScenarioError;
 use crate::limits::{BYTES_MAX, STEPS_MAX};
 use crate::names::{LOOK_KEYS, PLACE_KEYS};
-use crate::scenario::{Actor, Scenario, VmSpec};
+use crate::scenario::{Actor, Scenario, Step, VmSpec};
 
 /// Where the pages are in a VM that does not say: at 1 GiB, a multiple of every page size.
 pub const DEFAULT_GPA: Gpa = Gpa::new(1 << 30);
@@ -41,8 +43,14 @@ pub fn parse(text: &str) -> Result<Scenario, ScenarioError> {
         ScenarioError { line, column, what: error.message().trim().to_owned(), meant: None }
     })?;
     let root = Table { text, span: table.span(), table: table.get_ref() };
-    Reader { text, vms: Vec::new(), actors: BTreeMap::new(), pages: PageCount::ZERO, named: 0 }
-        .scenario(root)
+    Reader {
+        text,
+        vms: Vec::new(),
+        actors: BTreeMap::new(),
+        pages: PageCount::ZERO,
+        named: Cell::new(0),
+    }
+    .scenario(root)
 }
 
 struct Reader<'t> {
@@ -51,7 +59,7 @@ struct Reader<'t> {
     actors: BTreeMap<String, Actor>,
     pages: PageCount,
     /// The pages that steps have named so far.
-    named: u64,
+    named: Cell<u64>,
 }
 
 const ROOT_KEYS: [&str; 10] = [
@@ -76,22 +84,7 @@ impl<'t> Reader<'t> {
             None => Vec::new(),
             Some(key) => words(&key)?.into_iter().map(|(_, text)| text.to_owned()).collect(),
         };
-        let hosts = match root.get("hosts") {
-            None => vec![HostKind::Machine],
-            Some(key) => {
-                let mut hosts = Vec::new();
-                for (item, _) in words(&key)? {
-                    let host = item.word(&HostKind::ALL)?;
-                    if !hosts.contains(&host) {
-                        hosts.push(host);
-                    }
-                }
-                hosts
-            }
-        };
-        if hosts.is_empty() {
-            return Err(root.need("hosts", "")?.wrong("a scenario is played on one host at least"));
-        }
+        let hosts = hosts(&root)?;
         let discrepancy =
             root.get("discrepancy").map(|key| key.text().map(str::to_owned)).transpose()?;
         let memory = self.memory(&root)?;
@@ -104,13 +97,7 @@ impl<'t> Reader<'t> {
             return Err(ScenarioError { meant, ..root.need("hosts", "")?.wrong(what) });
         }
         self.read_actors(&root)?;
-        let mut steps = Vec::new();
-        for table in root.tables("step", STEPS_MAX)? {
-            let step = self.step(&table)?;
-            self.check_hosts(&table, &step, &hosts)?;
-            steps.push(step);
-        }
-        self.check_order(&steps, &root)?;
+        let steps = self.steps(&root, &hosts)?;
         let mut expect = Vec::new();
         for table in root.tables("expect", STEPS_MAX)? {
             table.check_keys(&[&LOOK_KEYS[..], &PLACE_KEYS[..]].concat(), "`[[expect]]`")?;
@@ -132,5 +119,31 @@ impl<'t> Reader<'t> {
             steps,
             expect,
         })
+    }
+    fn steps(&self, root: &Table<'t>, hosts: &[HostKind]) -> Parsed<Vec<Step>> {
+        let mut steps = Vec::new();
+        for table in root.tables("step", STEPS_MAX)? {
+            let step = self.step(&table)?;
+            self.check_hosts(&table, &step, hosts)?;
+            steps.push(step);
+        }
+        self.check_order(&steps, root)?;
+        Ok(steps)
+    }
+}
+
+/// Where it is to be played, each host once.
+fn hosts(root: &Table<'_>) -> Parsed<Vec<HostKind>> {
+    let Some(key) = root.get("hosts") else { return Ok(vec![HostKind::Machine]) };
+    let mut hosts = Vec::new();
+    for (item, _) in words(&key)? {
+        let host = item.word(&HostKind::ALL)?;
+        if !hosts.contains(&host) {
+            hosts.push(host);
+        }
+    }
+    match hosts.is_empty() {
+        true => Err(key.wrong("a scenario is played on one host at least")),
+        false => Ok(hosts),
     }
 }

@@ -36,7 +36,7 @@ impl<'t> Reader<'t> {
         })
     }
 
-    pub(super) fn look(&mut self, table: &Table<'t>, what: &str) -> Parsed<Look> {
+    pub(super) fn look(&self, table: &Table<'t>, what: &str) -> Parsed<Look> {
         let place = self.place(table, what)?;
         if let (Place::Pages(range), Some(key)) = (place, table.get("page").or(table.get("pages")))
             && range.end() > self.pages.get()

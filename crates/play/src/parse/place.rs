@@ -9,7 +9,7 @@ use crate::scenario::Place;
 
 impl<'t> Reader<'t> {
     /// The pages that a table names.
-    pub(super) fn place(&mut self, table: &Table<'t>, what: &str) -> Parsed<Place> {
+    pub(super) fn place(&self, table: &Table<'t>, what: &str) -> Parsed<Place> {
         let keys = ["page", "pages", "gpa"].map(|key| table.get(key));
         let (key, place) = match keys {
             [Some(page), None, None] => {
@@ -41,12 +41,14 @@ impl<'t> Reader<'t> {
         if let (Place::Pages(_), Some(count)) = (place, table.get("count")) {
             return Err(count.wrong("`count` goes with `gpa`; a range of pages is `pages`"));
         }
-        self.named = self.named.saturating_add(match place {
+        let count = match place {
             Place::Pages(range) => range.count().get(),
             Place::Gpa(_, count) => count.get(),
-        });
-        if self.named > NAMED_MAX {
-            let what = format!("the steps name {} pages; {NAMED_MAX} are the most", self.named);
+        };
+        let named = self.named.get().saturating_add(count);
+        self.named.set(named);
+        if named > NAMED_MAX {
+            let what = format!("the steps name {named} pages; {NAMED_MAX} are the most");
             return Err(key.wrong(what));
         }
         Ok(place)

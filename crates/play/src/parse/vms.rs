@@ -32,7 +32,11 @@ impl<'t> Reader<'t> {
                 None => vec![whole],
                 Some(_) => {
                     let tables = table.tables("slots", SLOTS_MAX)?;
-                    tables.iter().map(|table| self.slot(table)).collect::<Parsed<_>>()?
+                    let slot = |table: &Table<'t>| {
+                        table.check_keys(&["slot", "pages", "gpa"], "a slot")?;
+                        self.slot(table, "a slot")
+                    };
+                    tables.iter().map(slot).collect::<Parsed<_>>()?
                 }
             };
             let tables = self.tables(&table, asid.is_some(), memory)?;
@@ -90,12 +94,12 @@ impl<'t> Reader<'t> {
         PageRange::between(0, self.pages.get()).expect("memory has pages")
     }
 
-    fn slot(&self, table: &Table<'t>) -> Parsed<SlotSpec> {
-        table.check_keys(&["slot", "pages", "gpa"], "a slot")?;
+    /// The slot that a table, which is `what`, has the keys of.
+    pub(super) fn slot(&self, table: &Table<'t>, what: &str) -> Parsed<SlotSpec> {
         Ok(SlotSpec {
-            slot: slot_number(&table.need("slot", "a slot")?)?,
-            pages: table.need("pages", "a slot")?.pages()?,
-            gpa: table.need("gpa", "a slot")?.gpa()?,
+            slot: slot_number(&table.need("slot", what)?)?,
+            pages: table.need("pages", what)?.pages()?,
+            gpa: table.need("gpa", what)?.gpa()?,
         })
     }
 
