@@ -2,6 +2,7 @@
 
 mod access;
 mod kernel;
+mod kvm;
 mod process;
 mod vcpu;
 
@@ -12,12 +13,12 @@ use std::sync::mpsc::{Receiver, Sender};
 
 use polder::machine::{GupFast, PinId, ProcessId, VpnRange};
 use polder::units::{GfnRange, PageRange};
-use polder::{Holder, OnBusy, Pin, PinKind, Platform, Slot};
+use polder::{Contents, Holder, OnBusy, Pin, PinKind, Platform, Slot, Visibility, VmId};
 
 use self::vcpu::Vcpu;
 use crate::names::{Is, Kind};
 use crate::outcome::{Outcome, Stop};
-use crate::scenario::{Actor, Hold, Place, Verb};
+use crate::scenario::{Actor, Hold, Place, SlotSpec, Verb};
 use crate::watcher::{self, Event, Here};
 use crate::world::World;
 
@@ -89,30 +90,10 @@ impl Worker<'_> {
         match verb {
             Verb::Convert { place, to, contents, wait } => {
                 let on_busy = if *wait { OnBusy::Wait } else { OnBusy::Refuse };
-                // A guest asks for its own frames; the VMM names pages, or frames of its VM.
-                let converted = match (*place, self.actor.kind) {
-                    (Place::Pages(range), Kind::Vmm) => {
-                        memory.convert(range, *to, *contents, on_busy)?
-                    }
-                    // Where the guest alone decides, it asks by a hypercall of its own.
-                    (place, Kind::Guest) if memory.platform() == Platform::Pkvm => {
-                        let gfns = self.gfns(place, self.actor.vm)?;
-                        match &*self.vcpu()? {
-                            Vcpu::Polder(vcpu) => vcpu.convert(gfns, *to)?,
-                            _ => return Err(nobodys()),
-                        }
-                    }
-                    (place, _) => {
-                        let id = self.world.vms[self.actor.vm].id.ok_or_else(nobodys)?;
-                        let gfns = self.gfns(place, self.actor.vm)?;
-                        memory.convert_gfns(id, gfns, *to, *contents, on_busy)?
-                    }
-                };
-                Ok(Outcome { converted: Some(converted.get()), ..Outcome::done() })
+                self.convert(*place, *to, *contents, on_busy)
             }
             Verb::Want { place, vm, to } => {
-                let id = self.world.vms[*vm].id.ok_or_else(nobodys)?;
-                memory.want(id, self.gfns(*place, *vm)?, *to)?;
+                memory.want(self.id(*vm)?, self.gfns(*place, *vm)?, *to)?;
                 Ok(Outcome::done())
             }
             Verb::Move { place } => {
@@ -144,44 +125,52 @@ impl Worker<'_> {
             Verb::Drop { name } => self.world.drop_other(name),
             Verb::Bind { vm, slot } => self.bind(*vm, slot),
             Verb::Unbind { vm, slot } => {
-                let id = self.world.vms[*vm].id.ok_or_else(nobodys)?;
-                memory.unbind(id, Slot(*slot))?;
+                memory.unbind(self.id(*vm)?, Slot(*slot))?;
                 Ok(Outcome::done())
             }
             Verb::Prefault { place, vm, by } => self.prefault(*place, *vm, *by),
-            Verb::Pte { place, present, used } => self.pte(*place, *present, *used),
-            Verb::Read { from, length } => {
-                let length = usize::try_from(*length).unwrap_or_default();
-                let mut bytes = vec![0; length];
-                self.read(from, &mut bytes)?;
-                Ok(Outcome::read(bytes))
-            }
-            Verb::Write { to, bytes } => {
-                self.write(to, bytes.as_bytes())?;
-                Ok(Outcome::done())
-            }
             Verb::Pin { place, kind, name } => self.pin(*place, *kind, name),
-            Verb::Unpin { name } => match self.pins.remove(name) {
-                Some(pin) => {
-                    drop(pin);
-                    Ok(Outcome::done())
-                }
-                None => {
-                    let what = format!("{} has no pin \"{name}\"", self.name);
-                    Err(Stop::new(Is::NotPinned, what))
-                }
-            },
-            Verb::Refer { place, kind, name } => self.refer(*place, *kind, name),
-            Verb::Release { name } => self.release(name),
-            Verb::GupFast { place, name } => self.gup_fast(*place, name),
-            Verb::Pvalidate { place, size, validate } => self.pvalidate(*place, *size, *validate),
+            Verb::Unpin { name } => self.unpin(name),
             Verb::Resume { .. }
             | Verb::Look(_)
             | Verb::Explain { .. }
             | Verb::Pool
             | Verb::Audit => Err(Stop::new(Is::Failed, "the player does this, not an actor")),
-            other => self.kernel(other),
+            other => self.access(other),
         }
+    }
+
+    fn convert(
+        &mut self,
+        place: Place,
+        to: Visibility,
+        contents: Contents,
+        on_busy: OnBusy,
+    ) -> Acted {
+        let memory = &self.world.memory;
+        let vm = self.actor.vm;
+        // A guest asks for its own frames; the VMM names pages, or frames of its VM.
+        let converted = match (place, self.actor.kind) {
+            (Place::Pages(range), Kind::Vmm) => memory.convert(range, to, contents, on_busy)?,
+            // Where the guest alone decides, it asks by a hypercall of its own.
+            (place, Kind::Guest) if memory.platform() == Platform::Pkvm => {
+                let gfns = self.gfns(place, vm)?;
+                match &*self.vcpu()? {
+                    Vcpu::Polder(vcpu) => vcpu.convert(gfns, to)?,
+                    _ => return Err(nobodys()),
+                }
+            }
+            (place, _) => {
+                let (id, gfns) = (self.id(vm)?, self.gfns(place, vm)?);
+                memory.convert_gfns(id, gfns, to, contents, on_busy)?
+            }
+        };
+        Ok(Outcome { converted: Some(converted.get()), ..Outcome::done() })
+    }
+
+    /// A VM's name at Polder.
+    fn id(&self, vm: usize) -> Acted<VmId> {
+        self.world.vms[vm].id.ok_or_else(nobodys)
     }
 
     /// A place's guest frames: so many from its first on.
@@ -210,7 +199,7 @@ impl Worker<'_> {
         Ok(Outcome::done())
     }
 
-    fn bind(&self, vm: usize, slot: &crate::scenario::SlotSpec) -> Acted {
+    fn bind(&self, vm: usize, slot: &SlotSpec) -> Acted {
         let vm = &self.world.vms[vm];
         match (vm.id, vm.machine) {
             (Some(id), _) => {
@@ -231,6 +220,13 @@ impl Worker<'_> {
         let range = self.run(place)?;
         let pin = self.world.memory.pin(range, kind, Holder::new(name.to_owned()))?;
         self.pins.insert(name.to_owned(), pin);
+        Ok(Outcome::done())
+    }
+
+    fn unpin(&mut self, name: &str) -> Acted {
+        let none = || Stop::new(Is::NotPinned, format!("{} has no pin \"{name}\"", self.name));
+        let pin = self.pins.remove(name).ok_or_else(none)?;
+        drop(pin);
         Ok(Outcome::done())
     }
 }

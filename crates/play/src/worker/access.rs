@@ -2,133 +2,88 @@
 
 use polder::Visibility;
 use polder::machine::Side;
-use polder::units::Gpa;
-use polder_vmm::scenario::Op;
-use polder_vmm::{End, Failure, Progress, Supervision};
 
-use super::{Acted, Vcpu, Worker, nobodys};
+use super::{Acted, Vcpu, Worker};
 use crate::names::{Is, Kind};
-use crate::outcome::Stop;
-use crate::scenario::Bytes;
+use crate::outcome::{Outcome, Stop};
+use crate::scenario::{Bytes, Verb};
+
+/// Bytes to read or to write.
+pub(super) enum Transfer<'b> {
+    Read(&'b mut [u8]),
+    Write(&'b [u8]),
+}
+
+use Transfer::{Read, Write};
 
 impl Worker<'_> {
-    pub(super) fn read(&mut self, from: &Bytes, bytes: &mut [u8]) -> Acted<()> {
-        let (world, vm) = (self.world, self.actor.vm);
-        match self.actor.kind {
-            Kind::Vmm => {
-                let id = world.vms[vm].id.ok_or_else(nobodys)?;
-                Ok(world.memory.read(id, world.gpa(from.place, from.at, vm)?, bytes)?)
+    /// What guests, devices and processes do to bytes, entries and references.
+    pub(super) fn access(&mut self, verb: &Verb) -> Acted {
+        match verb {
+            Verb::Read { from, length } => {
+                let mut bytes = vec![0; usize::try_from(*length).unwrap_or_default()];
+                self.transfer(from, Read(&mut bytes))?;
+                Ok(Outcome::read(bytes))
             }
-            Kind::Device => {
-                let offset = world.offset(from.place, from.at, vm)?;
-                Ok(world.memory.host_view().touch_read(offset, bytes)?)
+            Verb::Write { to, bytes } => {
+                self.transfer(to, Write(bytes.as_bytes()))?;
+                Ok(Outcome::done())
             }
-            Kind::Process => {
-                let (thread, hva) = self.process_at(from)?;
-                world.inside(|machine, _, _| Ok(machine.host_read(thread, hva, bytes)?))
-            }
-            Kind::Guest => {
-                let gpa = world.gpa(from.place, from.at, vm)?;
-                match &*self.vcpu()? {
-                    Vcpu::Polder(vcpu) => Ok(vcpu.read(gpa, from.side, bytes)?),
-                    Vcpu::Bare(id) => {
-                        let id = *id;
-                        world.inside(|machine, _, _| {
-                            Ok(machine.vcpu(id)?.read(gpa, side(from.side), bytes)?)
-                        })
-                    }
-                    Vcpu::Kvm => self.run_kvm(gpa, bytes, None),
-                }
-            }
-            Kind::Kernel => Err(Stop::new(Is::Failed, "the kernel reads nothing")),
+            Verb::Pte { place, present, used } => self.pte(*place, *present, *used),
+            Verb::Pvalidate { place, size, validate } => self.pvalidate(*place, *size, *validate),
+            Verb::Refer { place, kind, name } => self.refer(*place, *kind, name),
+            Verb::Release { name } => self.release(name),
+            Verb::GupFast { place, name } => self.gup_fast(*place, name),
+            other => self.kernel(other),
         }
     }
 
-    pub(super) fn write(&mut self, to: &Bytes, bytes: &[u8]) -> Acted<()> {
+    fn transfer(&mut self, at: &Bytes, transfer: Transfer<'_>) -> Acted<()> {
         let (world, vm) = (self.world, self.actor.vm);
         match self.actor.kind {
             Kind::Vmm => {
-                let id = world.vms[vm].id.ok_or_else(nobodys)?;
-                Ok(world.memory.write(id, world.gpa(to.place, to.at, vm)?, bytes)?)
-            }
-            Kind::Device => {
-                let offset = world.offset(to.place, to.at, vm)?;
-                Ok(world.memory.host_view().touch_write(offset, bytes)?)
-            }
-            Kind::Process => {
-                let (thread, hva) = self.process_at(to)?;
-                world.inside(|machine, _, _| Ok(machine.host_write(thread, hva, bytes)?))
-            }
-            Kind::Guest => {
-                let gpa = world.gpa(to.place, to.at, vm)?;
-                match &*self.vcpu()? {
-                    Vcpu::Polder(vcpu) => Ok(vcpu.write(gpa, to.side, bytes)?),
-                    Vcpu::Bare(id) => {
-                        let id = *id;
-                        world.inside(|machine, _, _| {
-                            Ok(machine.vcpu(id)?.write(gpa, side(to.side), bytes)?)
-                        })
-                    }
-                    Vcpu::Kvm => {
-                        let mut unused = Vec::new();
-                        self.run_kvm(gpa, &mut unused, Some(bytes))
-                    }
+                let (id, gpa) = (self.id(vm)?, world.gpa(at.place, at.at, vm)?);
+                match transfer {
+                    Read(into) => world.memory.read(id, gpa, into)?,
+                    Write(bytes) => world.memory.write(id, gpa, bytes)?,
                 }
             }
-            Kind::Kernel => Err(Stop::new(Is::Failed, "the kernel writes nothing")),
-        }
-    }
-
-    /// Has a guest on KVM write bytes, or read them, by whole words.
-    fn run_kvm(&self, gpa: Gpa, into: &mut [u8], from: Option<&[u8]>) -> Acted<()> {
-        const WORD: u64 = 8;
-        let vm = &self.world.vms[self.actor.vm];
-        let (Some(kvm), Some(id)) = (&vm.kvm, vm.id) else { return Err(nobodys()) };
-        if !gpa.get().is_multiple_of(WORD) {
-            return Err(Stop::new(
-                Is::NotOffered,
-                "on KVM a guest accesses whole words: `at` is a multiple of 8",
-            ));
-        }
-        let run = |op: Op| -> Acted<End> {
-            let supervise = |_: Progress<'_>| match self.world.is_over() {
-                true => Supervision::TimeOut,
-                false => Supervision::GoOn,
-            };
-            let ended = kvm.run((&self.world.memory, id), &[vec![op, Op::Done]], supervise);
-            let ended = ended.map_err(|error| Stop::new(Is::Failed, error.to_string()))?;
-            match ended.faults.first() {
-                Some(&fault) => Err(fault.into()),
-                None => Ok(ended.end),
+            Kind::Device => {
+                let offset = world.offset(at.place, at.at, vm)?;
+                match transfer {
+                    Read(into) => world.memory.host_view().touch_read(offset, into)?,
+                    Write(bytes) => world.memory.host_view().touch_write(offset, bytes)?,
+                }
             }
-        };
-        let at = |word: usize| gpa.checked_add(word as u64 * WORD).unwrap_or(gpa);
-        let ended = |end: End| match end {
-            End::Ok => Ok(()),
-            End::Failed(Failure::MemoryFault { fault, .. }) => Err(fault.into()),
-            // By the guest view's page table the two are one: a page that is denied to the guest.
-            End::Failed(failure @ Failure::MemoryFailure { page: Some(page), .. }) => {
-                let quarantined = self.world.memory.quarantined();
-                let is = match quarantined.iter().any(|run| run.contains(page)) {
-                    true => Is::Quarantined,
-                    false => Is::SourceFailed,
-                };
-                Err(Stop::new(is, failure.to_string()))
+            Kind::Process => {
+                let (thread, hva) = self.process_at(at)?;
+                world.inside(|machine, _, _| match transfer {
+                    Read(into) => Ok(machine.host_read(thread, hva, into)?),
+                    Write(bytes) => Ok(machine.host_write(thread, hva, bytes)?),
+                })?;
             }
-            End::Failed(failure) => Err(Stop::new(Is::Failed, failure.to_string())),
-            End::TimedOut | End::Interrupted => Err(Stop::new(Is::Kicked, "the guest was stopped")),
-        };
-        for (word, bytes) in from.into_iter().flat_map(|from| from.chunks(8)).enumerate() {
-            ended(run(Op::Store { gpa: at(word), value: to_word(bytes) })?)?;
-        }
-        for (word, bytes) in into.chunks_mut(8).enumerate() {
-            let value = match run(Op::Load { gpa: at(word), expect: 0 })? {
-                End::Failed(Failure::Check { found, .. }) => found,
-                other => ended(other).map(|()| 0)?,
-            };
-            bytes.copy_from_slice(&value.to_le_bytes()[..bytes.len()]);
+            Kind::Guest => self.transfer_by_guest(at, transfer)?,
+            Kind::Kernel => {
+                return Err(Stop::new(Is::Failed, "the kernel reads and writes nothing"));
+            }
         }
         Ok(())
+    }
+
+    fn transfer_by_guest(&mut self, at: &Bytes, transfer: Transfer<'_>) -> Acted<()> {
+        let gpa = self.world.gpa(at.place, at.at, self.actor.vm)?;
+        match (&*self.vcpu()?, transfer) {
+            (Vcpu::Polder(vcpu), Read(into)) => Ok(vcpu.read(gpa, at.side, into)?),
+            (Vcpu::Polder(vcpu), Write(bytes)) => Ok(vcpu.write(gpa, at.side, bytes)?),
+            (&Vcpu::Bare(id), transfer) => self.world.inside(|machine, _, _| {
+                let mut vcpu = machine.vcpu(id)?;
+                match transfer {
+                    Read(into) => Ok(vcpu.read(gpa, side(at.side), into)?),
+                    Write(bytes) => Ok(vcpu.write(gpa, side(at.side), bytes)?),
+                }
+            }),
+            (Vcpu::Kvm, transfer) => self.transfer_on_kvm(gpa, transfer),
+        }
     }
 }
 
@@ -137,11 +92,4 @@ const fn side(visibility: Visibility) -> Side {
         Visibility::Private => Side::Private,
         Visibility::Shared => Side::Shared,
     }
-}
-
-/// Up to 8 bytes as a word, zeros behind them.
-fn to_word(bytes: &[u8]) -> u64 {
-    let mut word = [0; 8];
-    word[..bytes.len()].copy_from_slice(bytes);
-    u64::from_le_bytes(word)
 }

@@ -53,8 +53,8 @@ impl Worker<'_> {
     pub(super) fn prefault(&self, place: Place, vm: usize, by: By) -> Acted {
         let memory = &self.world.memory;
         let gfns = self.gfns(place, vm)?;
+        let id = self.id(vm)?;
         let vm = &self.world.vms[vm];
-        let id = vm.id.ok_or_else(nobodys)?;
         let came = match (&vm.tables, &vm.kvm) {
             (Some(tables), _) => {
                 tables::prefault((memory, id), &tables.vcpu, tables.root, gfns, by)?
