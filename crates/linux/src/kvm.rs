@@ -15,7 +15,8 @@ use crate::{Error, GuestMemfd, View};
 
 /// A slot of a VM that shows it a part of a view, and where it has a guest_memfd the same part of
 /// that, by each frame's attribute. Dropping it deletes the slot: the guest's mappings go, the
-/// pages stay. What it shows stays at least as long as the slot: for good, if that can't be deleted.
+/// pages stay. What it shows stays at least as long as the slot: for good, if that can't be
+/// deleted.
 pub struct KvmSlot {
     vm: Arc<VmFd>,
     region: kvm_userspace_memory_region,
@@ -56,8 +57,8 @@ impl KvmSlot {
     ///
     /// # Errors
     /// Of `KVM_SET_USER_MEMORY_REGION2`: as [`KvmSlot::new`], and `EINVAL` for a guest_memfd of
-    /// another VM, or pages of it that another slot shows. Pages beyond the guest_memfd are `EINVAL`
-    /// from here: Linux 6.18 takes them.
+    /// another VM, or pages of it that another slot shows. Pages beyond the guest_memfd are
+    /// `EINVAL` from here: Linux 6.18 takes them.
     pub fn with_guest_memfd(
         vm: &Arc<VmFd>,
         slot: u32,

@@ -37,11 +37,12 @@ const STATUS: u64 = 1 << 63 | 1 << 61 | 1 << 60 | 1 << 59 | 1 << 58 | 1 << 56 | 
 /// `IA32_MCi_MISC`: a physical address, of which these low bits say nothing.
 const MISC: u64 = 2 << 6 | PAGE_SHIFT as u64;
 
-/// Gives a vCPU a bank for machine checks. Its guest also has to set CR4.MCE: one that is told of an
-/// error without that shuts down.
+/// Gives a vCPU a bank for machine checks. Its guest also has to set CR4.MCE: one that is told of
+/// an error without that shuts down.
 ///
 /// # Errors
-/// Of `KVM_X86_GET_MCE_CAP_SUPPORTED` and `KVM_X86_SETUP_MCE`: where this KVM has no machine checks.
+/// Of `KVM_X86_GET_MCE_CAP_SUPPORTED` and `KVM_X86_SETUP_MCE`: where this KVM has no machine
+/// checks.
 pub fn set_up_machine_checks(kvm: &Kvm, vcpu: &VcpuFd) -> Result<(), Error> {
     // SAFETY: the descriptor is `kvm`'s, and lives as long.
     let system = unsafe { BorrowedFd::borrow_raw(kvm.as_raw_fd()) };

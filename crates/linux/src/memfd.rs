@@ -28,13 +28,13 @@ impl Memfd {
         Self::of(name, pages, Level::Size4K)
     }
 
-    /// A memfd of `pages` 4 KiB pages, in hugetlb pages of `level`: all of them are reserved for it,
-    /// so that no touch finds the pool empty.
+    /// A memfd of `pages` 4 KiB pages, in hugetlb pages of `level`: all of them are reserved for
+    /// it, so that no touch finds the pool empty.
     ///
     /// # Errors
-    /// As [`Memfd::new`]; `ENOMEM` of `mmap` where too few huge pages are free, `ENODEV` or `EINVAL`
-    /// of `memfd_create` where the kernel has none of this size, `EINVAL` of `ftruncate` for a size
-    /// that is no multiple of theirs.
+    /// As [`Memfd::new`]; `ENOMEM` of `mmap` where too few huge pages are free, `ENODEV` or
+    /// `EINVAL` of `memfd_create` where the kernel has none of this size, `EINVAL` of `ftruncate`
+    /// for a size that is no multiple of theirs.
     pub fn hugetlb(name: &str, pages: PageCount, level: Level) -> Result<Self, Error> {
         let memfd = Self::of(name, pages, level)?;
         let all = PageRange::between(0, pages.get());

@@ -145,8 +145,9 @@ impl Userfault {
         })
     }
 
-    /// Makes a page of these bytes, maps it, and lets whoever waits for it go on: what a handler does
-    /// that has no memfd of its own. Polder does not. A page that exists already is left as it is.
+    /// Makes a page of these bytes, maps it, and lets whoever waits for it go on: what a handler
+    /// does that has no memfd of its own. Polder does not. A page that exists already is left as it
+    /// is.
     ///
     /// # Errors
     /// Of `UFFDIO_COPY`.

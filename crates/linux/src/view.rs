@@ -24,8 +24,9 @@ pub struct Touched {
     pub offset: u64,
 }
 
-/// A mapping of a whole memfd, or of a guest_memfd in its place. Children don't inherit it (`MADV_DONTFORK`: an inherited copy would
-/// not be watched by a userfaultfd), core dumps don't contain it (`MADV_DONTDUMP`).
+/// A mapping of a whole memfd, or of a guest_memfd in its place. Children don't inherit it
+/// (`MADV_DONTFORK`: an inherited copy would not be watched by a userfaultfd), core dumps don't
+/// contain it (`MADV_DONTDUMP`).
 #[derive(Debug)]
 pub struct View {
     base: NonNull<c_void>,

@@ -137,8 +137,8 @@ pub enum Exit {
     /// The hardware refused.
     #[error(transparent)]
     Refused(#[from] Refused),
-    /// The guest's own tables do not let it through: a `#PF` of the guest's, or, of nested tables, an
-    /// exit to the guest that made them.
+    /// The guest's own tables do not let it through: a `#PF` of the guest's, or, of nested tables,
+    /// an exit to the guest that made them.
     #[error("the guest's own tables do not translate page {:#x}: {}", .0.page, .0.why)]
     PageFault(PageFault),
     /// An instruction that the hypervisor carries out; the guest goes on behind it.
@@ -420,8 +420,8 @@ impl Vcpu<'_> {
         Ok(pfn)
     }
 
-    /// Walks the shadow pages of the root, and fills the TLB. What they do not have, the guest's own
-    /// tables are asked about.
+    /// Walks the shadow pages of the root, and fills the TLB. What they do not have, the guest's
+    /// own tables are asked about.
     #[inline(never)]
     fn walk_shadow(&mut self, page: u64, side: Side, write: bool, tag: u64) -> Result<Pfn, Exit> {
         let Some(table) = self.state.roots.current().table() else {
@@ -483,8 +483,8 @@ impl Vcpu<'_> {
         Ok(walk)
     }
 
-    /// A write of a frame that is mapped read-only. If that is because of a table in it whose shadow
-    /// stays in sync, the hypervisor makes the write; else it is a fault.
+    /// A write of a frame that is mapped read-only. If that is because of a table in it whose
+    /// shadow stays in sync, the hypervisor makes the write; else it is a fault.
     fn write_table(&mut self, (page, side): (u64, Side), gfn: Gfn, pfn: Pfn) -> Result<Pfn, Exit> {
         let tracked = self.shadow.is_tracked(gfn) && !self.shadow.may_unsync(gfn);
         let writable = self.memory().behind(gfn).is_some_and(|it| it.writable && it.pfn == pfn);

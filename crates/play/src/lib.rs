@@ -7,13 +7,13 @@
 //! | step | what one actor does; it may be held at a stage while others act |
 //! | look | what is so of pages, in between or at the end |
 //!
-//! `docs/scenarios.md` is the format by example. Each actor is a thread; one at a time is let go on,
-//! until its step is done, has stopped where it is to be held, or waits for somebody else: so the
-//! same scenario is the same run. What it says is an allegation until [`parse()`] has made a
+//! `docs/scenarios.md` is the format by example. Each actor is a thread; one at a time is let go
+//! on, until its step is done, has stopped where it is to be held, or waits for somebody else: so
+//! the same scenario is the same run. What it says is an allegation until [`parse()`] has made a
 //! [`Scenario`] of it.
 //!
-//! [`record()`] plays a scenario that says nothing of what is expected, and says it: what came on one
-//! host can be held against another.
+//! [`record()`] plays a scenario that says nothing of what is expected, and says it: what came on
+//! one host can be held against another.
 //!
 //! # Holes
 //! - Whether a touch of the host view waits is told by the fault threads, by page: it takes up to

@@ -66,7 +66,8 @@ pub struct VmSpec {
     /// The ASID of a VM that Polder does not know: an SNP guest of the machine's own, whose faults
     /// nobody answers but the story.
     pub asid: Option<u16>,
-    /// The page tables that its guest has in its memory, where its vCPUs run on other roots than TDP.
+    /// The page tables that its guest has in its memory, where its vCPUs run on other roots than
+    /// TDP.
     pub tables: Option<Tables>,
     /// What it sees of the memory.
     pub slots: Vec<SlotSpec>,

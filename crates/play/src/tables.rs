@@ -1,8 +1,8 @@
-//! Page tables that a VM's guest has in its own memory, to itself or to its guest: for stories about
-//! other roots than TDP.
+//! Page tables that a VM's guest has in its own memory, to itself or to its guest: for stories
+//! about other roots than TDP.
 //!
-//! They map linear addresses, or L2's guest-physical ones, to the guest frames of the same numbers: a
-//! page has the same address whatever root translates it.
+//! They map linear addresses, or L2's guest-physical ones, to the guest frames of the same numbers:
+//! a page has the same address whatever root translates it.
 
 use std::fmt;
 

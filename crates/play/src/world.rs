@@ -221,8 +221,8 @@ impl World {
         let facts = all.and_then(|all| self.memory.facts(all).ok()).unwrap_or_default();
         for (run, facts) in facts {
             if facts.population == Population::Owed {
-                // Whoever holds a part of it denies it when he ends; who brings a part of it meanwhile
-                // has the whole run refused.
+                // Whoever holds a part of it denies it when he ends; who brings a part of it
+                // meanwhile has the whole run refused.
                 if self.memory.fail(run).is_err() {
                     for page in run.frames() {
                         let _ = self.memory.fail(PageRange::one(page));

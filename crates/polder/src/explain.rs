@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, HostKind, Memory};
 
-/// All that is known of one page: what it is, who sees it, who holds it, what limits the size of its
-/// mappings, and what was done to it last. As text by [`Display`](fmt::Display), as data by `serde`;
-/// `docs/explain.md` has every field.
+/// All that is known of one page: what it is, who sees it, who holds it, what limits the size of
+/// its mappings, and what was done to it last. As text by [`Display`](fmt::Display), as data by
+/// `serde`; `docs/explain.md` has every field.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Explanation {
     /// The page, by its index in the object.

@@ -2,7 +2,8 @@
 //!
 //! - [`scenario`]: what a guest does, as data: lists of [`Op`](scenario::Op).
 //! - [`guest`]: an image of it that a KVM vCPU runs, and the requests a guest makes.
-//! - [`run`](run()): a VM with that guest, on memory of [`polder`]; what came of it is a [`Report`].
+//! - [`run`](run()): a VM with that guest, on memory of [`polder`]; what came of it is a
+//!   [`Report`].
 //! - [`run_from`]: a guest on memory that is filled from a file while it runs.
 //! - [`doctor`]: what this machine offers to all that.
 //! - [`Accesses`]: how a guest on the simulated machine reaches its memory.

@@ -51,8 +51,8 @@ impl Config {
         if self.no_faults { Some(all) } else { self.prefault }
     }
 
-    /// Where no fault may come: keeps the memory from being reclaimed, and looks whether all of it is
-    /// mapped.
+    /// Where no fault may come: keeps the memory from being reclaimed, and looks whether all of it
+    /// is mapped.
     fn check_mapped(
         &self,
         (memory, id): (&Memory, VmId),

@@ -151,8 +151,8 @@ fn page_of_failure(requests: &Requests<'_>, at: FailedAt) -> Option<PageIndex> {
     }
 }
 
-/// Gives the guest a machine check for a page that has failed, if that is wished. Not for one that an
-/// instruction met which KVM emulates: by the time we are told, the instruction counts as done.
+/// Gives the guest a machine check for a page that has failed, if that is wished. Not for one that
+/// an instruction met which KVM emulates: by the time we are told, the instruction counts as done.
 fn machine_check(
     index: u32,
     vcpu: &Vcpu,

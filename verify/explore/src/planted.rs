@@ -64,8 +64,8 @@ impl PlantedBug {
         }
     }
 
-    /// The shortest way to the bug that a scenario can say, as a scenario: it passes on the product,
-    /// and would not with the bug (`docs/check.md`).
+    /// The shortest way to the bug that a scenario can say, as a scenario: it passes on the
+    /// product, and would not with the bug (`docs/check.md`).
     ///
     /// # Errors
     /// Why there is none.

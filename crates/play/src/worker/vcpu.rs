@@ -75,7 +75,8 @@ impl Worker<'_> {
         Ok(Outcome { prefaulted: Some(counts), ..Outcome::done() })
     }
 
-    /// Has the guest write entries of its tables, by another of its vCPUs, and flush them by its own.
+    /// Has the guest write entries of its tables, by another of its vCPUs, and flush them by its
+    /// own.
     pub(super) fn pte(&mut self, place: Place, present: bool, used: bool) -> Acted {
         let gfns = self.gfns(place, self.actor.vm)?;
         let vm = &self.world.vms[self.actor.vm];

@@ -83,9 +83,10 @@ impl Memory {
         self.driver.claim(OnBusy::Wait, |engine| Ok(engine.check_whole(range)?))
     }
 
-    /// Brings the page that a vCPU's exit names ([`GuestExit::Userfault`](crate::GuestExit::Userfault)), on
-    /// the calling thread: what comes with it by read-ahead comes from this thread, too. If somebody else
-    /// is bringing it, the guest waits when it tries again. Its touches are plain faults from then on.
+    /// Brings the page that a vCPU's exit names
+    /// ([`GuestExit::Userfault`](crate::GuestExit::Userfault)), on the calling thread: what comes
+    /// with it by read-ahead comes from this thread, too. If somebody else is bringing it, the
+    /// guest waits when it tries again. Its touches are plain faults from then on.
     ///
     /// # Errors
     /// [`Refusal::Unbound`]; [`Error::NotSimulated`] on a host that has no such exits.

@@ -6,8 +6,9 @@
 //! pointer to its machine, and an act that was tried before is looked up.
 //!
 //! Two machines count as one if they hash alike; that they behave alike then is a promise of
-//! [`Machine`]'s. What that hash leaves out is `mmu_invalidate_seq`: a state notes by itself whether
-//! what a fault has resolved is current, and [`After::invalidates`] says when it no longer is.
+//! [`Machine`]'s. What that hash leaves out is `mmu_invalidate_seq`: a state notes by itself
+//! whether what a fault has resolved is current, and [`After::invalidates`] says when it no longer
+//! is.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;

@@ -242,7 +242,8 @@ impl MachineHost {
         self.each(PageRange::one(page), |page| self.assign_at(page, within))
     }
 
-    /// Has the firmware take a page, which the host has written, for its guest, which has not begun.
+    /// Has the firmware take a page, which the host has written, for its guest, which has not
+    /// begun.
     pub(super) fn launch_at(&self, page: PageIndex) -> Result<(), Error> {
         self.each(PageRange::one(page), |page| {
             let machine = &mut *self.lock();
