@@ -22,6 +22,7 @@
 //!   kernel's.
 
 mod error;
+mod guest_tables;
 pub mod limits;
 mod names;
 mod outcome;
@@ -30,7 +31,6 @@ mod player;
 mod report;
 mod scenario;
 mod state;
-mod tables;
 mod watcher;
 mod worker;
 mod world;
@@ -45,10 +45,9 @@ pub use parse::{DEFAULT_GPA, parse};
 pub use player::{Options, Recorded, play, record};
 pub use report::{Change, Played, PlayedStep, Verdict};
 pub use scenario::{
-    Actor, Bytes, Expect, Hold, HostView, Look, Mapped, MemorySpec, Place, Scenario, SlotSpec,
-    Step, Verb, VmSpec,
+    Actor, By, Bytes, Expect, Hold, HostView, Look, Mapped, MemorySpec, Place, Scenario, SlotSpec,
+    Step, Tables, Verb, VmSpec,
 };
-pub use tables::{By, Tables};
 
 /// Every platform.
 pub const PLATFORMS: [Platform; 4] =

@@ -6,9 +6,8 @@ use polder::HostKind;
 use polder::units::PAGE_SIZE;
 
 use crate::outcome::Outcome;
-use crate::scenario::{Bytes, Hold, Place, Scenario, SlotSpec, Verb};
+use crate::scenario::{By, Bytes, Hold, Place, Scenario, SlotSpec, Verb};
 use crate::state::PageState;
-use crate::tables::By;
 
 /// How a scenario ended.
 #[derive(Clone, PartialEq, Eq, Debug)]
