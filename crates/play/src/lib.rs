@@ -31,6 +31,7 @@ mod player;
 mod report;
 mod scenario;
 mod state;
+mod told;
 mod watcher;
 mod worker;
 mod world;
