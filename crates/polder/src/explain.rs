@@ -31,24 +31,24 @@ pub struct Explanation {
     /// `guest`.
     pub denied_in: Vec<String>,
     /// Who sees it.
-    pub bindings: Vec<BindingOf>,
+    pub bindings: Vec<BindingFacts>,
     /// How large the host view can map it.
     pub host_view: MappingLimit,
     /// The operation that holds it.
-    pub claim: Option<ClaimOf>,
+    pub claim: Option<ClaimFacts>,
     /// How many answers to faults and copies are in flight on it.
     pub in_flight: u64,
     /// Who has it pinned by Polder.
-    pub pins: Vec<PinOf>,
+    pub pins: Vec<PinFacts>,
     /// What the host has of it.
     pub host: HostState,
     /// The last operations on it, the last of them last.
-    pub last_operations: Vec<PastOf>,
+    pub last_operations: Vec<PastOperation>,
 }
 
 /// Where a VM sees a page.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct BindingOf {
+pub struct BindingFacts {
     /// The VM, by its number in this memory.
     pub vm: u32,
     /// The slot.
@@ -76,7 +76,7 @@ pub struct MappingLimit {
 
 /// An operation that holds a page.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct ClaimOf {
+pub struct ClaimFacts {
     /// What it does.
     pub by: String,
     /// The run of pages that it holds.
@@ -89,7 +89,7 @@ pub struct ClaimOf {
 
 /// A pin.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct PinOf {
+pub struct PinFacts {
     /// What kind.
     pub kind: String,
     /// Who holds it.
@@ -108,14 +108,14 @@ pub struct HostState {
     /// The level of its folio, where that is known.
     pub folio: Option<String>,
     /// Its entry in the RMP, where there is one.
-    pub rmp: Option<RmpOf>,
+    pub rmp: Option<RmpFacts>,
     /// Who refers to it that Polder does not know of, where that is to be seen.
     pub references: Vec<String>,
 }
 
 /// An entry of the RMP.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct RmpOf {
+pub struct RmpFacts {
     /// Whether it is assigned.
     pub assigned: bool,
     /// Its size.
@@ -128,7 +128,7 @@ pub struct RmpOf {
 
 /// An operation that is over.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct PastOf {
+pub struct PastOperation {
     /// Its number, by which it is after those with smaller ones.
     pub sequence: u64,
     /// What it was.
@@ -181,13 +181,13 @@ impl Memory {
             source_failed: known.failed,
             quarantined: known.quarantined,
             denied_in: markers.collect(),
-            bindings: known.shown.iter().map(|shown| BindingOf::new(shown, &facts)).collect(),
+            bindings: known.shown.iter().map(|shown| BindingFacts::new(shown, &facts)).collect(),
             host_view: limit(known.host_view, &HostFacts::default()),
-            claim: known.held.map(ClaimOf::from),
+            claim: known.held.map(ClaimFacts::from),
             in_flight: known.in_flight as u64,
-            pins: known.pins.iter().map(PinOf::from).collect(),
+            pins: known.pins.iter().map(PinFacts::from).collect(),
             host: HostState::new(self.host_name(in_place), facts),
-            last_operations: known.past.iter().map(PastOf::from).collect(),
+            last_operations: known.past.iter().map(PastOperation::from).collect(),
         })
     }
 
@@ -220,7 +220,7 @@ impl Memory {
     }
 }
 
-impl BindingOf {
+impl BindingFacts {
     fn new(shown: &Shown, facts: &HostFacts) -> Self {
         let stage2 = facts.stage2.iter().find(|(vm, _)| *vm == shown.vm);
         Self {
@@ -234,14 +234,14 @@ impl BindingOf {
     }
 }
 
-impl From<Held> for ClaimOf {
+impl From<Held> for ClaimFacts {
     fn from(held: Held) -> Self {
         let Held { by, range, undoing, abandoned } = held;
         Self { by: by.to_string(), pages: range.to_string(), undoing, abandoned }
     }
 }
 
-impl From<&Pinned> for PinOf {
+impl From<&Pinned> for PinFacts {
     fn from(pin: &Pinned) -> Self {
         Self {
             kind: pin.kind.to_string(),
@@ -257,7 +257,7 @@ impl HostState {
             name,
             memory: facts.memory,
             folio: facts.folio.map(|level| level.to_string()),
-            rmp: facts.rmp.map(|entry| RmpOf {
+            rmp: facts.rmp.map(|entry| RmpFacts {
                 assigned: entry.assigned,
                 level: level_of(entry).to_string(),
                 validated: entry.validated,
@@ -268,7 +268,7 @@ impl HostState {
     }
 }
 
-impl From<&Past> for PastOf {
+impl From<&Past> for PastOperation {
     fn from(past: &Past) -> Self {
         let (came, why) = match &past.came {
             Came::Done => ("done", None),
@@ -408,7 +408,7 @@ impl Explanation {
     /// Who sees it, and how large at most.
     fn seen_by(&self) -> impl Iterator<Item = Line> {
         let bindings = self.bindings.iter().map(|binding| {
-            let BindingOf { slot, gpa, wanted, limit, .. } = binding;
+            let BindingFacts { slot, gpa, wanted, limit, .. } = binding;
             let mut text = format!("slot {slot} at gpa {gpa:#x}; wants {wanted}; {limit}");
             if binding.wanted != self.granted {
                 text.push_str("; its wish is unmet");
@@ -464,7 +464,7 @@ impl Explanation {
             line("pin", format!("{}, by {}, of pages {}", pin.kind, pin.holder, pin.pages))
         });
         let past = self.last_operations.iter().map(|past| {
-            let PastOf { sequence, did, pages, came, why } = past;
+            let PastOperation { sequence, did, pages, came, why } = past;
             let why = why.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
             line("last", format!("#{sequence} {did} of pages {pages}: {came}{why}"))
         });

@@ -270,7 +270,7 @@ impl<'a> Accesses<'a> {
         let mut access = |vcpu: &MachineVcpu| {
             loop {
                 match access(vcpu) {
-                    Err(GuestExit::Userfault(gfn)) => memory.bring_for(vm, gfn)?,
+                    Err(GuestExit::Userfault(gfn)) => memory.fetch_for(vm, gfn)?,
                     other => return other,
                 }
             }

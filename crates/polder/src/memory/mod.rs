@@ -323,10 +323,10 @@ impl Memory {
     ///     });
     ///     assert!(device.join().is_err());
     /// });
-    /// assert_eq!(memory.pins_of_the_dead()[0].holder.to_string(), "a device");
+    /// assert_eq!(memory.dead_pins()[0].holder.to_string(), "a device");
     /// # Ok::<_, polder::Error>(())
     /// ```
-    pub fn pins_of_the_dead(&self) -> Vec<DeadPin> {
+    pub fn dead_pins(&self) -> Vec<DeadPin> {
         self.driver.dead_pins.lock().clone()
     }
 
