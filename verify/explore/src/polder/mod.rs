@@ -23,6 +23,7 @@ mod guest;
 mod hardware;
 mod host;
 mod kept;
+mod machines;
 mod merge;
 mod operation;
 mod pins;
@@ -35,6 +36,7 @@ mod setup;
 mod stage;
 mod start;
 mod story;
+mod take;
 mod undo;
 mod ways;
 
@@ -48,9 +50,10 @@ use polder_units::PageRange;
 
 use crate::fold::Fold;
 use crate::system::{Point, System, Violation};
-use act::{Act, After, Done, Machines};
+use act::{Act, Done};
 pub use configs::{all, named};
 use kept::{KeptEngine, KeptMachine, Pages, Parts, range, set};
+use machines::{After, Machines};
 use prefault::{Ahead, Step};
 pub use setup::{Actor, Bug, Role, Setup, Slip, Task};
 use stage::{Given, Stage};
