@@ -65,7 +65,7 @@ impl Memory {
         self.driver.settle()
     }
 
-    /// Waits until the contents of pages are there, which the source is asked for where there is
+    /// Waits until the contents of pages are there. They are asked for from the source, if there is
     /// one.
     ///
     /// # Errors
