@@ -130,7 +130,6 @@ extern crate alloc;
 extern crate std;
 
 mod access;
-mod address;
 mod anonymous;
 mod audit;
 mod chunk;
@@ -168,7 +167,6 @@ mod vm;
 mod vm_ops;
 
 pub use access::{AccessCheck, AccessFault, Path, Refused};
-pub use address::{Hva, Vpn, VpnRange};
 pub use audit::Discrepancy;
 pub use error::Error;
 pub use folio::{Counts, GUP_PIN_COUNTING_BIAS, LockOwner};
@@ -194,3 +192,5 @@ pub use slab::{DomainId, ObjectId, PinId, ProcessId, VmId};
 pub use tdp::{Resolved, Spte};
 pub use vm::Bound;
 pub use vm_ops::VmOps;
+
+pub use polder_units::{Hva, Vpn, VpnRange};
