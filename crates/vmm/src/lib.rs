@@ -10,7 +10,6 @@
 //! - [`Vm`]: a VM whose guest does what it is told, on memory that somebody else made.
 
 mod accesses;
-mod ahead;
 mod device;
 pub mod doctor;
 mod error;
@@ -20,6 +19,7 @@ mod intruder;
 mod kvm;
 mod machine;
 mod machine_check;
+mod prefault;
 mod report;
 mod requests;
 mod roots;
@@ -31,12 +31,12 @@ mod virtqueue;
 mod vm;
 
 pub use accesses::{Accepting, Accesses, Changed, Rescinded};
-pub use ahead::Prefault;
 pub use error::RunError;
 pub use from::{FromConfig, FromReport, run_from};
 pub use intruder::Way;
 pub use kvm::{Conversion, check_kvm};
 pub use machine_check::{MachineCheck, OnFailedPage};
+pub use prefault::Prefault;
 pub use report::{Accelerator, Ahead, End, Failure, Progress, Report, Supervision};
 pub use requests::{Expected, Next, Requests};
 pub use roots::GuestRoot;
