@@ -65,7 +65,8 @@ impl HugetlbPages {
     }
 
     /// `count` pages of 2M, the only ones that are free and not promised, and no other test has any
-    /// while they are held. Waits for those that do, and for who else has some, for `at_most` at most.
+    /// while they are held. Waits for those that do, and for who else has some, for `at_most` at
+    /// most.
     ///
     /// # Errors
     /// Why there are none.
