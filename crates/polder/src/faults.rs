@@ -125,7 +125,7 @@ fn start(driver: &Arc<Driver>, team: &Arc<Team>) -> Result<(), polder_linux::Err
         move || run(&driver, &team, &away)
     })?;
     // Those that died of a bug have told of it, and leave nothing to wait for.
-    threads.retain(|(thread, _)| !thread.is_finished());
+    threads.retain(|(thread, _)| !crate::sync::is_finished(thread));
     threads.push((thread, away));
     Ok(())
 }

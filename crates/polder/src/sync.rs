@@ -17,6 +17,18 @@ pub(crate) use shuttle::thread::{JoinHandle, sleep, yield_now};
 #[cfg(shuttle)]
 pub(crate) use shuttled::{Condvar, Mutex, MutexGuard, RwLock, spawn, thread_number};
 
+/// Whether a thread has ended.
+#[cfg(not(shuttle))]
+pub(crate) fn is_finished<T>(thread: &JoinHandle<T>) -> bool {
+    thread.is_finished()
+}
+
+/// Shuttle's threads don't tell.
+#[cfg(shuttle)]
+pub(crate) fn is_finished<T>(_: &JoinHandle<T>) -> bool {
+    false
+}
+
 /// A number of the calling thread's own, from 0.
 #[cfg(not(shuttle))]
 pub(crate) fn thread_number() -> usize {

@@ -250,37 +250,25 @@ impl MachineVcpu {
     }
 
     /// Has pKVM's hypervisor know that the guest asks, has it answered, and lets the guest go on.
-    /// Without pKVM there is nobody to ask. Who finds that another vCPU's request has come between
-    /// asks again.
+    /// Without pKVM there is nobody to ask.
     fn ask_for<T>(
         &self,
         gfns: GfnRange,
         ask: Ask,
-        answer: impl Fn() -> Result<T, Error>,
+        answer: impl FnOnce() -> Result<T, Error>,
     ) -> Result<T, GuestExit> {
-        let host = self.driver.host.machine().expect("made on the simulated machine");
-        if !self.driver.engine().config().platform.guest_decides() {
+        let host = self.host();
+        let Some(_alone) = host.requests() else {
             return answer().map_err(GuestExit::Failed);
-        }
+        };
         self.driver.ask(|engine| engine.pages_of(self.vm, gfns))?;
-        let mut refusals = 0;
-        loop {
-            for gfn in gfns.frames() {
-                self.hypercall(gfn, ask)?;
-            }
-            let answered = answer();
-            for gfn in gfns.frames() {
-                let resumed = host.lock().resume_guest(self.id.vm, gfn);
-                assert!(resumed.is_ok(), "pKVM is enabled: {resumed:?}");
-            }
-            match answered {
-                Err(Error::Pkvm { fail: PkvmFail::NotAsked, .. }) if refusals < REFUSALS => {
-                    refusals += 1;
-                    crate::sync::yield_now();
-                }
-                answered => return answered.map_err(GuestExit::Failed),
-            }
+        let asked = gfns.frames().try_for_each(|gfn| self.hypercall(gfn, ask));
+        let answered = asked.and_then(|()| answer().map_err(GuestExit::Failed));
+        for gfn in gfns.frames() {
+            let resumed = host.lock().resume_guest(self.id.vm, gfn);
+            assert!(resumed.is_ok(), "pKVM is enabled: {resumed:?}");
         }
+        answered
     }
 
     /// One hypercall of the guest's. A page that it does not have it is given first, unless it is to

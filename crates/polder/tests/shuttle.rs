@@ -254,3 +254,20 @@ fn an_snp_guests_vcpus_and_a_page_state_change_all_end() {
         end(memory, threads);
     });
 }
+
+#[test]
+fn requests_of_a_pkvm_guests_vcpus_that_overlap_are_all_carried_out() {
+    explore(|| {
+        let memory = memory(pages(0, 3), |builder| builder.platform(Platform::Pkvm));
+        let threads = [(0, 2, Shared), (1, 3, Shared), (0, 3, Private)].map(|(start, end, to)| {
+            let vcpu = memory.machine_vcpu(VmId(0)).unwrap();
+            let gfns = GfnRange::between(VM / 4096 + start, VM / 4096 + end).unwrap();
+            thread::spawn(move || drop(vcpu.convert(gfns, to).unwrap()))
+        });
+        let [first, others @ ..] = threads;
+        first.join().unwrap();
+        others.into_iter().for_each(|thread| thread.join().unwrap());
+        assert_eq!(memory.quarantined(), []);
+        end(memory, Vec::new());
+    });
+}

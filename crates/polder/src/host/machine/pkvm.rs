@@ -19,13 +19,17 @@ use polder_units::{Gfn, GfnRange, Level, PageIndex, PageRange};
 use super::stage2::Tried;
 use super::{MachineHost, REFERENCE_RETRIES, refused};
 use crate::Error;
-use crate::sync::Mutex;
+use crate::sync::{Mutex, MutexGuard};
 
 /// What is kept about pKVM.
 #[derive(Default)]
 pub(super) struct Pkvm {
     /// The VM that the memory's pages are donated to: the first that it was bound to.
     owner: Mutex<Option<(VmId, polder_machine::VmId)>>,
+    /// Held by who has the guest's request carried out. Who knows of a frame only what was asked
+    /// last would carry out another vCPU's request, or find its own gone: one after the other, as
+    /// the hypervisor itself takes a VM's hypercalls (`guest_lock_component()`).
+    requests: Mutex<()>,
 }
 
 /// Whether the host reaches what a guest has at a frame.
@@ -39,6 +43,11 @@ impl MachineHost {
     /// Whether the memory is a protected VM's of pKVM.
     pub(super) const fn is_pkvm(&self) -> bool {
         self.pkvm.is_some()
+    }
+
+    /// Waits until no other vCPU's request is being carried out. Nobody to wait for without pKVM.
+    pub(crate) fn requests(&self) -> Option<MutexGuard<'_, ()>> {
+        self.pkvm.as_ref().map(|pkvm| pkvm.requests.lock())
     }
 
     fn pkvm_owner(&self) -> Option<(VmId, polder_machine::VmId)> {
