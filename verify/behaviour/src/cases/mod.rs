@@ -42,8 +42,9 @@ pub(crate) use moves::{
     LAUNCHED, MOVES, MOVES_BUSY, MOVES_PINNED, MOVES_UNTOLD, NO_MOVE, NO_PRELOAD, NOT_PRELOADED,
     PRELOADED, UNMOVABLE,
 };
+pub(crate) use pins::MAPPED;
 pub(crate) use population::{CONTINUE_FAILS, PLAIN_FAULTS};
-pub(crate) use prefault::{FAILED_STOPS, OWED_STOPS, STILL_OWED, UNTOLD};
+pub(crate) use prefault::{FAILED_STOPS, OWED_STOPS, PART_STOPS, STILL_OWED, UNTOLD};
 pub(crate) use reach::{
     DESCRIPTOR, MEM_HOST_VIEW, MEM_OTHER_VIEWS, TRACED_HOST_VIEW, TRACED_OTHER_VIEWS,
 };

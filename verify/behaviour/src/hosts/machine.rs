@@ -8,12 +8,13 @@ use std::collections::BTreeSet;
 use polder::machine::{HostPte, Plant, Vpn};
 use polder::units::{GfnRange, Gpa, PageIndex, PageRange};
 use polder::{
-    Bug, Error, GuestExit, HostKind, Memory, MemoryFault, Platform, Prefaulted, Visibility, VmId,
+    Bug, Error, GuestExit, HostKind, Memory, MemoryFault, PageSize, Platform, Prefaulted,
+    Visibility, VmId,
 };
 use polder_vmm::scenario::Op;
 use polder_vmm::{Accepting, Accesses, Ended, GuestRoot, IdleVcpu, Progress, Supervision, Vm};
 
-use super::LOOKS;
+use super::{EVERY_SIZE, LOOKS, NO_FLAG};
 use crate::host::{Guest, Host, Inside, Trouble, Way};
 use crate::{Section, Skipped};
 
@@ -22,6 +23,7 @@ use reasons::{GUEST_FREES, NO_SELFTESTS, SHARES_WHOLE};
 /// The simulated machine, for a kind of VM, with a bug planted or without.
 pub(super) struct Machine {
     pub(super) platform: Platform,
+    pub(super) size: PageSize,
     pub(super) root: GuestRoot,
     pub(super) plant: Option<Plant>,
     pub(super) bug: Option<Bug>,
@@ -29,7 +31,13 @@ pub(super) struct Machine {
 
 impl Machine {
     pub(super) const fn new(platform: Platform) -> Self {
-        Self { platform, root: GuestRoot::Tdp, plant: None, bug: None }
+        let size = PageSize::Small;
+        Self { platform, size, root: GuestRoot::Tdp, plant: None, bug: None }
+    }
+
+    /// A plain VM with memory of huge pages.
+    pub(super) const fn of(size: PageSize) -> Self {
+        Self { size, ..Self::new(Platform::Plain) }
     }
 
     /// A plain VM whose guests run on `root`.
@@ -56,18 +64,30 @@ impl Host for Machine {
         self.platform
     }
 
+    fn page_size(&self) -> PageSize {
+        self.size
+    }
+
     fn name(&self) -> String {
-        match (self.root, self.platform) {
-            (GuestRoot::Shadow, _) => "machine shadow".to_owned(),
-            (GuestRoot::Nested, _) => "machine nested".to_owned(),
-            (GuestRoot::Tdp, Platform::Plain) => "machine".to_owned(),
-            (GuestRoot::Tdp, platform) => format!("machine {platform}"),
+        match (self.root, self.platform, self.size) {
+            (GuestRoot::Shadow, ..) => "machine shadow".to_owned(),
+            (GuestRoot::Nested, ..) => "machine nested".to_owned(),
+            (GuestRoot::Tdp, Platform::Plain, PageSize::Small) => "machine".to_owned(),
+            (GuestRoot::Tdp, Platform::Plain, size) => format!("machine {size}"),
+            (GuestRoot::Tdp, platform, _) => format!("machine {platform}"),
         }
     }
 
     fn lacks(&self, section: Section) -> Option<&'static str> {
         if self.root != GuestRoot::Tdp && section != Section::Prefault {
             return Some(ROOT);
+        }
+        if self.size != PageSize::Small {
+            match section {
+                Section::HugePages => return Some(EVERY_SIZE),
+                Section::Selftests => return Some(NO_FLAG),
+                _ => {}
+            }
         }
         match (section, self.platform) {
             (Section::Selftests, Platform::Pkvm) => Some(NO_SELFTESTS),
@@ -92,7 +112,7 @@ impl Host for Machine {
     }
 
     fn not_applicable(&self) -> &'static [(&'static str, &'static str)] {
-        reasons::reasons(self.platform)
+        reasons::reasons(self.platform, self.size)
     }
 
     fn missing(&self, _: &polder::Error) -> Option<Skipped> {

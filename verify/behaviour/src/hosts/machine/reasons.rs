@@ -2,22 +2,22 @@
 
 use std::sync::LazyLock;
 
-use polder::Platform;
+use polder::{PageSize, Platform};
 
 use crate::cases;
-
-/// A row and why it is not applicable.
-type Reason = (&'static str, &'static str);
+use crate::hosts::{HUGE, Reason};
 
 /// The cases that are not applicable to such a VM's memory.
-pub(super) fn reasons(platform: Platform) -> &'static [Reason] {
+pub(super) fn reasons(platform: Platform, size: PageSize) -> &'static [Reason] {
     static PLAIN: LazyLock<Vec<Reason>> = LazyLock::new(|| [EVERY, ALIKE].concat());
     static PROTECTED: LazyLock<Vec<Reason>> = LazyLock::new(|| [EVERY, ALIKE, OF_PLAIN].concat());
     static OF_SNP: LazyLock<Vec<Reason>> =
         LazyLock::new(|| [EVERY, OF_PLAIN, OF_PROTECTED, SNP].concat());
     static OF_PKVM: LazyLock<Vec<Reason>> =
         LazyLock::new(|| [EVERY, ALIKE, OF_PLAIN, OF_PROTECTED, PKVM].concat());
+    static OF_HUGE: LazyLock<Vec<Reason>> = LazyLock::new(|| [EVERY, ALIKE, HUGE].concat());
     match platform {
+        Platform::Plain if size != PageSize::Small => &OF_HUGE,
         Platform::Plain => &PLAIN,
         Platform::SwProtected => &PROTECTED,
         Platform::Snp => &OF_SNP,
