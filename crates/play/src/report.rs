@@ -187,7 +187,12 @@ impl Verb {
             }
             Self::Pin { place, name, .. } => format!("pin {place} as \"{}\"", short(name)),
             Self::Unpin { name } => format!("unpin \"{}\"", short(name)),
-            Self::Refer { place, name, .. } => format!("refer to {place} as \"{}\"", short(name)),
+            Self::Refer { place, name, of: None, .. } => {
+                format!("refer to {place} as \"{}\"", short(name))
+            }
+            Self::Refer { place, name, of: Some(of), .. } => {
+                format!("refer to {place} of \"{}\" as \"{}\"", short(of), short(name))
+            }
             Self::Release { name } => format!("release \"{}\"", short(name)),
             Self::GupFast { place, .. } => format!("gup-fast {place}: next step"),
             Self::Pvalidate { place, size: how, validate: true } => {

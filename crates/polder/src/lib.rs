@@ -104,6 +104,7 @@ pub use vm_memory;
 pub use dma::{Device, Dma, SimulatedDevice};
 pub use error::Error;
 pub use explain::{BindingOf, ClaimOf, Explanation, HostState, MappingLimit, PastOf, PinOf, RmpOf};
+pub use host::machine::KernelPin;
 pub use host::{HostKind, Vm};
 pub use host_view::HostView;
 pub use huge_pool::HugePool;
