@@ -233,6 +233,11 @@ impl Scale {
         Self(Geometry::X86_64.pages(level).get())
     }
 
+    /// Whether one is a page of 4K.
+    pub(crate) fn is_small(self) -> bool {
+        self.0 == 1
+    }
+
     /// The pages of so many.
     pub(crate) fn count(self, of: u64) -> u64 {
         of * self.0

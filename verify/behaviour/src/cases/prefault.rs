@@ -307,7 +307,7 @@ fn conversions(w: &World<'_>) -> Ran {
 fn discards(w: &World<'_>, owed: bool) -> Ran {
     let shown = w.granules();
     // Of huge pages few: what is owed of one keeps all of it.
-    let count = if shown.count(1) == 1 { 64 } else { 1 };
+    let count = if shown.is_small() { 64 } else { 1 };
     let next = shown.page(count);
     let bound = w.bound(if owed { w.owed(next.end())? } else { w.memory(shown.count(count))? })?;
     let (memory, vcpu) = (&bound.memory, vcpu(&bound));
@@ -332,7 +332,7 @@ fn discards(w: &World<'_>, owed: bool) -> Ran {
 
 fn untold(w: &World<'_>) -> Ran {
     let shown = w.granules();
-    let (some, next) = (if shown.count(1) == 1 { 16 } else { 1 }, shown.count(1));
+    let (some, next) = (if shown.is_small() { 16 } else { 1 }, shown.count(1));
     let bound = w.bound(w.owed(shown.count(4 * some) + next)?)?;
     let memory = &bound.memory;
     populate(memory, shown.pages(0, 3 * some), 1).expect("it is owed");
@@ -384,13 +384,13 @@ fn part_of_a_huge_page(w: &World<'_>) -> Ran {
     populate(memory, come, 1).expect("it is owed");
     let done = prefault(&bound, &vcpu, come);
     let faults = memory.statistics().guest_faults;
-    match w.granules().count(1) {
-        1 => {
+    match w.granules().is_small() {
+        true => {
             assert_eq!(done, whole(come));
             bound.passes([check(gfns(come), 1)]);
         }
         // It is mapped as a whole or not at all.
-        _ => assert_eq!(done, Err(Refusal::Owed { page: rest.start() }.into())),
+        false => assert_eq!(done, Err(Refusal::Owed { page: rest.start() }.into())),
     }
     memory.populate(rest, &[]).expect("it is owed");
     if crate::world::keeps(memory) {
