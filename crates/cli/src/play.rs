@@ -20,9 +20,9 @@ use crate::output;
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
-  polder play scenarios                        all of a folder
-  polder play scenarios/cut-off.toml --trace   with what happens on the way
-  polder play scenarios --json | jq .failed    for programs
+  polder play scenarios                                     all of a folder
+  polder play scenarios/cut-off-before-check.toml --trace   what happens on the way
+  polder play scenarios --json | jq .failed                 for programs
 
 Exit status: 0 all was as expected, 1 something was not, 2 a scenario can't be played.")]
 pub(crate) struct Arguments {
