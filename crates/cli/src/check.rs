@@ -21,15 +21,15 @@ const LONGEST: u64 = 365 * 24 * 60 * 60;
 
 /// Search the interleavings of Polder's protocols for one that breaks an invariant.
 ///
-/// The engine that Polder runs is driven over the simulated machine by guests, threads and callers
-/// whose every step is a scheduling point; after each the invariants of ARCHITECTURE.md are looked
-/// at. What is found is told as the shortest list of steps that leads there.
+/// Polder's own engine is run on the simulated machine by guests, threads and callers, in every order
+/// of their steps. After each step the invariants of ARCHITECTURE.md are checked. A finding is printed
+/// as the shortest list of steps that leads there.
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
   polder check                            every configuration, a minute at most
   polder check --config list              what there is: configurations, models, bugs
-  polder check --config conversion        one of them, with what it did not meet
+  polder check --config conversion        one of them, and which overlaps never came
   polder check --planted all              is every planted bug found?
   polder check --planted no-drain         the shortest way to one of them
   polder check --planted one-table        a change that breaks nothing, searched to the end
@@ -52,10 +52,10 @@ pub(crate) struct Arguments {
     /// be one
     #[arg(long, value_name = "DIR", requires = "planted")]
     save: Option<PathBuf>,
-    /// How long to search in all; what ends by itself may end sooner
+    /// How long to search in all; it ends sooner when there is nothing left to search
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=LONGEST))]
     seconds: u64,
-    /// The seed of random ways, where not all can be searched
+    /// The seed for configurations that are too large to search every order of
     #[arg(long, value_name = "NUMBER", default_value_t = 1)]
     seed: u64,
     /// Print one JSON object

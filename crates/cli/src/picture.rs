@@ -108,7 +108,7 @@ fn letter(start: u64, end: u64, folios: &[(PageRange, Level)]) -> char {
 }
 
 /// Bytes as a person reads them: three digits that count.
-fn rounded(bytes: u64) -> String {
+pub(crate) fn rounded(bytes: u64) -> String {
     let units = [(1 << 40, "T"), (1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")];
     let Some((unit, name)) = units.into_iter().find(|&(unit, _)| bytes >= unit) else {
         return bytes.to_string();

@@ -11,10 +11,11 @@ use polder_vmm::guest::Program;
 use polder_vmm::{Config, Prefault, Progress, Supervision};
 
 use crate::control::Control;
+use crate::picture::rounded;
 use crate::run_from::{From, Run};
 use crate::run_report::{status, to_json, to_text};
 use crate::trouble::Trouble;
-use crate::{interrupt, output};
+use crate::{doctor, interrupt, output};
 
 /// Run a guest on Polder's memory, and check every byte of it.
 ///
@@ -40,28 +41,28 @@ pub(crate) struct Arguments {
     /// Where the memory lives
     #[arg(long, value_enum, default_value_t = Host::Auto)]
     host: Host,
-    /// For which kind of VM: all but plain on the simulated machine only
+    /// The kind of VM; all but plain on the simulated machine only
     #[arg(long, value_enum, default_value_t = Kind::Plain)]
     pub(crate) platform: Kind,
-    /// The guest's memory: 16M to 1T; 64M unless said
+    /// The guest's memory, 16M to 1T; 64M by default
     #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
     pub(crate) memory: Option<ByteSize>,
-    /// The guest's vCPUs: 1 to 4
+    /// The guest's vCPUs, 1 to 4
     #[arg(long, value_name = "N", default_value_t = 2, allow_negative_numbers = true)]
     pub(crate) vcpus: u32,
     /// The size of the pages that back the memory
     ///
-    /// 4k; thp, transparent huge pages where the kernel has one to give; 2m or 1g, huge pages that
+    /// 4k; thp: transparent huge pages, where the kernel has some to give; 2m or 1g: huge pages that
     /// are reserved for the guest before it starts
     #[arg(long, value_name = "SIZE", default_value = "4k")]
     pub(crate) page_size: PageSize,
     /// Decides the guest's patterns and ranges: the same seed gives the same ones
     #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     pub(crate) seed: u64,
-    /// Seconds after which the guest is stopped
+    /// Stop the guest after so many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 120, allow_negative_numbers = true)]
     pub(crate) timeout: u64,
-    /// Hold each stage of every operation up by as much as this, by chance: shakes out races
+    /// Delay each stage of every operation by a random time up to this one, to shake out races
     #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     delays: Option<u32>,
     /// Print one JSON object
@@ -74,11 +75,11 @@ pub(crate) struct Arguments {
     /// Map ahead before the guest starts, or beside it while it runs
     #[arg(long, value_enum, default_value_t = When::Start, value_name = "WHEN")]
     prefault_when: When,
-    /// For guests that may not wait: have all memory mapped before the start, locked and checked, or
-    /// say what stands in the way
+    /// For guests that must not wait: map, lock and check all memory before the start, or say what
+    /// stands in the way
     #[arg(long, conflicts_with = "prefault_when")]
     no_faults_after_start: bool,
-    /// What the guest does: all but the first show how misbehaviour ends
+    /// What the guest does; all but the first misbehave, to show how that ends
     #[arg(long, value_enum, default_value_t = Guest::SelfTest)]
     pub(crate) guest: Guest,
     #[command(flatten)]
@@ -129,7 +130,7 @@ impl Kind {
 pub(crate) enum Guest {
     /// Converts and checks its memory
     SelfTest,
-    /// Triple-faults at once
+    /// Ends in a triple fault at once
     TripleFault,
     /// Loops for ever
     Spin,
@@ -227,11 +228,10 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
         },
         no_faults: arguments.no_faults_after_start,
     };
-    let control = Control::listen();
-    if let (Err(why), false) = (&control, arguments.json) {
-        output::note(&format!("note: `polder explain` can't reach this run: {why}"));
+    if let Some(trouble) = too_much(arguments, host) {
+        return trouble.print(arguments.json);
     }
-    let supervisor = Supervisor::new(arguments.timeout, arguments.json, control.ok());
+    let supervisor = Supervisor::new(arguments.timeout, arguments.json);
     let mut supervisor = match supervisor {
         Ok(supervisor) => supervisor,
         Err(error) => {
@@ -253,6 +253,27 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     }
 }
 
+/// What keeps memory from being mapped ahead: there is less of it. Else the kernel would end some
+/// process, and not this one perhaps. Huge pages are reserved before, or refused.
+fn too_much(arguments: &Arguments, host: HostKind) -> Option<Trouble> {
+    let memory = arguments.memory.unwrap_or(MEMORY).get();
+    let ahead = match arguments.prefault {
+        Ahead::None if !arguments.no_faults_after_start => return None,
+        Ahead::Range(gfns) if !arguments.no_faults_after_start => gfns.count().bytes()?,
+        Ahead::None | Ahead::All | Ahead::Range(_) => memory,
+    };
+    let is_reserved = matches!(arguments.page_size, PageSize::Huge2M | PageSize::Huge1G);
+    let is_paid_for = host == HostKind::Machine || is_reserved;
+    let there = doctor::memory_available()?;
+    (!is_paid_for && ahead > there).then(|| {
+        Trouble::told(
+            format!("{} of memory can't be mapped ahead", rounded(ahead)),
+            Some(format!("this machine has {} available", rounded(there))),
+            "ask for less memory, or map a part of it ahead: --prefault START+SIZE".into(),
+        )
+    })
+}
+
 /// Watches the clock and Ctrl-C, and shows the progress line.
 pub(crate) struct Supervisor {
     start: Instant,
@@ -267,8 +288,13 @@ pub(crate) struct Supervisor {
 }
 
 impl Supervisor {
-    pub(crate) fn new(timeout: u64, json: bool, control: Option<Control>) -> std::io::Result<Self> {
+    pub(crate) fn new(timeout: u64, json: bool) -> std::io::Result<Self> {
         interrupt::hear()?;
+        let control = Control::listen();
+        if let (Err(why), false) = (&control, json) {
+            output::note(&format!("note: `polder explain` can't reach this run: {why}"));
+        }
+        let control = control.ok();
         // On standard error, and only where that is a terminal.
         let line = if json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
         let running = ProgressStyle::with_template("{spinner} {elapsed} {msg}")

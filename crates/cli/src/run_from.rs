@@ -12,7 +12,6 @@ use polder::{HostKind, PageSize, ReadAhead};
 use polder_vmm::{End, FromConfig, FromReport, OnFailedPage};
 use serde_json::json;
 
-use crate::control::Control;
 use crate::output;
 use crate::run::Supervisor;
 use crate::run_report::{ended, exit, simulated, status, vcpus, verdict, why};
@@ -27,19 +26,19 @@ pub(crate) struct From {
         "guest", "delays", "platform", "prefault", "prefault_when", "no_faults_after_start",
     ])]
     from: Option<PathBuf>,
-    /// Have reads of the file go wrong, to see what happens
+    /// Make reads of the file go wrong, to see what happens
     #[arg(long, value_enum, value_name = "HOW", requires = "from")]
     from_faults: Option<FromFaults>,
-    /// Seconds that the guest waits for a page, at most
+    /// How many seconds the guest waits for a page, at most
     #[arg(long, value_name = "SECONDS", requires = "from", default_value_t = 10.0, value_parser = seconds)]
     deadline: f64,
     /// Read no more of the file than the guest asks for
     #[arg(long, requires = "from")]
     no_read_ahead: bool,
-    /// Bring what the guest has not come to yet, too
+    /// Also bring pages that the guest has not touched yet
     #[arg(long, requires = "from")]
     fill: bool,
-    /// What becomes of the guest when it touches a page that did not come
+    /// What happens to the guest when it touches a page that did not come
     #[arg(long, value_enum, value_name = "WHAT", requires = "from", default_value_t = OnFailed::Stop)]
     on_failed_page: OnFailed,
 }
@@ -48,7 +47,7 @@ pub(crate) struct From {
 enum OnFailed {
     /// It is stopped, and the page named
     Stop,
-    /// It takes a machine check that names the page, leaves what it was at, and goes on
+    /// It takes a machine check that names the page, gives up what it was doing, and goes on
     Mce,
 }
 
@@ -93,7 +92,7 @@ impl From {
             Err(trouble) => return trouble.print(run.json),
         };
         let size = ByteSize::new(config.pages.bytes().unwrap_or(u64::MAX));
-        let supervisor = Supervisor::new(run.timeout, run.json, Control::listen().ok());
+        let supervisor = Supervisor::new(run.timeout, run.json);
         let mut supervisor = match supervisor {
             Ok(supervisor) => supervisor.of_pages(config.pages),
             Err(error) => return Trouble::new(&error, None).print(run.json),

@@ -324,6 +324,13 @@ fn memory_is_mapped_ahead_before_the_guest_starts_and_beside_it() {
     assert_eq!(none.status.code(), Some(2));
     let error = &json(&none)["error"];
     assert!(error["try"].as_str().is_some_and(|out| out.contains("--prefault all")), "{error}");
+    let more = output("run --json --host memfd --memory 1T --prefault all");
+    let total = std::fs::read_to_string("/proc/meminfo").expect("a kernel says what it has");
+    let total: u64 = total.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).unwrap();
+    if total < 1 << 30 {
+        let error = &json(&more)["error"];
+        assert!(error["why"].as_str().is_some_and(|why| why.contains("available")), "{error}");
+    }
     for wrong in ["some", "0x1000", "4096+", "0x1001+4K", "0x1000+0"] {
         let output = output(&format!("run --host machine --prefault {wrong}"));
         assert_eq!(output.status.code(), Some(2), "{wrong}");
