@@ -59,9 +59,9 @@ fn trouble(error: &clap::Error, cli: &clap::Command, command: &str) -> Trouble {
         }
         (ArgumentConflict, _) => match context(ContextKind::PriorArg) {
             Some(other) if other != argument => {
-                (format!("{argument} can't stand beside {other}"), None)
+                (format!("{argument} can't be used with {other}"), None)
             }
-            _ => (format!("{argument} stands there twice"), None),
+            _ => (format!("{argument} is given twice"), None),
         },
         _ => {
             let text = error.to_string();
