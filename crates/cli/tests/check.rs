@@ -73,19 +73,21 @@ fn whatever_can_be_named_can_be_listed() {
 
 #[test]
 fn an_interrupt_ends_the_search_with_what_came_of_it_so_far() {
-    let run = Command::new(env!("CARGO_BIN_EXE_polder"))
+    let mut run = Command::new(env!("CARGO_BIN_EXE_polder"))
         .args(["check", "--config", "snp-large", "--seconds", "600", "--json"])
         .stdout(std::process::Stdio::piped())
         .spawn()
         .expect("the program was just built");
     let status = format!("/proc/{}/status", run.id());
-    // Until it hears the signal.
+    // Until it hears SIGTERM, and so SIGINT, which is seen to before.
     let hears = || {
         let text = std::fs::read_to_string(&status).unwrap_or_default();
         let caught = text.lines().find_map(|line| line.strip_prefix("SigCgt:"));
-        caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0) & 2 != 0
+        caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0) & 1 << 14
+            != 0
     };
     while !hears() {
+        assert!(run.try_wait().expect("it is a child").is_none(), "it ended by itself");
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
     let kill = Command::new("kill").args(["-INT", &run.id().to_string()]).status();
