@@ -2,13 +2,14 @@
 
 use std::fmt::Write;
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 use polder::HostKind;
 use polder_play::{Options, Played, PlayedStep, Scenario, Verdict, limits, parse, play};
+use rustix::fs::{Mode, OFlags};
 use serde_json::{Value, json};
 
 use crate::output;
@@ -129,7 +130,10 @@ fn files(paths: &[PathBuf], unreadable: &mut Vec<Unreadable>) -> Vec<PathBuf> {
 
 /// The text of a file, as far as a scenario can reach.
 fn read(path: &Path) -> Result<String, String> {
-    let file = File::open(path).map_err(|error| error.to_string())?;
+    // Whoever opens a named pipe for reading waits for somebody who writes, unless he says so.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file = rustix::fs::open(path, flags, Mode::empty());
+    let file = File::from(file.map_err(|error| io::Error::from(error).to_string())?);
     let kind = file.metadata().map_err(|error| error.to_string())?;
     if !kind.is_file() {
         return Err("this is no file".into());

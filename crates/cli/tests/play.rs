@@ -89,7 +89,13 @@ fn what_is_no_scenario_is_refused_with_file_and_line() {
 
 #[test]
 fn what_is_no_file_of_sensible_size_is_refused() {
+    // A named pipe that nobody writes to.
+    let pipe = Path::new(env!("CARGO_TARGET_TMPDIR")).join("pipe.toml");
+    let _ = std::fs::remove_file(&pipe);
+    let (kind, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR);
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, kind, mode, 0).expect("a pipe for the test");
     for (path, why) in [
+        (pipe, "this is no file"),
         (PathBuf::from("/dev/zero"), "this is no file"),
         (PathBuf::from("/does/not/exist"), "No such file"),
         (file("large.toml", &"#\n".repeat(1 << 20)), "tell a shorter story"),
