@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use polder::source::{Fault, Faulty, FileSource, SourceError, ZeroSource};
 use polder::units::{PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange};
-use polder::{Error, HostKind, Memory, OnBusy, Population, ReadAhead, Refusal, Source};
-use polder_require::{Facility, patience, require};
+use polder::{Error, HostKind, Memory, OnBusy, PageSize, Population, ReadAhead, Refusal, Source};
+use polder_require::{Facility, HugetlbPages, patience, require};
 
 const PAGES: u64 = 512;
 
@@ -287,4 +287,45 @@ fn a_file_that_changes_or_ends_meanwhile_fails_what_was_not_brought_before() {
             },
         );
     }
+}
+
+/// Long where it is emulated: a page of 1G is made of zeros first.
+#[test]
+fn a_page_of_1g_is_brought_as_a_whole_or_denied_as_a_whole() {
+    const ALL: u64 = 1 << 18;
+    const WRITTEN: [u64; 5] = [0, 5, 511, 100_000, ALL - 1];
+    let Some(set_aside) = require(Facility::GiganticPages, HugetlbPages::of_1g(1)) else { return };
+    let file = Scratch::new("1g");
+    let mut sparse = std::fs::File::create(&file.0).unwrap();
+    sparse.set_len(ALL * PAGE_SIZE).unwrap();
+    for page in WRITTEN {
+        sparse.seek(SeekFrom::Start(page * PAGE_SIZE)).unwrap();
+        sparse.write_all(&contents(page)).unwrap();
+    }
+    let build = |source: Arc<dyn Source>| {
+        let builder = Memory::builder(count(ALL)).page_size(PageSize::Huge1G).shared();
+        let builder = builder.fault_deadline(patience(Duration::from_secs(20))).source(source);
+        require(Facility::Userfault, builder.build())
+    };
+
+    let Some(memory) = build(Arc::new(file.source())) else { return };
+    assert_eq!((memory.owed().get(), memory.resident().unwrap().get()), (ALL, 0));
+    assert_eq!(touch(&memory, 100_000).unwrap(), contents(100_000));
+    assert!(memory.owed().is_zero(), "one touch brings all of it");
+    for page in WRITTEN {
+        assert_eq!(touch(&memory, page).unwrap(), contents(page), "page {page}");
+    }
+    for page in [1, 512, 99_999, 262_000] {
+        assert_eq!(touch(&memory, page).unwrap(), [0; PAGE_BYTES], "a hole at page {page}");
+    }
+    drop(memory);
+
+    let fails = Faulty::new(file.source(), Fault::Fails, PageIndex::from(77_777u32), ALL);
+    let Some(memory) = build(Arc::new(fails)) else { return };
+    assert!(touch(&memory, 5).is_err(), "the kernel can't show a part of it");
+    let failed: Vec<_> = memory.source_failures().iter().map(|failure| failure.pages).collect();
+    assert_eq!(failed, [pages(77_777, 77_778)], "it is the page that is named");
+    memory.discard(pages(0, ALL), OnBusy::Wait).unwrap();
+    assert_eq!(touch(&memory, 5).unwrap(), [0; PAGE_BYTES]);
+    drop((memory, set_aside));
 }

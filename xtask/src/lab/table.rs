@@ -1,5 +1,5 @@
 //! What the lab runs if it is given no command: the behaviour table, `polder run`, calls that fail,
-//! and random programs.
+//! a source of a page of 1G, and random programs.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -72,6 +72,11 @@ pub(super) fn run(lab: &Lab, kernel: &Kernel) -> Result<u8, String> {
     let (status, text) = shown(lab, kernel, &command)?;
     passed &= status == 0;
     summary.extend(failures(&text));
+    println!("lab: a page of 1G is filled from a source");
+    let source = lab.test("polder", "source")?;
+    let command = ["env".into(), require.clone(), source, "a_page_of_1g".into()];
+    let (status, _) = shown(lab, kernel, &command)?;
+    passed &= status == 0;
     println!("lab: random programs on the machine and on guest_memfd");
     let left_out = lab.test("polder-differential", "differential")?;
     let (status, _) =
