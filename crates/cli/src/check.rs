@@ -103,7 +103,7 @@ fn list(as_json: bool) -> String {
         let named = |name: &str, about: &str| json!({ "name": name, "about": about });
         let configs: Vec<Value> = configs.iter().map(|it| named(it.name, it.about)).collect();
         let models: Vec<Value> = models::ALL.iter().map(|it| named(it.name, it.about)).collect();
-        let bugs: Vec<Value> = planted::ALL.iter().map(|it| named(it.name, it.about)).collect();
+        let bugs: Vec<Value> = planted::all().map(|it| named(it.name, it.about)).collect();
         let none: Vec<Value> =
             planted::HARMLESS.iter().map(|it| named(it.name, it.about)).collect();
         let all =
@@ -116,7 +116,7 @@ fn list(as_json: bool) -> String {
     text.push_str("models\n");
     models::ALL.iter().for_each(|it| text.push_str(&line(it.name, it.about)));
     text.push_str("bugs to plant\n");
-    planted::ALL.iter().for_each(|it| text.push_str(&line(it.name, it.about)));
+    planted::all().for_each(|it| text.push_str(&line(it.name, it.about)));
     text.push_str("changes to plant that break nothing\n");
     planted::HARMLESS.iter().for_each(|it| text.push_str(&line(it.name, it.about)));
     text
@@ -324,9 +324,9 @@ fn check_planted(name: &str, arguments: &Arguments) -> Result<(String, bool), Fa
             None => Ok(check_harmless(change, arguments)),
         };
     }
-    let one = planted::ALL.iter().find(|bug| bug.name == name);
+    let one = planted::all().find(|bug| bug.name == name);
     let bugs: Vec<&PlantedBug> = match (name, one) {
-        ("all", _) => planted::ALL.iter().collect(),
+        ("all", _) => planted::all().collect(),
         (_, Some(bug)) => vec![bug],
         (_, None) => return Err(unknown("bug to plant", name)),
     };

@@ -31,6 +31,7 @@ mod report;
 mod scenario;
 mod state;
 mod tables;
+mod watcher;
 mod worker;
 mod world;
 mod write;

@@ -3,15 +3,18 @@
 //! [`parse()`](crate::parse()) makes one of a text, and `Display` writes a text of one that is read
 //! as the same: so what a search has found can be saved and played again.
 
+mod verb;
+
 use std::collections::BTreeMap;
 use std::fmt;
 
-use polder::machine::RmpSize;
 use polder::units::{Gpa, Level, PageCount, PageRange};
-use polder::{Contents, HostKind, PageSize, PinKind, Platform, Population, Reached, Visibility};
+use polder::{HostKind, PageSize, Platform, Population, Reached, Visibility};
 
 use crate::names::{Is, Kind};
-use crate::tables::{By, Tables};
+use crate::tables::Tables;
+
+pub use self::verb::Verb;
 
 /// A story.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -134,54 +137,6 @@ pub struct Bytes {
     pub at: u64,
     /// How a guest means the address.
     pub side: Visibility,
-}
-
-/// What is done.
-#[derive(Clone, PartialEq, Eq, Debug)]
-#[expect(missing_docs, reason = "the table of verbs in names.rs says what each is")]
-pub enum Verb {
-    Convert { place: Place, to: Visibility, contents: Contents, wait: bool },
-    Want { place: Place, vm: usize, to: Visibility },
-    Discard { place: Place },
-    Move { place: Place },
-    Preload { place: Place, bytes: String },
-    Relinquish { place: Place },
-    Populate { place: Place, bytes: String },
-    Fail { place: Place },
-    Settle,
-    Create { huge_pages: u64, name: String },
-    Drop { name: String },
-    Bind { vm: usize, slot: SlotSpec },
-    Unbind { vm: usize, slot: u32 },
-    Prefault { place: Place, vm: usize, by: By },
-    Pte { place: Place, present: bool, used: bool },
-    Read { from: Bytes, length: u64 },
-    Write { to: Bytes, bytes: String },
-    Pin { place: Place, kind: PinKind, name: String },
-    Unpin { name: String },
-    Refer { place: Place, kind: PinKind, name: String },
-    Release { name: String },
-    GupFast { place: Place, name: String },
-    Pvalidate { place: Place, size: RmpSize, validate: bool },
-    Allocate { place: Place, level: Level },
-    NoMemory { after: u64 },
-    Lock { place: Place },
-    Unlock { place: Place },
-    Split { place: Place },
-    Merge { place: Place, level: Level },
-    Map { place: Place, vm: usize, level: Level },
-    Zap { place: Place, vm: usize },
-    Rmpupdate { place: Place, vm: usize, size: RmpSize, assign: bool, immutable: bool },
-    Psmash { place: Place },
-    Unsmash { place: Place },
-    Reclaim { place: Place, size: RmpSize },
-    RmpHold { place: Place, size: RmpSize },
-    RmpRelease { place: Place },
-    Resume { hold: Option<Hold> },
-    Look(Look),
-    Explain { place: Place },
-    Pool,
-    Audit,
 }
 
 /// What is expected of a step.

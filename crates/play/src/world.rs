@@ -1,41 +1,27 @@
 //! What a scenario is played on: memory of a host, the VMs, and who watches.
 
-use std::cell::{Cell, RefCell};
+mod place;
+mod vms;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use polder::machine::{Asid, LockOwner, Machine, ObjectId, ProcessId, VmId as MachineVm};
-use polder::units::{Geometry, Gfn, GfnRange, Gpa, PAGE_SIZE, PageCount, PageIndex, PageRange};
-use polder::{
-    Error, HostKind, HugePool, MachineVcpu, Memory, Moment, Population, Slot, View, Visibility,
-    VmId, Watch,
-};
-use polder_vmm::{GuestRoot, RunError};
+use polder::units::{Geometry, PageCount, PageRange};
+use polder::{Error, HostKind, HugePool, MachineVcpu, Memory, Population, Visibility, VmId};
+use polder_vmm::GuestRoot;
 
+pub(crate) use self::place::first_page;
 use crate::limits::VMS_MAX;
 use crate::names::Is;
 use crate::outcome::{Outcome, Stop};
 use crate::player::Options;
-use crate::scenario::{Hold, Place, Scenario, VmSpec};
+use crate::scenario::Scenario;
 use crate::state::VmNames;
-use crate::tables::{Placed, Tables};
-
-/// What came to the player's ears.
-#[derive(Debug)]
-pub(crate) enum Event {
-    /// An actor's step has ended.
-    Done(usize, Box<Outcome>),
-    /// An actor's step has stopped where it was to be held.
-    Held(usize, String),
-    /// An actor has asked for what another holds.
-    Waits(usize),
-    /// A touch of a page waits.
-    TouchWaits(View, PageRange),
-    /// Something else has happened, in an actor's step or in a fault thread.
-    Moment(Option<usize>, Moment),
-}
+use crate::tables::Placed;
+use crate::watcher::{Event, Watcher};
 
 /// A VM on its host.
 pub(crate) struct Vm {
@@ -157,132 +143,12 @@ impl World {
         Ok(world)
     }
 
-    fn add_vm(&self, spec: &VmSpec, host: HostKind) -> Result<Vm, Unplayable> {
-        if let Some(asid) = spec.asid {
-            return self.add_bare_vm(spec, asid);
-        }
-        let kvm = match host {
-            HostKind::Machine => None,
-            _ => Some(polder_vmm::Vm::new(host).map_err(unplayable)?),
-        };
-        let id = match &kvm {
-            None => self.memory.attach(match spec.tables.map(|tables| tables.root) {
-                Some(GuestRoot::Shadow) => polder::Vm::MachineWithoutTdp,
-                _ => polder::Vm::Machine,
-            })?,
-            Some(vm) => vm.attach(&self.memory)?,
-        };
-        for slot in &spec.slots {
-            self.memory.bind(id, Slot(slot.slot), slot.gpa.gfn(), slot.pages)?;
-        }
-        let machine = self.memory.simulated_vm(id).ok();
-        // The n-th VM of Polder's is given the n-th ASID (`polder::host::machine::rmp`).
-        let asid =
-            id.0.checked_add(1).and_then(|asid| u16::try_from(asid).ok()).and_then(Asid::new);
-        let tables = match spec.tables {
-            None => None,
-            Some(_) if kvm.is_some() => {
-                let what = "a guest with page tables of its own";
-                let way_out = "play it on the machine";
-                return Err(polder::Error::NotOffered { what, way_out }.into());
-            }
-            Some(tables) => Some(self.set_up(id, spec, tables)?),
-        };
-        Ok(Vm { id: Some(id), machine, asid, kvm, tables })
-    }
-
-    /// Has a VM's guest make its page tables.
-    fn set_up(&self, id: VmId, spec: &VmSpec, tables: Tables) -> Result<GuestTables, Unplayable> {
-        let none = || Unplayable::Failed("a VM with page tables needs a slot".to_owned());
-        let slot = spec.slots.first().ok_or_else(none)?;
-        let vcpu = self.memory.machine_vcpu(id)?;
-        let slot = (slot.gpa.gfn(), slot.pages);
-        let placed = Placed::new((&self.memory, id), tables, slot);
-        let placed = placed.map_err(|Stop(outcome)| Unplayable::Failed(outcome.line()))?;
-        placed.load(&vcpu)?;
-        Ok(GuestTables { root: tables.root, placed, vcpu })
-    }
-
-    /// A VM of the machine's own, that nobody looks after.
-    fn add_bare_vm(&self, spec: &VmSpec, asid: u16) -> Result<Vm, Unplayable> {
-        let asid = Asid::new(asid);
-        let made = self.memory.simulated(|machine, object, _| {
-            machine.enable_snp();
-            let vm = match asid {
-                Some(asid) => machine.create_snp_vm(asid)?,
-                None => machine.create_vm()?,
-            };
-            for slot in &spec.slots {
-                machine.bind(vm, slot.gpa.gfn(), object, slot.pages)?;
-            }
-            Ok::<_, polder::machine::Error>(vm)
-        });
-        Ok(Vm { id: None, machine: Some(made??), asid, kvm: None, tables: None })
-    }
-
     /// Looks into the machine.
     pub(crate) fn inside<T>(
         &self,
         look: impl FnOnce(&mut Machine, ObjectId, ProcessId) -> Result<T, Stop>,
     ) -> Result<T, Stop> {
         self.memory.simulated(look).map_err(Stop::from)?
-    }
-
-    /// The pages of a place, as a VM sees it.
-    pub(crate) fn pages(&self, place: Place, vm: usize) -> Result<Vec<PageRange>, Stop> {
-        match place {
-            Place::Pages(range) => Ok(vec![range]),
-            Place::Gpa(gpa, count) => {
-                let gfns = GfnRange::new(gpa.gfn(), count)
-                    .map_err(|error| Stop::new(Is::Range, error.to_string()))?;
-                match self.vms.get(vm).map(|vm| (vm.id, vm.machine)) {
-                    Some((Some(id), _)) => Ok(self.memory.pages_of(id, gfns)?),
-                    Some((None, Some(machine_vm))) => self.inside(|machine, _, _| {
-                        let page = |gfn| Ok(PageRange::one(machine.bound(machine_vm, gfn)?.page));
-                        gfns.frames().map(page).collect()
-                    }),
-                    _ => Err(Stop::new(Is::Unbound, "there is no such VM")),
-                }
-            }
-        }
-    }
-
-    /// Where a VM sees a place: its first guest frame.
-    pub(crate) fn gfn(&self, place: Place, vm: usize) -> Result<Gfn, Stop> {
-        let page = match place {
-            Place::Gpa(gpa, _) => return Ok(gpa.gfn()),
-            Place::Pages(range) => range.start(),
-        };
-        let unbound = || Stop::new(Is::Unbound, format!("the VM does not see page {page}"));
-        let Vm { id, machine, .. } = self.vms.get(vm).ok_or_else(unbound)?;
-        if let Some(id) = *id {
-            let bindings = self.memory.bindings();
-            let of_vm = bindings.iter().filter(|(vm, ..)| *vm == id);
-            let found = of_vm.filter_map(|(_, _, binding)| {
-                let into = page.checked_sub(binding.pages().start())?;
-                binding.gfns().start().checked_add(into).filter(|gfn| binding.gfns().contains(*gfn))
-            });
-            return found.into_iter().next().ok_or_else(unbound);
-        }
-        let machine_vm = machine.ok_or_else(unbound)?;
-        self.inside(|machine, object, _| {
-            let mut shown = machine.gfns_of(object, PageRange::one(page));
-            let found = shown.find(|(id, _)| *id == machine_vm);
-            found.map(|(_, gfns)| gfns.start()).ok_or_else(unbound)
-        })
-    }
-
-    /// The guest-physical address of a byte.
-    pub(crate) fn gpa(&self, place: Place, at: u64, vm: usize) -> Result<Gpa, Stop> {
-        let gpa = self.gfn(place, vm)?.gpa().checked_add(at);
-        gpa.ok_or_else(|| Stop::new(Is::Range, "past the last guest-physical address"))
-    }
-
-    /// The offset of a byte in the object.
-    pub(crate) fn offset(&self, place: Place, at: u64, vm: usize) -> Result<u64, Stop> {
-        let pages = self.pages(place, vm)?;
-        let first = pages.first().map_or(0, |range| range.start().get());
-        Ok(first * PAGE_SIZE + at)
     }
 
     /// The names of the VMs, at Polder and on the machine.
@@ -368,108 +234,5 @@ impl World {
 
     pub(crate) fn is_over(&self) -> bool {
         self.over.load(Ordering::Acquire)
-    }
-}
-
-/// The first page of a place, if it names pages of the object.
-pub(crate) fn first_page(pages: &[PageRange]) -> Result<PageIndex, Stop> {
-    pages.first().map(|range| range.start()).ok_or_else(|| Stop::new(Is::Range, "no page"))
-}
-
-fn unplayable(error: RunError) -> Unplayable {
-    match error {
-        RunError::Memory(error) => error.into(),
-        RunError::Kvm(source) => Unplayable::Skipped(format!("it needs KVM: {source}")),
-        RunError::NoPrivateMemory => Unplayable::Skipped(error.to_string()),
-        error => Unplayable::Failed(error.to_string()),
-    }
-}
-
-/// An actor, known to his own thread.
-pub(crate) struct Here {
-    pub(crate) actor: usize,
-    pub(crate) events: Sender<Event>,
-    /// How to go on, once held; gone when the story is over.
-    pub(crate) resume: Receiver<Option<Hold>>,
-    pub(crate) hold: Cell<Option<Hold>>,
-    pub(crate) steps: Cell<u64>,
-}
-
-thread_local! {
-    static HERE: RefCell<Option<Here>> = const { RefCell::new(None) };
-}
-
-/// Makes the calling thread an actor's.
-pub(crate) fn become_actor(here: Here) {
-    HERE.with(|it| *it.borrow_mut() = Some(here));
-}
-
-/// Begins a step of the calling actor's.
-pub(crate) fn begin(hold: Option<Hold>) {
-    HERE.with(|here| {
-        if let Some(here) = here.borrow().as_ref() {
-            here.hold.set(hold);
-            here.steps.set(0);
-        }
-    });
-}
-
-/// Tells the player what happens, and stops an actor's thread where his step is to be held.
-struct Watcher {
-    events: Sender<Event>,
-}
-
-impl Watch for Watcher {
-    fn at(&self, moment: Moment) {
-        // A player who has gone is told nothing.
-        let is_actors = HERE.with(|here| match here.borrow().as_ref() {
-            Some(here) => {
-                here.at(moment);
-                true
-            }
-            None => false,
-        });
-        if is_actors {
-            return;
-        }
-        let _ = self.events.send(match moment {
-            Moment::TouchWaits(view, range) => Event::TouchWaits(view, range),
-            moment => Event::Moment(None, moment),
-        });
-    }
-}
-
-impl Here {
-    fn at(&self, moment: Moment) {
-        if moment == Moment::Waits {
-            let _ = self.events.send(Event::Waits(self.actor));
-            return;
-        }
-        let where_ = match (moment, self.hold.get()) {
-            (Moment::Reached(stage), Some(Hold::At(hold))) if stage == hold => stage.to_string(),
-            (Moment::Step(step), hold) => {
-                self.steps.set(self.steps.get() + 1);
-                match hold {
-                    Some(Hold::BeforeStep(nth)) if nth == self.steps.get() => {
-                        format!("before step {nth}: {step}")
-                    }
-                    _ => String::new(),
-                }
-            }
-            _ => String::new(),
-        };
-        if where_.is_empty() {
-            let _ = self.events.send(Event::Moment(Some(self.actor), moment));
-            return;
-        }
-        if let Moment::Reached(_) = moment {
-            let _ = self.events.send(Event::Moment(Some(self.actor), moment));
-        }
-        let _ = self.events.send(Event::Held(self.actor, where_));
-        // Nobody to say so: it goes on to its end.
-        self.hold.set(self.resume.recv().unwrap_or(None));
-        if let Moment::Step(_) = moment {
-            let _ = self.events.send(Event::Moment(Some(self.actor), moment));
-        }
     }
 }

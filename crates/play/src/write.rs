@@ -5,7 +5,6 @@ use std::fmt;
 use polder::machine::RmpSize;
 use polder::{Contents, PageSize, PinKind, Population, Visibility};
 
-use crate::names::VERBS;
 use crate::scenario::{
     Actor, Bytes, Expect, Hold, Look, Place, Scenario, SlotSpec, Step, Verb, VmSpec,
 };
@@ -312,56 +311,4 @@ fn expect(expect: &Expect) -> Keys {
         .number("left", expect.left)
         .some("says", expect.says.as_ref());
     keys
-}
-
-impl Verb {
-    /// Its name in a scenario.
-    pub fn name(&self) -> &'static str {
-        let name = match self {
-            Self::Convert { .. } => "convert",
-            Self::Create { .. } => "create",
-            Self::Drop { .. } => "drop",
-            Self::Pool => "pool",
-            Self::Want { .. } => "want",
-            Self::Discard { .. } => "discard",
-            Self::Populate { .. } => "populate",
-            Self::Move { .. } => "move",
-            Self::Preload { .. } => "preload",
-            Self::Relinquish { .. } => "relinquish",
-            Self::Fail { .. } => "fail",
-            Self::Settle => "settle",
-            Self::Bind { .. } => "bind",
-            Self::Unbind { .. } => "unbind",
-            Self::Prefault { .. } => "prefault",
-            Self::Pte { .. } => "pte",
-            Self::Read { .. } => "read",
-            Self::Write { .. } => "write",
-            Self::Pin { .. } => "pin",
-            Self::Unpin { .. } => "unpin",
-            Self::Refer { .. } => "refer",
-            Self::Release { .. } => "release",
-            Self::GupFast { .. } => "gup-fast",
-            Self::Pvalidate { .. } => "pvalidate",
-            Self::Allocate { .. } => "allocate",
-            Self::NoMemory { .. } => "no-memory",
-            Self::Lock { .. } => "lock",
-            Self::Unlock { .. } => "unlock",
-            Self::Split { .. } => "split",
-            Self::Merge { .. } => "merge",
-            Self::Map { .. } => "map",
-            Self::Zap { .. } => "zap",
-            Self::Rmpupdate { .. } => "rmpupdate",
-            Self::Psmash { .. } => "psmash",
-            Self::Unsmash { .. } => "unsmash",
-            Self::Reclaim { .. } => "reclaim",
-            Self::RmpHold { .. } => "rmp-hold",
-            Self::RmpRelease { .. } => "rmp-release",
-            Self::Resume { .. } => "resume",
-            Self::Look(_) => "look",
-            Self::Explain { .. } => "explain",
-            Self::Audit => "audit",
-        };
-        debug_assert!(VERBS.iter().any(|verb| verb.name == name), "{name} is in no table");
-        name
-    }
 }

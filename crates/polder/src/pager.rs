@@ -12,16 +12,22 @@
 //! Demands go before what is read ahead, and that before the filling of all that is owed. A batch
 //! that can't be read is asked for page by page, so that exactly the pages fail that can't be had.
 
+mod read;
+mod state;
+mod statistics;
+
 use std::collections::{BTreeMap, VecDeque};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use polder_engine::{Blocked, Engine};
-use polder_units::{PAGE_BYTES, PageCount, PageIndex, PageRange};
+use polder_units::{PageCount, PageIndex, PageRange};
 
-use crate::OnBusy;
+use self::read::within;
+use self::state::{Demand, Job, State, Why};
+use self::statistics::Counters;
+pub use self::statistics::SourceStatistics;
 use crate::driver::Driver;
 use crate::read_ahead::{ReadAhead, Windows};
 use crate::source::{Extent, Source, SourceError, SourceFailure};
@@ -30,12 +36,6 @@ use crate::sync::Mutex;
 /// The most pages that are read at once, however many come together; whoever waits for one waits for
 /// all of them. What a CPU's own cache holds is copied on from there.
 const AT_ONCE: u64 = 64;
-
-/// A read that takes as long has gone to a disk or further: what comes next is told ahead.
-const SLOW: Duration = Duration::from_millis(1);
-
-/// How many failures are remembered.
-const FAILURES_KEPT: usize = 1024;
 
 /// How a [`Memory`](crate::Memory)'s contents are brought.
 #[derive(Clone, Debug)]
@@ -54,89 +54,9 @@ pub(crate) struct Pager {
     granule: u64,
     state: Mutex<State>,
     buffers: Mutex<Vec<Vec<u8>>>,
-    /// Whether the last read took [`SLOW`].
+    /// Whether the last read took [`SLOW`](read::SLOW).
     slow: AtomicBool,
     counters: Counters,
-}
-
-struct State {
-    /// Pages that somebody waits for.
-    demands: BTreeMap<PageIndex, Demand>,
-    /// What is being read.
-    reading: Vec<Reading>,
-    /// What to read ahead.
-    ahead: VecDeque<PageRange>,
-    windows: Windows,
-    /// Where filling goes on, if it is asked for.
-    filling: Option<PageIndex>,
-    failures: Vec<SourceFailure>,
-    /// No page before it is owed.
-    owed_from: PageIndex,
-    /// The host has been told that nothing is owed any more.
-    let_go: bool,
-    last_id: u64,
-}
-
-#[derive(Clone, Copy)]
-struct Demand {
-    since: Instant,
-    /// It is not being read, nor was it tried since it was asked for last.
-    pending: bool,
-}
-
-#[derive(Clone, Copy)]
-struct Reading {
-    id: u64,
-    range: PageRange,
-}
-
-/// Something to bring.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Job {
-    id: u64,
-    range: PageRange,
-    why: Why,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Why {
-    /// Somebody waits for this page.
-    Demand(PageIndex),
-    /// Somebody may, soon.
-    Ahead,
-    /// All is to be brought.
-    Fill,
-}
-
-/// What a source has been asked for so far, and what came.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub struct SourceStatistics {
-    /// Pages whose demand had them brought.
-    pub demanded: u64,
-    /// Pages brought before anybody asked for them.
-    pub ahead: u64,
-    /// Pages that turned out to be zeros without being read; counted in neither of the above.
-    pub zeros: u64,
-    /// Reads of the source.
-    pub reads: u64,
-    /// Bytes that came.
-    pub bytes: u64,
-    /// Pages whose contents could not be brought.
-    pub failed: u64,
-}
-
-#[derive(Default)]
-struct Counters {
-    demanded: AtomicU64,
-    ahead: AtomicU64,
-    zeros: AtomicU64,
-    reads: AtomicU64,
-    bytes: AtomicU64,
-    failed: AtomicU64,
-}
-
-fn add(counter: &AtomicU64, count: u64) {
-    counter.fetch_add(count, Ordering::Relaxed);
 }
 
 impl Pager {
@@ -215,22 +135,9 @@ impl Pager {
         self.let_go(driver);
     }
 
-    /// The pages that could not be brought, the first [`FAILURES_KEPT`] of them.
+    /// The first pages that could not be brought, [`FAILURES_KEPT`](read::FAILURES_KEPT) of them.
     pub(crate) fn failures(&self) -> Vec<SourceFailure> {
         self.state.lock().failures.clone()
-    }
-
-    pub(crate) fn statistics(&self) -> SourceStatistics {
-        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let Counters { demanded, ahead, zeros, reads, bytes, failed } = &self.counters;
-        SourceStatistics {
-            demanded: of(demanded),
-            ahead: of(ahead),
-            zeros: of(zeros),
-            reads: of(reads),
-            bytes: of(bytes),
-            failed: of(failed),
-        }
     }
 
     /// Brings what there is to bring, until nothing is left or it is told to stop.
@@ -380,131 +287,6 @@ impl Pager {
         }
     }
 
-    /// Makes pages zeros without reading anything. Returns the number of the page to go on at.
-    fn zeros(&self, driver: &Driver, range: PageRange, job: Job) -> u64 {
-        let shown = match job.why {
-            Why::Demand(page) => PageRange::one(page),
-            // Zeros that nobody asked for take up memory once somebody does.
-            Why::Ahead | Why::Fill => PageRange::one(range.start()),
-        };
-        driver.land(range, None, shown, |run| add(&self.counters.zeros, run.count().get()));
-        range.end()
-    }
-
-    /// Reads pages and makes them whole. Returns the number of the page to go on at.
-    fn read(&self, driver: &Driver, range: PageRange, job: Job) -> u64 {
-        let mut buffer = self.buffers.lock().pop().unwrap_or_default();
-        let end = range.end().min(range.start().get() + AT_ONCE);
-        let range = PageRange::between(range.start().get(), end).unwrap_or(range);
-        let came = self.read_into(range, &mut buffer);
-        let next = match came {
-            Ok(came) => {
-                let got = came.and_then(|end| PageRange::between(range.start().get(), end));
-                if let Some(got) = got {
-                    let length = usize::try_from(got.count().get()).unwrap_or(0) * PAGE_BYTES;
-                    driver.land(got, Some(&buffer[..length]), got, |run| self.count(run, job));
-                }
-                got.map_or(range.end(), PageRange::end)
-            }
-            Err(why) if range.count() == PageCount::ONE => {
-                self.failed(driver, range.start(), why, job);
-                range.end()
-            }
-            Err(_) => self.one_by_one(driver, range, job, &mut buffer),
-        };
-        self.buffers.lock().push(buffer);
-        next
-    }
-
-    /// Reads pages of which some can't be read.
-    fn one_by_one(&self, driver: &Driver, range: PageRange, job: Job, buffer: &mut Vec<u8>) -> u64 {
-        // First the one that somebody waits for.
-        let wanted = match job.why {
-            Why::Demand(page) if range.contains(page) => Some(page),
-            _ => None,
-        };
-        let others = range.frames().filter(|page| Some(*page) != wanted);
-        for page in wanted.into_iter().chain(others) {
-            let one = PageRange::one(page);
-            match self.read_into(one, buffer) {
-                Ok(_) => {
-                    let bytes = &buffer[..PAGE_BYTES];
-                    driver.land(one, Some(bytes), one, |run| self.count(run, job));
-                }
-                Err(why) => self.failed(driver, page, why, job),
-            }
-        }
-        range.end()
-    }
-
-    /// One read. Returns the number of the page at which it stopped.
-    fn read_into(
-        &self,
-        range: PageRange,
-        buffer: &mut Vec<u8>,
-    ) -> Result<Option<u64>, SourceError> {
-        let asked =
-            usize::try_from(range.count().get()).unwrap_or(usize::MAX / PAGE_BYTES) * PAGE_BYTES;
-        if buffer.len() < asked {
-            buffer.resize(asked, 0);
-        }
-        let into = &mut buffer[..asked];
-        add(&self.counters.reads, 1);
-        let start = polder_linux::now();
-        let read = catch_unwind(AssertUnwindSafe(|| self.source.read(range, into)));
-        self.slow.store(start.elapsed() >= SLOW, Ordering::Relaxed);
-        let came = read.map_err(|_| SourceError::Panicked)??;
-        add(&self.counters.bytes, came as u64);
-        match came {
-            0 => Err(SourceError::Ended(range.start().offset())),
-            _ if came > asked || !came.is_multiple_of(PAGE_BYTES) => {
-                Err(SourceError::WrongLength { asked, came })
-            }
-            _ => Ok(Some(range.start().get() + (came / PAGE_BYTES) as u64)),
-        }
-    }
-
-    /// Counts pages that are whole now.
-    fn count(&self, run: PageRange, job: Job) {
-        let demanded = u64::from(matches!(job.why, Why::Demand(page) if run.contains(page)));
-        add(&self.counters.demanded, demanded);
-        add(&self.counters.ahead, run.count().get() - demanded);
-    }
-
-    /// A page can't be read. What nobody waits for, and nobody has asked to be filled, may be read
-    /// another time.
-    fn failed(&self, driver: &Driver, page: PageIndex, why: SourceError, job: Job) {
-        // Who waits for another page of a huge one that is shown as a whole waits for this one, too.
-        let around = driver.engine().shown_with(page);
-        let by_job = matches!(job.why, Why::Demand(page) if around.contains(page));
-        let waited_for = by_job || {
-            let state = self.state.lock();
-            let mut from = state.demands.range(around.start()..);
-            from.next().is_some_and(|(page, _)| around.contains(*page))
-        };
-        if !waited_for && job.why != Why::Fill {
-            return;
-        }
-        let deny = |engine: &mut Engine| self.deny(engine, page, why.clone());
-        // Nothing refuses it.
-        let _ = driver.claim(OnBusy::Wait, deny);
-        driver.released();
-    }
-
-    fn note_failure(&self, page: PageIndex, why: SourceError) {
-        add(&self.counters.failed, 1);
-        let mut state = self.state.lock();
-        let source_name = self.source.name();
-        if let Some(last) = state.failures.last_mut()
-            && last.why == why
-            && let Some(longer) = last.pages.append(PageRange::one(page))
-        {
-            last.pages = longer;
-        } else if state.failures.len() < FAILURES_KEPT {
-            state.failures.push(SourceFailure { pages: PageRange::one(page), source_name, why });
-        }
-    }
-
     /// Has the host stop watching the guest view, once nothing is owed any more: faults are plain
     /// from then on.
     fn let_go(&self, driver: &Driver) {
@@ -529,66 +311,6 @@ impl Pager {
             // That it goes on watching costs time, and is no error.
             let _ = driver.host.settle(&failed);
         }
-    }
-}
-
-/// A part of `whole`, whatever a source says.
-fn within(part: PageRange, whole: PageRange) -> PageRange {
-    let end = part.end().clamp(whole.start().get() + 1, whole.end());
-    PageRange::between(whole.start().get(), end).unwrap_or(whole)
-}
-
-impl State {
-    fn has_work(&self) -> bool {
-        self.next_demand().is_some() || !self.ahead.is_empty() || self.filling.is_some()
-    }
-
-    /// The pages that somebody waits for, and that are not being read.
-    fn pending(&self) -> impl Iterator<Item = (PageIndex, &Demand)> {
-        let pending = self.demands.iter().filter(|(page, demand)| {
-            demand.pending && !self.reading.iter().any(|it| it.range.contains(**page))
-        });
-        pending.map(|(page, demand)| (*page, demand))
-    }
-
-    /// That of them that somebody has waited for longest.
-    fn next_demand(&self) -> Option<PageIndex> {
-        self.pending().min_by_key(|(_, demand)| demand.since).map(|(page, _)| page)
-    }
-
-    /// What to read ahead next, `at_once` pages at most.
-    fn next_ahead(&mut self, at_once: u64) -> Option<PageRange> {
-        while let Some(range) = self.ahead.pop_front() {
-            let start = range.start().get();
-            let now = PageRange::between(start, range.end().min(start + at_once))?;
-            if let Some(rest) = PageRange::between(now.end(), range.end()) {
-                self.ahead.push_front(rest);
-            }
-            if !self.reading.iter().any(|it| it.range.overlaps(now)) {
-                return Some(now);
-            }
-        }
-        None
-    }
-
-    /// The part of `[start..end)` around `page` that is not being read.
-    fn unread(&self, page: PageIndex, (start, end): (u64, u64)) -> PageRange {
-        let (mut start, mut end) = (start, end);
-        for reading in &self.reading {
-            if reading.range.start() > page {
-                end = end.min(reading.range.start().get());
-            } else {
-                start = start.max(reading.range.end());
-            }
-        }
-        PageRange::between(start, end).unwrap_or(PageRange::one(page))
-    }
-
-    fn begin(&mut self, range: PageRange, why: Why) -> Job {
-        self.last_id += 1;
-        let id = self.last_id;
-        self.reading.push(Reading { id, range });
-        Job { id, range, why }
     }
 }
 

@@ -7,7 +7,7 @@ use polder_explore::planted;
 use polder_play::{Options, Scenario, Verdict};
 
 fn found(name: &str) -> Scenario {
-    let bug = planted::ALL.iter().find(|bug| bug.name == name).expect("a planted bug");
+    let bug = planted::all().find(|bug| bug.name == name).expect("a planted bug");
     let text = bug.scenario().unwrap_or_else(|why| panic!("{name}: {why}"));
     polder_play::parse(&text).unwrap_or_else(|error| panic!("{name}: {error}\n{text}"))
 }
@@ -54,7 +54,7 @@ fn what_was_found_of_the_machine_breaks_when_played_with_the_bug() {
 
 #[test]
 fn whatever_is_saved_passes_on_the_product() {
-    for bug in planted::ALL {
+    for bug in planted::all() {
         match bug.scenario() {
             Ok(text) => {
                 let scenario = polder_play::parse(&text).expect("a scenario");

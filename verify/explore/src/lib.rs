@@ -126,7 +126,7 @@ mod tests {
     #[test]
     fn every_planted_bug_is_found_in_its_configuration() {
         let mut count = 0;
-        for bug in planted::ALL {
+        for bug in planted::all() {
             let report = match bug.host() {
                 planted::Host::Polder(setup) => {
                     check(&polder::World::new(&setup), How::Shortest, &mut |_, _| true)

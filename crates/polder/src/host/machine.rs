@@ -17,9 +17,13 @@
 mod device;
 mod direct_map;
 mod huge;
+mod inspect;
 mod migrate;
+mod pages;
 mod pkvm;
+mod references;
 mod rmp;
+mod slots;
 mod stage2;
 mod touches;
 mod userfault;
@@ -28,18 +32,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use polder_engine::pool::PoolCounts;
-use polder_engine::{FolioCounts, GuestAccess, Holder, Platform, Refusal, Slot, Step, View, VmId};
+use polder_engine::{FolioCounts, GuestAccess, Platform, Slot, Step, View, VmId};
 use polder_linux::Errno;
-use polder_machine::{
-    Backing, Config, LockOwner, Machine, ObjectId, ProcessId, View as Vma, VpnRange,
-};
-use polder_units::{
-    AddressSpace, Gfn, GfnRange, Level, PageCount, PageIndex, PageRange, Pfn, PfnRange,
-};
+use polder_machine::{Config, LockOwner, Machine, ObjectId, ProcessId, View as Vma, VpnRange};
+use polder_units::{AddressSpace, Gfn, GfnRange, Level, PageCount, PageIndex, PageRange};
 
 pub(crate) use self::device::MachineDevice;
 use self::pkvm::Pkvm;
 use self::rmp::Rmp;
+use self::slots::Attached;
 use super::views::Views;
 use super::{Faulted, Host, Shown, Smashed, Translated, Vm, failed};
 use crate::explain::HostFacts;
@@ -86,12 +87,6 @@ pub(crate) struct MachineHost {
     answered: Condvar,
 }
 
-/// A VM, and where its slots are.
-struct Attached {
-    vm: polder_machine::VmId,
-    slots: BTreeMap<Slot, GfnRange>,
-}
-
 #[derive(Default)]
 struct Events {
     touches: BTreeSet<(View, PageIndex)>,
@@ -108,34 +103,6 @@ fn refused(error: polder_machine::Error) -> Error {
             failed("an address space's reservation", Errno::NOMEM)
         }
         other => Error::Machine(other),
-    }
-}
-
-/// Who refers to a folio, and which page of `range` that keeps: the page that is pinned, if it is
-/// one of them.
-fn holder(
-    machine: &Machine,
-    (first, backing): (PageIndex, Backing),
-    range: PageRange,
-) -> (PageIndex, Holder) {
-    let count = machine.geometry().pages(backing.level);
-    let frames = PfnRange::new(backing.pfn, count).expect("a folio's frames");
-    let page_of = |pfn: Pfn| {
-        let into = pfn.checked_sub(backing.pfn).expect("one of those frames");
-        first.checked_add(into).expect("a page of the object")
-    };
-    let pinned = machine.holders_of(frames).map(|holder| (page_of(holder.pfn), holder));
-    let in_range = first.max(range.start());
-    match pinned.min_by_key(|&(page, _)| (!range.contains(page), page)) {
-        Some((page, holder)) if range.contains(page) => {
-            (page, Holder::new(format!("{} of {}", holder.pin, holder.process)))
-        }
-        Some((page, holder)) => {
-            let (pin, process) = (holder.pin, holder.process);
-            let other = format!("{pin} of {process}, which is of page {page} of the same folio");
-            (in_range, Holder::new(other))
-        }
-        None => (in_range, Holder::new("somebody unknown")),
     }
 }
 
@@ -209,11 +176,6 @@ impl MachineHost {
         self.machine.lock()
     }
 
-    /// The machine's name for a VM.
-    pub(crate) fn vm(&self, id: VmId) -> Option<polder_machine::VmId> {
-        self.vms.lock().get(&id).map(|attached| attached.vm)
-    }
-
     /// The object and the process whose host view shows it.
     pub(crate) fn parts(&self) -> (ObjectId, ProcessId) {
         (self.object, self.process)
@@ -223,161 +185,6 @@ impl MachineHost {
     pub(crate) fn vpns(range: PageRange) -> VpnRange {
         VpnRange::between(HOST_VIEW + range.start().get(), HOST_VIEW + range.end())
             .expect("the whole view is a range")
-    }
-
-    /// Gives memory to the pages of a range that have none.
-    fn allocate(&self, machine: &mut Machine, range: PageRange) -> Result<(), Error> {
-        for page in range.frames() {
-            if machine.backing(self.object, page).map_err(refused)?.is_some() {
-                continue;
-            }
-            if self.huge.is_some() {
-                self.allocate_huge(machine, page)?;
-            } else {
-                machine.allocate(self.object, page, Level::Size4K).map_err(refused)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes the pages out of the host view, with its markers, and out of other processes'
-    /// mappings.
-    fn unmap_host(&self, range: PageRange) -> Result<(), Error> {
-        self.lock().host_unmap(self.process, Self::vpns(range)).map_err(refused)?;
-        self.unmap_processes(range)
-    }
-
-    /// Takes the pages out of every process's mappings; markers stay.
-    fn unmap_processes(&self, range: PageRange) -> Result<(), Error> {
-        let mut machine = self.lock();
-        machine.zap_object(self.object, range).map_err(refused)?;
-        machine.flush_object(self.object, range).map_err(refused)
-    }
-
-    /// Takes the pages out of stage 2 of every VM.
-    /// There is nothing that the host could take out where a hypervisor keeps it.
-    fn unmap_guest(&self, range: PageRange) -> Result<(), Error> {
-        if self.is_pkvm() {
-            return Ok(());
-        }
-        let mut machine = self.lock();
-        let gfns: Vec<_> = machine.gfns_of(self.object, range).collect();
-        gfns.into_iter()
-            .try_for_each(|(vm, gfns)| machine.tdp_zap(vm, gfns).map(|_| ()).map_err(refused))
-    }
-
-    /// Finds the first page of a range that somebody refers to, under its folio's lock.
-    fn check_references(&self, range: PageRange) -> Result<(), Error> {
-        let mut retries = REFERENCE_RETRIES;
-        loop {
-            match self.referenced(range)? {
-                Some(_) if retries > 0 => {
-                    retries -= 1;
-                    crate::sync::yield_now();
-                }
-                Some(refusal) => return Err(refusal.into()),
-                None => return Ok(()),
-            }
-        }
-    }
-
-    /// Looks for references folio by folio: a folio's count is of all of its pages, also of those
-    /// that are not in the range.
-    fn referenced(&self, range: PageRange) -> Result<Option<Refusal>, Error> {
-        self.referenced_on(&mut self.lock(), range)
-    }
-
-    fn referenced_on(
-        &self,
-        machine: &mut Machine,
-        range: PageRange,
-    ) -> Result<Option<Refusal>, Error> {
-        let folios = machine.folios(self.object, range).map_err(refused)?;
-        let folios: Vec<(PageIndex, Backing)> = folios.collect();
-        for (first, backing) in folios {
-            let pfn = backing.pfn;
-            match machine.lock_folio(pfn, DRIVER) {
-                Ok(()) => {}
-                // Whoever holds the lock may be about to refer to it.
-                Err(polder_machine::Error::Locked { .. }) => {
-                    let page = first.max(range.start());
-                    let holder = Holder::new("somebody with the folio locked");
-                    return Ok(Some(Refusal::Referenced { page, references: 0, holder }));
-                }
-                Err(error) => return Err(refused(error)),
-            }
-            let counts = machine.locked_counts(pfn, DRIVER);
-            machine.unlock_folio(pfn, DRIVER).map_err(refused)?;
-            let references = counts.map_err(refused)?.foreign();
-            if references > 0 {
-                let (page, holder) = holder(machine, (first, backing), range);
-                return Ok(Some(Refusal::Referenced { page, references, holder }));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Drops the memory of pages. Nobody has them mapped after that, and no marker is left.
-    fn free(&self, range: PageRange) -> Result<(), Error> {
-        self.take_relinquished(range)?;
-        self.unmap_guest(range)?;
-        self.unmap_host(range)?;
-        let folios: Vec<_> = {
-            let machine = self.lock();
-            let geometry = machine.geometry();
-            let folios = machine.folios(self.object, range).map_err(refused)?;
-            folios
-                .map(|(page, backing)| PageRange::enclosing(page, backing.level, geometry))
-                .collect()
-        };
-        let freed = self.free_huge(range)?;
-        let left = |part: &PageRange| !freed.iter().any(|whole| whole.contains_range(*part));
-        let parts = folios.into_iter().filter_map(|folio| folio.intersection(range));
-        let mut parts = parts.filter(left);
-        if self.huge.is_some() {
-            // A part of a huge page goes with the whole of it.
-            return parts.try_for_each(|part| self.zero(part));
-        }
-        parts.try_for_each(|part| self.punch(part))
-    }
-
-    /// Frees a folio, or makes a part of one zeros, which can't be freed. Who has it locked, or
-    /// has mapped it again, may be done with it soon.
-    fn punch(&self, part: PageRange) -> Result<(), Error> {
-        use polder_machine::Error::{Locked, Mapped, Part};
-        let mut retries = REFERENCE_RETRIES;
-        loop {
-            let punch = |machine: &mut Machine| machine.punch(self.object, part, None);
-            let punched = self.by_direct_map(&mut self.lock(), part, punch)?;
-            match punched {
-                Err(Locked { .. } | Mapped { .. }) if retries > 0 => {}
-                Err(Part { .. }) => return self.zero(part),
-                punched => return punched.map(drop).map_err(refused),
-            }
-            retries -= 1;
-            crate::sync::sleep(FREE_PAUSE);
-            self.unmap_host(part)?;
-        }
-    }
-
-    fn zero(&self, part: PageRange) -> Result<(), Error> {
-        let zero = |machine: &mut Machine| machine.zero(self.object, part);
-        self.by_direct_map(&mut self.lock(), part, zero)?.map_err(refused)
-    }
-
-    fn map_host(&self, range: PageRange) -> Result<(), Error> {
-        let mut machine = self.lock();
-        self.allocate(&mut machine, range)?;
-        self.hide(&mut machine, range)?;
-        machine.host_map_range(self.process, Self::vpns(range)).map(|_| ()).map_err(refused)
-    }
-
-    fn poison(&self, range: PageRange) -> Result<(), Error> {
-        match self.lock().host_poison(self.process, Self::vpns(range)) {
-            // Somebody else's answer mapped it: not what is asked for, but an answer.
-            Ok(()) | Err(polder_machine::Error::Exists { .. }) => Ok(()),
-            Err(error) => Err(refused(error)),
-        }
     }
 }
 
@@ -423,59 +230,15 @@ impl Host for MachineHost {
     }
 
     fn attach(&self, id: VmId, vm: Vm) -> Result<(), Error> {
-        let vm = match (&self.rmp, vm) {
-            (_, Vm::Kvm(_)) => return Err(Error::WrongVm { host: super::HostKind::Machine }),
-            (None, Vm::Machine) if self.is_pkvm() => self.lock().create_pkvm_vm(),
-            (None, Vm::MachineWithoutTdp) if self.is_pkvm() => {
-                return Err(Error::NotOffered {
-                    what: "a protected VM needs a CPU with two stages of translation",
-                    way_out: "attach an ordinary VM of the machine",
-                });
-            }
-            (None, Vm::Machine) => self.lock().create_vm(),
-            (None, Vm::MachineWithoutTdp) => self.lock().create_vm_without_tdp(),
-            (Some(_), Vm::MachineWithoutTdp) => {
-                return Err(Error::NotOffered {
-                    what: "an SNP guest needs a CPU with two-dimensional paging",
-                    way_out: "attach an ordinary VM of the machine",
-                });
-            }
-            (Some(_), Vm::Machine) => {
-                let asid = rmp::asid(id)?;
-                self.lock().create_snp_vm(asid)
-            }
-        };
-        let vm = vm.map_err(refused)?;
-        self.vms.lock().insert(id, Attached { vm, slots: BTreeMap::new() });
-        Ok(())
+        self.attach_vm(id, vm)
     }
 
     fn bind(&self, id: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
-        let mut vms = self.vms.lock();
-        let attached = vms.get_mut(&id).ok_or(Error::NoSuchVm)?;
-        if self.is_snp() {
-            self.check_owner(id)?;
-        }
-        self.own_by_pkvm(id, attached.vm)?;
-        self.lock().bind(attached.vm, gfn, self.object, pages).map_err(refused)?;
-        self.own(id, attached.vm)?;
-        let gfns = GfnRange::new(gfn, pages.count()).expect("the engine has checked");
-        self.begin_exits(attached.vm, gfns)?;
-        attached.slots.insert(slot, gfns);
-        Ok(())
+        self.bind_slot(id, slot, gfn, pages)
     }
 
     fn unbind(&self, id: VmId, slot: Slot) -> Result<(), Error> {
-        let mut vms = self.vms.lock();
-        let Some(attached) = vms.get_mut(&id) else { return Ok(()) };
-        let Some(&gfns) = attached.slots.get(&slot) else { return Ok(()) };
-        self.check_none_donated(attached.vm, gfns)?;
-        attached.slots.remove(&slot);
-        let mut machine = self.lock();
-        let gone = machine.unbind(attached.vm, gfns.start());
-        let zapped = if self.is_pkvm() { Ok(false) } else { machine.tdp_zap(attached.vm, gfns) };
-        assert!(gone.is_ok() && zapped.is_ok(), "the slot was there: {gone:?}, {zapped:?}");
-        Ok(())
+        self.unbind_slot(id, slot)
     }
 
     fn map_guest(
@@ -537,64 +300,15 @@ impl Host for MachineHost {
     }
 
     fn explain(&self, page: PageIndex) -> Result<HostFacts, Error> {
-        let vms: Vec<(VmId, polder_machine::VmId)> =
-            self.vms.lock().iter().map(|(id, attached)| (*id, attached.vm)).collect();
-        let machine = self.lock();
-        let one = PageRange::one(page);
-        let mut stage2 = Vec::new();
-        for (vm, gfns) in machine.gfns_of(self.object, one) {
-            let Some((id, _)) = vms.iter().find(|(_, known)| *known == vm) else { continue };
-            let spte = machine.spte(vm, gfns.start()).map_err(refused)?;
-            stage2.extend(spte.map(|spte| (*id, spte.level)));
-        }
-        let Some(backing) = machine.backing(self.object, page).map_err(refused)? else {
-            return Ok(HostFacts { stage2, ..HostFacts::default() });
-        };
-        let holders = machine.holders_of(PfnRange::one(backing.pfn));
-        let references = holders.map(|holder| format!("{} of {}", holder.pin, holder.process));
-        Ok(HostFacts {
-            memory: true,
-            folio: Some(backing.level),
-            rmp: machine.rmp_entry(backing.pfn).filter(|_| self.is_snp()),
-            stage2,
-            references: references.collect(),
-        })
+        self.facts(page)
     }
 
     fn existing(&self) -> Result<Vec<PageRange>, Error> {
-        let all = PageRange::between(0, self.pages.get()).expect("an object has pages");
-        let machine = self.lock();
-        let mut runs: Vec<PageRange> = Vec::new();
-        for (page, backing) in machine.folios(self.object, all).map_err(refused)? {
-            let pages = machine.config().geometry.pages(backing.level);
-            let run = PageRange::new(page, pages).expect("a folio lies in its object");
-            match runs.last_mut().and_then(|last| Some((last.append(run)?, last))) {
-                Some((longer, last)) => *last = longer,
-                None => runs.push(run),
-            }
-        }
-        Ok(runs)
+        self.runs_with_memory()
     }
 
     fn levels(&self) -> Option<FolioCounts> {
-        // The engine knows what it has had split.
-        if self.huge.is_some() {
-            return None;
-        }
-        let all = PageRange::between(0, self.pages.get()).expect("an object has pages");
-        let machine = self.lock();
-        let mut counts = FolioCounts::default();
-        for (_, backing) in machine.folios(self.object, all).ok()? {
-            match backing.level {
-                Level::Size4K => {}
-                Level::Size2M => counts.size_2m += 1,
-                Level::Size1G => counts.size_1g += 1,
-            }
-        }
-        let pages = |level| machine.geometry().pages(level).get();
-        let large = counts.size_2m * pages(Level::Size2M) + counts.size_1g * pages(Level::Size1G);
-        counts.size_4k = self.pages.get() - large;
-        Some(counts)
+        self.folio_counts()
     }
 
     fn pool(&self) -> Option<PoolCounts> {

@@ -1,0 +1,86 @@
+//! The VMs that see the memory, and their slots.
+
+use std::collections::BTreeMap;
+
+use polder_engine::{Slot, VmId};
+use polder_units::{Gfn, GfnRange, PageRange};
+
+use super::rmp::asid;
+use super::{MachineHost, refused};
+use crate::Error;
+use crate::host::{HostKind, Vm};
+
+/// A VM, and where its slots are.
+pub(super) struct Attached {
+    pub(super) vm: polder_machine::VmId,
+    pub(super) slots: BTreeMap<Slot, GfnRange>,
+}
+
+impl MachineHost {
+    /// The machine's name for a VM.
+    pub(crate) fn vm(&self, id: VmId) -> Option<polder_machine::VmId> {
+        self.vms.lock().get(&id).map(|attached| attached.vm)
+    }
+
+    pub(super) fn attach_vm(&self, id: VmId, vm: Vm) -> Result<(), Error> {
+        let vm = match (&self.rmp, vm) {
+            (_, Vm::Kvm(_)) => return Err(Error::WrongVm { host: HostKind::Machine }),
+            (None, Vm::Machine) if self.is_pkvm() => self.lock().create_pkvm_vm(),
+            (None, Vm::MachineWithoutTdp) if self.is_pkvm() => {
+                return Err(Error::NotOffered {
+                    what: "a protected VM needs a CPU with two stages of translation",
+                    way_out: "attach an ordinary VM of the machine",
+                });
+            }
+            (None, Vm::Machine) => self.lock().create_vm(),
+            (None, Vm::MachineWithoutTdp) => self.lock().create_vm_without_tdp(),
+            (Some(_), Vm::MachineWithoutTdp) => {
+                return Err(Error::NotOffered {
+                    what: "an SNP guest needs a CPU with two-dimensional paging",
+                    way_out: "attach an ordinary VM of the machine",
+                });
+            }
+            (Some(_), Vm::Machine) => {
+                let asid = asid(id)?;
+                self.lock().create_snp_vm(asid)
+            }
+        };
+        let vm = vm.map_err(refused)?;
+        self.vms.lock().insert(id, Attached { vm, slots: BTreeMap::new() });
+        Ok(())
+    }
+
+    pub(super) fn bind_slot(
+        &self,
+        id: VmId,
+        slot: Slot,
+        gfn: Gfn,
+        pages: PageRange,
+    ) -> Result<(), Error> {
+        let mut vms = self.vms.lock();
+        let attached = vms.get_mut(&id).ok_or(Error::NoSuchVm)?;
+        if self.is_snp() {
+            self.check_owner(id)?;
+        }
+        self.own_by_pkvm(id, attached.vm)?;
+        self.lock().bind(attached.vm, gfn, self.object, pages).map_err(refused)?;
+        self.own(id, attached.vm)?;
+        let gfns = GfnRange::new(gfn, pages.count()).expect("the engine has checked");
+        self.begin_exits(attached.vm, gfns)?;
+        attached.slots.insert(slot, gfns);
+        Ok(())
+    }
+
+    pub(super) fn unbind_slot(&self, id: VmId, slot: Slot) -> Result<(), Error> {
+        let mut vms = self.vms.lock();
+        let Some(attached) = vms.get_mut(&id) else { return Ok(()) };
+        let Some(&gfns) = attached.slots.get(&slot) else { return Ok(()) };
+        self.check_none_donated(attached.vm, gfns)?;
+        attached.slots.remove(&slot);
+        let mut machine = self.lock();
+        let gone = machine.unbind(attached.vm, gfns.start());
+        let zapped = if self.is_pkvm() { Ok(false) } else { machine.tdp_zap(attached.vm, gfns) };
+        assert!(gone.is_ok() && zapped.is_ok(), "the slot was there: {gone:?}, {zapped:?}");
+        Ok(())
+    }
+}
