@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a failing test may panic anywhere")]
 
 use std::io::{Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use polder::source::{Fault, Faulty, FileSource, SourceError, ZeroSource};
 use polder::units::{PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange};
 use polder::{Error, HostKind, Memory, OnBusy, PageSize, Population, ReadAhead, Refusal, Source};
 use polder_require::{Facility, HugetlbPages, patience, require};
+use proptest::prelude::*;
 
 const PAGES: u64 = 512;
 
@@ -259,7 +261,8 @@ fn what_is_discarded_while_it_is_read_is_zeros() {
 #[test]
 fn a_file_that_changes_or_ends_meanwhile_fails_what_was_not_brought_before() {
     type Change = fn(&std::fs::File);
-    let changes: [(&str, Change); 2] = [
+    let changes: [(&str, Change); 3] = [
+        ("longer", |file| file.set_len((PAGES + 1) * PAGE_SIZE).unwrap()),
         ("truncated", |file| file.set_len(100 * PAGE_SIZE).unwrap()),
         ("written to", |mut file| {
             file.seek(SeekFrom::Start(0)).unwrap();
@@ -286,6 +289,77 @@ fn a_file_that_changes_or_ends_meanwhile_fails_what_was_not_brought_before() {
                 assert!(matches!(why, SourceError::Ended(_) | SourceError::Changed), "{why:?}");
             },
         );
+    }
+}
+
+#[test]
+fn a_file_that_has_lost_its_name_or_given_it_away_is_read_to_its_end() {
+    for replaced in [false, true] {
+        let file = Scratch::new("nameless");
+        let source = file.source();
+        std::fs::remove_file(&file.0).unwrap();
+        if replaced {
+            std::fs::write(&file.0, [7; 2 * PAGE_BYTES]).unwrap();
+        }
+        let memory = Memory::builder(count(PAGES)).host(HostKind::Machine).shared();
+        let memory = memory.source(Arc::new(source)).build().unwrap();
+        for page in [0, 1, 400, PAGES - 1] {
+            assert_eq!(touch(&memory, page).unwrap(), contents(page), "page {page}");
+        }
+    }
+}
+
+/// What somebody does to a file while memory is filled from it, or a touch.
+#[derive(Clone, Debug)]
+enum Act {
+    Resize(u64),
+    Write(u64),
+    Touch(u64),
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    prop_oneof![
+        1 => (0..2 * PAGES * PAGE_SIZE).prop_map(Act::Resize),
+        1 => (0..PAGES).prop_map(Act::Write),
+        6 => (0..PAGES).prop_map(Act::Touch),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// Who sees a page sees it as it was when the file was opened; after the first change none comes
+    /// that was not there.
+    #[test]
+    fn a_file_that_anything_is_done_to_is_seen_as_it_was_or_not_at_all(
+        acts in prop::collection::vec(act(), 1..24),
+    ) {
+        let file = Scratch::new("any");
+        let memory = Memory::builder(count(PAGES)).host(HostKind::Machine).shared();
+        let memory = memory.source(Arc::new(file.source())).read_ahead(ReadAhead::Off).build();
+        let memory = memory.unwrap();
+        let other = std::fs::OpenOptions::new().write(true).open(&file.0).unwrap();
+        // The file system's clock is coarse: what is changed at once has no other time.
+        std::thread::sleep(Duration::from_millis(20));
+        let mut changed = false;
+        for act in acts {
+            match act {
+                Act::Resize(size) => {
+                    other.set_len(size).unwrap();
+                    changed = true;
+                }
+                Act::Write(page) => {
+                    other.write_all_at(&[0xee; 100], page * PAGE_SIZE).unwrap();
+                    changed = true;
+                }
+                Act::Touch(page) => {
+                    let there = population(&memory, page) == Population::Whole;
+                    let seen = touch(&memory, page);
+                    prop_assert_eq!(seen.is_ok(), there || !changed);
+                    prop_assert!(seen.map_or(true, |bytes| bytes == contents(page)));
+                }
+            }
+        }
     }
 }
 
