@@ -11,7 +11,8 @@ use polder::{Contents, Holder, Memory, OnBusy, PageSize, Slot, Visibility};
 use polder_require::{Facility, HugetlbPages, require};
 
 const SECRET: &[u8; 6] = b"secret";
-const PAGE: u64 = 3;
+const PAGE: u32 = 3;
+const AT: u32 = PAGE * 4096;
 
 /// A pointer that was kept from a slice of a page that is the guest's now, with a secret in it; and
 /// what it points into.
@@ -28,12 +29,12 @@ fn kept(page_size: PageSize) -> Option<Kept> {
     let vm = memory.attach(Arc::new(kvm)).expect("a new VM");
     let all = PageRange::between(0, 512).expect("not empty");
     memory.bind(vm, Slot(0), Gfn::from(0), all).expect("nothing else is bound");
-    let page = PageRange::between(PAGE, PAGE + 1).expect("not empty");
+    let page = PageRange::one(PAGE.into());
     let to = |to| memory.convert(page, to, Contents::Preserve, OnBusy::Refuse);
     to(Visibility::Shared).expect("nobody has it");
     let guest = memory.guest_memory(vm, Holder::new("virtio-net"), OnBusy::Wait).expect("a slot");
     let regions = guest.regions();
-    let slice = regions.get_slice(GuestAddress(PAGE * 4096), 6).expect("the page is shared");
+    let slice = regions.get_slice(GuestAddress(AT.into()), 6).expect("the page is shared");
     let pointer = slice.ptr_guard_mut().as_ptr().cast_const().cast();
     to(Visibility::Private).expect_err("the slice has it pinned");
     drop(slice);
@@ -45,7 +46,7 @@ fn kept(page_size: PageSize) -> Option<Kept> {
 impl Kept {
     fn is_of_the_host_view(&self) -> bool {
         let view = self.memory.host_view().as_ptr().expect("it is memory of this process");
-        self.pointer.addr() == view.addr() + PAGE as usize * 4096
+        self.pointer.addr() == view.addr() + AT as usize
     }
 
     fn read(&self) -> [u8; 6] {
