@@ -48,8 +48,8 @@ fn run(progress: &mut dyn FnMut(Progress)) -> Measured {
     Ok(CASES.iter().enumerate().map(case).collect())
 }
 
-/// Shared memory on a memfd, as `vm-memory` sees it. No VM runs. A page after it is private, so that
-/// the memory is not all of one kind, and each read has to look closer.
+/// Shared memory on a memfd, as `vm-memory` sees it. No VM runs. A page after it is private, so
+/// that the memory is not all of one kind, and each read has to look closer.
 fn polder() -> Result<GuestMemory, BenchError> {
     let pages = MEMORY as u64 / PAGE_SIZE;
     let object = PageCount::new(pages + 1).expect("few pages");

@@ -1,5 +1,5 @@
-//! Guest memory without Polder: the same memfd, views, userfaultfds and system calls, and a loop that
-//! answers each touch by mapping the page. What the benches on KVM compare Polder with.
+//! Guest memory without Polder: the same memfd, views, userfaultfds and system calls, and a loop
+//! that answers each touch by mapping the page. What the benches on KVM compare Polder with.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

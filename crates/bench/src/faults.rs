@@ -1,12 +1,13 @@
-//! `polder bench faults`: what it costs a guest to touch a page that Polder maps, next to a bare loop
-//! that does so by the same system calls.
+//! `polder bench faults`: what it costs a guest to touch a page that Polder maps, next to a bare
+//! loop that does so by the same system calls.
 //!
 //! A guest of KVM reads the first word of page after page, in ring 3, and notes by its TSC how long
-//! each read took. The pages exist, are not mapped in the guest view, and that view is watched: each
-//! read is a fault of KVM's, a userfault, an answer, and the way back. VM, guest and log are the same
-//! for both; what differs is who answers. The system calls are `poll`, `read` and `UFFDIO_CONTINUE`
-//! on either side; Polder asks its engine in between, and gives the answer back. A turn's figure is
-//! the median of its touches: what a busy machine's scheduler takes is in the note's quantiles.
+//! each read took. The pages exist, are not mapped in the guest view, and that view is watched:
+//! each read is a fault of KVM's, a userfault, an answer, and the way back. VM, guest and log are
+//! the same for both; what differs is who answers. The system calls are `poll`, `read` and
+//! `UFFDIO_CONTINUE` on either side; Polder asks its engine in between, and gives the answer back.
+//! A turn's figure is the median of its touches: what a busy machine's scheduler takes is in the
+//! note's quantiles.
 
 use polder::units::{Gpa, PAGE_SIZE, PageCount, PageRange};
 use polder::{Memory, OnBusy};

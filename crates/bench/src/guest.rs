@@ -122,8 +122,8 @@ impl Guest {
     }
 
     /// Has the guest read the first word of `pages` pages from `gpa` on over and over, while
-    /// `operation` is done again and again: `times` times, each after `prepare`. Returns the longest
-    /// time from one read to the next around each, in microseconds.
+    /// `operation` is done again and again: `times` times, each after `prepare`. Returns the
+    /// longest time from one read to the next around each, in microseconds.
     pub(crate) fn stand_still(
         &self,
         (gpa, pages): (Gpa, u32),

@@ -1,5 +1,5 @@
-//! `polder bench hugepages`: what huge pages are worth to a guest, and what it costs to share single
-//! pages of them.
+//! `polder bench hugepages`: what huge pages are worth to a guest, and what it costs to share
+//! single pages of them.
 //!
 //! The guest's accesses are of ring 3, natively. A size for which this machine has no pages has its
 //! rows all the same, with no figures but why, and what to do about it. What is of the simulated

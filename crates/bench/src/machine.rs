@@ -41,8 +41,8 @@ fn run(turn: Duration, progress: &mut dyn FnMut(Progress)) -> Result<Vec<Row>, E
         ("tdp walk 4k 256m in use", 1 << 16, Level::Size4K, true, 1e9 / 2e6),
         ("tdp walk 2m of 1g", 1 << 18, Level::Size2M, false, 1e9 / 2e6),
     ];
-    // The accesses that the RMP is asked about, or not: pages, and the side. A hit asks nobody; what
-    // a private hit costs more is its decryption.
+    // The accesses that the RMP is asked about, or not: pages, and the side. A hit asks nobody;
+    // what a private hit costs more is its decryption.
     let checked: [(&str, u32, Side); 3] = [
         ("snp: tlb hit, shared", 512, Side::Shared),
         ("snp: tlb hit, private", 512, Side::Private),
@@ -81,8 +81,8 @@ fn against_goal(case: &str, unit: &'static str, goal: f64, polder: f64) -> Row {
 fn read(turn: Duration, pages: u32, level: Level, written: bool) -> Result<Costs, Error> {
     let (mut machine, vcpu) = guest(pages, level, written)?;
     let bytes = u64::from(pages) * PAGE_SIZE;
-    // An array of 1G would measure the host's memory, which the simulation does not touch unless its
-    // pages were written.
+    // An array of 1G would measure the host's memory, which the simulation does not touch unless
+    // its pages were written.
     let most = if written { usize::MAX } else { 1 << 22 };
     let words = usize::try_from(bytes / 8).unwrap_or(usize::MAX).min(most);
     let plain: Vec<u64> = (0..).take(words).collect();

@@ -1,12 +1,12 @@
-//! `polder bench prefault`: a guest's first touches of memory that was mapped ahead, next to those of
-//! memory that was not.
+//! `polder bench prefault`: a guest's first touches of memory that was mapped ahead, next to those
+//! of memory that was not.
 //!
 //! The guest is one of KVM's, in ring 3; it reads a word of each page and notes by its TSC how long
 //! each read took. What is told is a page's share of the time by which the first reads of all pages
 //! take longer than the same reads once all is mapped: clock and loop drop out.
 //!
-//! A page size for which this machine has no pages is left out; a note on the first row says so, and
-//! what would bring them.
+//! A page size for which this machine has no pages is left out; a note on the first row says so,
+//! and what would bring them.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -69,8 +69,8 @@ fn run(size: Size, progress: &mut dyn FnMut(Progress)) -> Measured {
     Ok(rows)
 }
 
-/// A guest, and memory of Polder's that it sees, of which nothing is mapped at first. Memory that can
-/// be watched is: what follows on the pages to touch stays owed.
+/// A guest, and memory of Polder's that it sees, of which nothing is mapped at first. Memory that
+/// can be watched is: what follows on the pages to touch stays owed.
 struct Ahead {
     guest: Guest,
     memory: Memory,

@@ -1,11 +1,12 @@
-//! `polder bench stall`: the longest time a vCPU stands still because of an operation of the host's,
-//! next to the bare system calls in it.
+//! `polder bench stall`: the longest time a vCPU stands still because of an operation of the
+//! host's, next to the bare system calls in it.
 //!
 //! A guest of KVM reads the first words of the pages concerned over and over, in ring 3, and keeps
 //! the longest time from one read to the next, by its TSC. The host does an operation, waits until
-//! the guest has read all pages again, and looks. For what the guest asks for itself it takes the time
-//! from before its request to after the answer. What the scheduler of a busy machine takes from
-//! the vCPU is in there, too: the median says what the operation does, the maximum what happened.
+//! the guest has read all pages again, and looks. For what the guest asks for itself it takes the
+//! time from before its request to after the answer. What the scheduler of a busy machine takes
+//! from the vCPU is in there, too: the median says what the operation does, the maximum what
+//! happened.
 
 use std::cell::{Cell, RefCell};
 
@@ -145,8 +146,8 @@ fn row(case: &str, baseline: &'static str, of_bare: Vec<f64>, of_polder: Vec<f64
     row
 }
 
-/// How long a vCPU stands still for a conversion that its own guest asks for, next to a request that
-/// finds the page so already: the same way out of the guest and back.
+/// How long a vCPU stands still for a conversion that its own guest asks for, next to a request
+/// that finds the page so already: the same way out of the guest and back.
 fn own_requests(guest: &Guest, times: u32) -> Measured {
     let [to_private, to_shared, nothing] = guest.own_requests(times)?;
     let of = |case, took| row(case, "a request for nothing", nothing.clone(), took);

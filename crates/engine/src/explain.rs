@@ -1,7 +1,8 @@
-//! Why a page is as it is: all that the engine knows of one page, and which clause keeps it from being
-//! mapped by a larger one.
+//! Why a page is as it is: all that the engine knows of one page, and which clause keeps it from
+//! being mapped by a larger one.
 //!
-//! The levels are those of the answers to faults ([`Engine::level_limits`]); a test compares the two.
+//! The levels are those of the answers to faults ([`Engine::level_limits`]); a test compares the
+//! two.
 
 use alloc::vec::Vec;
 use core::fmt;
@@ -36,8 +37,8 @@ pub enum Clause {
         /// What it is.
         is: Visibility,
     },
-    /// Of a page of the larger one contents are owed, and of this one not, or the other way: this is
-    /// the first.
+    /// Of a page of the larger one contents are owed, and of this one not, or the other way: this
+    /// is the first.
     Population {
         /// That page.
         page: PageIndex,

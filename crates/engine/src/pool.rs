@@ -5,8 +5,8 @@
 //! free >= reserved               available = free - reserved
 //! ```
 //! What is **reserved** was promised to an object at its creation, or to a subpool as its minimum:
-//! a page that is taken on a reservation is there. A **subpool** has a minimum, which is reserved at
-//! its birth, and a maximum, which its objects do not exceed together; a request tells how many
+//! a page that is taken on a reservation is there. A **subpool** has a minimum, which is reserved
+//! at its birth, and a maximum, which its objects do not exceed together; a request tells how many
 //! pages must come from the pool beside what the subpool has reserved already (Linux
 //! `Documentation/mm/hugetlbfs_reserv.rst`).
 //!
@@ -218,8 +218,8 @@ impl Pool {
         Ok(())
     }
 
-    /// Counts pages for a subpool. Returns how many of them must come from the pool, beside what the
-    /// subpool has reserved (`hugepage_subpool_get_pages()`).
+    /// Counts pages for a subpool. Returns how many of them must come from the pool, beside what
+    /// the subpool has reserved (`hugepage_subpool_get_pages()`).
     fn get(&mut self, subpool: Option<SubpoolId>, count: u64) -> Result<u64, PoolError> {
         let Some(id) = subpool else { return Ok(count) };
         let subpool = self.subpools.get_mut(&id).expect("a subpool outlives its objects");
@@ -325,7 +325,8 @@ impl Pool {
         self.pending.extend(pinned.into_iter().map(|page| (page, gone.subpool)));
     }
 
-    /// Notes that the last 4K page of a pending huge page was unpinned: it is whole again, and free.
+    /// Notes that the last 4K page of a pending huge page was unpinned: it is whole again, and
+    /// free.
     ///
     /// # Panics
     /// If it is not pending: a huge page is given back once.

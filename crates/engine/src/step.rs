@@ -29,9 +29,9 @@ pub enum Step {
     /// Take the pages, which lie in one 2M page, back from their guest in the RMP, at the level
     /// that their entries have.
     Unassign(PageRange),
-    /// Give back to their guest in the RMP what the last [`Unassign`](Self::Unassign) of these pages
-    /// took, and nothing else: a page that was not assigned is left for the answer that maps it
-    /// first, which cuts off who has it mapped.
+    /// Give back to their guest in the RMP what the last [`Unassign`](Self::Unassign) of these
+    /// pages took, and nothing else: a page that was not assigned is left for the answer that maps
+    /// it first, which cuts off who has it mapped.
     Reassign(PageRange),
     /// Make 4K entries of a large RMP entry of this 2M page, if there is one.
     Smash(PageRange),

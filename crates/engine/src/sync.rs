@@ -24,9 +24,9 @@ pub(crate) fn light_fence() {
     fence(Ordering::SeqCst);
 }
 
-/// A fence after an atomic read-modify-write that is sequentially consistent: on x86 that is a whole
-/// fence by itself (Linux' `smp_mb__after_atomic()`, `Documentation/atomic_t.txt`), and another one
-/// would cost more than the pin that it stands in.
+/// A fence after an atomic read-modify-write that is sequentially consistent: on x86 that is a
+/// whole fence by itself (Linux' `smp_mb__after_atomic()`, `Documentation/atomic_t.txt`), and
+/// another one would cost more than the pin that it stands in.
 #[inline(always)]
 pub(crate) fn fence_after_atomic() {
     #[cfg(all(target_arch = "x86_64", not(loom)))]

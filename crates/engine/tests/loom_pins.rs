@@ -1,6 +1,7 @@
 //! Every interleaving, and every stale value the memory model allows, of who pins pages without the
 //! engine's lock and of who converts them:
-//! `RUSTFLAGS="--cfg loom" cargo test -p polder-engine --test loom_pins --release --features plant`.
+//! `RUSTFLAGS="--cfg loom" cargo test -p polder-engine --test loom_pins --release --features
+//! plant`.
 //!
 //! The page's bytes are a cell that loom watches: whoever has it pinned reads it, whoever has made
 //! it private writes it, and no two do at once.

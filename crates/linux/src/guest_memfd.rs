@@ -68,7 +68,7 @@ impl GuestMemfd {
     /// one that can be mapped serves a frame that is shared as well, and its slot's view never.
     ///
     /// # Errors
-    /// Of `KVM_CREATE_GUEST_MEMFD`: `EINVAL` for a size that no file can have, `ENOTTY` on a
+    /// Those of `KVM_CREATE_GUEST_MEMFD`: `EINVAL` for a size that no file can have, `ENOTTY` on a
     /// kernel without it, `EMFILE`.
     pub fn new(vm: &VmFd, pages: PageCount) -> Result<Self, Error> {
         Self::with_flags(vm, pages, 0)
@@ -105,7 +105,7 @@ impl GuestMemfd {
     /// Frees the pages and takes them from the guest; it finds zeros afterwards.
     ///
     /// # Errors
-    /// Of `fallocate`.
+    /// Those of `fallocate`.
     pub fn punch_hole(&self, range: PageRange) -> Result<(), Error> {
         punch_hole(&self.fd, range)
     }
@@ -114,7 +114,7 @@ impl GuestMemfd {
     /// pages are counted (`cachestat`), and ranges that have some halved until they have all.
     ///
     /// # Errors
-    /// Of `cachestat`: `ENOSYS` before Linux 6.5 and without `CONFIG_CACHESTAT_SYSCALL`.
+    /// Those of `cachestat`: `ENOSYS` before Linux 6.5 and without `CONFIG_CACHESTAT_SYSCALL`.
     pub fn existing(&self) -> Result<Vec<PageRange>, Error> {
         let mut runs: Vec<PageRange> = Vec::new();
         // Next is last: the lower half goes on top of the upper one.
@@ -158,9 +158,9 @@ impl AsFd for GuestMemfd {
 /// Makes guest frames of `vm` private or shared: all of them, or none.
 ///
 /// # Errors
-/// Of `KVM_SET_MEMORY_ATTRIBUTES`: `EINVAL` for frames beyond what the VM can address, `ENOMEM`,
-/// `ENOTTY` on a kernel without it. The error has no range: what is said is about guest frames,
-/// not bytes of an object.
+/// Those of `KVM_SET_MEMORY_ATTRIBUTES`: `EINVAL` for frames beyond what the VM can address,
+/// `ENOMEM`, `ENOTTY` on a kernel without it. The error has no range: what is said is about guest
+/// frames, not bytes of an object.
 pub fn set_private(vm: &VmFd, gfns: GfnRange, private: bool) -> Result<(), Error> {
     let call = Call::new("KVM_SET_MEMORY_ATTRIBUTES");
     let size = gfns.count().get().checked_mul(PAGE_SIZE);

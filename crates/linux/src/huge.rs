@@ -1,5 +1,5 @@
-//! What the kernel says of huge pages: pools of hugetlb pages, transparent ones of shared memory, and
-//! how a view is mapped.
+//! What the kernel says of huge pages: pools of hugetlb pages, transparent ones of shared memory,
+//! and how a view is mapped.
 //!
 //! A file that can't be read is no answer, not an error: these are for reports and refusals.
 

@@ -15,7 +15,8 @@ use crate::{Error, GuestMemfd, View};
 
 /// A slot of a VM that shows it a part of a view, and where it has a guest_memfd the same part of
 /// that, by each frame's attribute. Dropping it deletes the slot: the guest's mappings go, the
-/// pages stay. What it shows stays at least as long as the slot: for good, if that can't be deleted.
+/// pages stay. What it shows stays at least as long as the slot: for good, if that can't be
+/// deleted.
 pub struct KvmSlot {
     vm: Arc<VmFd>,
     region: kvm_userspace_memory_region,
@@ -33,8 +34,8 @@ impl KvmSlot {
     /// Makes slot `slot` of `vm` show `pages` of the view at guest frame `gfn`.
     ///
     /// # Errors
-    /// Of `KVM_SET_USER_MEMORY_REGION`: `EINVAL` for a slot number that the VM doesn't have or a
-    /// size that KVM can't take, `EEXIST` for an overlap in guest-physical space, `ENOMEM`.
+    /// Those of `KVM_SET_USER_MEMORY_REGION`: `EINVAL` for a slot number that the VM doesn't have
+    /// or a size that KVM can't take, `EEXIST` for an overlap in guest-physical space, `ENOMEM`.
     pub fn new(
         vm: &Arc<VmFd>,
         slot: u32,
@@ -55,9 +56,9 @@ impl KvmSlot {
     /// where a frame is private, and of the view where it is shared.
     ///
     /// # Errors
-    /// Of `KVM_SET_USER_MEMORY_REGION2`: as [`KvmSlot::new`], and `EINVAL` for a guest_memfd of
-    /// another VM, or pages of it that another slot shows. Pages beyond the guest_memfd are `EINVAL`
-    /// from here: Linux 6.18 takes them.
+    /// Those of `KVM_SET_USER_MEMORY_REGION2`: as [`KvmSlot::new`], and `EINVAL` for a guest_memfd
+    /// of another VM, or pages of it that another slot shows. Pages beyond the guest_memfd are
+    /// `EINVAL` from here: Linux 6.18 takes them.
     pub fn with_guest_memfd(
         vm: &Arc<VmFd>,
         slot: u32,
@@ -95,7 +96,7 @@ impl KvmSlot {
     /// Deletes the slot, as dropping it does. If that fails the guest goes on seeing it.
     ///
     /// # Errors
-    /// Of `KVM_SET_USER_MEMORY_REGION`: `ENOMEM`.
+    /// Those of `KVM_SET_USER_MEMORY_REGION`: `ENOMEM`.
     pub fn delete(&mut self) -> Result<(), Error> {
         if !self.deleted {
             let (vm, mut region) = (&self.vm, self.region);

@@ -37,11 +37,12 @@ const STATUS: u64 = 1 << 63 | 1 << 61 | 1 << 60 | 1 << 59 | 1 << 58 | 1 << 56 | 
 /// `IA32_MCi_MISC`: a physical address, of which these low bits say nothing.
 const MISC: u64 = 2 << 6 | PAGE_SHIFT as u64;
 
-/// Gives a vCPU a bank for machine checks. Its guest also has to set CR4.MCE: one that is told of an
-/// error without that shuts down.
+/// Gives a vCPU a bank for machine checks. Its guest also has to set CR4.MCE: one that is told of
+/// an error without that shuts down.
 ///
 /// # Errors
-/// Of `KVM_X86_GET_MCE_CAP_SUPPORTED` and `KVM_X86_SETUP_MCE`: where this KVM has no machine checks.
+/// Those of `KVM_X86_GET_MCE_CAP_SUPPORTED` and `KVM_X86_SETUP_MCE`: where this KVM has no machine
+/// checks.
 pub fn set_up_machine_checks(kvm: &Kvm, vcpu: &VcpuFd) -> Result<(), Error> {
     // SAFETY: the descriptor is `kvm`'s, and lives as long.
     let system = unsafe { BorrowedFd::borrow_raw(kvm.as_raw_fd()) };
@@ -60,7 +61,7 @@ pub fn set_up_machine_checks(kvm: &Kvm, vcpu: &VcpuFd) -> Result<(), Error> {
 /// Has a vCPU take a machine check for a page that has failed, when it is run next.
 ///
 /// # Errors
-/// Of `KVM_X86_SET_MCE`: `EINVAL` for a vCPU that was given no bank.
+/// Those of `KVM_X86_SET_MCE`: `EINVAL` for a vCPU that was given no bank.
 pub fn inject_machine_check(vcpu: &VcpuFd, at: Gpa) -> Result<(), Error> {
     let error = kvm_x86_mce {
         status: STATUS,

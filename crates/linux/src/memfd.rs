@@ -23,18 +23,19 @@ impl Memfd {
     /// A memfd of `pages` 4 KiB pages, none of which exists yet.
     ///
     /// # Errors
-    /// Of `memfd_create`, `ftruncate` (`EFBIG` for a size that no file can have) and `F_ADD_SEALS`.
+    /// Those of `memfd_create`, `ftruncate` (`EFBIG` for a size that no file can have) and
+    /// `F_ADD_SEALS`.
     pub fn new(name: &str, pages: PageCount) -> Result<Self, Error> {
         Self::of(name, pages, Level::Size4K)
     }
 
-    /// A memfd of `pages` 4 KiB pages, in hugetlb pages of `level`: all of them are reserved for it,
-    /// so that no touch finds the pool empty.
+    /// A memfd of `pages` 4 KiB pages, in hugetlb pages of `level`: all of them are reserved for
+    /// it, so that no touch finds the pool empty.
     ///
     /// # Errors
-    /// As [`Memfd::new`]; `ENOMEM` of `mmap` where too few huge pages are free, `ENODEV` or `EINVAL`
-    /// of `memfd_create` where the kernel has none of this size, `EINVAL` of `ftruncate` for a size
-    /// that is no multiple of theirs.
+    /// As [`Memfd::new`]; `ENOMEM` of `mmap` where too few huge pages are free, `ENODEV` or
+    /// `EINVAL` of `memfd_create` where the kernel has none of this size, `EINVAL` of `ftruncate`
+    /// for a size that is no multiple of theirs.
     pub fn hugetlb(name: &str, pages: PageCount, level: Level) -> Result<Self, Error> {
         let memfd = Self::of(name, pages, level)?;
         let all = PageRange::between(0, pages.get());
@@ -105,7 +106,7 @@ impl Memfd {
     /// Frees the pages, under every mapping; they read as zeros afterwards.
     ///
     /// # Errors
-    /// Of `fallocate`.
+    /// Those of `fallocate`.
     pub fn punch_hole(&self, range: PageRange) -> Result<(), Error> {
         punch_hole(&self.fd, range)
     }
@@ -114,7 +115,7 @@ impl Memfd {
     /// is told.
     ///
     /// # Errors
-    /// Of `pwrite`: `ENOSPC` and `ENOMEM` where there is no memory.
+    /// Those of `pwrite`: `ENOSPC` and `ENOMEM` where there is no memory.
     pub fn write_at(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
         let (mut left, mut at) = (from, offset);
         while !left.is_empty() {
@@ -134,7 +135,7 @@ impl Memfd {
     /// page's contents are good is not asked here.
     ///
     /// # Errors
-    /// Of `lseek`.
+    /// Those of `lseek`.
     pub fn existing(&self) -> Result<Vec<PageRange>, Error> {
         PageRange::between(0, self.pages.get()).map_or(Ok(Vec::new()), |all| self.existing_in(all))
     }
@@ -142,7 +143,7 @@ impl Memfd {
     /// Those of a range.
     ///
     /// # Errors
-    /// Of `lseek`.
+    /// Those of `lseek`.
     pub fn existing_in(&self, range: PageRange) -> Result<Vec<PageRange>, Error> {
         let call = Call::new("lseek");
         let seek = |to| match call.attempt(|| rustix::fs::seek(&self.fd, to)) {

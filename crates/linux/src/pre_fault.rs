@@ -23,7 +23,7 @@ pub fn can_pre_fault(vm: &VmFd) -> bool {
 /// had been mapped.
 ///
 /// # Errors
-/// Of `KVM_PRE_FAULT_MEMORY` (Linux `Documentation/virt/kvm/api.rst`), where not one page was
+/// Those of `KVM_PRE_FAULT_MEMORY` (Linux `Documentation/virt/kvm/api.rst`), where not one page was
 /// mapped: `ENOENT` outside of any slot, `EINTR` for a signal, `EAGAIN` for a slot that is being
 /// deleted, `EOPNOTSUPP` without TDP, `EFAULT` for private memory without a guest_memfd,
 /// `EHWPOISON`.

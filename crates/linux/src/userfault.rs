@@ -82,7 +82,7 @@ impl Userfault {
     /// those that are not mapped in the view. What is mapped there now stays mapped, untold of.
     ///
     /// # Errors
-    /// Of `UFFDIO_REGISTER`: `EINVAL` where the kernel can't watch such memory.
+    /// Those of `UFFDIO_REGISTER`: `EINVAL` where the kernel can't watch such memory.
     pub fn watch(&self, pages: PageRange) -> Result<(), Error> {
         const MODES: u32 = uapi::UFFDIO_REGISTER_MODE_MISSING | uapi::UFFDIO_REGISTER_MODE_MINOR;
         let range = self.range(pages.bytes());
@@ -94,7 +94,7 @@ impl Userfault {
     /// Watches these pages no more; whoever waits there goes on, and touches again. Markers stay.
     ///
     /// # Errors
-    /// Of `UFFDIO_UNREGISTER`.
+    /// Those of `UFFDIO_UNREGISTER`.
     pub fn unwatch(&self, pages: PageRange) -> Result<(), Error> {
         let mut range = self.range(pages.bytes());
         let call = Call::on("UFFDIO_UNREGISTER", pages.bytes());
@@ -105,7 +105,7 @@ impl Userfault {
     /// are none. Does not wait; poll the descriptor for that.
     ///
     /// # Errors
-    /// Of `read`.
+    /// Those of `read`.
     pub fn touches(&self, into: &mut Vec<PageIndex>) -> Result<(), Error> {
         let mut buffer = [0u8; Self::BATCH * uapi::UFFD_MSG_SIZE];
         let call = Call::new("read of userfaultfd");
@@ -136,7 +136,7 @@ impl Userfault {
     /// mapped already is left as it is, a poison marker gives way to the page.
     ///
     /// # Errors
-    /// Of `UFFDIO_CONTINUE`.
+    /// Those of `UFFDIO_CONTINUE`.
     pub fn resume(&self, range: PageRange) -> Result<Continued, Error> {
         self.each(range, "UFFDIO_CONTINUE", |range| {
             let mut resume = uapi::uffdio_continue { range, mode: 0, mapped: 0 };
@@ -145,11 +145,12 @@ impl Userfault {
         })
     }
 
-    /// Makes a page of these bytes, maps it, and lets whoever waits for it go on: what a handler does
-    /// that has no memfd of its own. Polder does not. A page that exists already is left as it is.
+    /// Makes a page of these bytes, maps it, and lets whoever waits for it go on: what a handler
+    /// does that has no memfd of its own. Polder does not. A page that exists already is left as it
+    /// is.
     ///
     /// # Errors
-    /// Of `UFFDIO_COPY`.
+    /// Those of `UFFDIO_COPY`.
     pub fn copy(&self, page: PageIndex, from: &[u8; PAGE_BYTES]) -> Result<(), Error> {
         let range = PageRange::one(page);
         let uapi::uffdio_range { start: dst, len } = self.range(range.bytes());
@@ -167,7 +168,7 @@ impl Userfault {
     /// one gets SIGBUS, or `EFAULT` from a system call.
     ///
     /// # Errors
-    /// Of `UFFDIO_POISON`.
+    /// Those of `UFFDIO_POISON`.
     pub fn poison(&self, range: PageRange) -> Result<(), Error> {
         let done = self.each(range, "UFFDIO_POISON", |range| {
             let mut poison = uapi::uffdio_poison { range, mode: 0, updated: 0 };
@@ -181,7 +182,7 @@ impl Userfault {
     /// Lets whoever waits for the pages go on, and touch again.
     ///
     /// # Errors
-    /// Of `UFFDIO_WAKE`.
+    /// Those of `UFFDIO_WAKE`.
     pub fn wake(&self, range: PageRange) -> Result<(), Error> {
         let mut bytes = self.range(range.bytes());
         Call::on("UFFDIO_WAKE", range.bytes())

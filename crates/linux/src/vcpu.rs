@@ -131,8 +131,8 @@ impl Vcpu {
     /// Runs the guest until it exits.
     ///
     /// # Errors
-    /// Of `KVM_RUN`, but for `EINTR`, which is [`Exit::Interrupted`], and what says that memory has
-    /// failed.
+    /// Those of `KVM_RUN`, but for `EINTR`, which is [`Exit::Interrupted`], and what says that
+    /// memory has failed.
     pub fn run(&mut self) -> Result<Exit, Error> {
         self.pending = Pending::Nothing;
         // Alone among exits, KVM_EXIT_MEMORY_FAULT comes with an errno, which `kvm-ioctls` drops;

@@ -24,8 +24,9 @@ pub struct Touched {
     pub offset: u64,
 }
 
-/// A mapping of a whole memfd, or of a guest_memfd in its place. Children don't inherit it (`MADV_DONTFORK`: an inherited copy would
-/// not be watched by a userfaultfd), core dumps don't contain it (`MADV_DONTDUMP`).
+/// A mapping of a whole memfd, or of a guest_memfd in its place. Children don't inherit it
+/// (`MADV_DONTFORK`: an inherited copy would not be watched by a userfaultfd), core dumps don't
+/// contain it (`MADV_DONTDUMP`).
 #[derive(Debug)]
 pub struct View {
     base: NonNull<c_void>,
@@ -43,7 +44,7 @@ impl View {
     /// Maps all of `memfd`.
     ///
     /// # Errors
-    /// Of `mmap` (`ENOMEM` where the address space is used up) and `madvise`.
+    /// Those of `mmap` (`ENOMEM` where the address space is used up) and `madvise`.
     pub fn new(memfd: &Arc<Memfd>) -> Result<Self, Error> {
         sigbus::install();
         let bytes = memfd.pages().bytes().and_then(|bytes| usize::try_from(bytes).ok());
@@ -106,7 +107,8 @@ impl View {
     /// Has the kernel make one huge page of each 2M of the range, and map it here as one.
     ///
     /// # Errors
-    /// Of `madvise(MADV_COLLAPSE)`: `ENOMEM`, `EAGAIN`, `EBUSY`, `EINVAL` for what can't be one.
+    /// Those of `madvise(MADV_COLLAPSE)`: `ENOMEM`, `EAGAIN`, `EBUSY`, `EINVAL` for what can't be
+    /// one.
     pub fn collapse(&self, range: PageRange) -> Result<(), Error> {
         let bytes = range.bytes();
         let call = Call::on("madvise(MADV_COLLAPSE)", bytes);
@@ -122,7 +124,7 @@ impl View {
     /// The runs of its pages that the page tables of this mapping have.
     ///
     /// # Errors
-    /// Of `mincore`.
+    /// Those of `mincore`.
     pub fn present(&self) -> Result<Vec<PageRange>, Error> {
         const AT_ONCE: usize = 1 << 30;
         let mut runs: Vec<PageRange> = Vec::new();
@@ -163,8 +165,8 @@ impl View {
     /// and nothing of it is watched. Of the same size, and made to be shared with the host.
     ///
     /// # Errors
-    /// Of `mmap`: `ENODEV` for a guest_memfd that can't be mapped, `EINVAL` for one of another
-    /// size; then the view shows what it did. Of `madvise`.
+    /// Those of `mmap`: `ENODEV` for a guest_memfd that can't be mapped, `EINVAL` for one of
+    /// another size; then the view shows what it did. Those of `madvise`.
     pub fn show(&self, guest_memfd: &GuestMemfd) -> Result<(), Error> {
         if guest_memfd.pages() != self.memfd.pages() {
             return Err(Call::new("mmap").error(Errno::INVAL));
@@ -221,7 +223,7 @@ impl View {
     /// Takes the pages out of this mapping; they stay in the memfd. Lifts poison markers too.
     ///
     /// # Errors
-    /// Of `madvise(MADV_DONTNEED)`.
+    /// Those of `madvise(MADV_DONTNEED)`.
     pub fn zap(&self, range: PageRange) -> Result<(), Error> {
         self.advise(range, Advice::LinuxDontNeed, "madvise(MADV_DONTNEED)")
     }
@@ -229,7 +231,7 @@ impl View {
     /// Makes the pages exist and maps them here for writing, without changing their contents.
     ///
     /// # Errors
-    /// Of `madvise(MADV_POPULATE_WRITE)`: `ENOMEM`, `EHWPOISON`.
+    /// Those of `madvise(MADV_POPULATE_WRITE)`: `ENOMEM`, `EHWPOISON`.
     pub fn populate(&self, range: PageRange) -> Result<(), Error> {
         self.advise(range, Advice::LinuxPopulateWrite, "madvise(MADV_POPULATE_WRITE)")
     }
@@ -237,7 +239,7 @@ impl View {
     /// Makes the pages exist and maps them here as reads would.
     ///
     /// # Errors
-    /// Of `madvise(MADV_POPULATE_READ)`: `ENOMEM`, `EHWPOISON`.
+    /// Those of `madvise(MADV_POPULATE_READ)`: `ENOMEM`, `EHWPOISON`.
     pub fn populate_read(&self, range: PageRange) -> Result<(), Error> {
         self.advise(range, Advice::LinuxPopulateRead, "madvise(MADV_POPULATE_READ)")
     }
@@ -245,7 +247,7 @@ impl View {
     /// Makes all pages exist, maps them here, and keeps them from being reclaimed.
     ///
     /// # Errors
-    /// Of `mlock`: `ENOMEM`, `EPERM` beyond the limit of locked memory.
+    /// Those of `mlock`: `ENOMEM`, `EPERM` beyond the limit of locked memory.
     pub fn lock(&self) -> Result<(), Error> {
         let call = Call::new("mlock");
         // SAFETY: the mapping is ours and lives as long as `self`; locking it changes no byte.
@@ -285,7 +287,7 @@ impl View {
     /// many came.
     ///
     /// # Errors
-    /// Of `read`: `EFAULT` where the first page is poisoned.
+    /// Those of `read`: `EFAULT` where the first page is poisoned.
     ///
     /// # Panics
     /// If the bytes reach beyond the view.

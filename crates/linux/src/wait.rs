@@ -18,7 +18,7 @@ impl Nudge {
     /// One that nobody has given yet.
     ///
     /// # Errors
-    /// Of `eventfd`: `EMFILE`, `ENOMEM`.
+    /// Those of `eventfd`: `EMFILE`, `ENOMEM`.
     pub fn new() -> Result<Self, Error> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         Ok(Self(Call::new("eventfd").make(|| eventfd(0, flags))?))
@@ -46,7 +46,7 @@ impl AsFd for Nudge {
 /// Waits until one of the descriptors can be read, or `at_most` has passed. Returns which can be.
 ///
 /// # Errors
-/// Of `poll`.
+/// Those of `poll`.
 pub fn wait<const N: usize>(
     fds: [BorrowedFd<'_>; N],
     at_most: Option<Duration>,
@@ -84,7 +84,7 @@ pub fn now() -> Instant {
 /// Starts a thread.
 ///
 /// # Errors
-/// Of `clone`: `EAGAIN` at a limit of threads, or for want of memory.
+/// Those of `clone`: `EAGAIN` at a limit of threads, or for want of memory.
 pub fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, Error> {
     let mut body = Some(body);
     Call::new("clone").make(|| {

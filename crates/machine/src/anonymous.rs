@@ -2,9 +2,9 @@
 //!
 //! An anonymous object is what a VMM has from `mmap(MAP_ANONYMOUS)`. A read of a page that was
 //! never written finds the one zero page, mapped read-only; a write makes a page
-//! (`do_anonymous_page()`, mm/memory.c). After a fork both sides have the same pages, read-only; the
-//! first that writes to one gets a copy, and the last has it to itself (`do_wp_page()`). Whoever maps
-//! such memory for a guest asks for what the guest does: a read must not copy.
+//! (`do_anonymous_page()`, mm/memory.c). After a fork both sides have the same pages, read-only;
+//! the first that writes to one gets a copy, and the last has it to itself (`do_wp_page()`).
+//! Whoever maps such memory for a guest asks for what the guest does: a read must not copy.
 //!
 //! No process of the machine maps it: guests reach it, and the trusted view.
 

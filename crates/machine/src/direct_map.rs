@@ -1,9 +1,9 @@
 //! The kernel's direct map: one more mapping of every frame, which can be taken away.
 //!
 //! The kernel's own accesses go through it: the trusted view, zeroing on allocation, a copy of a
-//! folio that moves. A frame that is taken out of it (`set_direct_map_invalid_noflush()`) the kernel
-//! does not reach, by mistake or by speculation; mappings of processes, guests and devices stay.
-//! What is freed must be put back before: the next owner zeroes it that way.
+//! folio that moves. A frame that is taken out of it (`set_direct_map_invalid_noflush()`) the
+//! kernel does not reach, by mistake or by speculation; mappings of processes, guests and devices
+//! stay. What is freed must be put back before: the next owner zeroes it that way.
 
 use polder_units::{Level, PageCount, Pfn, PfnRange};
 

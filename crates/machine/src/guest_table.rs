@@ -237,9 +237,9 @@ impl GuestMemory<'_> {
         Err(Stopped::Untranslated(Untranslated::Reserved))
     }
 
-    /// Calls `found` with each page that the tables from `root` on let be read: its number, the frame
-    /// and how many pages there are of both. At most `budget` entries are looked at; whether that was
-    /// enough. Tables that lead to each other make more pages than memory has.
+    /// Calls `found` with each page that the tables from `root` on let be read: its number, the
+    /// frame and how many pages there are of both. At most `budget` entries are looked at; whether
+    /// that was enough. Tables that lead to each other make more pages than memory has.
     pub(crate) fn each(
         &self,
         root: Gfn,

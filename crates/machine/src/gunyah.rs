@@ -1,10 +1,10 @@
 //! Gunyah's memory parcels, as far as they differ from pKVM's hypercalls: data, for who compares.
 //!
 //! Gunyah's resource manager moves memory between VMs by *parcels*: lists of ranges with an access
-//! list (github.com/quic/gunyah-resource-manager, src/memparcel/memparcel.c; the message numbers are
-//! those of Linux' drivers/virt/gunyah/rsc_mgr_rpc.c as posted). One parcel is one transfer; the
-//! other side accepts it as a whole. The host's kernel has to hold the pages all the while, and so
-//! asked for the same exclusive pins as pKVM's did (thread 3).
+//! list (github.com/quic/gunyah-resource-manager, src/memparcel/memparcel.c; the message numbers
+//! are those of Linux' drivers/virt/gunyah/rsc_mgr_rpc.c as posted). One parcel is one transfer;
+//! the other side accepts it as a whole. The host's kernel has to hold the pages all the while, and
+//! so asked for the same exclusive pins as pKVM's did (thread 3).
 
 use crate::PageState;
 

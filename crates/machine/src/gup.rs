@@ -174,8 +174,8 @@ impl Machine {
         Ok(self.add_pin(process, kind, pages, false)?)
     }
 
-    /// Pins pages of an object for a process, by no mapping of its (`memfd_pin_folios()`, mm/gup.c).
-    /// Holes are allocated.
+    /// Pins pages of an object for a process, by no mapping of its (`memfd_pin_folios()`,
+    /// mm/gup.c). Holes are allocated.
     ///
     /// # Errors
     /// [`Error::Beyond`] the object's end; [`Error::NoMemory`]; [`Error::Pinned`] as

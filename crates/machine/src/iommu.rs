@@ -2,8 +2,8 @@
 //!
 //! A device's address is a guest-physical one, as VFIO maps a VM's memory. What a domain maps are
 //! pinned frames: mapping takes no reference, and who maps without a pin lets a device reach memory
-//! that may be freed. Changing a table leaves the IOTLB as it is; [`Machine::flush_iotlb`] is a step
-//! of its own. A translation that is cached is not checked again.
+//! that may be freed. Changing a table leaves the IOTLB as it is; [`Machine::flush_iotlb`] is a
+//! step of its own. A translation that is cached is not checked again.
 //!
 //! Under pKVM the hypervisor has the domains' tables: it maps no frame that the host's stage 2 has
 //! not, it counts how often a frame is mapped, and what is mapped it gives to nobody
@@ -71,8 +71,8 @@ impl Machine {
     /// Maps the frames of a pin from `gfn` on, for reading and writing.
     ///
     /// # Errors
-    /// [`Error::Exists`] where something is mapped; [`Error::Refused`] for a frame that the host has
-    /// no page for; [`Error::Gone`]. Nothing was mapped then.
+    /// [`Error::Exists`] where something is mapped; [`Error::Refused`] for a frame that the host
+    /// has no page for; [`Error::Gone`]. Nothing was mapped then.
     pub fn iommu_map(&mut self, domain: DomainId, gfn: Gfn, pin: PinId) -> Result<(), Error> {
         let frames = self.pins.get(pin)?.pages.clone();
         let end = gfn.get() + frames.len() as u64;

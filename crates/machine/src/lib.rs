@@ -12,8 +12,8 @@
 //!  guest: slots -> stage 2, of a root -> TLB ┤               └─ page cache of an object
 //!  the driver's trusted view: direct map ───┘
 //! ```
-//! Where a line reaches the frame, hardware may refuse it: the RMP, on a machine with SNP; stage 2 of
-//! the host, and the IOMMU, on one with pKVM.
+//! Where a line reaches the frame, hardware may refuse it: the RMP, on a machine with SNP; stage 2
+//! of the host, and the IOMMU, on one with pKVM.
 //!
 //! # Vocabulary
 //! | word | here |
@@ -37,8 +37,8 @@
 //!   them. Unmapping, flushing, locking, checking and punching are a step each.
 //! - **Roots.** Guest-physical addresses by TDP; linear ones by shadows of the guest's page tables,
 //!   where hardware has no TDP; those of a guest's guest by shadows of the nested tables that the
-//!   guest made. Write-tracking, rmap, tables out of sync, switches while the vCPU runs: `shadow.rs`,
-//!   `root.rs`. A guest reads and writes its own tables as any memory.
+//!   guest made. Write-tracking, rmap, tables out of sync, switches while the vCPU runs:
+//!   `shadow.rs`, `root.rs`. A guest reads and writes its own tables as any memory.
 //! - **Accessed and dirty bits** of stage 2 and of the guest's tables, as walks set them.
 //! - **Anonymous memory** of guests: the zero page, and copies at the first write (`anonymous.rs`).
 //! - **Waiting.** Nothing blocks: a touch that must wait says why, changes nothing, and is made
@@ -50,7 +50,8 @@
 //! - **An IOMMU**: domains with page tables, faults, and an IOTLB that stays stale until flushed.
 //! - **The direct map**, which frames can be taken out of; **migration** of folios; **exclusive
 //!   pins**, beside a kernel without them.
-//! - **A pool of huge pages**, and the tables that a split of one takes: see [`Machine::fill_pool`].
+//! - **A pool of huge pages**, and the tables that a split of one takes: see
+//!   [`Machine::fill_pool`].
 //! - **Memory that runs out**, by size or by [`Machine::fail_allocation`].
 //! - **Bugs**, when planted: see [`Plant`].
 //!
@@ -86,10 +87,10 @@
 //!   punch is the caller's, so that a wrong order can be seen.
 //! - GUP-fast's disabled interrupts keep page *tables* from being freed under it; here they are
 //!   never looked at after they are gone.
-//! - TLBs are direct-mapped, one a CPU, and tell a vCPU's roots apart, but no VMs or processes, each
-//!   of which has its CPUs to itself. What walks pass on their way is not remembered.
-//!   An entry may be evicted by another: a stale one that a search must see needs a TLB as large
-//!   as the pages it looks at.
+//! - TLBs are direct-mapped, one a CPU, and tell a vCPU's roots apart, but no VMs or processes,
+//!   each of which has its CPUs to itself. What walks pass on their way is not remembered. An entry
+//!   may be evicted by another: a stale one that a search must see needs a TLB as large as the
+//!   pages it looks at.
 //! - Of guest page tables: NX, global pages, PAE and five levels, supervisor accesses.
 //! - In host page tables: accessed and dirty bits, write protection of single entries, `mprotect`,
 //!   partial `munmap`, anonymous memory (which no process maps), swap.
@@ -129,7 +130,6 @@ extern crate alloc;
 extern crate std;
 
 mod access;
-mod address;
 mod anonymous;
 mod audit;
 mod chunk;
@@ -167,7 +167,6 @@ mod vm;
 mod vm_ops;
 
 pub use access::{AccessCheck, AccessFault, Path, Refused};
-pub use address::{Hva, Vpn, VpnRange};
 pub use audit::Discrepancy;
 pub use error::Error;
 pub use folio::{Counts, GUP_PIN_COUNTING_BIAS, LockOwner};
@@ -193,3 +192,5 @@ pub use slab::{DomainId, ObjectId, PinId, ProcessId, VmId};
 pub use tdp::{Resolved, Spte};
 pub use vm::Bound;
 pub use vm_ops::VmOps;
+
+pub use polder_units::{Hva, Vpn, VpnRange};

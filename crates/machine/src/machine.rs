@@ -40,8 +40,8 @@ impl Config {
         Self { frames, geometry, contents, tlb_entries: 1024, accessed_dirty: true }
     }
 
-    /// A small machine for a search over states: tokens for contents, TLBs of 8 entries, no accessed
-    /// and dirty bits, which would only make more states.
+    /// A small machine for a search over states: tokens for contents, TLBs of 8 entries, no
+    /// accessed and dirty bits, which would only make more states.
     pub const fn symbolic(frames: PageCount, geometry: Geometry) -> Self {
         let contents = Contents::Symbolic;
         Self { frames, geometry, contents, tlb_entries: 8, accessed_dirty: false }

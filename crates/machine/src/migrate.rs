@@ -15,8 +15,8 @@ impl Machine {
     /// # Errors
     /// [`Error::Hole`]; [`Error::NotLocked`] by `by`; [`Error::Mapped`] by a host page table;
     /// [`Error::Referenced`] by anyone but the page cache; [`Error::NoMemory`]; [`Error::Refused`]
-    /// where the kernel can't reach the frames; [`Error::Pkvm`] by the hypervisor. The folio is where
-    /// it was then.
+    /// where the kernel can't reach the frames; [`Error::Pkvm`] by the hypervisor. The folio is
+    /// where it was then.
     pub fn migrate_folio(
         &mut self,
         object: ObjectId,

@@ -15,11 +15,11 @@
 //!
 //! # The rule
 //! Each frame has one owner, in whose table it is OWNED, or SHARED_OWNED if somebody else has it
-//! too, where it is SHARED_BORROWED. Everywhere else it is NOPAGE. The IOMMU lets the host's devices
-//! reach what the host's stage 2 has, and nothing else. So four tables say one thing (the host's
-//! stage 2, the hypervisor's own, the guests', the IOMMU's), and every hypercall changes those that
-//! it has to *together or not at all*: it checks all of them, writes one after the other, and
-//! writes back what it has written if the memory for a table runs out on the way
+//! too, where it is SHARED_BORROWED. Everywhere else it is NOPAGE. The IOMMU lets the host's
+//! devices reach what the host's stage 2 has, and nothing else. So four tables say one thing (the
+//! host's stage 2, the hypervisor's own, the guests', the IOMMU's), and every hypercall changes
+//! those that it has to *together or not at all*: it checks all of them, writes one after the
+//! other, and writes back what it has written if the memory for a table runs out on the way
 //! ([`Machine::fail_hypervisor`]).
 //!
 //! # The guest decides

@@ -4,9 +4,9 @@
 //! back as a whole: its frames may come one by one, for a folio that was split goes in pieces, and
 //! pinned ones go last; the last of them returns it (`pending` until then).
 //!
-//! The kernel keeps something of each frame (`struct page`, 64 bytes, in the vmemmap), and of a huge
-//! page of a pool only as much as one page holds (HVO; Linux `Documentation/mm/vmemmap_dedup.rst`).
-//! To split the folio needs the rest, which may not be had:
+//! The kernel keeps something of each frame (`struct page`, 64 bytes, in the vmemmap), and of a
+//! huge page of a pool only as much as one page holds (HVO; Linux
+//! `Documentation/mm/vmemmap_dedup.rst`). To split the folio needs the rest, which may not be had:
 //!
 //! | split | takes |
 //! |---|---|

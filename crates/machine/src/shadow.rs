@@ -1,13 +1,13 @@
 //! The shadow MMU: what hardware walks in place of page tables that lie in guest memory.
 //!
-//! As arch/x86/kvm/mmu/mmu.c has it. A shadow page stands for one table of the guest's (*indirect*),
-//! or for a part of a large page of the guest's that is mapped smaller (*direct*); which it is, at
-//! which level, and whether the way there let writes through is its *role*. A guest frame can have
-//! several.
+//! As arch/x86/kvm/mmu/mmu.c has it. A shadow page stands for one table of the guest's
+//! (*indirect*), or for a part of a large page of the guest's that is mapped smaller (*direct*);
+//! which it is, at which level, and whether the way there let writes through is its *role*. A guest
+//! frame can have several.
 //!
 //! Here is how a page is found, mapped and dropped. Who takes memory away finds what maps it by the
-//! rmap (`shadow/rmap.rs`); what a guest writes to its tables is tracked (`shadow/sync.rs`); what has
-//! to add up is in `shadow/audit.rs`.
+//! rmap (`shadow/rmap.rs`); what a guest writes to its tables is tracked (`shadow/sync.rs`); what
+//! has to add up is in `shadow/audit.rs`.
 //!
 //! # Holes
 //! Shadow pages go when nothing leads to them; their number has no limit (`n_max_mmu_pages`). A
@@ -169,8 +169,8 @@ impl ShadowMmu {
         }
     }
 
-    /// Maps a page as a walk found it, and says at which level: shadow pages are made on the way, and
-    /// their tables tracked.
+    /// Maps a page as a walk found it, and says at which level: shadow pages are made on the way,
+    /// and their tables tracked.
     pub(crate) fn map(
         &mut self,
         (root, page): (Gfn, u64),

@@ -170,8 +170,8 @@ impl Tlb {
         }
     }
 
-    /// What it remembers of the direct root: page number, whether it is the private one, and translation, in no
-    /// order that means anything.
+    /// What it remembers of the direct root: page number, whether it is the private one, and
+    /// translation, in no order that means anything.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, bool, Translation)> {
         self.of_all()
             .filter(|(root, ..)| *root == 0)

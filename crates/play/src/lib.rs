@@ -7,13 +7,13 @@
 //! | step | what one actor does; it may be held at a stage while others act |
 //! | look | what is so of pages, in between or at the end |
 //!
-//! `docs/scenarios.md` is the format by example. Each actor is a thread; one at a time is let go on,
-//! until its step is done, has stopped where it is to be held, or waits for somebody else: so the
-//! same scenario is the same run. What it says is an allegation until [`parse()`] has made a
+//! `docs/scenarios.md` is the format by example. Each actor is a thread; one at a time is let go
+//! on, until its step is done, has stopped where it is to be held, or waits for somebody else: so
+//! the same scenario is the same run. What it says is an allegation until [`parse()`] has made a
 //! [`Scenario`] of it.
 //!
-//! [`record()`] plays a scenario that says nothing of what is expected, and says it: what came on one
-//! host can be held against another.
+//! [`record()`] plays a scenario that says nothing of what is expected, and says it: what came on
+//! one host can be held against another.
 //!
 //! # Holes
 //! - Whether a touch of the host view waits is told by the fault threads, by page: it takes up to
@@ -22,6 +22,7 @@
 //!   kernel's.
 
 mod error;
+mod guest_tables;
 pub mod limits;
 mod names;
 mod outcome;
@@ -30,7 +31,7 @@ mod player;
 mod report;
 mod scenario;
 mod state;
-mod tables;
+mod told;
 mod watcher;
 mod worker;
 mod world;
@@ -45,10 +46,9 @@ pub use parse::{DEFAULT_GPA, parse};
 pub use player::{Options, Recorded, play, record};
 pub use report::{Change, Played, PlayedStep, Verdict};
 pub use scenario::{
-    Actor, Bytes, Expect, Hold, HostView, Look, Mapped, MemorySpec, Place, Scenario, SlotSpec,
-    Step, Verb, VmSpec,
+    Actor, By, Bytes, Expect, Hold, HostView, Look, Mapped, MemorySpec, Place, Scenario, SlotSpec,
+    Step, Tables, Verb, VmSpec,
 };
-pub use tables::{By, Tables};
 
 /// Every platform.
 pub const PLATFORMS: [Platform; 4] =

@@ -1,7 +1,8 @@
 //! From text to [`Scenario`]: the one place that refuses what is none, with the line and what was
 //! meant.
 //!
-//! Keys are looked at before values, so that a key that is misspelt is called that, and not missing.
+//! Keys are looked at before values, so that a key that is misspelt is called that, and not
+//! missing.
 
 mod actors;
 mod check;

@@ -112,7 +112,7 @@ struct Player<'s> {
 impl<'s> Player<'s> {
     fn new(scenario: &'s Scenario, host: HostKind, options: Options<'s>) -> Result<Self, Verdict> {
         let (events, heard) = channel();
-        let world = World::new(scenario, host, options, events.clone());
+        let world = World::new(scenario, host, options.prepare, events.clone());
         let world = world.map_err(|unplayable| match unplayable {
             Unplayable::Skipped(why) => Verdict::Skipped(why),
             Unplayable::Failed(why) => Verdict::Failed(why),

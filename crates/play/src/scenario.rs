@@ -10,11 +10,10 @@ use std::fmt;
 
 use polder::units::{Gpa, Level, PageCount, PageRange};
 use polder::{HostKind, PageSize, Platform, Population, Reached, Visibility};
-
-use crate::names::{Is, Kind};
-use crate::tables::Tables;
+use polder_vmm::GuestRoot;
 
 pub use self::verb::Verb;
+use crate::names::{Is, Kind};
 
 /// A story.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -66,10 +65,29 @@ pub struct VmSpec {
     /// The ASID of a VM that Polder does not know: an SNP guest of the machine's own, whose faults
     /// nobody answers but the story.
     pub asid: Option<u16>,
-    /// The page tables that its guest has in its memory, where its vCPUs run on other roots than TDP.
+    /// The page tables that its guest has in its memory, where its vCPUs run on other roots than
+    /// TDP.
     pub tables: Option<Tables>,
     /// What it sees of the memory.
     pub slots: Vec<SlotSpec>,
+}
+
+/// The tables of a VM's guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Tables {
+    /// What they are to its vCPUs: shadowed, as the guest's own or as L2's nested ones.
+    pub root: GuestRoot,
+    /// The first of the four pages that they lie in, the top table.
+    pub first: u64,
+}
+
+/// The name of a root in a scenario.
+pub(crate) const fn root_name(root: GuestRoot) -> &'static str {
+    match root {
+        GuestRoot::Tdp => "tdp",
+        GuestRoot::Shadow => "shadow",
+        GuestRoot::Nested => "nested",
+    }
 }
 
 /// A slot of a VM.
@@ -137,6 +155,32 @@ pub struct Bytes {
     pub at: u64,
     /// How a guest means the address.
     pub side: Visibility,
+}
+
+/// By what a prefault names pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum By {
+    /// By the addresses that the vCPU's root translates.
+    Root,
+    /// By guest-physical addresses.
+    Gpa,
+    /// By guest-physical addresses, wherever the guest's tables show them.
+    Reverse,
+}
+
+impl By {
+    /// Every one.
+    pub const ALL: [Self; 3] = [Self::Root, Self::Gpa, Self::Reverse];
+}
+
+impl fmt::Display for By {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Root => "root",
+            Self::Gpa => "gpa",
+            Self::Reverse => "reverse",
+        })
+    }
 }
 
 /// What is expected of a step.

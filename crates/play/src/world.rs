@@ -14,13 +14,12 @@ use polder::{Error, HostKind, HugePool, MachineVcpu, Memory, Population, Visibil
 use polder_vmm::GuestRoot;
 
 pub(crate) use self::place::first_page;
+use crate::guest_tables::Placed;
 use crate::limits::VMS_MAX;
 use crate::names::Is;
 use crate::outcome::{Outcome, Stop};
-use crate::player::Options;
-use crate::scenario::Scenario;
+use crate::scenario::{MemorySpec, Scenario};
 use crate::state::VmNames;
-use crate::tables::Placed;
 use crate::watcher::{Event, Watcher};
 
 /// A VM on its host.
@@ -93,38 +92,12 @@ impl World {
     pub(crate) fn new(
         scenario: &Scenario,
         host: HostKind,
-        options: Options<'_>,
+        prepare: Option<&dyn Fn(&Memory)>,
         events: Sender<Event>,
     ) -> Result<Self, Unplayable> {
-        let spec = scenario.memory;
-        let builder = Memory::builder(spec.pages).host(host).platform(spec.platform);
-        let builder = if spec.owed { builder.owed() } else { builder };
-        let builder = builder.page_size(spec.page_size);
-        let pool = match (host, spec.page_size.reserved()) {
-            (HostKind::Machine, Some(level)) => {
-                let enough = spec.pages.get() / Geometry::X86_64.pages(level).get();
-                Some(HugePool::new(level, spec.pool.unwrap_or(enough)))
-            }
-            _ => None,
-        };
-        let builder = pool.iter().fold(builder, |builder, pool| builder.pool(pool));
-        let builder = match spec.starts {
-            Visibility::Private => builder,
-            Visibility::Shared => builder.shared(),
-        };
-        let memory = match builder.build() {
-            // Of the kernel's pool others have taken, of the story's own nobody.
-            Err(error @ Error::HugePages { .. }) if pool.is_some() => {
-                return Err(Unplayable::Failed(Outcome::from(error).text));
-            }
-            built => built?,
-        };
-        if memory.page_size() != spec.page_size {
-            let size = spec.page_size;
-            return Err(Unplayable::Skipped(format!("this machine has no {size} pages to give")));
-        }
+        let (memory, pool) = build(scenario.memory, host)?;
         memory.watch(Arc::new(Watcher { events }));
-        if let Some(prepare) = options.prepare {
+        if let Some(prepare) = prepare {
             prepare(&memory);
         }
         let mut world = Self {
@@ -221,8 +194,8 @@ impl World {
         let facts = all.and_then(|all| self.memory.facts(all).ok()).unwrap_or_default();
         for (run, facts) in facts {
             if facts.population == Population::Owed {
-                // Whoever holds a part of it denies it when he ends; who brings a part of it meanwhile
-                // has the whole run refused.
+                // Whoever holds a part of it denies it when he ends; who brings a part of it
+                // meanwhile has the whole run refused.
                 if self.memory.fail(run).is_err() {
                     for page in run.frames() {
                         let _ = self.memory.fail(PageRange::one(page));
@@ -235,4 +208,35 @@ impl World {
     pub(crate) fn is_over(&self) -> bool {
         self.over.load(Ordering::Acquire)
     }
+}
+
+/// The memory of a scenario, and the pool of its own that it draws from.
+fn build(spec: MemorySpec, host: HostKind) -> Result<(Memory, Option<HugePool>), Unplayable> {
+    let builder = Memory::builder(spec.pages).host(host).platform(spec.platform);
+    let builder = if spec.owed { builder.owed() } else { builder };
+    let builder = builder.page_size(spec.page_size);
+    let pool = match (host, spec.page_size.reserved()) {
+        (HostKind::Machine, Some(level)) => {
+            let enough = spec.pages.get() / Geometry::X86_64.pages(level).get();
+            Some(HugePool::new(level, spec.pool.unwrap_or(enough)))
+        }
+        _ => None,
+    };
+    let builder = pool.iter().fold(builder, |builder, pool| builder.pool(pool));
+    let builder = match spec.starts {
+        Visibility::Private => builder,
+        Visibility::Shared => builder.shared(),
+    };
+    let memory = match builder.build() {
+        // Of the kernel's pool others have taken, of the story's own nobody.
+        Err(error @ Error::HugePages { .. }) if pool.is_some() => {
+            return Err(Unplayable::Failed(Outcome::from(error).text));
+        }
+        built => built?,
+    };
+    if memory.page_size() != spec.page_size {
+        let size = spec.page_size;
+        return Err(Unplayable::Skipped(format!("this machine has no {size} pages to give")));
+    }
+    Ok((memory, pool))
 }

@@ -6,9 +6,8 @@ use polder::machine::RmpSize;
 use polder::{Contents, PageSize, PinKind, Population, Visibility};
 
 use crate::scenario::{
-    Actor, Bytes, Expect, Hold, Look, Place, Scenario, SlotSpec, Step, Verb, VmSpec,
+    Actor, By, Bytes, Expect, Hold, Look, Place, Scenario, SlotSpec, Step, Verb, VmSpec, root_name,
 };
-use crate::tables::{By, root_name};
 
 /// A text in quotes.
 struct Quoted<'a>(&'a str);

@@ -1,10 +1,10 @@
 //! Devices that reach memory by an IOMMU: they have what is shared mapped, and nothing else.
 //!
-//! Whoever has a device's domain (VFIO, the simulated machine) implements [`Dma`] and is told of every
-//! page that becomes shared or private, in the order that is safe: taken away before a conversion to
-//! private looks for references, mapped after one to shared has told the hardware. A device is told
-//! in pieces of one size, its granule, and of each piece once: an IOMMU takes away only what it was
-//! given as a whole.
+//! Whoever has a device's domain (VFIO, the simulated machine) implements [`Dma`] and is told of
+//! every page that becomes shared or private, in the order that is safe: taken away before a
+//! conversion to private looks for references, mapped after one to shared has told the hardware. A
+//! device is told in pieces of one size, its granule, and of each piece once: an IOMMU takes away
+//! only what it was given as a whole.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,8 +18,8 @@ use crate::host::machine::MachineDevice;
 use crate::sync::Mutex;
 use crate::{Error, Memory};
 
-/// What a device's domain has to do. Called from whatever thread converts, with the pages claimed: a
-/// call of the memory about these pages from within would wait for itself.
+/// What a device's domain has to do. Called from whatever thread converts, with the pages claimed:
+/// a call of the memory about these pages from within would wait for itself.
 pub trait Dma: Send + Sync {
     /// Maps one granule, at whatever address the device sees it.
     ///
@@ -97,7 +97,8 @@ impl Device<'_> {
     /// Detaches it: all that it has mapped is taken away.
     ///
     /// # Errors
-    /// [`Error::Device`]: it is attached still, and taken away when it is dropped as far as it goes.
+    /// [`Error::Device`]: it is attached still, and taken away when it is dropped as far as it
+    /// goes.
     pub fn detach(self) -> Result<(), Error> {
         let detached = self.driver.detach(self.id);
         if detached.is_ok() {
@@ -122,8 +123,8 @@ impl fmt::Debug for Device<'_> {
     }
 }
 
-/// A device of the simulated machine, behind an IOMMU domain of its own. It sees the object's page 0
-/// at address 0.
+/// A device of the simulated machine, behind an IOMMU domain of its own. It sees the object's page
+/// 0 at address 0.
 #[derive(Debug)]
 pub struct SimulatedDevice<'a> {
     device: Device<'a>,

@@ -1,18 +1,19 @@
 //! [`Explanation`]: why a page is as it is.
 
-use std::fmt::{self, Write};
+mod text;
 
-use polder_engine::{
-    Came, Clause, Held, LevelLimit, Past, Pinned, Population, Shown, View, Visibility, VmId,
-};
+#[cfg(doc)]
+use std::fmt;
+
+use polder_engine::{Came, Clause, Held, LevelLimit, Past, Pinned, Shown, View, VmId};
 use polder_units::{GfnRange, Gpa, Level, PageIndex, PageRange};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, HostKind, Memory};
 
-/// All that is known of one page: what it is, who sees it, who holds it, what limits the size of its
-/// mappings, and what was done to it last. As text by [`Display`](fmt::Display), as data by `serde`;
-/// `docs/explain.md` has every field.
+/// All that is known of one page: what it is, who sees it, who holds it, what limits the size of
+/// its mappings, and what was done to it last. As text by [`Display`](fmt::Display), as data by
+/// `serde`; `docs/explain.md` has every field.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Explanation {
     /// The page, by its index in the object.
@@ -31,24 +32,24 @@ pub struct Explanation {
     /// `guest`.
     pub denied_in: Vec<String>,
     /// Who sees it.
-    pub bindings: Vec<BindingOf>,
+    pub bindings: Vec<BindingFacts>,
     /// How large the host view can map it.
     pub host_view: MappingLimit,
     /// The operation that holds it.
-    pub claim: Option<ClaimOf>,
+    pub claim: Option<ClaimFacts>,
     /// How many answers to faults and copies are in flight on it.
     pub in_flight: u64,
     /// Who has it pinned by Polder.
-    pub pins: Vec<PinOf>,
+    pub pins: Vec<PinFacts>,
     /// What the host has of it.
     pub host: HostState,
     /// The last operations on it, the last of them last.
-    pub last_operations: Vec<PastOf>,
+    pub last_operations: Vec<PastOperation>,
 }
 
 /// Where a VM sees a page.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct BindingOf {
+pub struct BindingFacts {
     /// The VM, by its number in this memory.
     pub vm: u32,
     /// The slot.
@@ -76,7 +77,7 @@ pub struct MappingLimit {
 
 /// An operation that holds a page.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct ClaimOf {
+pub struct ClaimFacts {
     /// What it does.
     pub by: String,
     /// The run of pages that it holds.
@@ -89,7 +90,7 @@ pub struct ClaimOf {
 
 /// A pin.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct PinOf {
+pub struct PinFacts {
     /// What kind.
     pub kind: String,
     /// Who holds it.
@@ -108,14 +109,14 @@ pub struct HostState {
     /// The level of its folio, where that is known.
     pub folio: Option<String>,
     /// Its entry in the RMP, where there is one.
-    pub rmp: Option<RmpOf>,
+    pub rmp: Option<RmpFacts>,
     /// Who refers to it that Polder does not know of, where that is to be seen.
     pub references: Vec<String>,
 }
 
 /// An entry of the RMP.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct RmpOf {
+pub struct RmpFacts {
     /// Whether it is assigned.
     pub assigned: bool,
     /// Its size.
@@ -128,7 +129,7 @@ pub struct RmpOf {
 
 /// An operation that is over.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct PastOf {
+pub struct PastOperation {
     /// Its number, by which it is after those with smaller ones.
     pub sequence: u64,
     /// What it was.
@@ -181,13 +182,13 @@ impl Memory {
             source_failed: known.failed,
             quarantined: known.quarantined,
             denied_in: markers.collect(),
-            bindings: known.shown.iter().map(|shown| BindingOf::new(shown, &facts)).collect(),
+            bindings: known.shown.iter().map(|shown| BindingFacts::new(shown, &facts)).collect(),
             host_view: limit(known.host_view, &HostFacts::default()),
-            claim: known.held.map(ClaimOf::from),
+            claim: known.held.map(ClaimFacts::from),
             in_flight: known.in_flight as u64,
-            pins: known.pins.iter().map(PinOf::from).collect(),
+            pins: known.pins.iter().map(PinFacts::from).collect(),
             host: HostState::new(self.host_name(in_place), facts),
-            last_operations: known.past.iter().map(PastOf::from).collect(),
+            last_operations: known.past.iter().map(PastOperation::from).collect(),
         })
     }
 
@@ -220,7 +221,7 @@ impl Memory {
     }
 }
 
-impl BindingOf {
+impl BindingFacts {
     fn new(shown: &Shown, facts: &HostFacts) -> Self {
         let stage2 = facts.stage2.iter().find(|(vm, _)| *vm == shown.vm);
         Self {
@@ -234,14 +235,14 @@ impl BindingOf {
     }
 }
 
-impl From<Held> for ClaimOf {
+impl From<Held> for ClaimFacts {
     fn from(held: Held) -> Self {
         let Held { by, range, undoing, abandoned } = held;
         Self { by: by.to_string(), pages: range.to_string(), undoing, abandoned }
     }
 }
 
-impl From<&Pinned> for PinOf {
+impl From<&Pinned> for PinFacts {
     fn from(pin: &Pinned) -> Self {
         Self {
             kind: pin.kind.to_string(),
@@ -257,7 +258,7 @@ impl HostState {
             name,
             memory: facts.memory,
             folio: facts.folio.map(|level| level.to_string()),
-            rmp: facts.rmp.map(|entry| RmpOf {
+            rmp: facts.rmp.map(|entry| RmpFacts {
                 assigned: entry.assigned,
                 level: level_of(entry).to_string(),
                 validated: entry.validated,
@@ -268,7 +269,7 @@ impl HostState {
     }
 }
 
-impl From<&Past> for PastOf {
+impl From<&Past> for PastOperation {
     fn from(past: &Past) -> Self {
         let (came, why) = match &past.came {
             Came::Done => ("done", None),
@@ -315,159 +316,5 @@ fn limit(limit: LevelLimit, facts: &HostFacts) -> MappingLimit {
         level: level.to_string(),
         clause: by.map(|clause| clause.limit().to_string()),
         why: by.map(|clause| clause.to_string()),
-    }
-}
-
-impl fmt::Display for MappingLimit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} at most", self.level)?;
-        match (&self.clause, &self.why) {
-            (Some(clause), Some(why)) => write!(f, " ({clause}: {why})"),
-            _ => Ok(()),
-        }
-    }
-}
-
-impl Explanation {
-    /// What keeps a device model from touching it now, in a sentence; nothing, if it may.
-    ///
-    /// ```
-    /// # use polder::{HostKind, Memory, units::PageCount};
-    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
-    /// let why = memory.explain(5u32.into())?.host_access();
-    /// assert_eq!(why.as_deref(), Some("it is private to the guest"));
-    /// # Ok::<_, polder::Error>(())
-    /// ```
-    pub fn host_access(&self) -> Option<String> {
-        let granted = (self.granted == Visibility::Private.to_string())
-            .then(|| "it is private to the guest".to_owned());
-        let owed = (self.population == Population::Owed.to_string())
-            .then(|| "its contents have not arrived".to_owned());
-        let quarantined = self.quarantined.then(|| "it is in quarantine".to_owned());
-        let failed = self.source_failed.then(|| "its contents could not be brought".to_owned());
-        let claim = self.claim.as_ref().map(|claim| format!("a {} holds it", claim.by));
-        quarantined.or(granted).or(failed).or(owed).or(claim)
-    }
-
-    /// What keeps it from becoming private, or from being discarded, now.
-    ///
-    /// ```
-    /// # use polder::{Holder, HostKind, Memory, PinKind, units::{PageCount, PageRange}};
-    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().build()?;
-    /// let page = PageRange::between(3, 4).unwrap();
-    /// let _pin = memory.pin(page, PinKind::LongTerm, Holder::new("vfio"))?;
-    /// assert!(memory.explain(3u32.into())?.in_use().unwrap().contains("vfio"));
-    /// # Ok::<_, polder::Error>(())
-    /// ```
-    pub fn in_use(&self) -> Option<String> {
-        if let Some(pin) = self.pins.first() {
-            return Some(format!("it is pinned ({}) by {}", pin.kind, pin.holder));
-        }
-        self.host.references.first().map(|who| format!("{who} refers to it"))
-    }
-}
-
-impl fmt::Display for Explanation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { page, offset, host, .. } = self;
-        writeln!(f, "page {page:#x} (offset {offset:#x}), on host {}", host.name)?;
-        let lines = self.state().chain(self.seen_by()).chain(self.backed_by());
-        lines.chain(self.held_by()).try_for_each(|(name, text)| writeln!(f, "  {name:<11} {text}"))
-    }
-}
-
-/// A line that is told: its name, and what it says.
-type Line = (String, String);
-
-fn line(name: &str, text: impl Into<String>) -> Line {
-    (name.to_owned(), text.into())
-}
-
-impl Explanation {
-    /// What it is, and what that means for who wants something of it.
-    fn state(&self) -> impl Iterator<Item = Line> {
-        let mut state = format!("{}, {}", self.granted, self.population);
-        for (is, word) in [
-            (self.source_failed, ", its source failed"),
-            (self.quarantined, ", IN QUARANTINE: out of use for good"),
-        ] {
-            state.push_str(if is { word } else { "" });
-        }
-        let access = match self.host_access() {
-            Some(why) => format!("refused: {why}"),
-            None => "allowed".to_owned(),
-        };
-        let conversion = match self.in_use() {
-            Some(why) => format!("to private is refused: {why}"),
-            None => "nothing that Polder knows of is in the way".to_owned(),
-        };
-        [line("state", state), line("host access", access), line("conversion", conversion)]
-            .into_iter()
-    }
-
-    /// Who sees it, and how large at most.
-    fn seen_by(&self) -> impl Iterator<Item = Line> {
-        let bindings = self.bindings.iter().map(|binding| {
-            let BindingOf { slot, gpa, wanted, limit, .. } = binding;
-            let mut text = format!("slot {slot} at gpa {gpa:#x}; wants {wanted}; {limit}");
-            if binding.wanted != self.granted {
-                text.push_str("; its wish is unmet");
-            }
-            if let Some(level) = &binding.mapped_at {
-                let _ = write!(text, "; stage 2 has it at {level}");
-            }
-            line(&format!("VM {}", binding.vm), text)
-        });
-        let nobody = self.bindings.is_empty().then(|| line("VM", "no VM sees it"));
-        let denied = match self.denied_in.is_empty() {
-            true => String::new(),
-            false => {
-                format!("; a marker denies it in the {} view", self.denied_in.join(" and the "))
-            }
-        };
-        let host_view = line("host view", format!("{}{denied}", self.host_view));
-        bindings.chain(nobody).chain([host_view])
-    }
-
-    /// What the host has of it.
-    fn backed_by(&self) -> impl Iterator<Item = Line> {
-        let HostState { memory, folio, rmp, references, .. } = &self.host;
-        let mut text = if *memory { "yes" } else { "none yet" }.to_owned();
-        if let Some(folio) = folio {
-            let _ = write!(text, ", in a folio of {folio}");
-        }
-        let rmp = rmp.iter().map(|rmp| {
-            let validated = if rmp.validated { "validated" } else { "not validated" };
-            let text = match rmp.assigned {
-                true => format!("assigned, {}, gfn {:#x}, {validated}", rmp.level, rmp.gfn),
-                false => "not assigned".to_owned(),
-            };
-            line("rmp entry", text)
-        });
-        let references = references.iter().map(|who| line("reference", who.as_str()));
-        [line("memory", text)].into_iter().chain(rmp).chain(references)
-    }
-
-    /// Who holds it now, and who did.
-    fn held_by(&self) -> impl Iterator<Item = Line> {
-        let claim = self.claim.iter().map(|claim| {
-            let how = match (claim.abandoned, claim.undoing) {
-                (true, _) => ", abandoned: the next who meets it undoes it",
-                (false, true) => ", being undone",
-                (false, false) => "",
-            };
-            line("claim", format!("{} of pages {}{how}", claim.by, claim.pages))
-        });
-        let in_flight = (self.in_flight > 0)
-            .then(|| line("in flight", format!("{} answers and copies", self.in_flight)));
-        let pins = self.pins.iter().map(|pin| {
-            line("pin", format!("{}, by {}, of pages {}", pin.kind, pin.holder, pin.pages))
-        });
-        let past = self.last_operations.iter().map(|past| {
-            let PastOf { sequence, did, pages, came, why } = past;
-            let why = why.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
-            line("last", format!("#{sequence} {did} of pages {pages}: {came}{why}"))
-        });
-        claim.chain(in_flight).chain(pins).chain(past)
     }
 }

@@ -56,7 +56,7 @@ struct Team {
     stop: AtomicBool,
     lead: Mutex<Lead>,
     free: Condvar,
-    /// Those that were started, each of which is waited for in the end.
+    /// Those that were started and live, each of which is waited for in the end.
     threads: Mutex<Vec<FaultThread>>,
     /// Whether the last touches came [`SOON`].
     soon: AtomicBool,
@@ -124,6 +124,8 @@ fn start(driver: &Arc<Driver>, team: &Arc<Team>) -> Result<(), polder_linux::Err
         let (driver, team, away) = (Arc::clone(driver), Arc::clone(team), Arc::clone(&away));
         move || run(&driver, &team, &away)
     })?;
+    // Those that died of a bug have told of it, and leave nothing to wait for.
+    threads.retain(|(thread, _)| !thread.is_finished());
     threads.push((thread, away));
     Ok(())
 }

@@ -20,7 +20,7 @@
 //! `GuestMemory`: for the trait's methods, `use polder::vm_memory::GuestMemory as _`.
 //!
 //! # Holes
-//! - Slices are not named among [`Memory::pins_of_the_dead`]; they are given back all the same.
+//! - Slices are not named among [`Memory::dead_pins`]; they are given back all the same.
 //! - A part of a slice pins all that the whole one did.
 //! - What is written through a slice is marked as dirty nowhere.
 //! - A slice that a thread keeps in a thread-local variable for its very end is taken for another

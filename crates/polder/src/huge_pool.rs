@@ -10,9 +10,9 @@ use polder_units::Level;
 use crate::Error;
 use crate::sync::{Condvar, Mutex};
 
-/// A pool of huge pages for memories on the simulated machine, which has no other to draw from: each
-/// of them reserves its pages when it is made, and is refused where too few are left. On a memfd the
-/// kernel's pool is what counts.
+/// A pool of huge pages for memories on the simulated machine, which has no other to draw from:
+/// each of them reserves its pages when it is made, and is refused where too few are left. On a
+/// memfd the kernel's pool is what counts.
 ///
 /// A memory that is not told of one has a pool of its own, which is just enough.
 #[derive(Clone)]

@@ -103,7 +103,10 @@ pub use vm_memory;
 
 pub use dma::{Device, Dma, SimulatedDevice};
 pub use error::Error;
-pub use explain::{BindingOf, ClaimOf, Explanation, HostState, MappingLimit, PastOf, PinOf, RmpOf};
+pub use explain::{
+    BindingFacts, ClaimFacts, Explanation, HostState, MappingLimit, PastOperation, PinFacts,
+    RmpFacts,
+};
 pub use host::{HostKind, Vm};
 pub use host_view::HostView;
 pub use huge_pool::HugePool;

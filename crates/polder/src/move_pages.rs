@@ -21,7 +21,7 @@ impl Memory {
     /// moved, which nobody sees.
     ///
     /// On host `memfd` the one move that there is brings the 4K pages of a transparent huge page
-    /// together again: [`Memory::regain_huge_page`].
+    /// together again: [`Memory::collapse`].
     ///
     /// ```
     /// # use polder::{HostKind, Memory, OnBusy, units::{PageCount, PageRange}};
@@ -39,7 +39,7 @@ impl Memory {
                 what: "where pages lie is the kernel's affair on this host: it offers no way to \
                        move some of them with everybody cut off",
                 way_out: "use --host machine, or leave compaction to the kernel; transparent huge \
-                          pages are put together again by Memory::regain_huge_page",
+                          pages are put together again by Memory::collapse",
             });
         }
         self.driver.move_pages(range, on_busy)
@@ -56,7 +56,7 @@ impl Memory {
     /// [`Error::NotOffered`] for memory that is not of transparent huge pages; [`Error::Host`] where
     /// the kernel has no huge page to give, knows of a reference that Polder does not (both may
     /// pass), or where contents are owed yet (`EBUSY`). It is as it was then.
-    pub fn regain_huge_page(&self, page: PageIndex, on_busy: OnBusy) -> Result<(), Error> {
+    pub fn collapse(&self, page: PageIndex, on_busy: OnBusy) -> Result<(), Error> {
         if self.page_size() != PageSize::Thp {
             return Err(Error::NotOffered {
                 what: "this memory is not made of transparent huge pages",
@@ -67,7 +67,7 @@ impl Memory {
         self.driver.move_pages(page, on_busy)
     }
 
-    /// [`Memory::regain_huge_page`] for all that exists of the memory, but for what is in use.
+    /// [`Memory::collapse`] for all that exists of the memory, but for what is in use.
     /// Nothing is done while contents are owed; [`Memory::settle`] does it, then. Returns how many
     /// pages the guest has mapped so.
     ///
@@ -78,12 +78,12 @@ impl Memory {
     /// # use polder::{Memory, PageSize};
     /// # fn idle(memory: &Memory) -> Result<(), polder::Error> {
     /// if memory.page_size() == PageSize::Thp {
-    ///     println!("{} mapped by 2M", memory.regain_huge_pages()?);
+    ///     println!("{} mapped by 2M", memory.collapse_all()?);
     /// }
     /// # Ok(())
     /// # }
     /// ```
-    pub fn regain_huge_pages(&self) -> Result<PageCount, Error> {
+    pub fn collapse_all(&self) -> Result<PageCount, Error> {
         self.driver.regain()?;
         let mapped = self.driver.host.levels().map_or(0, |levels| levels.size_2m);
         let pages = mapped * Geometry::X86_64.pages(Level::Size2M).get();

@@ -4,10 +4,10 @@
 //! touch --> demand --> window --> read --> claim --> write --> publish --> show, wake
 //!                      no lock, no claim |  the pages are held only while their bytes are written
 //! ```
-//! A read holds nothing: while it lasts its pages can be converted, discarded, populated by somebody
-//! else, or denied because it takes too long; what of its bytes nobody wants any more is dropped
-//! when it comes. The claim begins when the bytes are there, so what a slow source holds up is who
-//! waits for its bytes, and nobody else.
+//! A read holds nothing: while it lasts its pages can be converted, discarded, populated by
+//! somebody else, or denied because it takes too long; what of its bytes nobody wants any more is
+//! dropped when it comes. The claim begins when the bytes are there, so what a slow source holds up
+//! is who waits for its bytes, and nobody else.
 //!
 //! Demands go before what is read ahead, and that before the filling of all that is owed. A batch
 //! that can't be read is asked for page by page, so that exactly the pages fail that can't be had.
@@ -33,8 +33,8 @@ use crate::read_ahead::{ReadAhead, Windows};
 use crate::source::{Extent, Source, SourceError, SourceFailure};
 use crate::sync::Mutex;
 
-/// The most pages that are read at once, however many come together; whoever waits for one waits for
-/// all of them. What a CPU's own cache holds is copied on from there.
+/// The most pages that are read at once, however many come together; whoever waits for one waits
+/// for all of them. What a CPU's own cache holds is copied on from there.
 const AT_ONCE: u64 = 64;
 
 /// How a [`Memory`](crate::Memory)'s contents are brought.
@@ -99,8 +99,8 @@ impl Pager {
         self.state.lock().has_work()
     }
 
-    /// Whether all there is to bring is one window that somebody waits for, and reads have been short
-    /// of late.
+    /// Whether all there is to bring is one window that somebody waits for, and reads have been
+    /// short of late.
     pub(crate) fn has_one_demand(&self) -> bool {
         if self.granule > AT_ONCE || self.slow.load(Ordering::Relaxed) {
             return false;
@@ -156,8 +156,8 @@ impl Pager {
         }
     }
 
-    /// Brings a page that the calling thread's vCPU touched, with what its window has: on this thread,
-    /// unless somebody else is at it. Returns what is whole, or being brought.
+    /// Brings a page that the calling thread's vCPU touched, with what its window has: on this
+    /// thread, unless somebody else is at it. Returns what is whole, or being brought.
     pub(crate) fn bring_here(&self, driver: &Driver, page: PageIndex) -> PageRange {
         let since = polder_linux::now();
         let job = {

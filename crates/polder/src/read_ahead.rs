@@ -10,8 +10,8 @@
 //! A continued stream has used as much as it is then given more: no more than half of what a stream
 //! was given can be wasted.
 //!
-//! Where pages come together only, as huge ones do, all of this counts in those. Of huge pages of 2M
-//! a stream that was continued gets the next one, too, which another thread brings meanwhile.
+//! Where pages come together only, as huge ones do, all of this counts in those. Of huge pages of
+//! 2M a stream that was continued gets the next one, too, which another thread brings meanwhile.
 
 /// The most pages of a window: 2 MiB.
 const MOST: u64 = 512;

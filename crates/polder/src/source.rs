@@ -85,7 +85,7 @@ pub enum Delivery {
     #[default]
     Events,
     /// As an exit of the vCPU that touched ([`GuestExit::Userfault`](crate::GuestExit::Userfault)): its
-    /// own thread brings the page ([`Memory::bring_for`](crate::Memory::bring_for)), so that vCPUs don't
+    /// own thread brings the page ([`Memory::fetch_for`](crate::Memory::fetch_for)), so that vCPUs don't
     /// wait for one queue. KVM userfault, which no released kernel has: on the simulated machine.
     Exits,
 }

@@ -18,7 +18,8 @@ pub struct Statistics {
     pub converted_pages: u64,
     /// Conversions that were refused or failed.
     pub refused: u64,
-    /// Guest accesses that came to [`Memory::guest_fault`](crate::Memory::guest_fault) or to a fault thread.
+    /// Guest accesses that came to [`Memory::guest_fault`](crate::Memory::guest_fault) or to a
+    /// fault thread.
     pub guest_faults: u64,
     /// Touches of the host view that were mapped.
     pub host_faults: u64,

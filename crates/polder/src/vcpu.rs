@@ -34,7 +34,7 @@ pub enum GuestExit {
     #[error("the guest's access is refused: {0}")]
     MemoryFault(MemoryFault),
     /// The page may be owed, and touches come as exits ([`Delivery::Exits`](crate::source::Delivery)):
-    /// the VMM has it brought on this vCPU's thread ([`Memory::bring_for`](crate::Memory::bring_for)),
+    /// the VMM has it brought on this vCPU's thread ([`Memory::fetch_for`](crate::Memory::fetch_for)),
     /// and the guest tries again.
     #[error("the guest touched gfn {0}, which may have to be brought")]
     Userfault(Gfn),

@@ -198,7 +198,7 @@ fn transparent_huge_pages_stay_huge_in_the_guests_view_while_single_pages_are_sh
     }
     assert_eq!(memory.levels().size_2m, 4, "conversions and faults of the host leave it");
     memory.discard(pages(8, 10), OnBusy::Wait).unwrap();
-    assert_eq!(memory.regain_huge_pages(), Ok(PageCount::from(2048)), "zeros, and no hole");
+    assert_eq!(memory.collapse_all(), Ok(PageCount::from(2048)), "zeros, and no hole");
     to(&memory, pages(7, 9), Visibility::Shared).unwrap();
     assert_eq!((first_byte(&memory, 7), first_byte(&memory, 8)), (Ok(3), Ok(0)));
     memory.discard(pages(1024, 1536), OnBusy::Wait).unwrap();
@@ -219,19 +219,19 @@ fn a_huge_page_is_regained_as_a_move_and_what_is_pinned_does_not_move() {
     let pin = memory.pin(pages(600, 601), PinKind::LongTerm, holder.clone()).unwrap();
     let kind = PinKind::LongTerm;
     let pinned: Error = Refusal::Pinned { page: 600u32.into(), kind, holder }.into();
-    assert_eq!(memory.regain_huge_page(700u32.into(), OnBusy::Refuse), Err(pinned.clone()));
+    assert_eq!(memory.collapse(700u32.into(), OnBusy::Refuse), Err(pinned.clone()));
     let waits = OnBusy::WaitForPins { at_most: std::time::Duration::from_millis(5) };
-    assert_eq!(memory.regain_huge_page(700u32.into(), waits), Err(pinned));
-    memory.regain_huge_page(5u32.into(), OnBusy::Refuse).unwrap();
+    assert_eq!(memory.collapse(700u32.into(), waits), Err(pinned));
+    memory.collapse(5u32.into(), OnBusy::Refuse).unwrap();
     assert_eq!(memory.levels().size_2m, 1);
-    assert_eq!(memory.regain_huge_pages(), Ok(PageCount::from(512)), "but what is pinned");
+    assert_eq!(memory.collapse_all(), Ok(PageCount::from(512)), "but what is pinned");
     drop(pin);
-    assert_eq!(memory.regain_huge_pages(), Ok(PageCount::from(1024)));
+    assert_eq!(memory.collapse_all(), Ok(PageCount::from(1024)));
     assert_eq!((first_byte(&memory, 3), first_byte(&memory, 600)), (Ok(7), Ok(7)));
-    let beyond = memory.regain_huge_page(1050u32.into(), OnBusy::Refuse).unwrap_err();
+    let beyond = memory.collapse(1050u32.into(), OnBusy::Refuse).unwrap_err();
     assert!(matches!(beyond, Error::Refused(Refusal::Beyond { .. })), "{beyond}");
     let small = Memory::builder(PageCount::from(512)).shared().build().unwrap();
-    let refused = small.regain_huge_page(0u32.into(), OnBusy::Refuse).unwrap_err();
+    let refused = small.collapse(0u32.into(), OnBusy::Refuse).unwrap_err();
     assert!(matches!(refused, Error::NotOffered { .. }), "{refused}");
 }
 

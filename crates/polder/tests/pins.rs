@@ -217,7 +217,7 @@ fn a_holder_that_dies_lets_go_and_is_told_of() {
         device.join()
     });
     assert!(died.is_err());
-    let dead = memory.pins_of_the_dead();
+    let dead = memory.dead_pins();
     let dead: Vec<_> = dead.iter().map(|pin| (pin.range, pin.kind, &pin.holder)).collect();
     let (gpu, queue) = (Holder::new("virtio-gpu"), Holder::new("a queue"));
     let expected = [

@@ -1,5 +1,6 @@
 //! A protected VM's memory under pKVM, on the simulated machine: the guest decides, donations are
-//! whole, devices come and go with what is shared, pages move, and bytes are there before the guest.
+//! whole, devices come and go with what is shared, pages move, and bytes are there before the
+//! guest.
 
 #![expect(clippy::unwrap_used, reason = "a test")]
 

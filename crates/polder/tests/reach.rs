@@ -1,5 +1,5 @@
-//! Who reaches a private page, and who does not: what `docs/security.md` names and the behaviour table
-//! does not have.
+//! Who reaches a private page, and who does not: what `docs/security.md` names and the behaviour
+//! table does not have.
 
 use polder::machine::{Hva, Thread, View, VpnRange};
 use polder::units::{PageCount, PageIndex, PageRange};

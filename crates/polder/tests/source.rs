@@ -98,7 +98,7 @@ fn all_that_is_filled_is_there_and_then_nothing_is_owed() {
         || Arc::new(file.source()),
         |memory| {
             memory.fill();
-            memory.bring(pages(0, PAGES)).unwrap();
+            memory.fetch(pages(0, PAGES)).unwrap();
             assert!(memory.owed().is_zero());
             (0..PAGES).for_each(|page| assert_eq!(touch(memory, page).unwrap(), contents(page)));
         },
@@ -149,7 +149,7 @@ fn holes_are_zeros_that_are_never_read() {
             |memory| {
                 assert_eq!(touch(memory, 3).unwrap(), [0; PAGE_BYTES]);
                 assert_eq!(memory.source_statistics().bytes, 0);
-                memory.bring(pages(0, PAGES)).unwrap();
+                memory.fetch(pages(0, PAGES)).unwrap();
                 let expected = if index == 0 { contents(100) } else { vec![0; PAGE_BYTES] };
                 assert_eq!(touch(memory, 100).unwrap(), expected);
                 assert_eq!(touch(memory, 511).unwrap(), [0; PAGE_BYTES]);
@@ -177,7 +177,7 @@ fn a_source_that_fails_denies_exactly_its_pages_and_names_them() {
                 let named: Vec<_> = failed.iter().map(|it| it.pages).collect();
                 assert_eq!(named, [pages(9, 10), pages(109, 110)], "{fault:?}");
                 assert!(failed[0].to_string().contains(&file.0.display().to_string()));
-                let refused = memory.bring(pages(9, 10));
+                let refused = memory.fetch(pages(9, 10));
                 let expected = Refusal::SourceFailed { page: PageIndex::from(9) };
                 assert_eq!(refused, Err(Error::Refused(expected)));
                 memory.discard(pages(9, 10), OnBusy::Wait).unwrap();
@@ -185,7 +185,7 @@ fn a_source_that_fails_denies_exactly_its_pages_and_names_them() {
                 // The rest can be filled, and what fails is named then, too.
                 memory.fill();
                 for page in 0..PAGES {
-                    let brought = memory.bring(pages(page, page + 1));
+                    let brought = memory.fetch(pages(page, page + 1));
                     assert_eq!(brought.is_err(), denied(page) && page != 9, "{page}");
                 }
                 assert_eq!(memory.source_statistics().failed, 6);

@@ -40,8 +40,8 @@ fn random(state: &AtomicU64) -> u64 {
     mixed ^ (mixed >> 31)
 }
 
-/// Reads all pages by the host view, in an order that goes from page to page by `step`, beginning at
-/// `first`, and asserts that each is whole.
+/// Reads all pages by the host view, in an order that goes from page to page by `step`, beginning
+/// at `first`, and asserts that each is whole.
 fn read_all(memory: &Memory, salt: u64, first: u64, step: u64) {
     let pages = memory.pages().get();
     let mut bytes = vec![0; PAGE_BYTES];

@@ -106,10 +106,22 @@ frame! {
     PageIndex
 }
 
+frame! {
+    /// A virtual page number: a 4 KiB page of a process's address space.
+    Vpn
+}
+
 impl Gfn {
     /// The address of the frame's first byte.
     pub const fn gpa(self) -> Gpa {
         Gpa(self.0 << PAGE_SHIFT)
+    }
+}
+
+impl Vpn {
+    /// The address of the page's first byte.
+    pub const fn hva(self) -> Hva {
+        Hva(self.0 << PAGE_SHIFT)
     }
 }
 
@@ -120,50 +132,63 @@ impl PageIndex {
     }
 }
 
-/// A guest-physical address, in bytes.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Gpa(u64);
+macro_rules! address {
+    ($(#[$doc:meta])* $name:ident, $page:ident by $method:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(u64);
 
-impl Gpa {
-    /// The address `address`.
-    pub const fn new(address: u64) -> Self {
-        Self(address)
-    }
+        impl $name {
+            /// The address `address`.
+            pub const fn new(address: u64) -> Self {
+                Self(address)
+            }
 
-    /// The address in bytes.
-    pub const fn get(self) -> u64 {
-        self.0
-    }
+            /// The address in bytes.
+            pub const fn get(self) -> u64 {
+                self.0
+            }
 
-    /// The frame the address lies in.
-    pub const fn gfn(self) -> Gfn {
-        Gfn(self.0 >> PAGE_SHIFT)
-    }
+            /// The page that the address lies in.
+            pub const fn $method(self) -> $page {
+                $page(self.0 >> PAGE_SHIFT)
+            }
 
-    /// The byte within its page, below [`PAGE_SIZE`].
-    pub const fn page_offset(self) -> u64 {
-        self.0 % PAGE_SIZE
-    }
+            /// The byte within its page, below [`PAGE_SIZE`].
+            pub const fn page_offset(self) -> u64 {
+                self.0 % PAGE_SIZE
+            }
 
-    /// The address `bytes` further on, or `None` past 2^64.
-    pub const fn checked_add(self, bytes: u64) -> Option<Self> {
-        match self.0.checked_add(bytes) {
-            Some(address) => Some(Self(address)),
-            None => None,
+            /// The address `bytes` further on, or `None` past 2^64.
+            pub const fn checked_add(self, bytes: u64) -> Option<Self> {
+                match self.0.checked_add(bytes) {
+                    Some(address) => Some(Self(address)),
+                    None => None,
+                }
+            }
         }
-    }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:#x}", self.0)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($name), "({:#x})"), self.0)
+            }
+        }
+    };
 }
 
-impl fmt::Display for Gpa {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}", self.0)
-    }
+address! {
+    /// A guest-physical address, in bytes.
+    Gpa, Gfn by gfn
 }
-
-impl fmt::Debug for Gpa {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Gpa({:#x})", self.0)
-    }
+address! {
+    /// A host-virtual address in some process, in bytes.
+    Hva, Vpn by vpn
 }
 
 /// A number of 4 KiB pages; may be 0.

@@ -7,6 +7,8 @@
 //! | [`Lpn`] | 4 KiB pages | a guest's linear addresses |
 //! | [`L2Gfn`] | 4 KiB pages | guest-physical, of a guest's guest |
 //! | [`PageIndex`] | 4 KiB pages | the memory object |
+//! | [`Hva`] | bytes | a process's virtual addresses |
+//! | [`Vpn`] | 4 KiB pages | a process's virtual addresses |
 //! | [`Pfn`] | 4 KiB pages | host-physical |
 //! | [`PageCount`] | 4 KiB pages | a length, in any of them |
 //! | [`ByteSize`] | bytes | a length |
@@ -28,10 +30,11 @@ mod range;
 mod size;
 mod space;
 
-pub use frame::{Frame, Gfn, Gpa, PageCount, PageIndex, Pfn};
+pub use frame::{Frame, Gfn, Gpa, Hva, PageCount, PageIndex, Pfn, Vpn};
 pub use level::{Geometry, Level};
 pub use range::{
     ByteRange, FrameRange, GfnRange, L2GfnRange, LpnRange, PageRange, PfnRange, RangeError,
+    VpnRange,
 };
 pub use size::{ByteSize, ParseError};
 pub use space::{AddressSpace, GuestPage, L2Gfn, Lpn};

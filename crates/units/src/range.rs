@@ -5,7 +5,7 @@ use core::str::FromStr;
 
 use crate::{
     Frame, Geometry, Gfn, L2Gfn, Level, Lpn, PAGE_SHIFT, PAGE_SIZE, PageCount, PageIndex,
-    ParseError, Pfn,
+    ParseError, Pfn, Vpn,
 };
 
 /// Why two numbers are no range.
@@ -45,6 +45,9 @@ pub type PfnRange = FrameRange<Pfn>;
 pub type LpnRange = FrameRange<Lpn>;
 /// Guest frames of a guest's guest.
 pub type L2GfnRange = FrameRange<L2Gfn>;
+
+/// Pages of a process's address space.
+pub type VpnRange = FrameRange<Vpn>;
 
 impl<F: Frame> FrameRange<F> {
     /// `count` frames from `start` on.

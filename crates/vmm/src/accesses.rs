@@ -24,8 +24,8 @@ use polder::{GuestExit, MachineVcpu, Memory, MemoryFault, Visibility, VmId};
 const CHANGES: u32 = 1000;
 
 /// What the vCPUs of a guest share, so that none uses a page between its acceptance and the end of
-/// its clearing: the frames that are accepted and not cleared, because whoever was at it was kicked.
-/// It is locked for writing while pages are accepted, and for reading by private accesses.
+/// its clearing: the frames that are accepted and not cleared, because whoever was at it was
+/// kicked. It is locked for writing while pages are accepted, and for reading by private accesses.
 #[derive(Debug, Default)]
 pub struct Accepting(RwLock<BTreeSet<Gfn>>);
 
@@ -105,7 +105,8 @@ impl<'a> Accesses<'a> {
     }
 
     /// Asks for pages to be private or shared, by the guest's own hypercall; the answer, as a guest
-    /// gets it. `None` where the guest's request goes to the VMM and no hypervisor has a part in it.
+    /// gets it. `None` where the guest's request goes to the VMM and no hypervisor has a part in
+    /// it.
     ///
     /// # Errors
     /// [`GuestExit`].
@@ -269,7 +270,7 @@ impl<'a> Accesses<'a> {
         let mut access = |vcpu: &MachineVcpu| {
             loop {
                 match access(vcpu) {
-                    Err(GuestExit::Userfault(gfn)) => memory.bring_for(vm, gfn)?,
+                    Err(GuestExit::Userfault(gfn)) => memory.fetch_for(vm, gfn)?,
                     other => return other,
                 }
             }

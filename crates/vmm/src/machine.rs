@@ -95,8 +95,8 @@ impl<'a> Interpreter<'a> {
         Ok(())
     }
 
-    /// Has the guest take a machine check for a page that has failed, if that is wished. It leaves the
-    /// op that it was at.
+    /// Has the guest take a machine check for a page that has failed, if that is wished. It leaves
+    /// the op that it was at.
     fn machine_check(&self, fault: MemoryFault) -> bool {
         let MemoryFault::SourceFailed(gfns) = fault else { return false };
         let (memory, vm) = self.requests.memory();

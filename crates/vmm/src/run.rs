@@ -10,9 +10,9 @@ use polder::{
 };
 
 use crate::RunError;
-use crate::ahead::{self, Prefault};
 use crate::guest::{Chunk, Image, Program, Transport};
 use crate::kvm::{self, Conversion};
+use crate::prefault::{self, Prefault};
 use crate::report::{Accelerator, End, Failure, Progress, Report, Supervision};
 use crate::scenario::{self, Conversions, Scenario, ScenarioError};
 use crate::threads::Threads;
@@ -51,8 +51,8 @@ impl Config {
         if self.no_faults { Some(all) } else { self.prefault }
     }
 
-    /// Where no fault may come: keeps the memory from being reclaimed, and looks whether all of it is
-    /// mapped.
+    /// Where no fault may come: keeps the memory from being reclaimed, and looks whether all of it
+    /// is mapped.
     fn check_mapped(
         &self,
         (memory, id): (&Memory, VmId),
@@ -154,7 +154,7 @@ fn run_on_kvm(
     let idle = config.ahead().map(|_| kvm::idle_vcpu(&kvm, &vm, config.vcpus)).transpose()?;
     let idle = idle.as_ref().map(polder::Vcpu::from);
     let of = ((&*memory, id), &threads);
-    let (ended, ahead) = ahead::run(config.ahead(), of, idle, supervise, |supervise| {
+    let (ended, ahead) = prefault::run(config.ahead(), of, idle, supervise, |supervise| {
         config.check_mapped((&memory, id), idle)?;
         threads.run_on_kvm(vcpus, supervise)
     })?;
@@ -189,7 +189,7 @@ fn run_on_machine(
     let idle = memory.machine_vcpu(id).map_err(RunError::Memory)?;
     let idle = Some(polder::Vcpu::from(&idle));
     let of = ((&*memory, id), &threads);
-    let (ended, ahead) = ahead::run(config.ahead(), of, idle, supervise, |supervise| {
+    let (ended, ahead) = prefault::run(config.ahead(), of, idle, supervise, |supervise| {
         config.check_mapped((&memory, id), idle)?;
         threads.run_on_machine(vcpus, config.program, programs, supervise)
     })?;

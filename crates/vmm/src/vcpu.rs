@@ -57,14 +57,10 @@ pub(crate) fn run(
             }
             Exit::MemoryFault { gpa, flags, .. } => {
                 match memory_fault(index, requests, (gpa, flags), exit) {
-                    // It was amid a conversion, which is over: the same access goes through. Or
-                    // the guest tried the frame before anything was bound there, and KVM (Linux
-                    // 7.3) takes it for a device's ever since; to map it ourselves undoes that.
+                    // It was amid a conversion, which is over: the same access goes through.
                     Ok(()) => {
                         if refused.replace(gpa) == Some(gpa) {
-                            // Where this fails, the access tells why when it is made again.
-                            let (memory, vm) = requests.memory();
-                            let _ = memory.prefault(vm, vcpu.fd(), GfnRange::one(gpa.gfn()));
+                            map_by_ourselves(&vcpu, requests, gpa);
                         }
                         continue;
                     }
@@ -95,6 +91,14 @@ pub(crate) fn run(
         }
     }
     Ok(Ran { checks_passed: 0, failure: None, faults })
+}
+
+/// The guest tried a frame before anything was bound there, and KVM (Linux 7.3) takes it for a
+/// device's ever since: to map it ourselves undoes that.
+fn map_by_ourselves(vcpu: &Vcpu, requests: &Requests<'_>, gpa: Gpa) {
+    let (memory, vm) = requests.memory();
+    // Where this fails, the access tells why when it is made again.
+    let _ = memory.prefault(vm, vcpu.fd(), GfnRange::one(gpa.gfn()));
 }
 
 fn failed(failure: Failure) -> Next {
@@ -151,8 +155,8 @@ fn page_of_failure(requests: &Requests<'_>, at: FailedAt) -> Option<PageIndex> {
     }
 }
 
-/// Gives the guest a machine check for a page that has failed, if that is wished. Not for one that an
-/// instruction met which KVM emulates: by the time we are told, the instruction counts as done.
+/// Gives the guest a machine check for a page that has failed, if that is wished. Not for one that
+/// an instruction met which KVM emulates: by the time we are told, the instruction counts as done.
 fn machine_check(
     index: u32,
     vcpu: &Vcpu,

@@ -173,8 +173,8 @@ impl Vm {
         self.go((memory, id), &threads, programs, supervise)
     }
 
-    /// The same, of a guest that tells [digests](Op::Digest), which have to be as expected, and what
-    /// becomes of it when it touches a page that has failed; also returns its machine checks.
+    /// The same, of a guest that tells [digests](Op::Digest), which have to be as expected, and
+    /// what becomes of it when it touches a page that has failed; also returns its machine checks.
     ///
     /// # Errors
     /// As [`Vm::run`].

@@ -1,7 +1,8 @@
 //! Random programs: scenarios that say what is done, and nothing of what is expected.
 //!
 //! A seed makes a program. It is written so that it is the same run each time: bytes are named by
-//! the step that writes them, and who can't do a step yet is resumed first ([`polder_play::record`]).
+//! the step that writes them, and who can't do a step yet is resumed first
+//! ([`polder_play::record`]).
 
 use std::collections::BTreeMap;
 

@@ -12,12 +12,9 @@ mod prefault;
 mod snp;
 mod touches;
 
-use polder_explored_engine::Bug as EngineBug;
-use polder_machine::Plant;
-
 pub use self::harmless::{HARMLESS, Harmless};
 use crate::models::{MAPCOUNT_WITHOUT_LOCK, Model};
-use crate::polder::{self, Bug, Setup, Slip, World};
+use crate::polder::{self, Bug, Setup, World};
 use crate::{SHORTEST_AMONG, search};
 
 /// A bug, as `polder check --planted` knows it.
@@ -64,8 +61,8 @@ impl PlantedBug {
         }
     }
 
-    /// The shortest way to the bug that a scenario can say, as a scenario: it passes on the product,
-    /// and would not with the bug (`docs/check.md`).
+    /// The shortest way to the bug that a scenario can say, as a scenario: it passes on the
+    /// product, and would not with the bug (`docs/check.md`).
     ///
     /// # Errors
     /// Why there is none.
@@ -99,34 +96,14 @@ impl PlantedBug {
     }
 }
 
-const fn engine(
+const fn bug(
     name: &'static str,
     about: &'static str,
-    bug: EngineBug,
+    bug: Bug,
     config: &'static str,
     breaks: &'static str,
 ) -> PlantedBug {
-    PlantedBug { name, about, breaks, place: Place::Polder(Bug::Engine(bug), config) }
-}
-
-const fn driver(
-    name: &'static str,
-    about: &'static str,
-    slip: Slip,
-    config: &'static str,
-    breaks: &'static str,
-) -> PlantedBug {
-    PlantedBug { name, about, breaks, place: Place::Polder(Bug::Driver(slip), config) }
-}
-
-const fn machine(
-    name: &'static str,
-    about: &'static str,
-    plant: Plant,
-    config: &'static str,
-    breaks: &'static str,
-) -> PlantedBug {
-    PlantedBug { name, about, breaks, place: Place::Polder(Bug::Machine(plant), config) }
+    PlantedBug { name, about, breaks, place: Place::Polder(bug, config) }
 }
 
 /// Every bug, by topic.

@@ -1,6 +1,6 @@
-//! The engine's huge-page pool, searched by itself: every order of what objects do with one, up to a
-//! length, next to a count of who has what. It is not in the configurations of the product, where a
-//! memory has all that it was promised.
+//! The engine's huge-page pool, searched by itself: every order of what objects do with one, up to
+//! a length, next to a count of who has what. It is not in the configurations of the product, where
+//! a memory has all that it was promised.
 
 use std::collections::BTreeMap;
 

@@ -64,8 +64,8 @@ impl HugetlbPages {
         Self::of(POOL_2M, count, &helps, share(Path::new(POOL_2M))?)
     }
 
-    /// `count` pages of 2M, and nobody else has any while they are held. Waits for those who do, for
-    /// `at_most` at most.
+    /// `count` pages of 2M, and nobody else has any while they are held. Waits for those who do,
+    /// for `at_most` at most.
     ///
     /// # Errors
     /// Why there are none.

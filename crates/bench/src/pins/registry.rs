@@ -1,8 +1,8 @@
 //! What one would write first: a lock over a tree of who has which page pinned.
 //!
-//! It does what Polder's pins do. A page is pinned if it is shared and whole, if no operation has it
-//! claimed, and if nobody has it pinned exclusively; an operation finds the first pin of its pages,
-//! and whose it is. The pages' facts are in the same map as Polder's.
+//! It does what Polder's pins do. A page is pinned if it is shared and whole, if no operation has
+//! it claimed, and if nobody has it pinned exclusively; an operation finds the first pin of its
+//! pages, and whose it is. The pages' facts are in the same map as Polder's.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -1,10 +1,11 @@
-//! How faults scale with vCPUs, **modelled**: one event queue next to exits of the vCPU that faulted
-//! (KVM userfault), which no released kernel has.
+//! How faults scale with vCPUs, **modelled**: one event queue next to exits of the vCPU that
+//! faulted (KVM userfault), which no released kernel has.
 //!
 //! Every vCPU faults again as soon as it was answered. A fault takes a time of its own, which all
-//! vCPUs spend side by side (though the more they are, the more they get in each other's way), and a
-//! part that one does at a time: for the queue, its lock, its reader and a look at everybody who waits
-//! on it, which takes longer the more they are; for exits, what KVM itself does one at a time.
+//! vCPUs spend side by side (though the more they are, the more they get in each other's way), and
+//! a part that one does at a time: for the queue, its lock, its reader and a look at everybody who
+//! waits on it, which takes longer the more they are; for exits, what KVM itself does one at a
+//! time.
 //!
 //! The times are fitted to what was published with `KVM_CAP_MEM_FAULT_NOWAIT` (kvm list, 2023: one
 //! userfaultfd for all memory next to exits, on 256 CPUs), which each row tells, too.

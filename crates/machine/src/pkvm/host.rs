@@ -35,8 +35,8 @@ impl Machine {
     /// `__pkvm_host_donate_hyp()`: the hypervisor has the page from now on.
     ///
     /// # Errors
-    /// [`PkvmFail::Permission`] unless it is the host's alone; [`PkvmFail::Busy`] while a device has
-    /// it mapped; [`PkvmFail::NoMemory`].
+    /// [`PkvmFail::Permission`] unless it is the host's alone; [`PkvmFail::Busy`] while a device
+    /// has it mapped; [`PkvmFail::NoMemory`].
     pub fn host_donate_hyp(&mut self, pfn: Pfn) -> PkvmResult {
         self.expect_host(pfn, Owned)?;
         self.expect_no_dma(pfn)?;

@@ -1,5 +1,5 @@
-//! The rmap: from a guest frame to the entries that map it, so that who takes memory away finds them
-//! whatever linear addresses they are at.
+//! The rmap: from a guest frame to the entries that map it, so that who takes memory away finds
+//! them whatever linear addresses they are at.
 
 use alloc::vec::Vec;
 

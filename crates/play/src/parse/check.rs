@@ -9,8 +9,7 @@ use super::table::{Parsed, Table, wrong};
 use crate::ScenarioError;
 use crate::limits::STEPS_MAX;
 use crate::names::{Is, Kind};
-use crate::scenario::{Step, Verb};
-use crate::tables::By;
+use crate::scenario::{By, Step, Verb};
 
 impl<'t> Reader<'t> {
     /// Refuses steps that only the simulated machine has, where others are to play it too.

@@ -8,8 +8,7 @@ use super::Reader;
 use super::table::{Key, Parsed, Table, slot_number};
 use crate::limits::{LENGTH_MAX, PAGES_MAX};
 use crate::names::Kind;
-use crate::scenario::{Bytes, Place, Verb};
-use crate::tables::By;
+use crate::scenario::{By, Bytes, Place, Verb};
 
 /// The keys of a step, and what they are where it does not say.
 pub(super) struct Keys<'r, 't> {

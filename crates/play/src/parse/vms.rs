@@ -6,9 +6,9 @@ use polder_vmm::GuestRoot;
 
 use super::table::{Parsed, Table, short, slot_number};
 use super::{DEFAULT_GPA, Reader};
+use crate::guest_tables::TABLES;
 use crate::limits::{SLOTS_MAX, VMS_MAX};
-use crate::scenario::{MemorySpec, SlotSpec, VmSpec};
-use crate::tables::{TABLES, Tables, root_name};
+use crate::scenario::{MemorySpec, SlotSpec, Tables, VmSpec, root_name};
 
 impl<'t> Reader<'t> {
     pub(super) fn read_vms(&mut self, root: &Table<'t>, memory: &MemorySpec) -> Parsed<()> {

@@ -27,7 +27,8 @@ impl Player<'_> {
         }
         // All threads hold an end of the channel.
         drop(world);
-        // A touch whose answer fails is answered again and again: what is heard is no sign of an end.
+        // A touch whose answer fails is answered again and again: what is heard is no sign of an
+        // end.
         let mut heard_since = 0;
         loop {
             match heard.recv_timeout(PATIENCE) {

@@ -4,9 +4,9 @@
 //! way: an actor who is amid a step is resumed before he does another, and everybody at the end; a
 //! step that nobody can do then is left out. So is one by which a second actor comes to wait: which
 //! of two goes first, once they may, is chance. And one that changes slots while a guest waits: KVM
-//! does not do that until its vCPU goes on ([`polder::Memory::unbind`]), and the machine does. And a
-//! guest's access that waits while an operation is held: KVM asks nobody about it unless contents are
-//! owed (`docs/memfd.md`).
+//! does not do that until its vCPU goes on ([`polder::Memory::unbind`]), and the machine does. And
+//! a guest's access that waits while an operation is held: KVM asks nobody about it unless contents
+//! are owed (`docs/memfd.md`).
 
 use polder::HostKind;
 use polder::units::PageRange;

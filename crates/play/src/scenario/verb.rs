@@ -6,7 +6,7 @@ use polder::{Contents, PinKind, Visibility};
 
 use super::{Bytes, Hold, Look, Place, SlotSpec};
 use crate::names::VERBS;
-use crate::tables::By;
+use crate::scenario::By;
 
 /// What is done.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -48,28 +48,8 @@ impl Worker<'_> {
                     Ok(Outcome::done())
                 })
             }
-            Verb::Map { place, vm, level } => {
-                let (gfn, vm) = (world.gfn(*place, *vm)?, machine_vm(world, *vm)?);
-                world.inside(|machine, _, _| {
-                    let resolved = machine.tdp_resolve(vm, gfn)?;
-                    let level = machine.tdp_map(&resolved, *level, true)?;
-                    Ok(Outcome::new(Is::Ok, format!("at {level}")))
-                })
-            }
-            Verb::Zap { place, vm } => {
-                let number = *vm;
-                let vm = machine_vm(world, number)?;
-                let all = world.pages(*place, number)?;
-                world.inside(|machine, object, _| {
-                    for range in all {
-                        let shown: Vec<_> = machine.gfns_of(object, range).collect();
-                        for (_, gfns) in shown.into_iter().filter(|(id, _)| *id == vm) {
-                            machine.tdp_zap(vm, gfns)?;
-                        }
-                    }
-                    Ok(Outcome::done())
-                })
-            }
+            Verb::Map { place, vm, level } => self.map(*place, *vm, *level),
+            Verb::Zap { place, vm } => self.zap(*place, *vm),
             Verb::Rmpupdate { place, vm, size, assign, immutable } => {
                 self.rmpupdate(*place, *vm, (*size, *assign, *immutable))
             }
@@ -93,6 +73,28 @@ impl Worker<'_> {
             }
             _ => Err(Stop::new(Is::Failed, "this is no step of the kernel's")),
         }
+    }
+
+    fn map(&self, place: Place, vm: usize, level: Level) -> Acted {
+        let (gfn, vm) = (self.world.gfn(place, vm)?, machine_vm(self.world, vm)?);
+        self.world.inside(|machine, _, _| {
+            let resolved = machine.tdp_resolve(vm, gfn)?;
+            let level = machine.tdp_map(&resolved, level, true)?;
+            Ok(Outcome::new(Is::Ok, format!("at {level}")))
+        })
+    }
+
+    fn zap(&self, place: Place, vm: usize) -> Acted {
+        let (pages, vm) = (self.world.pages(place, vm)?, machine_vm(self.world, vm)?);
+        self.world.inside(|machine, object, _| {
+            for range in pages {
+                let shown: Vec<_> = machine.gfns_of(object, range).collect();
+                for (_, gfns) in shown.into_iter().filter(|(id, _)| *id == vm) {
+                    machine.tdp_zap(vm, gfns)?;
+                }
+            }
+            Ok(Outcome::done())
+        })
     }
 
     fn rmpupdate(&self, place: Place, vm: usize, how: (RmpSize, bool, bool)) -> Acted {

@@ -8,10 +8,10 @@ use polder::units::Geometry;
 use polder_vmm::GuestRoot;
 
 use super::{Acted, Worker, nobodys};
+use crate::guest_tables;
 use crate::names::Is;
 use crate::outcome::{Outcome, Stop};
-use crate::scenario::Place;
-use crate::tables::{self, By};
+use crate::scenario::{By, Place};
 
 /// A vCPU of the actor's own.
 pub(super) enum Vcpu {
@@ -57,17 +57,17 @@ impl Worker<'_> {
         let vm = &self.world.vms[vm];
         let came = match (&vm.tables, &vm.kvm) {
             (Some(tables), _) => {
-                tables::prefault((memory, id), &tables.vcpu, tables.root, gfns, by)?
+                guest_tables::prefault((memory, id), &tables.vcpu, tables.root, gfns, by)?
             }
             (None, Some(kvm)) => {
                 let vcpu = kvm.idle_vcpu(memory, id);
                 let vcpu = vcpu.map_err(|error| Stop::new(Is::Failed, error.to_string()))?;
-                tables::prefault((memory, id), &vcpu, GuestRoot::Tdp, gfns, by)?
+                guest_tables::prefault((memory, id), &vcpu, GuestRoot::Tdp, gfns, by)?
             }
             (None, None) => {
                 let vcpu = memory.machine_vcpu(id)?;
                 self.world.add_kicker(vcpu.kicker());
-                tables::prefault((memory, id), &vcpu, GuestRoot::Tdp, gfns, by)?
+                guest_tables::prefault((memory, id), &vcpu, GuestRoot::Tdp, gfns, by)?
             }
         };
         let left = came.left.map_or(0, |left| left.count().get());
@@ -75,7 +75,8 @@ impl Worker<'_> {
         Ok(Outcome { prefaulted: Some(counts), ..Outcome::done() })
     }
 
-    /// Has the guest write entries of its tables, by another of its vCPUs, and flush them by its own.
+    /// Has the guest write entries of its tables, by another of its vCPUs, and flush them by its
+    /// own.
     pub(super) fn pte(&mut self, place: Place, present: bool, used: bool) -> Acted {
         let gfns = self.gfns(place, self.actor.vm)?;
         let vm = &self.world.vms[self.actor.vm];

@@ -5,9 +5,9 @@ use polder::{HostKind, Slot, VmId};
 use polder_vmm::{GuestRoot, RunError};
 
 use super::{GuestTables, Unplayable, Vm, World};
+use crate::guest_tables::Placed;
 use crate::outcome::Stop;
-use crate::scenario::VmSpec;
-use crate::tables::{Placed, Tables};
+use crate::scenario::{Tables, VmSpec};
 
 impl World {
     pub(super) fn add_vm(&self, spec: &VmSpec, host: HostKind) -> Result<Vm, Unplayable> {

@@ -33,8 +33,8 @@ pub struct kvm_memory_attributes2 {
     pub reserved: [u64; 11],
 }
 
-/// A guest_memfd: memory of one VM, to show it by [`Vm::set_user_memory_region2`]. Dropping it is to
-/// close it: its slots stay, and show nothing any more.
+/// A guest_memfd: memory of one VM, to show it by [`Vm::set_user_memory_region2`]. Dropping it is
+/// to close it: its slots stay, and show nothing any more.
 ///
 /// [`Vm::set_user_memory_region2`]: super::Vm::set_user_memory_region2
 pub struct GuestMemfd {
@@ -65,8 +65,8 @@ impl GuestMemfd {
     ///
     /// # Errors
     /// `EINVAL` for a range that is empty, unaligned, overflowing or beyond the object, for
-    /// attributes and flags that are unknown or exclude each other, and for words that have to be 0.
-    /// `EOPNOTSUPP` for contents that can't be treated so. `EAGAIN` for a page that is pinned,
+    /// attributes and flags that are unknown or exclude each other, and for words that have to be
+    /// 0. `EOPNOTSUPP` for contents that can't be treated so. `EAGAIN` for a page that is pinned,
     /// referred to or held by another operation, `EHWPOISON` for one in quarantine, `ENOMEM`: the
     /// first such page is in `error_offset`.
     ///
@@ -125,7 +125,8 @@ impl GuestMemfd {
     /// # Errors
     /// `EOPNOTSUPP` for another mode than [`FALLOC_FL_KEEP_SIZE`] and [`FALLOC_FL_PUNCH_HOLE`];
     /// `EINVAL` for a range that is empty, negative or unaligned; `EFBIG` for one that overflows;
-    /// `EAGAIN` where a page is pinned (**ours**: the kernel takes the page from whom has it pinned).
+    /// `EAGAIN` where a page is pinned (**ours**: the kernel takes the page from whom has it
+    /// pinned).
     pub fn fallocate(&self, mode: u32, offset: i64, len: i64) -> Result<(), Failed> {
         const CALL: &str = "fallocate";
         if mode != FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE {

@@ -142,8 +142,8 @@ impl Vm {
     /// `EINVAL` for a slot that the VM doesn't have; for flags other than `KVM_MEM_GUEST_MEMFD`
     /// alone; for addresses, sizes and offsets that are unaligned, overflow or lie beyond the
     /// guest_memfd; for a guest_memfd of another VM's; for a deletion of nothing; for a change of a
-    /// slot. `EBADF` for a guest_memfd that there is not. `EEXIST` for frames that another slot has,
-    /// and pages that another slot shows.
+    /// slot. `EBADF` for a guest_memfd that there is not. `EEXIST` for frames that another slot
+    /// has, and pages that another slot shows.
     pub fn set_user_memory_region2(
         &self,
         region: kvm_userspace_memory_region2,

@@ -38,13 +38,13 @@ impl Memory {
         })
     }
 
-    /// Takes a slot away. No page is freed. Waits for a [`Memory::prefault`] that is under way, as
-    /// [`Memory::bind`] does. KVM waits until no vCPU is amid an access to the slot:
-    /// one that waits for contents that are owed has to get them, or [`Memory::fail`], first.
+    /// Deletes a slot. No page is freed. Waits for a [`Memory::prefault`] that is under way, as
+    /// [`Memory::bind`] does. KVM waits until no vCPU is in the middle of an access to the slot: a
+    /// vCPU that waits for contents has to get them first, or [`Memory::fail`] has to be called.
     ///
     /// # Errors
     /// [`Refusal::NoSuchSlot`]; [`Error::Host`] where KVM can't delete the slot, which is then
-    /// still bound, and wishes what it did.
+    /// still bound, and wants what it did.
     ///
     /// ```
     /// # use polder::{HostKind, Memory, Slot, Vm, units::{Gfn, PageCount, PageRange}};

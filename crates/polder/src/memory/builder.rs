@@ -148,7 +148,7 @@ impl Builder {
     /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared();
     /// let memory = memory.source(Arc::new(ZeroSource)).build()?;
     /// assert_eq!(memory.owed().get(), 16);
-    /// memory.bring(PageRange::between(3, 4).unwrap())?;
+    /// memory.fetch(PageRange::between(3, 4).unwrap())?;
     /// assert!(memory.owed().get() < 16);
     /// # Ok::<_, polder::Error>(())
     /// ```
@@ -163,7 +163,7 @@ impl Builder {
     /// # use std::sync::Arc;
     /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared();
     /// let memory = memory.source(Arc::new(ZeroSource)).read_ahead(ReadAhead::Off).build()?;
-    /// memory.bring(PageRange::between(3, 4).unwrap())?;
+    /// memory.fetch(PageRange::between(3, 4).unwrap())?;
     /// assert_eq!(memory.owed().get(), 15, "that page alone");
     /// # Ok::<_, polder::Error>(())
     /// ```
@@ -181,7 +181,7 @@ impl Builder {
     /// let slow = Faulty::new(ZeroSource, Fault::Slow(Duration::from_secs(1)), 0u32.into(), 1);
     /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared();
     /// let memory = memory.source(Arc::new(slow)).fault_deadline(Duration::from_millis(50)).build()?;
-    /// assert!(memory.bring(PageRange::between(3, 4).unwrap()).is_err());
+    /// assert!(memory.fetch(PageRange::between(3, 4).unwrap()).is_err());
     /// # Ok::<_, polder::Error>(())
     /// ```
     pub fn fault_deadline(self, deadline: Duration) -> Self {

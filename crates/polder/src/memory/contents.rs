@@ -65,7 +65,7 @@ impl Memory {
         self.driver.settle()
     }
 
-    /// Waits until the contents of pages are there, which the source is asked for where there is
+    /// Waits until the contents of pages are there. They are asked for from the source, if there is
     /// one.
     ///
     /// # Errors
@@ -75,21 +75,22 @@ impl Memory {
     /// ```
     /// # use polder::{HostKind, Memory, source::ZeroSource, units::{PageCount, PageRange}};
     /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().source(std::sync::Arc::new(ZeroSource)).build()?;
-    /// memory.bring(PageRange::between(3, 4).unwrap())?;
+    /// memory.fetch(PageRange::between(3, 4).unwrap())?;
     /// memory.host_view().touch_read(3 * 4096, &mut [0])?; // waits for nobody
     /// # Ok::<_, polder::Error>(())
     /// ```
-    pub fn bring(&self, range: PageRange) -> Result<(), Error> {
+    pub fn fetch(&self, range: PageRange) -> Result<(), Error> {
         self.driver.claim(OnBusy::Wait, |engine| Ok(engine.check_whole(range)?))
     }
 
-    /// Brings the page that a vCPU's exit names ([`GuestExit::Userfault`](crate::GuestExit::Userfault)), on
-    /// the calling thread: what comes with it by read-ahead comes from this thread, too. If somebody else
-    /// is bringing it, the guest waits when it tries again. Its touches are plain faults from then on.
+    /// Brings the page that a vCPU's exit names
+    /// ([`GuestExit::Userfault`](crate::GuestExit::Userfault)), on the calling thread: what comes
+    /// with it by read-ahead comes from this thread, too. If somebody else is bringing it, the
+    /// guest waits when it tries again. Its touches are plain faults from then on.
     ///
     /// # Errors
     /// [`Refusal::Unbound`]; [`Error::NotSimulated`] on a host that has no such exits.
-    pub fn bring_for(&self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
+    pub fn fetch_for(&self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
         let host = self.driver.host.machine().ok_or(Error::NotSimulated)?;
         let pages = self.driver.ask(|engine| engine.pages_of(vm, GfnRange::one(gfn)))?;
         let page = pages[0].start();
@@ -147,7 +148,7 @@ impl Memory {
     /// ```
     /// # use polder::{HostKind, Memory, source::ZeroSource, units::{PageCount, PageRange}};
     /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared().source(std::sync::Arc::new(ZeroSource)).build()?;
-    /// memory.bring(PageRange::between(3, 4).unwrap())?;
+    /// memory.fetch(PageRange::between(3, 4).unwrap())?;
     /// println!("{:?}", memory.source_statistics());
     /// # Ok::<_, polder::Error>(())
     /// ```
@@ -163,7 +164,7 @@ impl Memory {
     /// let source = Faulty::new(ZeroSource, Fault::Fails, 3u32.into(), 0);
     /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared();
     /// let memory = memory.source(Arc::new(source)).build()?;
-    /// assert!(memory.bring(PageRange::between(3, 4).unwrap()).is_err());
+    /// assert!(memory.fetch(PageRange::between(3, 4).unwrap()).is_err());
     /// let failure = &memory.source_failures()[0];
     /// assert!(matches!(failure.why, SourceError::Read(_)));
     /// assert_eq!(failure.pages, PageRange::between(3, 4).unwrap(), "and no other page");

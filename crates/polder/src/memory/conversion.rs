@@ -36,8 +36,8 @@ impl Memory {
         self.convert_found(|_| Ok(vec![range]), (to, contents), None, on_busy)
     }
 
-    /// [`Memory::convert`] by guest frames, as this VM wishes: what other VMs wish of the same
-    /// pages stays what it is.
+    /// [`Memory::convert`] by guest frames. It also becomes what this VM [wants](Self::want) these
+    /// frames to be; what other VMs want of the same pages stays as it is.
     ///
     /// # Errors
     /// As [`Memory::convert`], and [`Refusal::Unbound`].
@@ -74,9 +74,9 @@ impl Memory {
         self.driver.convert_counted(find, (to, contents), (by, false), on_busy)
     }
 
-    /// Notes what a VM wishes its pages to be (`MEMORY_ATTRIBUTE_PRIVATE`): nothing changes by it.
-    /// A conversion grants it. Waits for operations on these pages: of a wish and a conversion, the
-    /// later one counts.
+    /// Notes what a VM wants its pages to be (`KVM_MEMORY_ATTRIBUTE_PRIVATE`). Nothing changes by
+    /// that until a conversion grants it. Waits for operations on these pages: of a wish and a
+    /// conversion, the later one counts.
     ///
     /// # Errors
     /// [`Refusal::Unbound`] unless every frame is bound.
@@ -97,7 +97,7 @@ impl Memory {
         self.driver.claim(OnBusy::Wait, |engine| engine.want(vm, gfns, to))
     }
 
-    /// What a VM wishes its pages to be, and what they are, in runs.
+    /// What a VM wants its pages to be, and what they are, in runs.
     ///
     /// # Errors
     /// [`Refusal::Unbound`] unless every frame is bound.
@@ -116,8 +116,8 @@ impl Memory {
         self.driver.ask(|engine| engine.wanted(vm, gfns))
     }
 
-    /// Every wish that is not what is granted, by the binding whose it is: VMs that disagree about
-    /// a page are seen here.
+    /// Every wish that is not granted, with the binding that has it. Where VMs disagree about a
+    /// page, it shows here.
     ///
     /// ```
     /// # use polder::{HostKind, Memory, Slot, Visibility, Vm, units::{Gfn, GfnRange, PageCount, PageRange}};

@@ -80,7 +80,7 @@ impl Memory {
     }
 
     /// Whether private and shared pages are the same memory: [`HostKind::is_in_place`]. Whether
-    /// their contents outlive a conversion is [`Memory::keeps_most`]'s to say.
+    /// contents outlive a conversion is another question: [`Memory::keeps_most`].
     ///
     /// ```
     /// # use polder::{HostKind, Memory, units::PageCount};
@@ -92,8 +92,9 @@ impl Memory {
         self.driver.engine().config().in_place
     }
 
-    /// What a conversion to `to` can do at best for what is in the pages: [`Contents::Preserve`]
-    /// where that is on offer, else [`Contents::Zero`], else [`Contents::Unspecified`].
+    /// The most that a conversion to `to` can promise for what is in the pages:
+    /// [`Contents::Preserve`] where this host and platform can keep it, else [`Contents::Zero`],
+    /// else [`Contents::Unspecified`].
     ///
     /// ```
     /// # use polder::{Contents, HostKind, Memory, Platform, Visibility, units::PageCount};
@@ -180,8 +181,8 @@ impl Memory {
         self.driver.engine().reshaped()
     }
 
-    /// What the pool has that its huge pages are of: the kernel's, or the simulated machine's.
-    /// `None` for memory of no pool.
+    /// The counts of the pool that its huge pages are from: the kernel's, or the simulated
+    /// machine's. `None` for memory that is from no pool.
     ///
     /// ```
     /// # use polder::{HostKind, Memory, PageSize, units::{Level, PageCount}};
@@ -195,8 +196,8 @@ impl Memory {
         self.driver.host.pool()
     }
 
-    /// What bounds the level at which a page is mapped: in the host view, or for a VM, if a binding
-    /// of it shows the page. What an SNP guest's RMP has of it is not in it.
+    /// What limits the level at which a page is mapped: in the host view, or for a VM to which it
+    /// is bound. The limit by an SNP guest's RMP entry is not among them.
     ///
     /// # Errors
     /// [`Refusal::Beyond`].
@@ -226,8 +227,8 @@ impl Memory {
         })
     }
 
-    /// Whether the [host view](Self::host_view) shows a page as things are: shared, and with it all
-    /// that the view maps together with it. It may have changed when this returns.
+    /// Whether a page can be touched in the [host view](Self::host_view) now: it is shared, and so
+    /// is all that the view maps together with it. It may have changed when this returns.
     ///
     /// ```
     /// # use polder::{HostKind, Memory, units::PageCount};

@@ -104,8 +104,8 @@ impl Memory {
         self.driver.engine().config().pages
     }
 
-    /// Makes a VM known, to [`Memory::bind`] pages to: one of KVM's on a host of real memory,
-    /// [`Vm::Machine`] on the simulated machine. On host `guest_memfd` a VM that has no private
+    /// Registers a VM, so that [`Memory::bind`] can show it pages: a KVM VM on a host of real
+    /// memory, [`Vm::Machine`] on the simulated machine. On host `guest_memfd` a VM without private
     /// memory gets a guest_memfd all of whose pages are shared, if the memory was made
     /// [shared](Builder::shared) and nothing has been written to it.
     ///
@@ -144,10 +144,10 @@ impl Memory {
         MachineVcpu::new(&self.driver, vm)
     }
 
-    /// Looks into the simulated machine, or has something happen there that no device model does:
-    /// another process, a pin by the kernel, a planted bug. Also told: the object that the memory
-    /// is, and the process whose host view shows it. The machine is locked meanwhile: a call of
-    /// this memory from within would wait for itself.
+    /// Gives `look` the simulated machine: to inspect it, or to have something happen there that no
+    /// device model does (another process, a pin by the kernel, a planted bug). `look` also gets
+    /// the object that is this memory, and the process whose address space has its host view. The
+    /// machine is locked while it runs: to call this memory from within is a deadlock.
     ///
     /// # Errors
     /// [`Error::NotSimulated`] on another host.
@@ -167,7 +167,7 @@ impl Memory {
         Ok(look(&mut host.lock(), object, process))
     }
 
-    /// The simulated machine's name for a VM, for who looks into it by [`Memory::simulated`].
+    /// The simulated machine's own id of a VM, for use in [`Memory::simulated`].
     ///
     /// # Errors
     /// [`Error::NotSimulated`] on another host, [`Error::NoSuchVm`].
@@ -183,9 +183,9 @@ impl Memory {
         self.driver.host.machine().ok_or(Error::NotSimulated)?.vm(vm).ok_or(Error::NoSuchVm)
     }
 
-    /// Tells somebody what happens to this memory, from now on and between its steps: a scenario,
-    /// or whoever wants to see an operation from inside. Whether nobody was told before; there can
-    /// be one only.
+    /// Has `watch` told of every step of this memory's operations from now on: by a scenario, or
+    /// to see an operation from inside. There can be only one watcher: returns `false`, and changes
+    /// nothing, if there is one already.
     ///
     /// ```
     /// # use polder::{Delays, HostKind, Memory, units::PageCount};
@@ -209,8 +209,9 @@ impl Memory {
         self.driver.host.machine().expect("memory on the simulated machine").plant(bug);
     }
 
-    /// Keeps the guest's view of the memory from being reclaimed or swapped (`mlock`), and has all of
-    /// it there. The memory of a guest_memfd and of the simulated machine never is.
+    /// Keeps the guest's view of the memory from being reclaimed or swapped, and populates all of
+    /// it (`mlock`). Does nothing for a guest_memfd and on the simulated machine, whose memory is
+    /// never reclaimed.
     ///
     /// # Errors
     /// [`Error::Host`]: `ENOMEM` and `EPERM` beyond the limit of locked memory (`ulimit -l`).
@@ -225,9 +226,9 @@ impl Memory {
         self.driver.host.lock_memory()
     }
 
-    /// Pins pages of the object, which must be shared: they stay shared until the pin is dropped, and
-    /// are mapped in the [host view](HostView) beforehand. Waits for operations. Who pins often takes
-    /// a [`Memory::pinner`].
+    /// Pins pages of the object, which must be shared: they stay shared until the pin is dropped,
+    /// and are mapped in the [host view](HostView) before this returns. Waits for operations on
+    /// them. To pin often, use a [`Memory::pinner`].
     ///
     /// # Errors
     /// [`Refusal::Private`] and the other refusals, naming the page; [`Refusal::Pinned`] by an
@@ -249,8 +250,8 @@ impl Memory {
         self.pin_or(range, kind, holder, OnBusy::Wait)
     }
 
-    /// [`Memory::pin`] that does `on_busy` where an operation is in the way; or, of an exclusive
-    /// pin, another pin.
+    /// [`Memory::pin`], where `on_busy` says what to do if an operation is in the way or, for an
+    /// exclusive pin, another pin.
     ///
     /// # Errors
     /// As [`Memory::pin`], and [`Refusal::Busy`].
@@ -285,7 +286,7 @@ impl Memory {
         Ok(pin)
     }
 
-    /// A holder that pins often: without the engine's lock, where nothing is in the way.
+    /// A holder that pins often: its pins take no lock where nothing is in the way.
     ///
     /// # Errors
     /// [`Error::NotOffered`] for [`PinKind::Exclusive`].
@@ -323,17 +324,17 @@ impl Memory {
     ///     });
     ///     assert!(device.join().is_err());
     /// });
-    /// assert_eq!(memory.pins_of_the_dead()[0].holder.to_string(), "a device");
+    /// assert_eq!(memory.dead_pins()[0].holder.to_string(), "a device");
     /// # Ok::<_, polder::Error>(())
     /// ```
-    pub fn pins_of_the_dead(&self) -> Vec<DeadPin> {
+    pub fn dead_pins(&self) -> Vec<DeadPin> {
         self.driver.dead_pins.lock().clone()
     }
 
-    /// Says what a guest's access that KVM gave up on means (`KVM_EXIT_MMIO` without a device,
-    /// `KVM_EXIT_MEMORY_FAULT`): a fault for the VMM to handle, or `None` to run on. Before it says
-    /// so it waits for a slot that is being bound or unbound: KVM gives up on an access to one that
-    /// has just gone.
+    /// What to do about an access that KVM could not complete (`KVM_EXIT_MMIO` without a device,
+    /// `KVM_EXIT_MEMORY_FAULT`): handle the fault that is returned, or run the vCPU again on
+    /// `None`. Waits for a slot that is being bound or unbound, since KVM exits on an access to one
+    /// that has just gone.
     ///
     /// # Errors
     /// [`Error::Machine`] where the simulated machine could not map the page.
@@ -365,8 +366,8 @@ impl Memory {
         Ok(bound.is_err().then_some(MemoryFault::Unbound(gfns)))
     }
 
-    /// Counts a conversion that a guest asked for in terms that are none, and that was refused
-    /// before it came here.
+    /// Counts a guest's request for a conversion that the VMM refused by itself because it was
+    /// malformed.
     ///
     /// ```
     /// # use polder::{HostKind, Memory, units::PageCount};
@@ -379,8 +380,8 @@ impl Memory {
         self.driver.counters.refused();
     }
 
-    /// The page at a host address in the guest view, of which
-    /// [`Exit::MemoryFailure`](polder_linux::Exit::MemoryFailure) tells.
+    /// The page at a host address in the guest view, as a failed access reports it
+    /// ([`Exit::MemoryFailure`](polder_linux::Exit::MemoryFailure)).
     ///
     /// ```
     /// # use polder::{HostKind, Memory, units::PageCount};

@@ -115,7 +115,8 @@ impl Pager {
     /// A page can't be read. What nobody waits for, and nobody has asked to be filled, may be read
     /// another time.
     fn failed(&self, driver: &Driver, page: PageIndex, why: SourceError, job: Job) {
-        // Who waits for another page of a huge one that is shown as a whole waits for this one, too.
+        // Who waits for another page of a huge one that is shown as a whole waits for this one,
+        // too.
         let around = driver.engine().shown_with(page);
         let by_job = matches!(job.why, Why::Demand(page) if around.contains(page));
         let waited_for = by_job || {

@@ -37,8 +37,8 @@ struct Labels {
     check: CodeLabel,
 }
 
-/// The loop over the records; `run` is its first instruction, the caller's to place. At `next` it goes
-/// on with the next record.
+/// The loop over the records; `run` is its first instruction, the caller's to place. At `next` it
+/// goes on with the next record.
 pub(super) fn interpreter(
     a: &mut CodeAssembler,
     gate: CodeLabel,

@@ -17,7 +17,8 @@
 //! | 0x106 | digest | gpa | bytes | digest | op index | |
 //! | 0x107 | machine check | gpa of the bank | status of the bank | | | |
 //!
-//! Done, failed and exception are final: the VMM stops the vCPU. Resumed nevertheless, it says the same again.
+//! Done, failed and exception are final: the VMM stops the vCPU. Resumed nevertheless, it says the
+//! same again.
 //!
 //! All of this is an allegation: a hostile guest puts anything in its registers. Only
 //! [`Request::parse`] and [`DeviceRequest::parse`] make a checked type of it. What they can't know

@@ -16,8 +16,8 @@ const UNDEFINED: usize = 6;
 /// The vector of a machine check.
 const MACHINE_CHECK: usize = 18;
 
-/// MSRs (Intel SDM volume 4, table 2-2): `IA32_MCG_STATUS`, and the first bank's `IA32_MC0_STATUS` and
-/// `IA32_MC0_ADDR`; each bank has four.
+/// MSRs (Intel SDM volume 4, table 2-2): `IA32_MCG_STATUS`, and the first bank's `IA32_MC0_STATUS`
+/// and `IA32_MC0_ADDR`; each bank has four.
 const MCG_STATUS: u32 = 0x17a;
 const MC_STATUS: u32 = 0x401 + 4 * MACHINE_CHECK_BANK as u32;
 const MC_ADDR: u32 = MC_STATUS + 1;

@@ -7,9 +7,9 @@
 //! | check | what an op verifies; a failed one stops the guest, passed ones are counted |
 //! | area | 4 MiB of memory whose pages one vCPU converts, and nobody else touches |
 //!
-//! All memory starts zero, and private where it can be. A scenario is decided by its [`Config`] alone: the same
-//! memory size, vCPU count and seed give the same ops. KVM runs them as machine code (see
-//! [`guest`](crate::guest)), the simulated machine interprets them.
+//! All memory starts zero, and private where it can be. A scenario is decided by its [`Config`]
+//! alone: the same memory size, vCPU count and seed give the same ops. KVM runs them as machine
+//! code (see [`guest`](crate::guest)), the simulated machine interprets them.
 //!
 //! Hole: a vCPU verifies its own area after each of its steps, and so meets damage done to other
 //! memory only when that memory's owner looks.

@@ -144,8 +144,9 @@ pub enum Op {
         len: u64,
     },
     /// Asks that `pages` pages from `gpa` on become private or shared, contents kept
-    /// where the host can (`KVM_HC_MAP_GPA_RANGE`). Whatever the arguments, they are passed on as they are. Counts one
-    /// check if the answer is `expect`. On a failure found is the answer, sign-extended.
+    /// where the host can (`KVM_HC_MAP_GPA_RANGE`). Whatever the arguments, they are passed on as
+    /// they are. Counts one check if the answer is `expect`. On a failure found is the answer,
+    /// sign-extended.
     Convert {
         /// The address of the first page; need not be aligned.
         gpa: Gpa,
@@ -237,8 +238,8 @@ pub enum Op {
         gpa: Gpa,
     },
     /// Reads the first word of each of `pages` pages from `gpa` on, and stores how long each read
-    /// took to the words from `log` on: in ticks of the vCPU's TSC, 0 on the simulated machine, which
-    /// has no clock. No check.
+    /// took to the words from `log` on: in ticks of the vCPU's TSC, 0 on the simulated machine,
+    /// which has no clock. No check.
     Time {
         /// The address of the first page.
         gpa: Gpa,
@@ -259,9 +260,9 @@ pub enum Op {
         /// Where the time goes.
         log: Gpa,
     },
-    /// Reads the first word of each of `pages` pages from `gpa` on, over and over, until the word at
-    /// `until` is not 0. Counts the pages read in the word at `log`, and keeps the longest time from
-    /// one to the next in the word after it: in ticks as [`Op::Time`], and more than it holds
+    /// Reads the first word of each of `pages` pages from `gpa` on, over and over, until the word
+    /// at `until` is not 0. Counts the pages read in the word at `log`, and keeps the longest time
+    /// from one to the next in the word after it: in ticks as [`Op::Time`], and more than it holds
     /// already. No check.
     StandStill {
         /// The address of the first page.

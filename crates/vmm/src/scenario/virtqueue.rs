@@ -53,21 +53,44 @@ pub(super) fn chains(
     let (gpa, pages) = (layout.queue.start().gpa(), layout.queue.count().get());
     let convert = |to| Op::Convert { gpa, pages, to, expect: conversions.outcome(to) };
     ops.push(convert(Visibility::Shared));
-    let (from, to) = (payload.gpa(0).get(), response.gpa(0).get());
-    let all = || 0..payload.len();
-    let (every, answer_len) = (all(), payload.len() * PAGE_SIZE);
     let mut queue = Queue { ops, base: gpa.get(), heads: Vec::new(), used: Vec::new() };
     // More chains than descriptors: the ring goes round.
-    for (reads, at) in CHAINS.iter().cycle().take(3 * CHAINS.len()) {
+    for chain in CHAINS.iter().cycle().take(3 * CHAINS.len()) {
+        queue.answered(chain, (payload, response), random);
+    }
+    response.fill_unchecked(queue.ops, 0..payload.len(), random.word());
+    let is_private = conversions.initial() == Visibility::Private;
+    let private = is_private.then(|| layout.flags.start().gpa().get());
+    queue.refused((private, layout.end().get()), (payload, response));
+    // A queue that is none.
+    let notify = |queue, size, expect| Op::Notify { queue, size, expect };
+    ops.push(notify(gpa, 3, Outcome::Invalid));
+    ops.push(notify(Gpa::new(gpa.get() + 8), SIZE, Outcome::Invalid));
+    ops.push(convert(Visibility::Private));
+    if is_private {
+        ops.push(notify(gpa, SIZE, Outcome::Fault));
+    }
+}
+
+impl Queue<'_> {
+    /// A chain that the device answers, and what is in payload and answer then.
+    fn answered(
+        &mut self,
+        &(reads, at): &(&[(u64, u64)], u64),
+        (payload, response): (&mut Area, &mut Area),
+        random: &mut Random,
+    ) {
+        let (from, to) = (payload.gpa(0).get(), response.gpa(0).get());
+        let (all, answer_len) = (0..payload.len(), payload.len() * PAGE_SIZE);
         let seed = random.word();
-        payload.fill_unchecked(queue.ops, every.clone(), seed);
+        payload.fill_unchecked(self.ops, all.clone(), seed);
         let around = random.word();
-        response.fill_unchecked(queue.ops, every.clone(), around);
+        response.fill_unchecked(self.ops, all, around);
         let pieces: Vec<(u64, u64)> =
             reads.iter().map(|&(offset, len)| (from + offset, len)).collect();
         let len = pieces.iter().map(|(_, len)| len).sum();
-        queue.make_available(&pieces, (to + at, len));
-        queue.notify(len);
+        self.make_available(&pieces, (to + at, len));
+        self.notify(len);
         let around = Pattern::Seeded { seed: around };
         let offset = pieces[0].0.wrapping_sub(to + at);
         let answer = Pattern::Complement { seed, offset };
@@ -79,37 +102,32 @@ pub(super) fn chains(
         for (start, end, pattern) in pieces {
             if start < end {
                 let (gpa, len) = (Gpa::new(start), end - start);
-                queue.ops.push(Op::Check { gpa, len, pattern });
+                self.ops.push(Op::Check { gpa, len, pattern });
             }
         }
-        payload.check(queue.ops);
+        payload.check(self.ops);
     }
-    let around = random.word();
-    response.fill_unchecked(queue.ops, every, around);
-    if conversions.initial() == Visibility::Private {
-        // A payload, and then an answer, of which a part is private.
-        let flags = layout.flags.start().gpa().get();
-        for (reads, write) in [([(flags, PAGE_SIZE)], to), ([(from, PAGE_SIZE)], flags)] {
-            queue.make_available(&reads, (write, PAGE_SIZE));
-            queue.notify(0);
-            response.check(queue.ops);
-        }
-    }
-    // A payload beyond memory.
-    queue.make_available(&[(layout.end().get(), WORD)], (to, WORD));
-    queue.notify(0);
-    response.check(queue.ops);
-    // A queue that is none.
-    let notify = |queue, size, expect| Op::Notify { queue, size, expect };
-    ops.push(notify(gpa, 3, Outcome::Invalid));
-    ops.push(notify(Gpa::new(gpa.get() + 8), SIZE, Outcome::Invalid));
-    ops.push(convert(Visibility::Private));
-    if conversions.initial() == Visibility::Private {
-        ops.push(notify(gpa, SIZE, Outcome::Fault));
-    }
-}
 
-impl Queue<'_> {
+    /// Chains that the device refuses: with pages that are private, if there are any, and beyond
+    /// the memory. The answer stays as it is.
+    fn refused(
+        &mut self,
+        (private, beyond): (Option<u64>, u64),
+        (payload, response): (&mut Area, &mut Area),
+    ) {
+        let (from, to) = (payload.gpa(0).get(), response.gpa(0).get());
+        let mut refuse = |reads: (u64, u64), writes: (u64, u64)| {
+            self.make_available(&[reads], writes);
+            self.notify(0);
+            response.check(self.ops);
+        };
+        if let Some(private) = private {
+            refuse((private, PAGE_SIZE), (to, PAGE_SIZE));
+            refuse((from, PAGE_SIZE), (private, PAGE_SIZE));
+        }
+        refuse((beyond, WORD), (to, WORD));
+    }
+
     fn store(&mut self, gpa: u64, value: u64) {
         self.ops.push(Op::Store { gpa: Gpa::new(gpa), value });
     }

@@ -142,7 +142,7 @@ fn dies(w: &World<'_>) -> Ran {
         device.join()
     });
     assert!(died.is_err());
-    let dead = memory.pins_of_the_dead();
+    let dead = memory.dead_pins();
     let [dead] = &dead[..] else { panic!("{dead:?}") };
     assert_eq!((dead.range, dead.kind), (pages(1, 3), LongTerm));
     assert_eq!(dead.holder, Holder::new("virtio-gpu"));

@@ -321,7 +321,7 @@ fn filled(w: &World<'_>) -> Ran {
     let bound = w.bound(memory(w, 200, Arc::new(Written::default()), LONG)?)?;
     let memory = &bound.memory;
     memory.fill();
-    memory.bring(all(memory)).expect("it can all be had");
+    memory.fetch(all(memory)).expect("it can all be had");
     assert!(memory.owed().is_zero());
     let before = memory.statistics().guest_faults;
     bound.passes([check(gfns(all(memory)), SEED)]);

@@ -2,63 +2,63 @@
 
 use polder_explored_engine::Bug as EngineBug;
 
-use super::{PlantedBug, driver, engine};
-use crate::polder::Slip;
+use super::{PlantedBug, bug};
+use crate::polder::{Bug, Slip};
 
 pub(super) const BUGS: &[PlantedBug] = &[
-    engine(
+    bug(
         "exists-while-claimed",
         "a second populator is told that pages exist whose bytes are being written",
-        EngineBug::ExistsWhileClaimed,
+        Bug::Engine(EngineBug::ExistsWhileClaimed),
         "population",
         "INV-3",
     ),
-    engine(
+    bug(
         "folio-populated",
         "contents of some pages of a folio count for all of it",
-        EngineBug::FolioPopulated,
+        Bug::Engine(EngineBug::FolioPopulated),
         "population",
         "INV-3",
     ),
-    engine(
+    bug(
         "owed-shown",
         "a touch of a page whose contents are to come is answered",
-        EngineBug::OwedShown,
+        Bug::Engine(EngineBug::OwedShown),
         "population",
         "INV-3",
     ),
-    engine(
+    bug(
         "discard-keeps-source",
         "what is discarded stays owed: the source brings contents that were dropped",
-        EngineBug::DiscardKeepsSource,
+        Bug::Engine(EngineBug::DiscardKeepsSource),
         "population",
         "INV-3",
     ),
-    engine(
+    bug(
         "hole-populated-twice",
         "a 4K hole in a huge page is filled again while another page of it is owed",
-        EngineBug::HolePopulatedTwice,
+        Bug::Engine(EngineBug::HolePopulatedTwice),
         "holes",
         "INV-3",
     ),
-    driver(
+    bug(
         "missing-only",
         "a view traps missing pages only, and shows a page that another mapping is writing",
-        Slip::MissingOnly,
+        Bug::Driver(Slip::MissingOnly),
         "population",
         "INV-3",
     ),
-    driver(
+    bug(
         "publish-before-bytes",
         "a page is shown before its bytes are written",
-        Slip::PublishBeforeBytes,
+        Bug::Driver(Slip::PublishBeforeBytes),
         "population",
         "INV-2",
     ),
-    driver(
+    bug(
         "direct-map-late",
         "a page is taken off the kernel's direct map after it was mapped",
-        Slip::DirectMapLate,
+        Bug::Driver(Slip::DirectMapLate),
         "direct-map",
         "INV-3",
     ),

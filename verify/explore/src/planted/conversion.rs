@@ -2,77 +2,77 @@
 
 use polder_explored_engine::Bug as EngineBug;
 
-use super::{PlantedBug, driver, engine};
-use crate::polder::Slip;
+use super::{PlantedBug, bug};
+use crate::polder::{Bug, Slip};
 
 pub(super) const BUGS: &[PlantedBug] = &[
-    engine(
+    bug(
         "check-before-cut-off",
         "references are looked for while the pages can still be reached",
-        EngineBug::CheckBeforeCuttingOff,
+        Bug::Engine(EngineBug::CheckBeforeCuttingOff),
         "conversion",
         "INV-1",
     ),
-    driver(
+    bug(
         "no-retry",
         "a reference that GUP-fast is about to drop fails a conversion",
-        Slip::NoRetry,
+        Bug::Driver(Slip::NoRetry),
         "conversion",
         "INV-4",
     ),
-    engine(
+    bug(
         "commit-before-hardware",
         "the page map changes when a conversion is claimed",
-        EngineBug::CommitBeforeHardware,
+        Bug::Engine(EngineBug::CommitBeforeHardware),
         "failures",
         "INV-4",
     ),
-    engine(
+    bug(
         "undo-forward",
         "what was done is undone first to last",
-        EngineBug::ForwardUndo,
+        Bug::Engine(EngineBug::ForwardUndo),
         "failures",
         "INV-4",
     ),
-    engine(
+    bug(
         "undo-skips-failing",
         "the step that failed, and may be done in part, is not undone",
-        EngineBug::SkippedFailed,
+        Bug::Engine(EngineBug::SkippedFailed),
         "failures",
         "INV-9",
     ),
-    driver(
+    bug(
         "undone-doubted",
         "what was undone is taken for lost, and put in quarantine",
-        Slip::UndoneDoubted,
+        Bug::Driver(Slip::UndoneDoubted),
         "failures",
         "INV-9",
     ),
-    engine(
+    bug(
         "no-drain",
         "an operation does not wait for the answers in flight",
-        EngineBug::NoDrain,
+        Bug::Engine(EngineBug::NoDrain),
         "conversion",
         "INV-1",
     ),
-    engine(
+    bug(
         "denied-while-claimed",
         "who touches a page of a conversion that may yet fail is denied, the holder of a pin too",
-        EngineBug::DeniedWhileClaimed,
+        Bug::Engine(EngineBug::DeniedWhileClaimed),
         "pins",
         "INV-4",
     ),
-    engine(
+    bug(
         "markers-forgotten",
         "a conversion to shared leaves the markers of touches that were denied",
-        EngineBug::MarkersForgotten,
+        Bug::Engine(EngineBug::MarkersForgotten),
         "conversion",
         "INV-4",
     ),
-    engine(
+    bug(
         "abandoned-forgotten",
         "nobody sees that the thread of an operation has died",
-        EngineBug::AbandonedForgotten,
+        Bug::Engine(EngineBug::AbandonedForgotten),
         "abandoned",
         "INV-8",
     ),

@@ -2,55 +2,56 @@
 
 use polder_explored_engine::Bug as EngineBug;
 
-use super::{PlantedBug, engine};
+use super::{PlantedBug, bug};
+use crate::polder::Bug;
 
 pub(super) const BUGS: &[PlantedBug] = &[
-    engine(
+    bug(
         "no-congruence",
         "a large page is mapped where gfns and pages are not congruent",
-        EngineBug::NoCongruence,
+        Bug::Engine(EngineBug::NoCongruence),
         "apart",
         "INV-5",
     ),
-    engine(
+    bug(
         "no-fit",
         "a large page is mapped of which the slot has a part only",
-        EngineBug::NoFit,
+        Bug::Engine(EngineBug::NoFit),
         "levels",
         "INV-5",
     ),
-    engine(
+    bug(
         "large-over-claimed",
         "a large page is mapped while an operation holds a part of it",
-        EngineBug::LargeOverClaimed,
+        Bug::Engine(EngineBug::LargeOverClaimed),
         "levels",
         "INV-5",
     ),
-    engine(
+    bug(
         "stale-level",
         "a page is mapped at the level of its folio, whatever else is in it",
-        EngineBug::StaleLevel,
+        Bug::Engine(EngineBug::StaleLevel),
         "levels",
         "INV-5",
     ),
-    engine(
+    bug(
         "split-not-minimal",
         "a folio is split though all of it is converted",
-        EngineBug::SplitNotMinimal,
+        Bug::Engine(EngineBug::SplitNotMinimal),
         "folios",
         "INV-5",
     ),
-    engine(
+    bug(
         "neighbours-unclaimed",
         "of a folio that is split or merged the rest is not claimed",
-        EngineBug::NeighboursUnclaimed,
+        Bug::Engine(EngineBug::NeighboursUnclaimed),
         "folios",
         "INV-4",
     ),
-    engine(
+    bug(
         "reshaped-while-pinned",
         "a folio with a pinned page in it is split",
-        EngineBug::ReshapedWhilePinned,
+        Bug::Engine(EngineBug::ReshapedWhilePinned),
         "pieces",
         "INV-7",
     ),

@@ -3,78 +3,84 @@
 use polder_explored_engine::Bug as EngineBug;
 use polder_machine::Plant;
 
-use super::{PlantedBug, driver, engine, machine};
-use crate::polder::Slip;
+use super::{PlantedBug, bug};
+use crate::polder::{Bug, Slip};
 
 pub(super) const BUGS: &[PlantedBug] = &[
-    engine(
+    bug(
         "pins-forgotten",
         "a conversion does not look for pins",
-        EngineBug::PinsForgotten,
+        Bug::Engine(EngineBug::PinsForgotten),
         "pins",
         "INV-7",
     ),
-    engine(
+    bug(
         "pinned-while-drained",
         "what an operation has claimed can be pinned by who does not ask the engine",
-        EngineBug::PinnedWhileDrained,
+        Bug::Engine(EngineBug::PinnedWhileDrained),
         "pinners",
         "INV-7",
     ),
-    driver(
+    bug(
         "looks-before-counting",
         "who pins without the lock looks first, and counts afterwards",
-        Slip::LooksBeforeCounting,
+        Bug::Driver(Slip::LooksBeforeCounting),
         "pinners",
         "INV-7",
     ),
-    machine(
+    bug(
         "gup-looks-once",
         "GUP-fast does not look at the page table again",
-        Plant::StaleGup,
+        Bug::Machine(Plant::StaleGup),
         "conversion",
         "INV-1",
     ),
-    machine("lost-pin", "pinning a page does not count", Plant::LostPin, "conversion", "INV-2"),
-    engine(
+    bug(
+        "lost-pin",
+        "pinning a page does not count",
+        Bug::Machine(Plant::LostPin),
+        "conversion",
+        "INV-2",
+    ),
+    bug(
         "exclusive-unchecked",
         "an exclusive pin is granted without a look at pins that took no lock",
-        EngineBug::ExclusiveUnchecked,
+        Bug::Engine(EngineBug::ExclusiveUnchecked),
         "pinners",
         "INV-7",
     ),
-    engine(
+    bug(
         "exclusive-beside-dma",
         "an exclusive pin is granted of what a device has mapped",
-        EngineBug::ExclusiveBesideDma,
+        Bug::Engine(EngineBug::ExclusiveBesideDma),
         "dma",
         "INV-7",
     ),
-    machine(
+    bug(
         "exclusive-without-gup-fast",
         "GUP-fast does not look whether a page is pinned exclusively",
-        Plant::GupFastIgnoresExclusive,
+        Bug::Machine(Plant::GupFastIgnoresExclusive),
         "exclusive",
         "INV-7",
     ),
-    engine(
+    bug(
         "dma-unmapped-late",
         "a device keeps what becomes private until after the check, and after the hardware was told",
-        EngineBug::DmaUnmappedLate,
+        Bug::Engine(EngineBug::DmaUnmappedLate),
         "dma",
         "INV-1",
     ),
-    engine(
+    bug(
         "dma-forgotten",
         "a device keeps what becomes private",
-        EngineBug::DmaForgotten,
+        Bug::Engine(EngineBug::DmaForgotten),
         "dma",
         "INV-1",
     ),
-    driver(
+    bug(
         "iotlb-not-flushed",
         "a device's pages are taken out of its table, and its IOTLB keeps them",
-        Slip::IotlbNotFlushed,
+        Bug::Driver(Slip::IotlbNotFlushed),
         "dma",
         "INV-1",
     ),

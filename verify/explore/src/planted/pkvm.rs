@@ -3,41 +3,42 @@
 use polder_explored_engine::Bug as EngineBug;
 use polder_machine::Plant;
 
-use super::{PlantedBug, engine, machine};
+use super::{PlantedBug, bug};
+use crate::polder::Bug;
 
 pub(super) const BUGS: &[PlantedBug] = &[
-    engine(
+    bug(
         "wanted-is-granted",
         "what the VMM wishes counts as granted, and only the guest decides: one xarray for both",
-        EngineBug::WantedIsGranted,
+        Bug::Engine(EngineBug::WantedIsGranted),
         "pkvm",
         "INV-4",
     ),
-    machine(
+    bug(
         "half-a-donation",
         "a donation that fails half-way is left half-way",
-        Plant::HalfDonation,
+        Bug::Machine(Plant::HalfDonation),
         "pkvm-failures",
         "INV-9",
     ),
-    machine(
+    bug(
         "donation-leaves-the-iommu",
         "what becomes a guest's stays open to the host's devices",
-        Plant::IommuForgotten,
+        Bug::Machine(Plant::IommuForgotten),
         "pkvm",
         "INV-9",
     ),
-    engine(
+    bug(
         "moved-while-mapped",
         "pages are moved while guest and host have them mapped",
-        EngineBug::MovedMapped,
+        Bug::Engine(EngineBug::MovedMapped),
         "move",
         "INV-2",
     ),
-    machine(
+    bug(
         "source-not-scrubbed",
         "the frame that a guest's page has moved from keeps what was in it",
-        Plant::NotScrubbed,
+        Bug::Machine(Plant::NotScrubbed),
         "pkvm-move",
         "INV-10",
     ),

@@ -3,49 +3,49 @@
 use polder_explored_engine::Bug as EngineBug;
 use polder_machine::Plant;
 
-use super::{PlantedBug, driver, engine, machine};
-use crate::polder::Slip;
+use super::{PlantedBug, bug};
+use crate::polder::{Bug, Slip};
 
 pub(super) const BUGS: &[PlantedBug] = &[
-    engine(
+    bug(
         "prefault-past-the-like",
         "what is mapped ahead goes on past the pages that are like the first",
-        EngineBug::PrefaultPastTheLike,
+        Bug::Engine(EngineBug::PrefaultPastTheLike),
         "prefault-owed",
         "INV-5",
     ),
-    machine(
+    bug(
         "prefault-accessed",
         "what is mapped ahead is called accessed",
-        Plant::AccessedSet,
+        Bug::Machine(Plant::AccessedSet),
         "prefault",
         "INV-11",
     ),
-    driver(
+    bug(
         "prefault-copies",
         "what is mapped ahead is copied first, as a write would have it",
-        Slip::PrefaultCopies,
+        Bug::Driver(Slip::PrefaultCopies),
         "prefault-copied",
         "INV-11",
     ),
-    machine(
+    bug(
         "copy-forgotten",
         "a page that others have, too, is written to without a copy",
-        Plant::CopyForgotten,
+        Bug::Machine(Plant::CopyForgotten),
         "prefault-copied",
         "INV-2",
     ),
-    driver(
+    bug(
         "prefault-progress-beyond",
         "a prefault that stops early says that all it had claimed is done",
-        Slip::ProgressBeyond,
+        Bug::Driver(Slip::ProgressBeyond),
         "prefault",
         "INV-11",
     ),
-    driver(
+    bug(
         "prefault-deleted-slot-spins",
         "a prefault tries again and again where the slot has gone",
-        Slip::DeletedSlotSpins,
+        Bug::Driver(Slip::DeletedSlotSpins),
         "prefault-slots",
         "INV-8",
     ),

@@ -3,126 +3,126 @@
 use polder_explored_engine::{Bug as EngineBug, NotLarge};
 use polder_machine::Plant;
 
-use super::{PlantedBug, driver, engine, machine};
-use crate::polder::Slip;
+use super::{PlantedBug, bug};
+use crate::polder::{Bug, Slip};
 
 pub(super) const BUGS: &[PlantedBug] = &[
-    driver(
+    bug(
         "psmash-forgotten",
         "a fault for its size smashes nothing",
-        Slip::SmashForgotten,
+        Bug::Driver(Slip::SmashForgotten),
         "snp-folio",
         "INV-8",
     ),
-    engine(
+    bug(
         "psmash-forgotten-by-conversion",
         "a part of a large RMP entry is taken away, and the rest not smashed before",
-        EngineBug::ForgottenSmash,
+        Bug::Engine(EngineBug::ForgottenSmash),
         "snp",
         "INV-9",
     ),
-    driver(
+    bug(
         "psmash-error-fatal",
         "PSMASH that is refused because another was faster ends the vCPU",
-        Slip::SmashErrorFatal,
+        Bug::Driver(Slip::SmashErrorFatal),
         "snp-folio",
         "INV-8",
     ),
-    driver(
+    bug(
         "psmash-not-zapped",
         "after PSMASH stage 2 keeps the 2M page",
-        Slip::SmashNotZapped,
+        Bug::Driver(Slip::SmashNotZapped),
         "snp",
         "INV-5",
     ),
-    driver(
+    bug(
         "mapped-above-rmp",
         "stage 2 maps as large as folio and slot allow, whatever the RMP has",
-        Slip::MappedAboveRmp,
+        Bug::Driver(Slip::MappedAboveRmp),
         "snp-merge",
         "INV-5",
     ),
-    driver(
+    bug(
         "large-without-congruence",
         "a large RMP entry is made for an unaligned guest frame",
-        Slip::Clause(NotLarge::Gfn),
+        Bug::Driver(Slip::Clause(NotLarge::Gfn)),
         "snp-apart",
         "INV-5",
     ),
-    driver(
+    bug(
         "large-without-range",
         "a large RMP entry is made for a part of its pages",
-        Slip::Clause(NotLarge::Range),
+        Bug::Driver(Slip::Clause(NotLarge::Range)),
         "snp-taken",
         "INV-9",
     ),
-    driver(
+    bug(
         "large-over-assigned",
         "a large RMP entry is made of which a part is assigned already",
-        Slip::Clause(NotLarge::Assigned),
+        Bug::Driver(Slip::Clause(NotLarge::Assigned)),
         "snp-discard",
         "INV-9",
     ),
-    driver(
+    bug(
         "large-over-split",
         "a large RMP entry is made over small folios",
-        Slip::Clause(NotLarge::Folio),
+        Bug::Driver(Slip::Clause(NotLarge::Folio)),
         "snp-holes",
         "INV-9",
     ),
-    driver(
+    bug(
         "unassigned-small",
         "a large RMP entry is taken away as 4K",
-        Slip::UnassignedSmall,
+        Bug::Driver(Slip::UnassignedSmall),
         "snp-taken",
         "INV-9",
     ),
-    engine(
+    bug(
         "assigned-before-cut-off",
         "the RMP gives pages to the guest before the host is cut off",
-        EngineBug::AssignedBeforeCutOff,
+        Bug::Engine(EngineBug::AssignedBeforeCutOff),
         "snp",
         "INV-9",
     ),
-    driver(
+    bug(
         "assigned-uncut",
         "pages are assigned that another process may have touched again since it was cut off",
-        Slip::AssignedUncut,
+        Bug::Driver(Slip::AssignedUncut),
         "snp-other",
         "INV-1",
     ),
-    engine(
+    bug(
         "undo-leaves-rmp",
         "undoing leaves the RMP as it is",
-        EngineBug::NotReverted,
+        Bug::Engine(EngineBug::NotReverted),
         "snp-contention",
         "INV-9",
     ),
-    driver(
+    bug(
         "merged-unzapped",
         "RMP entries are merged while stage 2 maps them",
-        Slip::MergedUnzapped,
+        Bug::Driver(Slip::MergedUnzapped),
         "snp-merge",
         "INV-2",
     ),
-    engine(
+    bug(
         "one-table-unclaimed",
         "one table says what is wished and granted, and faults take its word for it at once",
-        EngineBug::OneTableUnclaimed,
+        Bug::Engine(EngineBug::OneTableUnclaimed),
         "snp",
         "INV-1",
     ),
-    machine(
+    bug(
         "rmp-no-flush",
         "a TLB is not flushed before the RMP changes",
-        Plant::SkipFlush,
+        Bug::Machine(Plant::SkipFlush),
         "snp",
         "INV-2",
     ),
-    machine(
+    bug(
         "smash-unvalidates",
         "PSMASH takes what a neighbour has validated",
-        Plant::SmashUnvalidates,
+        Bug::Machine(Plant::SmashUnvalidates),
         "snp",
         "INV-2",
     ),

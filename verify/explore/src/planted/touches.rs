@@ -2,64 +2,64 @@
 
 use polder_machine::Plant;
 
-use super::{PlantedBug, driver, machine};
-use crate::polder::Slip;
+use super::{PlantedBug, bug};
+use crate::polder::{Bug, Slip};
 
 pub(super) const BUGS: &[PlantedBug] = &[
-    driver(
+    bug(
         "touch-forgotten",
         "a touch is lost with the fault thread that took it from its queue",
-        Slip::TouchForgotten,
+        Bug::Driver(Slip::TouchForgotten),
         "abandoned",
         "INV-8",
     ),
-    driver(
+    bug(
         "answer-after-given-back",
         "a fault is answered after the drain has seen its answer given back",
-        Slip::AnswerAfterGivenBack,
+        Bug::Driver(Slip::AnswerAfterGivenBack),
         "conversion",
         "INV-1",
     ),
-    driver(
+    bug(
         "never-mapped",
         "a guest's fault is answered, and its page is not mapped",
-        Slip::NeverMapped,
+        Bug::Driver(Slip::NeverMapped),
         "conversion",
         "INV-8",
     ),
-    driver(
+    bug(
         "copy-unclaimed",
         "the page map is looked at, and bytes are copied later",
-        Slip::CopyUnclaimed,
+        Bug::Driver(Slip::CopyUnclaimed),
         "pins",
         "INV-1",
     ),
-    driver(
+    bug(
         "last-copy-kept",
         "the last of all copies does not give its claim back",
-        Slip::LastCopyKept,
+        Bug::Driver(Slip::LastCopyKept),
         "pins",
         "INV-8",
     ),
-    driver(
+    bug(
         "slot-not-zapped",
         "a slot that is deleted stays in stage 2",
-        Slip::SlotNotZapped,
+        Bug::Driver(Slip::SlotNotZapped),
         "slots",
         "INV-2",
     ),
-    machine(
+    bug(
         "sequence-not-rechecked",
         "a guest's page is mapped though it was invalidated since it was found",
-        Plant::StaleSequence,
+        Bug::Machine(Plant::StaleSequence),
         "slots",
         "INV-2",
     ),
-    machine("no-flush", "a TLB is not flushed", Plant::SkipFlush, "conversion", "INV-2"),
-    machine(
+    bug("no-flush", "a TLB is not flushed", Bug::Machine(Plant::SkipFlush), "conversion", "INV-2"),
+    bug(
         "lost-mapcount",
         "mapping a page does not count",
-        Plant::LostMapcount,
+        Bug::Machine(Plant::LostMapcount),
         "conversion",
         "INV-2",
     ),

@@ -143,8 +143,8 @@ impl World {
         Ok(())
     }
 
-    /// The fault thread dies before it has carried all answers out. They are given back as its stack
-    /// unwinds, touches that it has not answered are kept, and another takes its place.
+    /// The fault thread dies before it has carried all answers out. They are given back as its
+    /// stack unwinds, touches that it has not answered are kept, and another takes its place.
     fn die_answering(&mut self, actor: usize, given: [Option<Given>; 2], undo: Option<OpId>) {
         self.deaths -= 1;
         self.say(|| "dies".into());

@@ -1,9 +1,9 @@
 //! Prefault: `Memory::prefault` (`polder/src/prefault.rs`), `Driver::prefault_frames`,
 //! `MachineHost::show_all`.
 //!
-//! A call goes hold by hold: it takes the lock of the slots, claims the pages from the first that is
-//! left as far as they are alike, maps each of them, gives the claim back. What it says of how far it
-//! came is compared with what stage 2 was seen to have (INV-11).
+//! A call goes hold by hold: it takes the lock of the slots, claims the pages from the first that
+//! is left as far as they are alike, maps each of them, gives the claim back. What it says of how
+//! far it came is compared with what stage 2 was seen to have (INV-11).
 
 use polder_explored_engine::{Answer, Blocked, Refusal, Response, Visibility};
 use polder_machine::{Error, Resolved, Touch};

@@ -31,8 +31,8 @@ pub struct Setup {
     pub donated: u8,
     /// Whether a device is attached, which has what is shared mapped.
     pub device: bool,
-    /// Whether another has the same pages, each copied when one of the two writes to it; the last one
-    /// was never written.
+    /// Whether another has the same pages, each copied when one of the two writes to it; the last
+    /// one was never written.
     pub copied: bool,
     /// Whether contents are to come.
     pub owed: bool,

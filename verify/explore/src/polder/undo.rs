@@ -3,8 +3,9 @@
 use polder_explored_engine::{Draining, OpId, Operation, Step, Undoing};
 
 use super::kept::set;
-use super::operation::{pages_of, part_name};
+use super::operation::pages_of;
 use super::rmp::Part;
+use super::take::part_name;
 use super::{Slip, Stage, World, verdict};
 use crate::system::Violation;
 

@@ -98,7 +98,8 @@ impl World {
         self.passes(pages, self.engine.engine.finds_pins(op))
     }
 
-    /// Whether who is to have a page alone waits: for an operation, or for pins that go by themselves.
+    /// Whether who is to have a page alone waits: for an operation, or for pins that go by
+    /// themselves.
     fn alone_waits(&self, actor: usize, waiting: Waiting) -> bool {
         let pages = self.task(actor).map_or(0, |task| kept::set(pages_of(task)));
         let found = self.engine.engine.still_pinned(&waiting).is_some();

@@ -1,8 +1,9 @@
 //! The kernel's direct map: where it is asked for, no page that anybody can see is in it.
 //!
-//! A page leaves it when it is published: before the first mapping, whichever way its contents came.
-//! It is back before its memory is freed or made zeros, which the kernel does by that map. Polder's
-//! own copies go by a mapping of the VMM's then, which is what the trusted view is on a real host.
+//! A page leaves it when it is published: before the first mapping, whichever way its contents
+//! came. It is back before its memory is freed or made zeros, which the kernel does by that map.
+//! Polder's own copies go by a mapping of the VMM's then, which is what the trusted view is on a
+//! real host.
 
 use polder_machine::Machine;
 use polder_units::{PageRange, PfnRange};
@@ -29,8 +30,8 @@ impl MachineHost {
         Ok(())
     }
 
-    /// Does what the kernel does by the direct map, with the pages back in it; those that have memory
-    /// afterwards leave it again.
+    /// Does what the kernel does by the direct map, with the pages back in it; those that have
+    /// memory afterwards leave it again.
     pub(super) fn by_direct_map<T>(
         &self,
         machine: &mut Machine,

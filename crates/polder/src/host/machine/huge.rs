@@ -5,8 +5,8 @@
 //! first touch  a whole one is allocated, and split as far as has been noted for it
 //! discard      of a whole one: merged, and back to the pool; of less: zeros
 //! ```
-//! What is to be split and is not there yet is noted, and what a split takes is kept for it: a touch
-//! that brings the page needs no more than the page.
+//! What is to be split and is not there yet is noted, and what a split takes is kept for it: a
+//! touch that brings the page needs no more than the page.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -94,9 +94,9 @@ impl MachineHost {
         machine.release_tables(self.object, range.start(), level);
     }
 
-    /// Splits a folio to the next level, or merges such to one and keeps what the split took. Of what
-    /// is not there yet it is noted, and what is so already stays so. Whoever refers to the folio may
-    /// soon not.
+    /// Splits a folio to the next level, or merges such to one and keeps what the split took. Of
+    /// what is not there yet it is noted, and what is so already stays so. Whoever refers to the
+    /// folio may soon not.
     pub(super) fn reshape(&self, range: PageRange, split: bool) -> Result<(), Error> {
         self.again(|| {
             let mut machine = self.lock();

@@ -7,10 +7,10 @@
 //! touch on: donated
 //! shared by the guest          borrowed, open          the guest's
 //! ```
-//! A page is the host's until its guest first touches it: then it is donated, with what is in it, and
-//! what the guest shares and takes back is the guest's own. Every change is a hypercall that the
-//! hypervisor refuses unless the guest has asked for it. A page at a time: the hypervisor's entries
-//! are of 4K.
+//! A page is the host's until its guest first touches it: then it is donated, with what is in it,
+//! and what the guest shares and takes back is the guest's own. Every change is a hypercall that
+//! the hypervisor refuses unless the guest has asked for it. A page at a time: the hypervisor's
+//! entries are of 4K.
 
 use polder_engine::{Refusal, Visibility, VmId};
 use polder_machine::{Ask, Component, Machine, PageState, PkvmFail};
@@ -59,8 +59,8 @@ impl MachineHost {
         shown.find(|(vm, _)| *vm == owner).map(|(_, gfns)| gfns.start())
     }
 
-    /// Gives a page to its guest, which has touched it: cut off from every process and looked at for
-    /// references under the folio's lock, for no claim keeps another process from touching it.
+    /// Gives a page to its guest, which has touched it: cut off from every process and looked at
+    /// for references under the folio's lock, for no claim keeps another process from touching it.
     pub(super) fn donate(
         &self,
         vm: polder_machine::VmId,

@@ -1,7 +1,7 @@
 //! Touches that come as exits of the vCPU: KVM userfault, as the machine has it.
 //!
-//! Every frame of a slot begins with its bit set, also where nothing is owed: a touch there costs an
-//! exit, once, and the VMM clears the bit.
+//! Every frame of a slot begins with its bit set, also where nothing is owed: a touch there costs
+//! an exit, once, and the VMM clears the bit.
 
 use polder_engine::VmId;
 use polder_units::{Gfn, GfnRange, PageRange};

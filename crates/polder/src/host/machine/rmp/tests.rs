@@ -2,9 +2,10 @@
 
 use polder_engine::{GuestAccess, Platform, Refusal, Slot, Step, Visibility};
 use polder_machine::{HostPte, LockOwner, PinKind, Thread, View, VpnRange};
+use polder_units::Gfn;
 
 use super::*;
-use crate::host::{Host, Vm};
+use crate::host::{Host, Smashed, Vm};
 
 const PAGES: u32 = 1024;
 const VM: VmId = VmId(0);

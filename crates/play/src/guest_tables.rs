@@ -1,10 +1,8 @@
-//! Page tables that a VM's guest has in its own memory, to itself or to its guest: for stories about
-//! other roots than TDP.
+//! Page tables that a VM's guest has in its own memory, to itself or to its guest: for stories
+//! about other roots than TDP.
 //!
-//! They map linear addresses, or L2's guest-physical ones, to the guest frames of the same numbers: a
-//! page has the same address whatever root translates it.
-
-use std::fmt;
+//! They map linear addresses, or L2's guest-physical ones, to the guest frames of the same numbers:
+//! a page has the same address whatever root translates it.
 
 use polder::machine::{Intercept, L2, Pte};
 use polder::units::{Gfn, GfnRange, Gpa, PageRange};
@@ -13,55 +11,12 @@ use polder_vmm::GuestRoot;
 
 use crate::names::Is;
 use crate::outcome::Stop;
+use crate::scenario::{By, Tables};
 
 /// How many pages they take: one a level.
 pub(crate) const TABLES: u64 = 4;
 /// What one of the last level maps.
 const MAPPED: u64 = 512;
-
-/// The tables of a VM's guest.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Tables {
-    /// What they are to its vCPUs: shadowed, as the guest's own or as L2's nested ones.
-    pub root: GuestRoot,
-    /// The first of the four pages that they lie in, the top table.
-    pub first: u64,
-}
-
-/// By what a prefault names pages.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum By {
-    /// By the addresses that the vCPU's root translates.
-    Root,
-    /// By guest-physical addresses.
-    Gpa,
-    /// By guest-physical addresses, wherever the guest's tables show them.
-    Reverse,
-}
-
-impl By {
-    /// Every one.
-    pub const ALL: [Self; 3] = [Self::Root, Self::Gpa, Self::Reverse];
-}
-
-impl fmt::Display for By {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Root => "root",
-            Self::Gpa => "gpa",
-            Self::Reverse => "reverse",
-        })
-    }
-}
-
-/// The name of a root in a scenario.
-pub(crate) const fn root_name(root: GuestRoot) -> &'static str {
-    match root {
-        GuestRoot::Tdp => "tdp",
-        GuestRoot::Shadow => "shadow",
-        GuestRoot::Nested => "nested",
-    }
-}
 
 /// The tables as the guest knows them: at which frames.
 #[derive(Clone, Copy, Debug)]
