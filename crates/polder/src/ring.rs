@@ -33,7 +33,7 @@ use crate::{Error, Memory, OnBusy, Pin, Pinner};
 /// # }
 /// ```
 /// Dropping it cancels what can be, waits for the rest, and unpins all. If that is because its thread
-/// panics, the pins are among [`Memory::pins_of_the_dead`].
+/// panics, the pins are among [`Memory::dead_pins`].
 pub struct Ring<'a> {
     memory: &'a Memory,
     ring: polder_linux::Ring<'a>,

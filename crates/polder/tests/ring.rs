@@ -250,7 +250,7 @@ fn the_pins_of_a_ring_whose_thread_dies_are_given_back_and_named() {
         device.join()
     });
     assert!(died.is_err());
-    let dead = memory.pins_of_the_dead();
+    let dead = memory.dead_pins();
     let of = |start, end, kind| DeadPin { range: pages(start, end), kind, holder: disk() };
     let mut ranges = dead.clone();
     ranges.sort_by_key(|pin| pin.range.start());
@@ -258,7 +258,7 @@ fn the_pins_of_a_ring_whose_thread_dies_are_given_back_and_named() {
     assert_eq!(ranges, expected, "in what order they went is nobody's affair");
     to(&memory, pages(0, 8), Private).unwrap();
     drop(memory.ring(disk(), 4, OnBusy::Refuse).unwrap());
-    assert_eq!(memory.pins_of_the_dead(), dead, "who lets go by himself is none of them");
+    assert_eq!(memory.dead_pins(), dead, "who lets go by himself is none of them");
 }
 
 #[test]
