@@ -21,8 +21,10 @@ pub(crate) fn run(root: &Path) -> Result<(), String> {
                 continue;
             }
             println!("$ {command}");
+            // The shell says how long it took.
+            let timed = "TIMEFORMAT='(that took %1R s)'; time eval \"$1\"";
             let status = Command::new("bash")
-                .args(["-o", "pipefail", "-c", command])
+                .args(["-o", "pipefail", "-c", timed, "readme", command])
                 .current_dir(root)
                 .status()
                 .map_err(|error| format!("bash: {error}"))?;

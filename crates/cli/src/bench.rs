@@ -17,17 +17,17 @@ use crate::trouble::Trouble;
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
-  polder bench list                       what there is
+  polder bench                            what there is
   polder bench map                        the page map, as a table
   polder bench pins                       pins, next to a lock over a tree of them
   polder bench machine                    the simulated machine
-  polder bench faults                     a guest's faults on KVM; also convert and stall
+  polder bench faults                     a guest's faults on KVM, next to a bare loop
   polder bench map --json | jq '.rows[] | select(.ratio < 1)'
 
 Exit status: 0 measured, 2 it could not be.")]
 pub(crate) struct Arguments {
-    /// What to measure, or `list`
-    #[arg(value_name = "NAME")]
+    /// What to measure; without a name, or with `list`, what there is to measure
+    #[arg(value_name = "NAME", default_value = "list", hide_default_value = true)]
     name: String,
     /// Print one JSON object
     #[arg(long)]

@@ -21,15 +21,15 @@ const LONGEST: u64 = 365 * 24 * 60 * 60;
 
 /// Search the interleavings of Polder's protocols for one that breaks an invariant.
 ///
-/// The engine that Polder runs is driven over the simulated machine by guests, threads and callers
-/// whose every step is a scheduling point; after each the invariants of ARCHITECTURE.md are looked
-/// at. What is found is told as the shortest list of steps that leads there.
+/// Polder's own engine is run on the simulated machine by guests, threads and callers, in every order
+/// of their steps. After each step the invariants of ARCHITECTURE.md are checked. A finding is printed
+/// as the shortest list of steps that leads there.
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
   polder check                            every configuration, a minute at most
   polder check --config list              what there is: configurations, models, bugs
-  polder check --config conversion        one of them, with what it did not meet
+  polder check --config conversion        one of them, and which overlaps never came
   polder check --planted all              is every planted bug found?
   polder check --planted no-drain         the shortest way to one of them
   polder check --planted one-table        a change that breaks nothing, searched to the end
@@ -39,7 +39,7 @@ Examples:
 Exit status: 0 nothing is broken (or every planted bug was found; or a model was searched), 1
 otherwise, 2 it could not be done, 130 interrupted.")]
 pub(crate) struct Arguments {
-    /// The configuration to search, or `list`
+    /// The configuration to search, or `list` for all that there is to name
     #[arg(long, value_name = "NAME")]
     config: Option<String>,
     /// Another protocol than Polder's to search instead
@@ -52,10 +52,10 @@ pub(crate) struct Arguments {
     /// be one
     #[arg(long, value_name = "DIR", requires = "planted")]
     save: Option<PathBuf>,
-    /// How long to search in all; what ends by itself may end sooner
+    /// How long to search in all; it ends sooner when there is nothing left to search
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=LONGEST))]
     seconds: u64,
-    /// The seed of random ways, where not all can be searched
+    /// The seed for configurations that are too large to search every order of
     #[arg(long, value_name = "NUMBER", default_value_t = 1)]
     seed: u64,
     /// Print one JSON object
@@ -79,10 +79,16 @@ enum Failed {
 pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     let heard = interrupt::hear().map_err(Failed::Signals);
     let done = heard.and_then(|()| {
-        match (&arguments.planted, &arguments.model, arguments.config.as_deref()) {
+        match (
+            arguments.planted.as_deref(),
+            arguments.model.as_deref(),
+            arguments.config.as_deref(),
+        ) {
+            (Some(name), _, _) | (_, Some(name), _) | (_, _, Some(name)) if name == "list" => {
+                Ok((list(arguments.json), true))
+            }
             (Some(name), _, _) => check_planted(name, arguments),
             (None, Some(name), _) => check_model(name, arguments),
-            (None, None, Some("list")) => Ok((list(arguments.json), true)),
             (None, None, name) => check_configs(name, arguments),
         }
     });
@@ -191,27 +197,29 @@ fn check_configs(name: Option<&str>, arguments: &Arguments) -> Result<(String, b
             text.extend(missing);
         }
         all.push(searched);
+        if interrupt::asked() {
+            break;
+        }
     }
     let found = all.iter().filter(|it| it.report.finding.is_some()).count();
-    text.push_str(&end(&all));
+    text.push_str(&end(&all, count));
     if arguments.json {
         text = format!("{}\n", configs_json(&all));
     }
     Ok((text, found == 0))
 }
 
-/// What came of all of them.
-fn end(all: &[Searched]) -> String {
+/// What came of all of them, of which there were to be `of`.
+fn end(all: &[Searched], of: usize) -> String {
     let count = |is: &dyn Fn(&Searched) -> bool| all.iter().filter(|it| is(it)).count();
     let found = count(&|it| it.report.finding.is_some());
-    let cut_short = count(&|it| it.setup.exhaustive && !it.report.complete);
-    let count = all.len();
+    let cut_short = count(&|it| it.setup.exhaustive && !it.report.complete) + of - all.len();
     match (found, cut_short) {
         (0, 0) => "no invariant was broken\n".to_owned(),
         (0, some) => {
-            format!("no invariant was broken; {some} of {count} not searched to the end\n")
+            format!("no invariant was broken; {some} of {of} not searched to the end\n")
         }
-        (found, _) => format!("an invariant was broken in {found} of {count}\n"),
+        (found, _) => format!("an invariant was broken in {found} of {of}\n"),
     }
 }
 
@@ -220,6 +228,7 @@ fn line(searched: &Searched) -> String {
     let extent = match (report.complete, setup.exhaustive, &report.finding) {
         (true, _, _) => "every interleaving",
         (false, _, Some(_)) => "up to what was found",
+        (false, true, None) if interrupt::asked() => "not all: interrupted",
         (false, true, None) => "not all: time was up",
         (false, false, None) => "random ways",
     };
@@ -313,7 +322,7 @@ fn check_harmless(change: &Harmless, arguments: &Arguments) -> (String, bool) {
     }
     let mut text = format!("{}: {}\n", change.name, change.about);
     text.extend(all.iter().map(line));
-    text.push_str(&end(&all));
+    text.push_str(&end(&all, all.len()));
     (text, !broken)
 }
 

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use polder::units::{Gpa, PageIndex};
-use polder::{Memory, VmId};
+use polder::{Memory, Refusal, VmId};
 use serde_json::{Value, json};
 
 use crate::trouble::Trouble;
@@ -181,8 +181,10 @@ fn answer(asked: &[u8], memory: &Memory, vm: VmId) -> Vec<u8> {
     let refused = |what: &str, why: Option<&str>| json!({ "error": { "what": what, "why": why } });
     let explained = match Question::parse(line) {
         None => Err(refused("no question that this run knows", Some("explain page|gpa NUMBER"))),
-        Some(Question::Page(page)) => memory.explain(page).map_err(|error| told(&error)),
-        Some(Question::Gpa(gpa)) => memory.explain_gpa(vm, gpa).map_err(|error| told(&error)),
+        Some(Question::Page(page)) => memory.explain(page).map_err(|error| told(&error, memory)),
+        Some(Question::Gpa(gpa)) => {
+            memory.explain_gpa(vm, gpa).map_err(|error| told(&error, memory))
+        }
     };
     let object = match explained {
         Ok(explanation) => json!({ "explanation": explanation }),
@@ -191,8 +193,20 @@ fn answer(asked: &[u8], memory: &Memory, vm: VmId) -> Vec<u8> {
     format!("{object}\n").into_bytes()
 }
 
-fn told(error: &polder::Error) -> Value {
-    json!({ "error": Trouble::new(error, error.way_out()) })
+fn told(error: &polder::Error, memory: &Memory) -> Value {
+    let there = match error {
+        polder::Error::Refused(Refusal::Beyond { .. }) => {
+            Some(format!("name a page from 0 to {:#x}", memory.pages().get() - 1))
+        }
+        polder::Error::Refused(Refusal::Unbound { .. }) => {
+            let slots = memory.bindings().into_iter().map(|(_, slot, binding)| {
+                format!("gpas {} (slot {})", binding.gfns().bytes(), slot.0)
+            });
+            Some(format!("name an address in {}", slots.collect::<Vec<_>>().join(", ")))
+        }
+        _ => None,
+    };
+    json!({ "error": Trouble::new(error, there.as_deref().or(error.way_out())) })
 }
 
 /// The folder of this user's sockets, made if it isn't there.

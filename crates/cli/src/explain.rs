@@ -71,9 +71,9 @@ fn question(text: &str) -> Result<Question, String> {
 enum NotAsked {
     #[error("there is no `polder run` to ask")]
     NoRun,
-    #[error("process {0} is no `polder run` of this user")]
-    NoSuchRun(u32),
-    #[error("there are several runs to ask: {}", .0.iter().map(u32::to_string).collect::<Vec<_>>().join(", "))]
+    #[error("process {0} is no `polder run` of this user that could be asked")]
+    NoSuchRun(u32, Vec<u32>),
+    #[error("there are several runs to ask: {}", list(.0))]
     Several(Vec<u32>),
     #[error("the folder of control sockets can't be used")]
     Folder(#[source] io::Error),
@@ -84,23 +84,28 @@ enum NotAsked {
 }
 
 impl NotAsked {
-    fn way_out(&self) -> Option<&'static str> {
+    fn way_out(&self) -> String {
+        const START: &str = "start one (polder run --guest spin --timeout 60) and ask meanwhile";
         match self {
-            Self::NoRun => {
-                Some("start one (polder run --guest spin --timeout 60) and ask meanwhile")
-            }
-            Self::NoSuchRun(_) | Self::Several(_) => Some("say which: --pid PID"),
-            Self::Folder(_) => Some("check XDG_RUNTIME_DIR, or what is in its place in /tmp"),
-            Self::Silent(..) => Some("it may have ended just now; try again"),
-            Self::Garbled(..) => Some("use the same version of polder for both"),
+            Self::NoRun => START.into(),
+            Self::NoSuchRun(_, runs) if runs.is_empty() => format!("there is none; {START}"),
+            Self::NoSuchRun(_, runs) => format!("--pid with one of these: {}", list(runs)),
+            Self::Several(_) => "say which: --pid PID".into(),
+            Self::Folder(_) => "check XDG_RUNTIME_DIR, or what is in its place in /tmp".into(),
+            Self::Silent(..) => "it may have ended just now; try again".into(),
+            Self::Garbled(..) => "use the same version of polder for both".into(),
         }
     }
+}
+
+fn list(pids: &[u32]) -> String {
+    pids.iter().map(u32::to_string).collect::<Vec<_>>().join(", ")
 }
 
 pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     let answer = match find(arguments.pid).and_then(|(pid, path)| ask(pid, &path, arguments.what)) {
         Ok(answer) => answer,
-        Err(error) => return Trouble::new(&error, error.way_out()).print(arguments.json),
+        Err(error) => return Trouble::new(&error, Some(&error.way_out())).print(arguments.json),
     };
     match answer {
         Answer::Explained(explanation, _) if !arguments.json => {
@@ -121,7 +126,9 @@ enum Answer {
 fn find(pid: Option<u32>) -> Result<(u32, PathBuf), NotAsked> {
     let mut runs = control::runs().map_err(NotAsked::Folder)?;
     if let Some(pid) = pid {
-        return runs.into_iter().find(|(run, _)| *run == pid).ok_or(NotAsked::NoSuchRun(pid));
+        let all = runs.iter().map(|(run, _)| *run).collect();
+        let named = runs.into_iter().find(|(run, _)| *run == pid);
+        return named.ok_or(NotAsked::NoSuchRun(pid, all));
     }
     match (runs.pop(), runs.is_empty()) {
         (None, _) => Err(NotAsked::NoRun),

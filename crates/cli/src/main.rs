@@ -11,6 +11,7 @@ mod picture;
 mod play;
 mod run;
 mod run_from;
+mod run_report;
 mod trouble;
 mod usage;
 
@@ -20,7 +21,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 /// A virtual machine's memory: private and shared pages in one object, converted in place.
 #[derive(Parser)]
-#[command(version, arg_required_else_help = true)]
+#[command(name = "polder", version, arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -35,6 +35,16 @@ impl Cell {
     }
 }
 
+/// The bytes that were touched of private pages, and of shared ones.
+pub(crate) fn touched_bytes(facts: &[(PageRange, PageFacts)], touched: &[PageRange]) -> (u64, u64) {
+    let mut all = Cell::default();
+    let end = facts.last().map_or(0, |(run, _)| run.end());
+    for (visibility, touched, untouched) in parts(0, end, facts, touched) {
+        all.add(visibility, touched, untouched);
+    }
+    (all.private * PAGE_SIZE, all.shared * PAGE_SIZE)
+}
+
 /// Draws memory of `pages` pages: private, shared, untouched, in cells of equal size.
 pub(crate) fn draw(
     pages: PageCount,
@@ -57,12 +67,13 @@ pub(crate) fn draw(
         start = end;
     }
     let mut picture = String::new();
+    let has_large = folios.iter().any(|(_, level)| *level > Level::Size4K);
     let per_row = usize::try_from(COLUMNS).unwrap_or(usize::MAX);
     for (row, glyphs) in (0u64..).zip(cells.chunks(per_row)) {
         let offset = ByteSize::new(row * COLUMNS * per_cell * PAGE_SIZE).to_string();
         let glyphs: String = glyphs.iter().collect();
         let _ = writeln!(picture, "  {offset:>6} {glyphs}");
-        if folios.iter().any(|(_, level)| *level > Level::Size4K) {
+        if has_large {
             let first = row * COLUMNS * per_cell;
             let cells = (0..glyphs.chars().count() as u64).map(|cell| first + cell * per_cell);
             let levels: String = cells.map(|at| letter(at, at + per_cell, folios)).collect();
@@ -78,6 +89,9 @@ pub(crate) fn draw(
         size(all.untouched),
         size(per_cell),
     );
+    if has_large {
+        picture.push_str("         below: the smallest page in the cell: G 1G   M 2M   k 4K\n");
+    }
     picture
 }
 
@@ -94,13 +108,15 @@ fn letter(start: u64, end: u64, folios: &[(PageRange, Level)]) -> char {
 }
 
 /// Bytes as a person reads them: three digits that count.
-fn rounded(bytes: u64) -> String {
+pub(crate) fn rounded(bytes: u64) -> String {
     let units = [(1 << 40, "T"), (1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")];
     let Some((unit, name)) = units.into_iter().find(|&(unit, _)| bytes >= unit) else {
         return bytes.to_string();
     };
     let tenths = (bytes / (unit / 1024) * 10 + 512) / 1024;
     match tenths % 10 {
+        // 1023.99M is a G.
+        _ if tenths >= 10235 && unit < 1 << 40 => rounded(unit * 1024),
         0 => format!("{}{name}", tenths / 10),
         rest if tenths < 1000 => format!("{}.{rest}{name}", tenths / 10),
         _ => format!("{}{name}", (tenths + 5) / 10),
@@ -145,6 +161,9 @@ mod tests {
             (60968 << 10, "59.5M"),
             (64 << 20, "64M"),
             ((256 << 30) - (9 << 20), "256G"),
+            ((1 << 40) - (9 << 20), "1T"),
+            ((1 << 40) - (1 << 30), "1023G"),
+            ((1 << 20) - 1, "1M"),
             (u64::MAX, "16777216T"),
         ] {
             assert_eq!(rounded(bytes), says, "{bytes}");
@@ -166,8 +185,10 @@ mod tests {
         let picture = draw(PageCount::from(16), &runs, &touched, &[]);
         assert!(picture.starts_with("       0 █████░░··█······\n"), "{picture}");
         assert!(picture.contains("untouched 32K"), "{picture}");
+        assert_eq!(touched_bytes(&runs, &touched), (24 << 10, 8 << 10));
         let folios = [(range(0, 8), Level::Size2M), (range(8, 16), Level::Size4K)];
         let picture = draw(PageCount::from(16), &runs, &touched, &folios);
         assert!(picture.contains("\n         MMMMMMMMkkkkkkkk\n"), "{picture}");
+        assert!(picture.ends_with("M 2M   k 4K\n"), "{picture}");
     }
 }

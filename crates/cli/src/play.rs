@@ -18,13 +18,13 @@ use crate::{interrupt, output};
 /// Play scenarios: stories about a VM's memory, step by step.
 ///
 /// A scenario (TOML) has memory, VMs, actors, steps in an order, and what is expected of them.
-/// Each step is told in a line, with the state of every page that it is about, before and after.
+/// Each step is printed as one line, with the state of every page that it is about, before and after.
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
-  polder play scenarios                        all of a folder
-  polder play scenarios/cut-off.toml --trace   with what happens on the way
-  polder play scenarios --json | jq .failed    for programs
+  polder play scenarios                                     all of a folder
+  polder play scenarios/cut-off-before-check.toml --trace   what happens on the way
+  polder play scenarios --json | jq .failed                 for programs
 
 Exit status: 0 all was as expected, 1 something was not, 2 a scenario can't be played, 130
 interrupted: what was played by then is told.")]
@@ -35,7 +35,7 @@ pub(crate) struct Arguments {
     /// Only on this host, and only the scenarios that are for it
     #[arg(long, value_enum)]
     host: Option<Host>,
-    /// Tell what the engine and its host do on the way
+    /// Also print what the engine and its host do on the way
     #[arg(long)]
     trace: bool,
     /// Print one JSON object

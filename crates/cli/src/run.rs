@@ -8,16 +8,14 @@ use indicatif::{ProgressBar, ProgressStyle};
 use polder::units::{ByteSize, GfnRange, PageCount};
 use polder::{HostKind, PageSize, Platform};
 use polder_vmm::guest::Program;
-use polder_vmm::{
-    Accelerator, Config, Conversion, End, Failure, Prefault, Progress, Report, Supervision,
-    VirtqueueStatistics,
-};
-use serde_json::json;
+use polder_vmm::{Config, Prefault, Progress, Supervision};
 
 use crate::control::Control;
+use crate::picture::rounded;
 use crate::run_from::{From, Run};
+use crate::run_report::{status, to_json, to_text};
 use crate::trouble::Trouble;
-use crate::{interrupt, output, picture};
+use crate::{doctor, interrupt, output};
 
 /// Run a guest on Polder's memory, and check every byte of it.
 ///
@@ -35,6 +33,7 @@ Examples:
   polder run --platform pkvm              a protected VM, on the simulated machine
   polder run --from snapshot.mem          memory filled from a file while the guest runs
   polder run --memory 1G --prefault all   memory mapped before the guest touches it
+  polder run --prefault 16M+32M           a part of it, by guest-physical address
 
 Exit status: 0 every check passed, 1 one failed or the guest did not end, 2 it could not be run,
 130 interrupted.")]
@@ -42,53 +41,53 @@ pub(crate) struct Arguments {
     /// Where the memory lives
     #[arg(long, value_enum, default_value_t = Host::Auto)]
     host: Host,
-    /// For which kind of VM: all but plain on the simulated machine only
+    /// The kind of VM; all but plain on the simulated machine only
     #[arg(long, value_enum, default_value_t = Kind::Plain)]
-    platform: Kind,
-    /// The guest's memory: 16M to 1T; 64M unless said
+    pub(crate) platform: Kind,
+    /// The guest's memory, 16M to 1T; 64M by default
     #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
-    memory: Option<ByteSize>,
-    /// The guest's vCPUs: 1 to 4
+    pub(crate) memory: Option<ByteSize>,
+    /// The guest's vCPUs, 1 to 4
     #[arg(long, value_name = "N", default_value_t = 2, allow_negative_numbers = true)]
-    vcpus: u32,
+    pub(crate) vcpus: u32,
     /// The size of the pages that back the memory
     ///
-    /// 4k; thp, transparent huge pages where the kernel has one to give; 2m or 1g, huge pages that
+    /// 4k; thp: transparent huge pages, where the kernel has some to give; 2m or 1g: huge pages that
     /// are reserved for the guest before it starts
     #[arg(long, value_name = "SIZE", default_value = "4k")]
-    page_size: PageSize,
-    /// Decides the guest's patterns; the same seed is the same run
+    pub(crate) page_size: PageSize,
+    /// Decides the guest's patterns and ranges: the same seed gives the same ones
     #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
-    seed: u64,
-    /// Seconds after which the guest is stopped
+    pub(crate) seed: u64,
+    /// Stop the guest after so many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 120, allow_negative_numbers = true)]
-    timeout: u64,
-    /// Hold each stage of every operation up by as much as this, by chance: shakes out races
+    pub(crate) timeout: u64,
+    /// Delay each stage of every operation by a random time up to this one, to shake out races
     #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     delays: Option<u32>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
-    /// Map memory ahead of the guest: all of it, none, or a range of guest-physical addresses, such
-    /// as 0x40000000+64M
+    /// Map memory ahead of the guest: all of it, none, or a range of guest-physical addresses as
+    /// START+SIZE, such as 16M+32M or 0x1000000+32M
     #[arg(long, value_name = "all|RANGE|none", default_value = "none", value_parser = ahead)]
     prefault: Ahead,
     /// Map ahead before the guest starts, or beside it while it runs
     #[arg(long, value_enum, default_value_t = When::Start, value_name = "WHEN")]
     prefault_when: When,
-    /// For guests that may not wait: have all memory mapped before the start, locked and checked, or
-    /// say what stands in the way
+    /// For guests that must not wait: map, lock and check all memory before the start, or say what
+    /// stands in the way
     #[arg(long, conflicts_with = "prefault_when")]
     no_faults_after_start: bool,
-    /// What the guest does: all but the first show how misbehaviour ends
+    /// What the guest does; all but the first misbehave, to show how that ends
     #[arg(long, value_enum, default_value_t = Guest::SelfTest)]
-    guest: Guest,
+    pub(crate) guest: Guest,
     #[command(flatten)]
     from: From,
 }
 
 /// The guest's memory unless said.
-const MEMORY: ByteSize = ByteSize::new(64 << 20);
+pub(crate) const MEMORY: ByteSize = ByteSize::new(64 << 20);
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Host {
@@ -105,7 +104,7 @@ enum Host {
 
 /// Kinds of VM.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Kind {
+pub(crate) enum Kind {
     /// An ordinary VM: the VMM decides what is private
     Plain,
     /// KVM's software-protected type
@@ -117,7 +116,7 @@ enum Kind {
 }
 
 impl Kind {
-    fn platform(self) -> Platform {
+    pub(crate) fn platform(self) -> Platform {
         match self {
             Self::Plain => Platform::Plain,
             Self::SwProtected => Platform::SwProtected,
@@ -128,10 +127,10 @@ impl Kind {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Guest {
+pub(crate) enum Guest {
     /// Converts and checks its memory
     SelfTest,
-    /// Triple-faults at once
+    /// Ends in a triple fault at once
     TripleFault,
     /// Loops for ever
     Spin,
@@ -161,7 +160,7 @@ fn ahead(text: &str) -> Result<Ahead, String> {
         "all" => return Ok(Ahead::All),
         _ => {}
     }
-    let form = "expected all, none, or START+SIZE, such as 0x40000000+64M";
+    let form = "expected all, none, or START+SIZE, such as 16M+32M or 0x1000000+32M";
     let (start, size) = text.split_once('+').ok_or(form)?;
     let start = match start.strip_prefix("0x") {
         Some(hex) => u64::from_str_radix(hex, 16).map_err(|_| form)?,
@@ -229,11 +228,10 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
         },
         no_faults: arguments.no_faults_after_start,
     };
-    let control = Control::listen();
-    if let (Err(why), false) = (&control, arguments.json) {
-        output::note(&format!("note: `polder explain` can't reach this run: {why}"));
+    if let Some(trouble) = too_much(arguments, host) {
+        return trouble.print(arguments.json);
     }
-    let supervisor = Supervisor::new(arguments.timeout, arguments.json, control.ok());
+    let supervisor = Supervisor::new(arguments.timeout, arguments.json);
     let mut supervisor = match supervisor {
         Ok(supervisor) => supervisor,
         Err(error) => {
@@ -255,6 +253,27 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     }
 }
 
+/// What keeps memory from being mapped ahead: there is less of it. Else the kernel would end some
+/// process, and not this one perhaps. Huge pages are reserved before, or refused.
+fn too_much(arguments: &Arguments, host: HostKind) -> Option<Trouble> {
+    let memory = arguments.memory.unwrap_or(MEMORY).get();
+    let ahead = match arguments.prefault {
+        Ahead::None if !arguments.no_faults_after_start => return None,
+        Ahead::Range(gfns) if !arguments.no_faults_after_start => gfns.count().bytes()?,
+        Ahead::None | Ahead::All | Ahead::Range(_) => memory,
+    };
+    let is_reserved = matches!(arguments.page_size, PageSize::Huge2M | PageSize::Huge1G);
+    let is_paid_for = host == HostKind::Machine || is_reserved;
+    let there = doctor::memory_available()?;
+    (!is_paid_for && ahead > there).then(|| {
+        Trouble::told(
+            format!("{} of memory can't be mapped ahead", rounded(ahead)),
+            Some(format!("this machine has {} available", rounded(there))),
+            "ask for less memory, or map a part of it ahead: --prefault START+SIZE".into(),
+        )
+    })
+}
+
 /// Watches the clock and Ctrl-C, and shows the progress line.
 pub(crate) struct Supervisor {
     start: Instant,
@@ -269,8 +288,13 @@ pub(crate) struct Supervisor {
 }
 
 impl Supervisor {
-    pub(crate) fn new(timeout: u64, json: bool, control: Option<Control>) -> std::io::Result<Self> {
+    pub(crate) fn new(timeout: u64, json: bool) -> std::io::Result<Self> {
         interrupt::hear()?;
+        let control = Control::listen();
+        if let (Err(why), false) = (&control, json) {
+            output::note(&format!("note: `polder explain` can't reach this run: {why}"));
+        }
+        let control = control.ok();
         // On standard error, and only where that is a terminal.
         let line = if json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
         let running = ProgressStyle::with_template("{spinner} {elapsed} {msg}")
@@ -348,239 +372,4 @@ impl Supervisor {
 #[expect(clippy::disallowed_methods, reason = "the one place of the program that reads the clock")]
 fn now() -> Instant {
     Instant::now()
-}
-
-pub(crate) fn status(end: End) -> ExitCode {
-    match end {
-        End::Ok => ExitCode::SUCCESS,
-        End::Failed(_) | End::TimedOut => ExitCode::FAILURE,
-        End::Interrupted => ExitCode::from(130),
-    }
-}
-
-/// How a run ended, in a word.
-pub(crate) fn exit(end: End) -> &'static str {
-    match end {
-        End::Ok => "ok",
-        End::Failed(Failure::Check { .. }) => "check-failed",
-        End::Failed(Failure::Exception { .. }) => "exception",
-        End::Failed(Failure::TripleFault { .. }) => "triple-fault",
-        End::Failed(Failure::MemoryFailure { .. }) => "memory-failure",
-        End::Failed(Failure::MachineCheckLost { .. }) => "machine-check-lost",
-        End::Failed(Failure::MemoryFault { .. }) => "memory-fault",
-        End::Failed(Failure::TooFewChecks { .. }) => "too-few-checks",
-        End::Failed(Failure::Intrusion { .. }) => "intrusion",
-        End::Failed(Failure::Exit { .. }) => "unexpected-exit",
-        End::TimedOut => "timeout",
-        End::Interrupted => "interrupted",
-    }
-}
-
-/// Why a run did not end well, and what to do about it.
-fn why(arguments: &Arguments, end: End) -> Option<(&'static str, String)> {
-    let again = || format!("run it again with --seed {}: the same run", arguments.seed);
-    let report = || format!("{}; where it fails again, it is a bug: report it", again());
-    let (why, way_out) = match end {
-        End::Ok => return None,
-        End::TimedOut => {
-            ("it was still running", "give it more time: --timeout SECONDS".to_owned())
-        }
-        End::Interrupted => ("Ctrl-C, or SIGTERM", again()),
-        End::Failed(failure) => {
-            let why = match failure {
-                Failure::Check { .. } => "memory or an answer was not what it has to be",
-                Failure::Exception { .. } => "the guest handles no exception but its own requests",
-                Failure::TripleFault { .. } => {
-                    "an exception came that the guest could not take, so the CPU shut down"
-                }
-                Failure::MemoryFailure { .. } => {
-                    "the page is in quarantine, or the machine's memory is broken there"
-                }
-                Failure::MachineCheckLost { .. } => "KVM took it, and the guest never had it",
-                Failure::MemoryFault { .. } => "the guest's memory is not what it takes it for",
-                Failure::TooFewChecks { .. } => "a part of its program was not run",
-                Failure::Intrusion { .. } => "a private page has to be out of the host's reach",
-                Failure::Exit { .. } => "nothing that the guest does causes such an exit",
-            };
-            (why, report())
-        }
-    };
-    match arguments.guest {
-        Guest::SelfTest => Some((why, way_out)),
-        Guest::TripleFault | Guest::Spin | Guest::Flood => {
-            Some((why, "leave --guest out: this one is to misbehave".to_owned()))
-        }
-    }
-}
-
-/// How a run ended, in a sentence.
-pub(crate) fn ended(timeout: u64, end: End) -> String {
-    match end {
-        End::Ok => "every check passed".into(),
-        End::Failed(failure) => failure.to_string(),
-        End::TimedOut => {
-            format!("the guest did not end within {timeout} s (--timeout)")
-        }
-        End::Interrupted => "interrupted".into(),
-    }
-}
-
-fn to_json(
-    arguments: &Arguments,
-    (host, instead): (HostKind, Option<&Trouble>),
-    report: &Report,
-    seconds: f64,
-) -> serde_json::Value {
-    let memory = report.memory;
-    let mut object = json!({
-        "host": host.to_string(),
-        "accelerator": report.accelerator.to_string(),
-        "conversion_by": report.conversion_by.to_string(),
-        "platform": arguments.platform.platform().to_string(),
-        "private_memory": report.private_memory,
-        "vcpus": arguments.vcpus,
-        "memory_bytes": arguments.memory.unwrap_or(MEMORY).get(),
-        "page_size": report.page_size.to_string(),
-        "levels": {
-            "4k": report.levels.size_4k,
-            "2m": report.levels.size_2m,
-            "1g": report.levels.size_1g,
-        },
-        "splits": report.reshaped.splits,
-        "merges": report.reshaped.merges,
-        "pool": null,
-        "guest": {
-            "exit": exit(report.end),
-            "checks_passed": report.checks_passed,
-            "checks_failed": report.checks_failed,
-        },
-        "conversions": {
-            "to_private": memory.to_private,
-            "to_shared": memory.to_shared,
-            "pages": memory.converted_pages,
-            "refused": memory.refused,
-        },
-        "faults": {
-            "guest": memory.guest_faults,
-            "host": memory.host_faults,
-            "denied": memory.denied,
-        },
-        "seconds": seconds,
-    });
-    if let Some(VirtqueueStatistics { chains, bytes, refused }) = report.virtqueue {
-        object["virtqueue"] = json!({ "chains": chains, "bytes": bytes, "refused": refused });
-    }
-    if let Some(pool) = report.pool {
-        object["pool"] = json!({
-            "total": pool.total,
-            "free": pool.free,
-            "reserved": pool.reserved,
-            "pending": pool.pending,
-        });
-    }
-    if let Some(ahead) = report.ahead {
-        object["prefault"] = json!({ "pages": ahead.done, "skipped": ahead.skipped });
-    }
-    if let Some(instead) = instead {
-        object["simulated_because"] = json!(instead);
-    }
-    if let Some((why, way_out)) = why(arguments, report.end) {
-        object["guest"]["what"] = ended(arguments.timeout, report.end).into();
-        object["guest"]["why"] = why.into();
-        object["guest"]["try"] = way_out.into();
-    }
-    object
-}
-
-fn to_text(arguments: &Arguments, host: HostKind, report: &Report, seconds: f64) -> String {
-    let memory = report.memory;
-    let verdict = match report.end {
-        End::Ok => "ok",
-        End::Failed(_) | End::TimedOut => "FAILED",
-        End::Interrupted => "STOPPED",
-    };
-    let why = why(arguments, report.end);
-    let why = why.map_or_else(String::new, |(why, way_out)| {
-        format!("\x20 why: {why}\n\x20 try: {way_out}\n")
-    });
-    let conversion_by = match report.conversion_by {
-        Conversion::Hypercall => "hypercall",
-        Conversion::Port => "port (this KVM does not complete hypercalls)",
-    };
-    let simulated = match report.accelerator {
-        Accelerator::Kvm => "",
-        Accelerator::Machine => " (simulated)",
-    };
-    let all_shared = match report.private_memory {
-        true => "",
-        false => {
-            "\x20 private      none: this KVM can't keep memory private; all of it is shared\n"
-        }
-    };
-    let virtqueue = report.virtqueue.map_or(String::new(), |done| {
-        let VirtqueueStatistics { chains, bytes, refused } = done;
-        format!("\x20 virtqueue    {chains} chains, {bytes} bytes written; {refused} refused\n")
-    });
-    let memory_size = arguments.memory.unwrap_or(MEMORY);
-    let pages = memory_size.pages().unwrap_or_default();
-    let ahead = report.ahead.map_or_else(String::new, |ahead| {
-        format!("\x20 prefault     {} of {} pages\n", ahead.done, ahead.of)
-    });
-    format!(
-        "{verdict}: {ended}; {passed} checks passed, {failed} failed in {seconds:.1} s\n{why}\
-         \n\
-         \x20 VM           {vcpus} {vcpus_are}, {size} on host {host}, \
-         accelerator {accelerator}{simulated}\n\
-         {all_shared}\
-         \x20 requests     by {conversion_by}\n\
-         \x20 conversions  {to_shared} to shared, {to_private} to private, {converted} pages in all; \
-         {refused} refused\n\
-         {virtqueue}\
-         \x20 guest        {guest} faults\n\
-         \x20 host         {mapped} touches of shared pages mapped, {denied} of private pages denied\n\
-         {ahead}\
-         {levels}\
-         \n{picture}",
-        ended = ended(arguments.timeout, report.end),
-        passed = report.checks_passed,
-        failed = report.checks_failed,
-        vcpus = arguments.vcpus,
-        vcpus_are = if arguments.vcpus == 1 { "vCPU" } else { "vCPUs" },
-        size = memory_size,
-        accelerator = report.accelerator,
-        to_shared = memory.to_shared,
-        to_private = memory.to_private,
-        converted = memory.converted_pages,
-        refused = memory.refused,
-        ahead = ahead,
-        guest = memory.guest_faults,
-        mapped = memory.host_faults,
-        denied = memory.denied,
-        levels = levels(arguments, report),
-        picture = picture::draw(pages, &report.facts, &report.touched, &report.folios),
-    )
-}
-
-/// What the memory was made of, and what became of its huge pages.
-fn levels(arguments: &Arguments, report: &Report) -> String {
-    if arguments.page_size == PageSize::Small {
-        return String::new();
-    }
-    let (levels, reshaped) = (report.levels, report.reshaped);
-    let mut text = match report.page_size {
-        PageSize::Small => "\x20 pages        4k: this machine gives shared memory no transparent \
-            huge pages; `polder doctor` says how\n"
-            .to_owned(),
-        size => format!(
-            "\x20 pages        {size}: {} of 1G, {} of 2M, {} of 4K; {} splits, {} merges\n",
-            levels.size_1g, levels.size_2m, levels.size_4k, reshaped.splits, reshaped.merges,
-        ),
-    };
-    if let Some(pool) = report.pool {
-        text.push_str(&format!(
-            "\x20 pool         {} huge pages, {} free, {} reserved, {} pending\n",
-            pool.total, pool.free, pool.reserved, pool.pending,
-        ));
-    }
-    text
 }

@@ -6,15 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use polder::source::{Fault, Faulty, FileSource, Source};
+use polder::source::{Fault, Faulty, FileSource, Source, SourceFailure};
 use polder::units::{ByteSize, PageIndex};
 use polder::{HostKind, PageSize, ReadAhead};
-use polder_vmm::{Accelerator, End, FromConfig, FromReport, OnFailedPage};
+use polder_vmm::{End, FromConfig, FromReport, OnFailedPage};
 use serde_json::json;
 
-use crate::control::Control;
 use crate::output;
-use crate::run::{Supervisor, ended, exit, status};
+use crate::run::Supervisor;
+use crate::run_report::{ended, exit, simulated, status, vcpus, verdict, why};
 use crate::trouble::Trouble;
 
 /// Memory that is filled from a file.
@@ -22,21 +22,23 @@ use crate::trouble::Trouble;
 pub(crate) struct From {
     /// Fill the memory from this file while the guest runs, which reads every byte and has it
     /// checked; the memory is as large as the file
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["guest", "delays"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = [
+        "guest", "delays", "platform", "prefault", "prefault_when", "no_faults_after_start",
+    ])]
     from: Option<PathBuf>,
-    /// Have reads of the file go wrong, to see what happens
+    /// Make reads of the file go wrong, to see what happens
     #[arg(long, value_enum, value_name = "HOW", requires = "from")]
     from_faults: Option<FromFaults>,
-    /// Seconds that the guest waits for a page, at most
-    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = seconds)]
+    /// How many seconds the guest waits for a page, at most
+    #[arg(long, value_name = "SECONDS", requires = "from", default_value_t = 10.0, value_parser = seconds)]
     deadline: f64,
     /// Read no more of the file than the guest asks for
     #[arg(long, requires = "from")]
     no_read_ahead: bool,
-    /// Bring what the guest has not come to yet, too
+    /// Also bring pages that the guest has not touched yet
     #[arg(long, requires = "from")]
     fill: bool,
-    /// What becomes of the guest when it touches a page that did not come
+    /// What happens to the guest when it touches a page that did not come
     #[arg(long, value_enum, value_name = "WHAT", requires = "from", default_value_t = OnFailed::Stop)]
     on_failed_page: OnFailed,
 }
@@ -45,7 +47,7 @@ pub(crate) struct From {
 enum OnFailed {
     /// It is stopped, and the page named
     Stop,
-    /// It takes a machine check that names the page, leaves what it was at, and goes on
+    /// It takes a machine check that names the page, gives up what it was doing, and goes on
     Mce,
 }
 
@@ -90,7 +92,7 @@ impl From {
             Err(trouble) => return trouble.print(run.json),
         };
         let size = ByteSize::new(config.pages.bytes().unwrap_or(u64::MAX));
-        let supervisor = Supervisor::new(run.timeout, run.json, Control::listen().ok());
+        let supervisor = Supervisor::new(run.timeout, run.json);
         let mut supervisor = match supervisor {
             Ok(supervisor) => supervisor.of_pages(config.pages),
             Err(error) => return Trouble::new(&error, None).print(run.json),
@@ -98,15 +100,34 @@ impl From {
         let report = polder_vmm::run_from(&config, |progress| supervisor.look(progress));
         let seconds = supervisor.finish();
         match report {
-            Ok(report) if run.json => {
-                let object = to_json(path, run, size, &report, seconds);
-                output::print(&format!("{object}\n"), status(report.end))
-            }
             Ok(report) => {
-                output::print(&to_text(path, run, size, &report, seconds), status(report.end))
+                let why = self.why(run, &report);
+                let text = if run.json {
+                    format!("{}\n", to_json(path, run, size, (&report, why), seconds))
+                } else {
+                    to_text(path, run, size, (&report, why), seconds)
+                };
+                output::print(&text, status(report.end))
             }
             Err(error) => Trouble::new(&error, error.way_out()).print(run.json),
         }
+    }
+
+    /// Why it did not end well, and what to do about it.
+    fn why(&self, run: &Run<'_>, report: &FromReport) -> Option<(String, String)> {
+        let (why, way_out) = why(run.seed, report.end)?;
+        let came = |failures: &[SourceFailure]| failures.first().map(ToString::to_string);
+        Some(match (report.end, came(&report.failures)) {
+            (End::Failed(_), Some(failure)) => {
+                let way_out = match self.from_faults {
+                    Some(_) => "leave --from-faults out: it has reads go wrong",
+                    None => "mend the file or what it is on",
+                };
+                let mce = "--on-failed-page mce has the guest told, and go on";
+                (failure, format!("{way_out}; or {mce}"))
+            }
+            _ => (why.to_owned(), way_out),
+        })
     }
 
     fn config(&self, path: &Path, run: &Run<'_>) -> Result<FromConfig, Trouble> {
@@ -152,7 +173,7 @@ fn to_json(
     path: &Path,
     run: &Run<'_>,
     size: ByteSize,
-    report: &FromReport,
+    (report, why): (&FromReport, Option<(String, String)>),
     seconds: f64,
 ) -> serde_json::Value {
     let source = report.source;
@@ -171,7 +192,7 @@ fn to_json(
             "taken": it.taken,
         })
     });
-    let mut object = json!({
+    json!({
         "host": run.host.to_string(),
         "accelerator": report.accelerator.to_string(),
         "vcpus": run.vcpus,
@@ -181,6 +202,9 @@ fn to_json(
             "exit": exit(report.end),
             "checks_passed": report.checks_passed,
             "machine_checks": machine_checks.collect::<Vec<_>>(),
+            "what": why.as_ref().map(|_| ended(run.timeout, report.end)),
+            "why": why.as_ref().map(|(why, _)| why),
+            "try": why.as_ref().map(|(_, way_out)| way_out),
         },
         "from": {
             "file": path.display().to_string(),
@@ -200,34 +224,26 @@ fn to_json(
             "host": report.memory.host_faults,
             "denied": report.memory.denied,
         },
+        "simulated_because": run.instead,
         "seconds": seconds,
-    });
-    if let Some(instead) = run.instead {
-        object["simulated_because"] = json!(instead);
-    }
-    if report.end != End::Ok {
-        object["guest"]["why"] = ended(run.timeout, report.end).into();
-    }
-    object
+    })
 }
 
 fn to_text(
     path: &Path,
     run: &Run<'_>,
     size: ByteSize,
-    report: &FromReport,
+    (report, why): (&FromReport, Option<(String, String)>),
     seconds: f64,
 ) -> String {
     let source = report.source;
-    let verdict = if report.end == End::Ok { "ok" } else { "FAILED" };
+    let why = why.map_or_else(String::new, |(why, way_out)| {
+        format!("\x20 why: {why}\n\x20 try: {way_out}\n")
+    });
     let ended = match report.end {
         End::Ok if report.machine_checks.is_empty() => "every byte is as in the file".into(),
         End::Ok => "all that came is as in the file, and the guest was told what did not".into(),
         end => ended(run.timeout, end),
-    };
-    let simulated = match report.accelerator {
-        Accelerator::Kvm => "",
-        Accelerator::Machine => " (simulated)",
     };
     let failures: String =
         report.failures.iter().map(|failure| format!("\x20 failed       {failure}\n")).collect();
@@ -241,9 +257,9 @@ fn to_text(
         })
         .collect();
     format!(
-        "{verdict}: {ended}; {passed} checks passed in {seconds:.1} s\n\
+        "{verdict}: {ended}; {passed} checks passed in {seconds:.1} s\n{why}\
          \n\
-         \x20 guest        {vcpus} vCPUs, {size} of {page_size} pages on host {host}, \
+         \x20 guest        {vcpus}, {size} of {page_size} pages on host {host}, \
          accelerator {accelerator}{simulated}\n\
          \x20 from         {file}\n\
          \x20 pages        {demanded} brought when asked for, {ahead} before, {zeros} zeros; \
@@ -252,7 +268,9 @@ fn to_text(
          \x20 faults       {guest} of the guest\n\
          {failures}{machine_checks}",
         passed = report.checks_passed,
-        vcpus = run.vcpus,
+        verdict = verdict(report.end),
+        vcpus = vcpus(run.vcpus),
+        simulated = simulated(report.accelerator),
         host = run.host,
         page_size = report.page_size,
         accelerator = report.accelerator,

@@ -27,10 +27,14 @@ fn trouble(error: &clap::Error, cli: &clap::Command, command: &str) -> Trouble {
         ArgumentConflict, InvalidSubcommand, InvalidValue, MissingRequiredArgument,
         UnknownArgument, ValueValidation,
     };
-    let context = |kind| error.get(kind).map(ToString::to_string).filter(|text| !text.is_empty());
+    let said = |kind| error.get(kind).map(ToString::to_string);
+    let context = |kind| said(kind).filter(|text| !text.is_empty());
     let argument = context(ContextKind::InvalidArg).unwrap_or_default();
     let one_of = context(ContextKind::ValidValue).map(|valid| format!("it is one of {valid}"));
     let (what, why) = match (error.kind(), context(ContextKind::InvalidValue)) {
+        (ValueValidation, None) => {
+            (format!("{argument} can't be empty"), error.source().map(reason))
+        }
         (InvalidValue | ValueValidation, Some(value)) => {
             let why = one_of.or_else(|| error.source().map(reason));
             (format!("{argument} can't be `{value}`"), why)
@@ -48,12 +52,16 @@ fn trouble(error: &clap::Error, cli: &clap::Command, command: &str) -> Trouble {
                 Some(format!("it is one of {}", names.join(", "))),
             )
         }
-        (MissingRequiredArgument, _) => (format!("{argument} is missing"), None),
+        (MissingRequiredArgument, _) => {
+            // Each stands in a line of its own.
+            let missing = argument.split_whitespace().collect::<Vec<_>>().join(" ");
+            (format!("{missing} is missing"), None)
+        }
         (ArgumentConflict, _) => match context(ContextKind::PriorArg) {
             Some(other) if other != argument => {
-                (format!("{argument} can't stand beside {other}"), None)
+                (format!("{argument} can't be used with {other}"), None)
             }
-            _ => (format!("{argument} stands there twice"), None),
+            _ => (format!("{argument} is given twice"), None),
         },
         _ => {
             let text = error.to_string();

@@ -21,6 +21,7 @@ fn the_benches_are_listed() {
     let output = polder("bench list");
     assert!(output.status.success());
     assert!(String::from_utf8_lossy(&output.stdout).starts_with("map "));
+    assert_eq!(polder("bench").stdout, output.stdout);
     assert_eq!(json(&polder("bench list --json"))["benches"][0]["bench"], "map");
 }
 

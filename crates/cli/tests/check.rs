@@ -50,10 +50,10 @@ fn what_was_found_is_saved_as_a_scenario_that_can_be_played() {
     let play = Command::new(env!("CARGO_BIN_EXE_polder")).args(["play", file]).output();
     let play = play.expect("the program was just built");
     assert!(play.status.success(), "{play:?}");
-    std::fs::remove_dir_all(&folder).expect("it was made");
 
     let none = json(&["--planted", "no-drain", "--save", save], 0);
     assert_eq!(none["bugs"][0]["saved"], Value::Null);
+    std::fs::remove_dir_all(&folder).expect("it was made");
 }
 
 #[test]
@@ -62,6 +62,40 @@ fn a_model_is_told_invariant_by_invariant() {
     let rows = found["invariants"].as_array().expect("a row for each");
     let broken = rows.iter().filter(|row| row["kept"] == false).map(|row| &row["invariant"]);
     assert_eq!(broken.collect::<Vec<_>>(), ["INV-10"]);
+}
+
+#[test]
+fn whatever_can_be_named_can_be_listed() {
+    let all = json(&["--config", "list"], 0);
+    assert_eq!(json(&["--model", "list"], 0), all);
+    assert_eq!(json(&["--planted", "list"], 0), all);
+}
+
+#[test]
+fn an_interrupt_ends_the_search_with_what_came_of_it_so_far() {
+    let mut run = Command::new(env!("CARGO_BIN_EXE_polder"))
+        .args(["check", "--config", "snp-large", "--seconds", "600", "--json"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("the program was just built");
+    let status = format!("/proc/{}/status", run.id());
+    // Until it hears SIGTERM, and so SIGINT, which is seen to before.
+    let hears = || {
+        let text = std::fs::read_to_string(&status).unwrap_or_default();
+        let caught = text.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0) & 1 << 14
+            != 0
+    };
+    while !hears() {
+        assert!(run.try_wait().expect("it is a child").is_none(), "it ended by itself");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let kill = Command::new("kill").args(["-INT", &run.id().to_string()]).status();
+    assert!(kill.expect("there is a kill").success());
+    let output = run.wait_with_output().expect("it ends");
+    assert_eq!(output.status.code(), Some(130), "{output:?}");
+    let found: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!(found["configs"][0]["complete"], false, "{found}");
 }
 
 #[test]

@@ -129,12 +129,17 @@ fn what_can_t_be_explained_is_refused_with_the_way_out() {
     assert_eq!(none["what"], "there is no `polder run` to ask");
     assert!(none["try"].as_str().is_some_and(|text| text.contains("polder run --guest spin")));
     let one = runtime.spin(60);
-    assert!(refused("99999999")["what"].as_str().is_some_and(|what| what.contains("beyond")));
-    assert!(refused("gpa:0xfffffffffffff000")["what"].as_str().is_some());
+    let beyond = refused("99999999");
+    assert!(beyond["what"].as_str().is_some_and(|what| what.contains("beyond")), "{beyond}");
+    assert!(beyond["try"].as_str().is_some_and(|out| out.contains("from 0 to 0x")), "{beyond}");
+    let nowhere = refused("gpa:0xfffffffffffff000");
+    assert!(nowhere["try"].as_str().is_some_and(|out| out.contains("(slot 0)")), "{nowhere}");
     let _other = runtime.spin(60);
     assert!(refused("1")["what"].as_str().is_some_and(|what| what.contains("several runs")));
     let own = std::process::id();
-    assert!(refused(&format!("1 --pid {own}"))["try"].as_str().is_some());
+    let other = refused(&format!("1 --pid {own}"));
+    let runs = other["try"].as_str().expect("a way out");
+    assert!(runs.contains(&one.pid().to_string()), "{other}");
     assert!(runtime.output(&format!("explain 1 --pid {}", one.pid())).status.success());
     for bad in ["", "x", "-1", "gpa:", "0x", "99999999999999999999", "0xffffffffffffffff"] {
         let output = runtime.output(&format!("explain {bad}"));

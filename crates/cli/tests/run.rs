@@ -225,6 +225,28 @@ fn memory_of_huge_pages_is_reported_with_its_levels_splits_and_pool() {
 }
 
 #[test]
+fn every_key_is_in_every_report_and_figures_are_those_of_the_text() {
+    let keys = |value: &Value| -> Vec<String> {
+        let object = value.as_object().expect("an object");
+        object.keys().cloned().collect()
+    };
+    let ok = json(&output("run --json --host machine --memory 16M --prefault all"));
+    let ended = json(&output("run --json --host machine --memory 16M --guest triple-fault"));
+    assert_eq!(keys(&ok), keys(&ended));
+    assert_eq!(keys(&ok["guest"]), keys(&ended["guest"]));
+    assert!(ok["guest"]["why"].is_null() && ended["guest"]["why"].is_string(), "{ended}");
+    assert!(ended["prefault"].is_null() && ended["virtqueue"].is_null(), "{ended}");
+    let touched = |kind: &str| ok["touched"][kind].as_u64().expect("bytes");
+    assert_eq!(touched("private_bytes") + touched("shared_bytes"), 16 << 20, "{ok}");
+}
+
+#[test]
+fn the_program_goes_by_its_name() {
+    let version = output("--version").stdout;
+    assert!(version.starts_with(b"polder "), "{}", String::from_utf8_lossy(&version));
+}
+
+#[test]
 fn an_interrupt_ends_the_run_with_a_report() {
     if !can_run() {
         return;
@@ -260,6 +282,8 @@ fn impossible_arguments_are_refused_with_a_way_out() {
         ("--timeout soon", "whole number"),
         ("--timeout 99999999999999999999", "too large"),
         ("--memroy 64M", "did you mean --memory"),
+        ("--memory=", "K, M, G or T"),
+        ("--prefault 0x1000", "START+SIZE, such as 16M+32M"),
     ] {
         let output = output(&format!("run {arguments}"));
         let text = String::from_utf8_lossy(&output.stderr);
@@ -293,10 +317,20 @@ fn memory_is_mapped_ahead_before_the_guest_starts_and_beside_it() {
             }
         }
     }
+    // As the help has it.
+    let part = output("run --json --host machine --prefault 16M+32M");
+    assert_eq!(json(&part)["prefault"]["pages"], 8192, "{part:?}");
     let none = output("run --json --host machine --memory 16M --prefault 0x100000000000+4M");
     assert_eq!(none.status.code(), Some(2));
     let error = &json(&none)["error"];
     assert!(error["try"].as_str().is_some_and(|out| out.contains("--prefault all")), "{error}");
+    let more = output("run --json --host memfd --memory 1T --prefault all");
+    let total = std::fs::read_to_string("/proc/meminfo").expect("a kernel says what it has");
+    let total: u64 = total.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).unwrap();
+    if total < 1 << 30 {
+        let error = &json(&more)["error"];
+        assert!(error["why"].as_str().is_some_and(|why| why.contains("available")), "{error}");
+    }
     for wrong in ["some", "0x1000", "4096+", "0x1001+4K", "0x1000+0"] {
         let output = output(&format!("run --host machine --prefault {wrong}"));
         assert_eq!(output.status.code(), Some(2), "{wrong}");

@@ -84,6 +84,10 @@ fn a_page_that_does_not_come_stops_the_guest_and_is_named() {
             let failure = &object["from"]["failures"][0];
             assert_eq!((&failure["first_page"], &failure["pages"]), (&2048.into(), &1.into()));
             assert!(failure["why"].as_str().unwrap().contains(why), "{object}");
+            let guest = &object["guest"];
+            assert!(guest["what"].as_str().unwrap().starts_with("vCPU "), "{object}");
+            assert!(guest["why"].as_str().unwrap().contains(why), "{object}");
+            assert!(guest["try"].as_str().unwrap().contains("--from-faults"), "{object}");
         }
     }
 }
@@ -141,7 +145,17 @@ fn what_can_not_be_a_source_is_refused_with_a_way_out() {
         let way_out = json(&output)["error"]["try"].as_str().unwrap_or_default().to_owned();
         assert!(way_out.contains(says), "{arguments}: {way_out}");
     }
-    for arguments in ["--deadline 0", "--deadline -1", "--from-faults maybe", "--guest spin"] {
+    // What has no meaning here is refused and not ignored.
+    for arguments in [
+        "--deadline 0",
+        "--deadline -1",
+        "--from-faults maybe",
+        "--guest spin",
+        "--platform snp",
+        "--prefault all",
+        "--prefault-when running",
+        "--no-faults-after-start",
+    ] {
         let output = run(&file.0, arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments}");
         assert!(json(&output)["error"]["try"].is_string(), "{arguments}");

@@ -33,37 +33,43 @@ impl Engine {
         let range = PageRange::between(first, first + end.saturating_sub(start));
         let range = range.unwrap_or(PageRange::one(page));
 
-        self.check_claims(PageRange::one(page))?;
+        // Where the views map larger pages, one is mapped as a whole or not at all.
+        let around = self.granules(PageRange::one(page));
+        self.check_claims(around)?;
         let visibility = self.pages.get(page).visibility;
         let past = self.plants.has(Bug::PrefaultPastTheLike);
         let stops = self.prefault_stops(range, visibility);
         let stop = stops.filter(|stop| *stop == page || !past);
         let pages = stop.map_or(Some(range), |stop| PageRange::between(first, stop.get()));
         let Some(pages) = pages else {
-            return Err(Blocked::Refused(if self.quarantine.contains(page) {
+            let owed = |facts: PageFacts| facts.population == Population::Owed;
+            return Err(Blocked::Refused(if let Some(page) = self.quarantine.first_in(around) {
                 Refusal::Quarantined { page }
-            } else if self.failed.contains(page) {
+            } else if let Some(page) = self.failed.first_in(around) {
                 Refusal::SourceFailed { page }
             } else {
-                Refusal::Owed { page }
+                Refusal::Owed { page: self.first_page(around, owed).unwrap_or(page) }
             }));
         };
         let gfns = GfnRange::new(gfn, pages.count()).expect("a part of the binding's frames");
-        let pages = self.whole_large_pages(pages, &binding, visibility);
+        let pages = self.granules(self.whole_large_pages(pages, &binding, visibility));
         Ok((self.answer(View::Guest, pages, Response::Map), gfns, visibility))
     }
 
-    /// The first page of a range that can't be mapped ahead with others that are of this kind.
+    /// The first page of a range that can't be mapped ahead with others that are of this kind. What a
+    /// touch would wait for, or be denied, keeps the whole granule that it lies in.
     fn prefault_stops(&self, range: PageRange, visibility: Visibility) -> Option<PageIndex> {
         let other = |facts: PageFacts| facts.visibility != visibility;
+        let around = self.granules(range);
         let stops = [
-            self.first_page(range, other),
-            self.quarantine.first_in(range),
-            self.failed.first_in(range),
-            self.first_page(range, |facts| facts.population == Population::Owed),
-            self.first_claimed(range),
+            self.quarantine.first_in(around),
+            self.failed.first_in(around),
+            self.first_page(around, |facts| facts.population == Population::Owed),
+            self.first_claimed(around),
         ];
-        stops.into_iter().flatten().min()
+        let granule = |page| self.granules(PageRange::one(page)).start().max(range.start());
+        let stops = stops.into_iter().flatten().map(granule);
+        stops.chain(self.first_page(range, other)).min()
     }
 
     /// Pages, with the rest of the 2M pages that the first and the last lie in, where there is an

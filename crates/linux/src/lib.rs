@@ -61,6 +61,7 @@ pub use memfd::Memfd;
 pub use pre_fault::{can_pre_fault, pre_fault};
 pub use ring::{Completion, Full, Ring, Transfer};
 pub use rustix::io::Errno;
+pub use sigbus::in_guest;
 pub use userfault::{Continued, Userfault, UserfaultOffer, Way};
 pub use vcpu::{Exit, FailedAt, Kicker, Vcpu};
 pub use view::{Touched, View};

@@ -46,8 +46,9 @@ pub fn install() {
 }
 
 /// Calls KVM_RUN, and returns beside its result the host address at which the guest met a poisoned
-/// page, if it did. A SIGBUS of that kind outside of this is a stray touch of the VMM's own.
-pub(crate) fn in_guest<T>(run: impl FnOnce() -> T) -> (T, Option<usize>) {
+/// page, if it did: KVM_RUN has failed with `EINTR`, `EAGAIN` or `EHWPOISON` then. A SIGBUS of that
+/// kind outside of this is a stray touch of the VMM's own, and goes to the handler before ours.
+pub fn in_guest<T>(run: impl FnOnce() -> T) -> (T, Option<usize>) {
     install();
     IN_GUEST.set(true);
     let result = run();

@@ -263,7 +263,7 @@ pub const VERBS: &[VerbEntry] = &[
         "refer",
         &[Device, Process],
         &["page"],
-        &["name", "kind"],
+        &["name", "kind", "of"],
         "have the kernel pin mapped pages, and Polder not know of it (vmsplice, direct I/O)",
     ),
     verb("release", &[Device, Process], &[], &["name"], "let go of what refer or gup-fast took"),

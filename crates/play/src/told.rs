@@ -95,7 +95,12 @@ impl Verb {
                 let validate = if *validate { "" } else { ": no longer" };
                 format!("pvalidate {place} by {}{validate}", size.level())
             }
-            Self::Refer { place, name, .. } => format!("refer to {place} as \"{}\"", short(name)),
+            Self::Refer { place, name, of: None, .. } => {
+                format!("refer to {place} as \"{}\"", short(name))
+            }
+            Self::Refer { place, name, of: Some(of), .. } => {
+                format!("refer to {place} of \"{}\" as \"{}\"", short(of), short(name))
+            }
             Self::Release { name } => format!("release \"{}\"", short(name)),
             Self::GupFast { place, .. } => format!("gup-fast {place}: next step"),
             other => other.kernel_told(scenario),

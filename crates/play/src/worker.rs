@@ -11,10 +11,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 
-use polder::machine::{GupFast, PinId, ProcessId, VpnRange};
+use polder::machine::{GupFast, ProcessId, VpnRange};
 use polder::units::{GfnRange, PageRange};
 use polder::{Contents, Holder, OnBusy, Pin, PinKind, Platform, Slot, Visibility, VmId};
 
+use self::process::Reference;
 use self::vcpu::Vcpu;
 use crate::names::{Is, Kind};
 use crate::outcome::{Outcome, Stop};
@@ -78,7 +79,7 @@ struct Worker<'w> {
     /// His mapping, if he is a process of his own.
     process: Option<(ProcessId, VpnRange)>,
     pins: BTreeMap<String, Pin<'w>>,
-    references: BTreeMap<String, PinId>,
+    references: BTreeMap<String, Reference>,
     gups: BTreeMap<String, GupFast>,
 }
 

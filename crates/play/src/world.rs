@@ -10,7 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use polder::machine::{Asid, LockOwner, Machine, ObjectId, ProcessId, VmId as MachineVm};
 use polder::units::{Geometry, PageCount, PageRange};
-use polder::{Error, HostKind, HugePool, MachineVcpu, Memory, Population, Visibility, VmId};
+use polder::{
+    Error, HostKind, HugePool, KernelPin, MachineVcpu, Memory, Population, Visibility, VmId,
+};
 use polder_vmm::GuestRoot;
 
 pub(crate) use self::place::first_page;
@@ -149,6 +151,13 @@ impl World {
         let memory = builder.page_size(self.memory.page_size()).pool(pool).build()?;
         self.others().insert(name.to_owned(), memory);
         Ok(Outcome::done())
+    }
+
+    /// Has the kernel pin pages of one.
+    pub(crate) fn pin_other(&self, name: &str, range: PageRange) -> Result<KernelPin, Stop> {
+        let others = self.others();
+        let none = || Stop::new(Is::Hole, format!("there is no memory \"{name}\""));
+        Ok(others.get(name).ok_or_else(none)?.simulated_pin(range)?)
     }
 
     /// Lets go of one.

@@ -238,10 +238,13 @@ impl Scenario {
                 self.bytes(keys, from).number("length", Some(*length).filter(|it| *it != 8))
             }
             Verb::Write { to, bytes } => self.bytes(keys, to).text("bytes", bytes),
-            Verb::Pin { place, kind, name } | Verb::Refer { place, kind, name } => keys
+            Verb::Pin { place, kind, name } | Verb::Refer { place, kind, name, of: None } => keys
                 .place(*place)
                 .some("kind", Some(kind).filter(|kind| **kind != PinKind::LongTerm))
                 .text("name", name),
+            Verb::Refer { place, name, of: Some(of), .. } => {
+                keys.place(*place).text("name", name).text("of", of)
+            }
             Verb::GupFast { place, name } => keys.place(*place).text("name", name),
             Verb::Unpin { name } | Verb::Release { name } | Verb::Drop { name } => {
                 keys.text("name", name)

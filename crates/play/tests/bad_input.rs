@@ -33,6 +33,11 @@ fn a_misspelt_word_is_told_with_its_line_and_what_was_meant() {
             "[[step]]\nactor = \"vmm\"\ndo = \"discard\"\npage = 0\nexpect = \"pined\"\n",
             "8:10: `expect` can't be \"pined\"; did you mean \"pinned\"?",
         ),
+        (
+            "[[step]]\nactor = \"disk\"\ndo = \"settle\"\n",
+            "5:9: `actor` can't be \"disk\"; known here: device, guest, kernel, process, vmm; others \
+             are declared, by [[actor]] with `name` and `is`",
+        ),
         ("[[steps]]\n", "4:3: a scenario has no key `steps`; did you mean `step`?"),
     ] {
         assert_eq!(refused(&format!("{HEAD}{body}")), why);

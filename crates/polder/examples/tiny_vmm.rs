@@ -13,9 +13,9 @@ use std::error::Error;
 use std::io::{Read, Write};
 use std::sync::Arc;
 
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use polder::guest_memory::GuestMemory;
-use polder::units::{ByteSize, Gfn, GfnRange, Gpa, PageRange};
+use polder::kvm_ioctls::{self, Kvm, VcpuExit, VcpuFd};
+use polder::units::{ByteSize, Gfn, GfnRange, Gpa};
 use polder::{Contents, Holder, Memory, OnBusy, Refusal, Slot, Visibility, VmId};
 use virtio_queue::{DescriptorChain, Queue, QueueT};
 
@@ -81,8 +81,7 @@ pub(crate) fn run() -> Result<String, Box<dyn Error>> {
     let size: ByteSize = "1M".parse()?;
     let memory = Arc::new(Memory::builder(size.pages()?).owed().build()?);
     let id = memory.attach(Arc::clone(&vm))?;
-    let all = PageRange::new(0u32.into(), memory.pages())?;
-    memory.bind(id, Slot(0), Gfn::from(0), all)?;
+    memory.bind(id, Slot(0), Gfn::from(0), memory.all_pages())?;
     let code = memory.pages_of(id, GfnRange::one(CODE.gfn()))?;
     let mut image = GUEST.to_vec();
     image.resize(0x40, 0);

@@ -174,7 +174,7 @@ impl Error {
     /// # use polder::{HostKind, Memory, Platform, units::PageCount};
     /// let builder = Memory::builder(PageCount::from(1u32)).platform(Platform::Snp);
     /// let refused = builder.host(HostKind::Memfd).build().unwrap_err();
-    /// assert_eq!(refused.way_out(), Some("use --host machine, or another platform"));
+    /// assert_eq!(refused.way_out(), Some("use HostKind::Machine (--host machine), or another platform"));
     /// ```
     pub fn way_out(&self) -> Option<&'static str> {
         match self {
@@ -182,11 +182,11 @@ impl Error {
             Self::HugePages { level: Level::Size1G, .. } => Some(
                 "reserve some: echo N > /sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages, \
                  or at boot, when memory is in one piece (hugepagesz=1G hugepages=N); or use \
-                 --page-size 2m",
+                 PageSize::Huge2M (--page-size 2m)",
             ),
             Self::HugePages { .. } => Some(
                 "reserve some: echo N > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages; or \
-                 use --page-size thp",
+                 use PageSize::Thp (--page-size thp)",
             ),
             Self::RingFull { .. } => {
                 Some("take completions first (Ring::complete), or make the ring larger")
@@ -203,7 +203,7 @@ impl Error {
             }
             Self::Host(error) => match error.errno {
                 polder_linux::Errno::NOMEM | polder_linux::Errno::FBIG => {
-                    Some("ask for less memory, or free some")
+                    Some("ask for less memory, free some, or raise the limit (ulimit -v)")
                 }
                 polder_linux::Errno::MFILE | polder_linux::Errno::NFILE => {
                     Some("raise the limit of open files (ulimit -n)")

@@ -258,7 +258,7 @@ impl<'a> Slices<'a> {
     fn take(&mut self) -> Result<Slice<'a>> {
         let (region, at) = self.memory.find(self.at)?;
         let rest = usize::try_from(region.length - at.0).unwrap_or(usize::MAX);
-        let slice = region.get_slice(at, self.left.min(rest))?;
+        let slice = region.slice(at, self.left.min(rest))?;
         self.left -= slice.len();
         if self.left > 0 {
             let next = self.at.checked_add(slice.len() as u64);
@@ -315,14 +315,26 @@ impl<'a> Iterator for Good<'a> {
 }
 
 impl GuestRegion {
-    /// The view and the place in it of `count` bytes at `at`, and their pages, if there are any.
+    /// Whether it has `count` bytes at `at`.
     #[inline(always)]
-    fn place(&self, at: MemoryRegionAddress, count: usize) -> Result<(&View, u64)> {
-        let end = at.0.checked_add(count as u64).filter(|&end| end <= self.length);
-        match (end, &self.view) {
-            (Some(_), Some(view)) => Ok((view, self.offset + at.0)),
+    fn has(&self, at: MemoryRegionAddress, count: usize) -> Result<()> {
+        match at.0.checked_add(count as u64) {
+            Some(end) if end <= self.length => Ok(()),
             _ => Err(GuestMemoryError::InvalidBackendAddress),
         }
+    }
+
+    #[inline(always)]
+    fn view(&self) -> Result<&View> {
+        self.view.as_deref().ok_or(GuestMemoryError::InvalidBackendAddress)
+    }
+
+    /// A slice of `count` bytes at `at`, which it has.
+    #[inline(always)]
+    fn slice(&self, at: MemoryRegionAddress, count: usize) -> Result<Slice<'_>> {
+        let (view, offset) = (self.view()?, self.offset + at.0);
+        let pin = self.pin(offset, count)?;
+        Ok(view.slice(offset, count, pin))
     }
 
     /// Pins the pages of `count` bytes at `offset` of the object, which are in it.
@@ -390,8 +402,8 @@ impl GuestMemoryRegion for GuestRegion {
     /// Where the byte is in the host view. Nothing is pinned by it: a touch is denied whenever the
     /// page is private.
     fn get_host_address(&self, at: MemoryRegionAddress) -> Result<*mut u8> {
-        let (view, offset) = self.place(at, 1)?;
-        Ok(view.slice(offset, 1, ()).ptr_guard_mut().as_ptr())
+        self.has(at, 1)?;
+        Ok(self.view()?.slice(self.offset + at.0, 1, ()).ptr_guard_mut().as_ptr())
     }
 
     #[inline(always)]
@@ -400,9 +412,8 @@ impl GuestMemoryRegion for GuestRegion {
         at: MemoryRegionAddress,
         count: usize,
     ) -> Result<VolatileSlice<'_, BS<'_, Self::B>>> {
-        let (view, offset) = self.place(at, count)?;
-        let pin = self.pin(offset, count)?;
-        Ok(view.slice(offset, count, pin))
+        self.has(at, count)?;
+        self.slice(at, count)
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polder_engine::pool::{HugePage, Pool, PoolCounts, PoolError, ReservationId};
+use polder_machine::Machine;
 use polder_units::Level;
 
 use crate::Error;
@@ -21,7 +22,14 @@ pub struct HugePool(Arc<Inner>);
 struct Inner {
     level: Level,
     pool: Mutex<Pool>,
+    gone: Mutex<Vec<Gone>>,
     changed: Condvar,
+}
+
+/// Huge pages of a memory that is gone, which pins on its machine keep.
+struct Gone {
+    machine: Arc<Mutex<Machine>>,
+    pages: Vec<HugePage>,
 }
 
 impl HugePool {
@@ -33,7 +41,8 @@ impl HugePool {
     /// assert_eq!((pool.level(), pool.counts().total), (Level::Size2M, 4));
     /// ```
     pub fn new(level: Level, total: u64) -> Self {
-        Self(Arc::new(Inner { level, pool: Mutex::new(Pool::new(total)), changed: Condvar::new() }))
+        let pool = Mutex::new(Pool::new(total));
+        Self(Arc::new(Inner { level, pool, gone: Mutex::default(), changed: Condvar::new() }))
     }
 
     /// The size of its pages.
@@ -82,7 +91,23 @@ impl HugePool {
             }
             other => unreachable!("no subpool was named: {other}"),
         })?;
-        Ok(Reserved { pool: self.clone(), id })
+        Ok(Reserved { pool: self.clone(), id, left: None })
+    }
+
+    /// Takes those pages back that no pin on a machine keeps any more, of a memory that is gone.
+    pub(crate) fn look_again(&self, machine: &Arc<Mutex<Machine>>) {
+        let pinned = machine.lock().pool_counts(self.0.level).pending;
+        let mut gone = self.0.gone.lock();
+        let Some(at) = gone.iter().position(|it| Arc::ptr_eq(&it.machine, machine)) else { return };
+        while gone[at].pages.len() as u64 > pinned
+            && let Some(page) = gone[at].pages.pop()
+        {
+            self.0.pool.lock().returned(page);
+        }
+        if gone[at].pages.is_empty() {
+            gone.swap_remove(at);
+        }
+        self.0.changed.notify_all();
     }
 }
 
@@ -97,6 +122,8 @@ impl fmt::Debug for HugePool {
 pub(crate) struct Reserved {
     pool: HugePool,
     id: ReservationId,
+    /// What pins keep of it.
+    left: Option<Gone>,
 }
 
 impl Reserved {
@@ -115,12 +142,24 @@ impl Reserved {
     pub(crate) fn discard(&self, page: HugePage) {
         self.pool.0.pool.lock().discard(self.id, page);
     }
+
+    /// Notes which of the pages are pinned as the memory goes.
+    pub(crate) fn leave(&mut self, machine: &Arc<Mutex<Machine>>, pages: Vec<HugePage>) {
+        self.left = Some(Gone { machine: Arc::clone(machine), pages });
+    }
 }
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        // The memory's machine goes with it, and all pins of that with the machine.
-        self.pool.0.pool.lock().release(self.id, |_| false);
+        let left = self.left.take();
+        let is_pinned = |page| left.as_ref().is_some_and(|left| left.pages.contains(&page));
+        self.pool.0.pool.lock().release(self.id, is_pinned);
         self.pool.0.changed.notify_all();
+        if let Some(left) = left {
+            let machine = Arc::clone(&left.machine);
+            self.pool.0.gone.lock().push(left);
+            // A pin may have gone meanwhile.
+            self.pool.look_again(&machine);
+        }
     }
 }

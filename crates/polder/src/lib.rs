@@ -2,14 +2,15 @@
 //!
 //! ```no_run
 //! use std::sync::Arc;
-//! use polder::units::{ByteSize, Gfn, Gpa, GfnRange, PageCount, PageRange};
+//! use polder::kvm_ioctls::Kvm;
+//! use polder::units::{ByteSize, Gfn, Gpa, GfnRange};
 //! use polder::{Contents, Memory, OnBusy, Slot, Visibility};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let vm = Arc::new(kvm_ioctls::Kvm::new()?.create_vm()?);
+//! let vm = Arc::new(Kvm::new()?.create_vm()?);
 //! let memory = Memory::builder("64M".parse::<ByteSize>()?.pages()?).build()?;
 //! let vm = memory.attach(vm)?;
-//! memory.bind(vm, Slot(0), Gfn::from(0), PageRange::between(0, 0x4000).unwrap())?;
+//! memory.bind(vm, Slot(0), Gfn::from(0), memory.all_pages())?;
 //!
 //! let page = GfnRange::one(Gpa::new(0x1000).gfn());
 //! assert!(memory.write(vm, Gpa::new(0x1000), b"hello").is_err()); // private: the guest's alone
@@ -32,14 +33,15 @@
 //! | drop contents | [`Memory::discard`] |
 //! | bring contents later | [`Builder::owed`], [`Memory::populate`], [`Memory::fail`], [`Memory::settle`] |
 //! | map ahead of a guest's touches | [`Memory::prefault`] |
-//! | handle a guest's exit | [`Memory::guest_fault`], [`MemoryFault`], [`Memory::page_of_failure`] |
+//! | run a vCPU, handle its exits | [`linux::in_guest`], [`Memory::guest_fault`], [`MemoryFault`], [`Memory::page_of_failure`] |
 //! | learn why | [`Memory::explain`], [`Explanation`]; [`Error`], [`Refusal`], [`Error::way_out`] |
 //! | count | [`Memory::statistics`], [`Memory::facts`], [`Memory::resident`] |
 //! | speak the kernel's names and error codes | [`kvm`] |
 //! | run a guest on the simulated machine | [`MachineVcpu`], [`Memory::simulated`], [`machine`] |
 //! | see an operation from inside | [`Memory::watch`], [`Watch`] |
 //!
-//! A whole VMM is `examples/tiny_vmm.rs`.
+//! A whole VMM is `examples/tiny_vmm.rs`; how to put Polder into one that exists, step by step, is in
+//! `docs/vmm.md`, and what a device model does in `docs/devices.md`.
 //!
 //! # What fails
 //! Every call that can fail returns an [`Error`] and has then changed nothing, unless it says so: a
@@ -55,6 +57,11 @@
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 struct Readme;
+
+/// So is the VMM of `docs/vmm.md`.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/vmm.md")]
+struct Vmm;
 
 /// So is the device of `docs/devices.md`.
 #[cfg(doctest)]
@@ -86,6 +93,9 @@ mod unpinned;
 mod vcpu;
 mod watch;
 
+/// The crate of the VMs and vCPUs that [`Memory::attach`] and [`Memory::prefault`] take, in the
+/// version that they are of.
+pub use kvm_ioctls;
 #[cfg(feature = "plant")]
 pub use polder_engine::Bug;
 pub use polder_engine::pool::{self, PoolCounts};
@@ -94,6 +104,11 @@ pub use polder_engine::{
     PinId, PinKind, Platform, Population, Refusal, ReshapedCounts, Response, Slot, Step, View,
     Visibility, VmId, Wish,
 };
+/// The kernel's interfaces, made safe. A VMM wants [`linux::in_guest`] around `VcpuFd::run`: a guest's
+/// touch of a page that did not come (its source failed, or it is in quarantine) is a SIGBUS for the
+/// vCPU's thread, which would end the process. With it, the touch is told beside the exit, and
+/// [`Memory::page_of_failure`] names the page.
+pub use polder_linux as linux;
 /// The simulated machine, for who looks into it by [`Memory::simulated`].
 pub use polder_machine as machine;
 /// The numbers of guest memory, each a type of its own.
@@ -107,6 +122,7 @@ pub use explain::{
     BindingFacts, ClaimFacts, Explanation, HostState, MappingLimit, PastOperation, PinFacts,
     RmpFacts,
 };
+pub use host::machine::KernelPin;
 pub use host::{HostKind, Vm};
 pub use host_view::HostView;
 pub use huge_pool::HugePool;

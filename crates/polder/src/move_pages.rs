@@ -38,7 +38,7 @@ impl Memory {
             return Err(Error::NotOffered {
                 what: "where pages lie is the kernel's affair on this host: it offers no way to \
                        move some of them with everybody cut off",
-                way_out: "use --host machine, or leave compaction to the kernel; transparent huge \
+                way_out: "use HostKind::Machine, or leave compaction to the kernel; transparent huge \
                           pages are put together again by Memory::collapse",
             });
         }
@@ -60,7 +60,7 @@ impl Memory {
         if self.page_size() != PageSize::Thp {
             return Err(Error::NotOffered {
                 what: "this memory is not made of transparent huge pages",
-                way_out: "make it so (--page-size thp) where the machine's settings allow for it",
+                way_out: "make it so (PageSize::Thp) where the machine's settings allow for it",
             });
         }
         let page = PageRange::enclosing(page, Level::Size2M, Geometry::X86_64);
@@ -124,7 +124,7 @@ impl Memory {
                 what: "the host can't write private pages of a guest_memfd, and a conversion loses \
                        what is in them",
                 way_out: "write the bytes to shared pages, and have the guest copy them; or use \
-                          --host memfd",
+                          HostKind::Memfd",
             });
         }
         self.driver.preload(range, bytes)

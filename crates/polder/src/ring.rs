@@ -70,7 +70,7 @@ impl Memory {
     pub fn ring(&self, holder: Holder, entries: u32, on_busy: OnBusy) -> Result<Ring<'_>, Error> {
         let view = self.driver.host.views().pinned_view().ok_or(Error::NotOffered {
             what: "the kernel can't read files into the simulated machine's memory",
-            way_out: "use --host memfd, or copy by Memory::write",
+            way_out: "use HostKind::Memfd, or copy by Memory::write",
         })?;
         Ok(Ring {
             memory: self,

@@ -139,6 +139,22 @@ pub enum SourceError {
     Other(String),
 }
 
+/// What a source's own reads said.
+///
+/// ```
+/// # use polder::source::SourceError;
+/// let error = std::io::Error::from_raw_os_error(5);
+/// assert_eq!(SourceError::from(error).to_string(), "it can't be read: Input/output error (os error 5)");
+/// ```
+impl From<std::io::Error> for SourceError {
+    fn from(error: std::io::Error) -> Self {
+        match polder_linux::Errno::from_io_error(&error) {
+            Some(errno) => Self::Read(errno),
+            None => Self::Other(error.to_string()),
+        }
+    }
+}
+
 /// Pages whose contents did not come, and never will.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("pages {pages} could not be brought from {source_name}: {why}")]

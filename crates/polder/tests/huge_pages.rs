@@ -571,3 +571,55 @@ fn a_pinned_neighbour_is_named_where_its_folio_would_have_to_be_split() {
     drop(pin);
     to(&memory, pages(3, 4), Visibility::Private).unwrap();
 }
+
+#[test]
+fn a_memory_that_ends_leaves_what_the_kernel_pins_pending_until_the_last_pin_goes() {
+    let pool = HugePool::new(Level::Size2M, 3);
+    let build = |pages: u64| {
+        let builder =
+            Memory::builder(PageCount::new(pages).unwrap()).host(HostKind::Machine).shared();
+        builder.page_size(PageSize::Huge2M).pool(&pool).build()
+    };
+    let of = |free, reserved, pending| PoolCounts { total: 3, free, reserved, pending };
+    let memory = build(2 * 512).unwrap();
+    memory.host_view().touch_write(600 * 4096, &[7]).unwrap();
+    let pins = [3, 300].map(|at| memory.simulated_pin(pages(at, at + 1)).unwrap());
+    assert_eq!(pool.counts(), of(1, 0, 0));
+    drop(memory);
+    assert_eq!(pool.counts(), of(2, 0, 1));
+    let too_few = Error::HugePages { level: Level::Size2M, asked: 3, available: 2, pending: 1 };
+    assert_eq!(build(3 * 512).err(), Some(too_few));
+    let [first, last] = pins;
+    drop(first);
+    assert_eq!(pool.counts(), of(2, 0, 1), "one pin is left");
+    // Who waits for it is told.
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| pool.wait_for(3, Duration::from_secs(600)));
+        drop(last);
+        assert!(waits.join().unwrap());
+    });
+    assert_eq!(pool.counts(), of(3, 0, 0));
+    build(3 * 512).unwrap();
+}
+
+#[test]
+fn what_was_discarded_and_is_pinned_is_pending_after_its_memory_too() {
+    let pool = HugePool::new(Level::Size2M, 1);
+    let builder = Memory::builder(PageCount::from(512u32)).host(HostKind::Machine).shared();
+    let memory = builder.page_size(PageSize::Huge2M).pool(&pool).build().unwrap();
+    let pin = memory.simulated_pin(pages(3, 4)).unwrap();
+    let beyond = memory.simulated_pin(pages(511, 513)).map(drop);
+    assert!(matches!(beyond, Err(Error::Refused(Refusal::Beyond { .. }))), "{beyond:?}");
+    memory.discard(pages(0, 512), OnBusy::Wait).unwrap();
+    assert_eq!(memory.pool().unwrap().pending, 1);
+    drop(memory);
+    assert_eq!((pool.counts().free, pool.counts().pending), (0, 1));
+    drop(pin);
+    assert_eq!((pool.counts().free, pool.counts().pending), (1, 0));
+    // Nothing outlives a memory that nobody pins.
+    let memory = Memory::builder(PageCount::from(512u32)).host(HostKind::Machine).shared();
+    let memory = memory.page_size(PageSize::Huge2M).pool(&pool).build().unwrap();
+    drop(memory.simulated_pin(pages(3, 4)).unwrap());
+    drop(memory);
+    assert_eq!((pool.counts().free, pool.counts().pending), (1, 0));
+}

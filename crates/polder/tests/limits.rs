@@ -75,7 +75,10 @@ fn out_of_addresses_is_an_error_with_a_way_out() {
     for size in ["100M", "1G", "1T", "100T"] {
         let refused = memory(size).expect_err(size);
         assert_eq!(refused.errno(), Errno::ENOMEM, "{size}: {refused:?}");
-        assert_eq!(refused.way_out(), Some("ask for less memory, or free some"));
+        assert_eq!(
+            refused.way_out(),
+            Some("ask for less memory, free some, or raise the limit (ulimit -v)")
+        );
     }
     assert_eq!((descriptors(), mappings()), (had, mapped), "what was made in part is gone");
     works(&before);

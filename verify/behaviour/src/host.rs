@@ -4,7 +4,7 @@ use polder::units::{GfnRange, Gpa, Level, PageIndex, PageRange};
 use polder::{
     Error, HostKind, Memory, MemoryFault, PageSize, Platform, Prefaulted, Visibility, VmId,
 };
-use polder_require::Thp;
+use polder_require::{Facility, HugetlbPages, Thp};
 use polder_vmm::scenario::Op;
 use polder_vmm::{Ended, IdleVcpu};
 
@@ -25,12 +25,16 @@ pub trait Host: Sync {
         PageSize::Small
     }
 
-    /// Sets aside what memory is made of, until it is dropped.
+    /// Sets aside what the memory of a case is made of, until it is dropped.
     ///
     /// # Errors
     /// [`Skipped`] where this machine has none.
-    fn set_aside(&self) -> Result<Option<Thp>, Skipped> {
-        Ok(None)
+    fn set_aside(&self) -> Result<SetAside, Skipped> {
+        match self.page_size() {
+            // As many as the largest memory of a case has.
+            PageSize::Huge2M => SetAside::of(self.kind(), PageSize::Huge2M, 8),
+            size => SetAside::of(self.kind(), size, 1),
+        }
     }
 
     /// The column's name.
@@ -89,6 +93,36 @@ pub trait Host: Sync {
     /// it are not applicable to others.
     fn inside(&self) -> Option<&dyn Inside> {
         None
+    }
+}
+
+/// Huge pages that are set aside for a case.
+pub struct SetAside(
+    #[expect(dead_code, reason = "held")] Option<HugetlbPages>,
+    #[expect(dead_code, reason = "held")] Option<Thp>,
+);
+
+impl SetAside {
+    /// Sets huge pages aside, `count` of them where they are reserved for a memory.
+    ///
+    /// # Errors
+    /// [`Skipped`] where this machine has none.
+    pub(crate) fn of(host: HostKind, size: PageSize, count: u64) -> Result<Self, Skipped> {
+        let lacking = |facility| move |why| Skipped { facility, why };
+        Ok(match (host, size) {
+            (HostKind::Machine, _) | (_, PageSize::Small) => Self(None, None),
+            (_, PageSize::Thp) => {
+                Self(None, Some(Thp::allow().map_err(lacking(Facility::HugePages))?))
+            }
+            (_, PageSize::Huge2M) => {
+                let pages = HugetlbPages::of_2m(count).map_err(lacking(Facility::HugePages))?;
+                Self(Some(pages), None)
+            }
+            (_, PageSize::Huge1G) => {
+                let pages = HugetlbPages::of_1g(count).map_err(lacking(Facility::GiganticPages))?;
+                Self(Some(pages), None)
+            }
+        })
     }
 }
 

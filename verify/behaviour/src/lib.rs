@@ -29,7 +29,7 @@ use std::fmt;
 use polder_require::Facility;
 
 pub use cases::{cases, way_of};
-pub use host::{Guest, Host, Inside, Trouble, Way};
+pub use host::{Guest, Host, Inside, SetAside, Trouble, Way};
 pub use hosts::{hosts, planted, planted_in_engine};
 pub use table::{Cell, cell, render};
 pub use verdict::{Verdict, run, run_within};

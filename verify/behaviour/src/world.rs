@@ -3,10 +3,12 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use polder::kvm::{self, GuestMemfd, kvm_create_guest_memfd};
-use polder::units::{Gfn, GfnRange, PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange};
+use polder::units::{
+    Geometry, Gfn, GfnRange, Gpa, Level, PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange,
+};
 use polder::{
-    Builder, Contents, Error, GuestExit, Memory, OnBusy, PageFacts, Platform, Population, Refusal,
-    Slot, Visibility, VmId,
+    Builder, Contents, Error, GuestExit, HostKind, Memory, OnBusy, PageFacts, PageSize, Platform,
+    Population, Refusal, Slot, Visibility, VmId,
 };
 use polder_require::Facility;
 use polder_vmm::scenario::{HostAccess, Op, Outcome, Pattern, pattern};
@@ -29,7 +31,7 @@ impl<'a> World<'a> {
     }
 
     /// Which host.
-    pub fn kind(&self) -> polder::HostKind {
+    pub fn kind(&self) -> HostKind {
         self.0.kind()
     }
 
@@ -91,9 +93,35 @@ impl<'a> World<'a> {
         self.build(if private { builder } else { builder.shared() })
     }
 
-    /// Memory of so many pages, of what the host's is made of.
+    /// Memory of so many pages, of what the host's is made of: of whole huge pages where it is of
+    /// those, which may be more.
     pub fn builder(&self, pages: u64) -> Builder {
-        Memory::builder(count(pages)).page_size(self.0.page_size())
+        let size = self.0.page_size();
+        let whole = size.reserved().map_or(1, |level| Geometry::X86_64.pages(level).get());
+        Memory::builder(count(pages.next_multiple_of(whole))).page_size(size)
+    }
+
+    /// The pages that the host's view shows together, or not at all.
+    pub fn granules(&self) -> Scale {
+        match (self.0.page_size().reserved(), self.0.kind()) {
+            (Some(level), HostKind::Memfd | HostKind::GuestMemfd) => Scale::of(level),
+            _ => Scale::of(Level::Size4K),
+        }
+    }
+
+    /// The pages that memory is made of.
+    pub fn folios(&self) -> Scale {
+        Scale::of(match self.0.page_size() {
+            PageSize::Small => Level::Size4K,
+            PageSize::Thp | PageSize::Huge2M => Level::Size2M,
+            PageSize::Huge1G => Level::Size1G,
+        })
+    }
+
+    /// How often a row tries what takes luck to be met. Huge pages take the road that 4K pages take,
+    /// whose column tries it `times` times.
+    pub fn rounds(&self, times: u64) -> u64 {
+        if self.0.page_size() == PageSize::Small { times } else { times.div_ceil(10) }
     }
 
     fn build(&self, builder: Builder) -> Result<Memory, Skipped> {
@@ -193,6 +221,41 @@ impl<'a> World<'a> {
     /// [`Host::inside`], where the case applies only to hosts that have it.
     pub fn inside(&self) -> &dyn Inside {
         self.0.inside().expect("a host without it declares the case not applicable")
+    }
+}
+
+/// Pages by the number of the larger page that they lie in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Scale(u64);
+
+impl Scale {
+    fn of(level: Level) -> Self {
+        Self(Geometry::X86_64.pages(level).get())
+    }
+
+    /// Whether one is a page of 4K.
+    pub(crate) fn is_small(self) -> bool {
+        self.0 == 1
+    }
+
+    /// The pages of so many.
+    pub(crate) fn count(self, of: u64) -> u64 {
+        of * self.0
+    }
+
+    /// The first page of one.
+    pub(crate) fn first(self, of: u64) -> u64 {
+        of * self.0
+    }
+
+    /// The pages of one.
+    pub(crate) fn page(self, of: u64) -> PageRange {
+        self.pages(of, of + 1)
+    }
+
+    /// The pages of those from `start` to before `end`.
+    pub(crate) fn pages(self, start: u64, end: u64) -> PageRange {
+        pages(start * self.0, end * self.0)
     }
 }
 
@@ -328,11 +391,82 @@ pub(crate) fn share_all(memory: &Memory) {
     to(memory, all(memory), Visibility::Shared).expect("nothing stands in the way");
 }
 
-/// A page's bytes, by a raw touch.
+/// A page's bytes, by a raw touch; by the API where a raw one meets [`Together`].
 pub(crate) fn touch(memory: &Memory, page: u64) -> Result<Vec<u8>, Error> {
+    match together(memory, page) {
+        None => return raw_touch(memory, page),
+        Some(Together::Waits) => {}
+        Some(Together::Denied) => {
+            let raw = raw_touch(memory, page);
+            assert!(raw.is_err(), "page {page:#x} is shown, and with it what is not");
+        }
+    }
+    let mut bytes = vec![0; PAGE_BYTES];
+    by_api(memory, page, |vm, gpa| memory.read(vm, gpa, &mut bytes))?;
+    Ok(bytes)
+}
+
+/// A page's bytes, by a raw touch and no other.
+pub(crate) fn raw_touch(memory: &Memory, page: u64) -> Result<Vec<u8>, Error> {
     let mut bytes = vec![0; PAGE_BYTES];
     memory.host_view().touch_read(page * PAGE_SIZE, &mut bytes)?;
     Ok(bytes)
+}
+
+/// What a raw touch of a page meets because the host's view shows a huge page as a whole.
+#[derive(PartialEq, Eq)]
+enum Together {
+    /// Another page of it is not shared.
+    Denied,
+    /// The contents of another are still to come.
+    Waits,
+}
+
+fn together(memory: &Memory, page: u64) -> Option<Together> {
+    let view = granule(memory);
+    if view == Level::Size4K {
+        return None;
+    }
+    let page = PageIndex::new(page).filter(|page| page.get() < memory.pages().get())?;
+    let around = PageRange::enclosing(page, view, Geometry::X86_64);
+    let runs = facts(memory, around);
+    let (_, own) = runs.iter().find(|(run, _)| run.contains(page)).expect("all of its pages");
+    let shared = |facts: &PageFacts| facts.visibility == Visibility::Shared;
+    match own.population {
+        _ if !shared(own) => None,
+        _ if !runs.iter().all(|(_, facts)| shared(facts)) => Some(Together::Denied),
+        _ if !memory.is_shown(page) => Some(Together::Denied),
+        Population::Whole if runs.iter().any(|run| run.1.population == Population::Owed) => {
+            Some(Together::Waits)
+        }
+        _ => None,
+    }
+}
+
+/// The smallest page that the host's view shows.
+fn granule(memory: &Memory) -> Level {
+    match memory.page_size().reserved() {
+        Some(level) if memory.simulated(|_, _, _| ()).is_err() => level,
+        _ => Level::Size4K,
+    }
+}
+
+/// Has the API reach a page by a binding that shows it. What nobody sees yet is bound for that.
+fn by_api<T>(memory: &Memory, page: u64, reach: impl FnOnce(VmId, Gpa) -> T) -> T {
+    let shown = || {
+        memory.bindings().into_iter().find_map(|(vm, _, binding)| {
+            let into = page.checked_sub(binding.pages().start().get())?;
+            let at = Gfn::new(binding.gfns().start().get() + into)?;
+            binding.gfns().contains(at).then_some((vm, at.gpa()))
+        })
+    };
+    let (vm, gpa) = shown().unwrap_or_else(|| {
+        let guest = polder_vmm::Vm::new(HostKind::Memfd).expect("a VM of KVM's");
+        let vm = guest.attach(memory).expect("memory of this host");
+        memory.bind(vm, Slot(0), gfn(BASE), all(memory)).expect("a VM's first slot");
+        shown().expect("all of it is bound")
+    });
+    reach(vm, gpa)
 }
 
 /// The byte that all of a page holds; `None` where the touch is denied.
@@ -351,10 +485,19 @@ pub(crate) fn bytes(memory: &Memory, range: PageRange) -> Vec<Option<u8>> {
     range.frames().map(|page| byte(memory, page.get())).collect()
 }
 
-/// Fills a page, by a raw touch.
+/// Whether each page of a range holds that byte, or is denied.
+pub(crate) fn all_are(memory: &Memory, range: PageRange, expected: Option<u8>) -> bool {
+    range.frames().all(|page| byte(memory, page.get()) == expected)
+}
+
+/// Fills a page, in the way in which [`touch`] reads one.
 pub(crate) fn put(memory: &Memory, page: u64, byte: u8) {
     let bytes = [byte; PAGE_BYTES];
-    memory.host_view().touch_write(page * PAGE_SIZE, &bytes).expect("a shared page");
+    let put = match together(memory, page) {
+        None => memory.host_view().touch_write(page * PAGE_SIZE, &bytes),
+        Some(_) => by_api(memory, page, |vm, gpa| memory.write(vm, gpa, &bytes)),
+    };
+    put.expect("a shared page");
 }
 
 /// The bytes of a guest frame that holds a seeded pattern.

@@ -64,21 +64,26 @@ impl HugetlbPages {
         Self::of(POOL_2M, count, &helps, share(Path::new(POOL_2M))?)
     }
 
-    /// `count` pages of 2M, and nobody else has any while they are held. Waits for those who do,
-    /// for `at_most` at most.
+    /// `count` pages of 2M, the only ones that are free and not promised, and no other test has any
+    /// while they are held. Waits for those that do, and for who else has some, for `at_most` at
+    /// most.
     ///
     /// # Errors
     /// Why there are none.
     pub fn of_2m_alone(count: u64, at_most: Duration) -> Result<Self, String> {
         const PAUSE: Duration = Duration::from_millis(20);
-        let mut left = at_most;
-        let held = open(&Path::new(POOL_2M).join(HAVE))?;
-        while held.try_lock().is_err() {
+        let (pool, mut left) = (Path::new(POOL_2M), at_most);
+        loop {
+            let held = open(&pool.join(HAVE))?;
+            let alone = held.try_lock().is_ok();
+            if alone && number(&pool.join("free_hugepages"))? <= number(&pool.join(HAVE))? {
+                return Self::of(POOL_2M, count, &[None], held);
+            }
+            drop(held);
             let others = || "others have huge pages set aside, all the time".to_owned();
             left = left.checked_sub(PAUSE).ok_or_else(others)?;
             std::thread::sleep(PAUSE);
         }
-        Self::of(POOL_2M, count, &[None], held)
     }
 
     /// Takes them away again, as an administrator may: what is promised of them stays so.

@@ -1,7 +1,9 @@
 //! The file that memory is filled from, and who touches what of it.
 
+use std::fs::File;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 
 use polder::units::{Gpa, PAGE_BYTES, PAGE_SIZE, PageCount};
 use polder_vmm::Vm;
@@ -25,9 +27,9 @@ const RANDOM: u64 = 4096;
 const PATTERN: Pattern = Pattern::Seeded { seed: 11 };
 
 /// A file whose words are a pattern of the guest's at which they will lie; in the page cache, and in
-/// our own memory, too. Removed in the end.
+/// our own memory, too. It has no name, so that nothing is left whatever ends this process.
 pub(super) struct Image {
-    path: PathBuf,
+    file: File,
     bytes: Vec<u8>,
 }
 
@@ -36,16 +38,21 @@ impl Image {
         let path = std::env::temp_dir().join(format!("polder-bench-{}", std::process::id()));
         let words = (0..PAGES * PAGE_SIZE / 8).map(|word| Gpa::new(Vm::RAM.get() + 8 * word));
         let bytes: Vec<u8> = words.flat_map(|gpa| PATTERN.word(gpa).to_le_bytes()).collect();
-        let image = Self { path, bytes };
-        let write = || std::fs::File::create(&image.path)?.write_all(&image.bytes);
-        match write() {
-            Ok(()) => Ok(image),
-            Err(source) => Err(BenchError::File { path: image.path.clone(), source }),
+        let make = || {
+            let mut file = File::options().read(true).write(true).create_new(true).open(&path)?;
+            std::fs::remove_file(&path)?;
+            file.write_all(&bytes)?;
+            Ok(file)
+        };
+        match make() {
+            Ok(file) => Ok(Self { file, bytes }),
+            Err(source) => Err(BenchError::File { path, source }),
         }
     }
 
-    pub(super) fn path(&self) -> &Path {
-        &self.path
+    /// By which it can be opened anew, as long as it is there.
+    pub(super) fn path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.file.as_raw_fd()).into()
     }
 
     pub(super) fn pages(&self) -> PageCount {
@@ -101,12 +108,6 @@ fn runs(order: Order, part: u64, vcpus: u64, seed: u64) -> Vec<(u64, u64)> {
     }
     places.truncate(usize::try_from(count).expect("few"));
     places.into_iter().map(|place| (place * size, 1 + below(size))).collect()
-}
-
-impl Drop for Image {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
 }
 
 #[cfg(test)]

@@ -23,8 +23,8 @@ use crate::output;
 
 /// Tell what this machine offers to Polder, and what would bring what it lacks.
 ///
-/// Nothing is changed: KVM is asked on virtual machines that are thrown away, and host memfd is
-/// tried with a page of memory.
+/// Nothing is changed: KVM is asked on virtual machines that are thrown away, and each host is tried
+/// with a page of memory.
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
@@ -38,6 +38,11 @@ pub(crate) struct Arguments {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+}
+
+/// What programs can have of this machine's memory now, in bytes, as the kernel estimates it.
+pub(crate) fn memory_available() -> Option<u64> {
+    parse::kib_field(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable")
 }
 
 pub(crate) fn main(arguments: &Arguments) -> ExitCode {

@@ -66,10 +66,15 @@ impl Tree {
         self.get_coarse(page)
     }
 
-    /// The facts of `page` from the coarsest row that has them. Apart from `get`, for which it
-    /// would need registers.
+    /// Apart from `get`, for which it would need registers.
     #[inline(never)]
     fn get_coarse(&self, page: usize) -> PageFacts {
+        PageFacts::from_bits(self.coarsest(page))
+    }
+
+    /// The facts of `page` from the coarsest row that has them.
+    #[inline(always)]
+    fn coarsest(&self, page: usize) -> u8 {
         let mut entry = self.row_1g.get(page >> self.shift_1g);
         if entry & MIXED != 0 {
             let finer = self.finer();
@@ -78,7 +83,7 @@ impl Tree {
                 entry = finer.leaves.get(page);
             }
         }
-        PageFacts::from_bits(entry & FACTS)
+        entry & FACTS
     }
 
     #[inline]
@@ -94,18 +99,20 @@ impl Tree {
         if self.ends_inside(page, self.shift_2m) { Level::Size2M } else { Level::Size4K }
     }
 
-    /// Whether `page` has `facts`; quick where it lies in a uniform 1G page.
-    #[inline]
-    pub(super) fn is(&self, page: PageIndex, facts: PageFacts) -> bool {
-        let entry = self.row_1g.get(self.checked(page) >> self.shift_1g);
-        if entry & MIXED == 0 { entry & FACTS == facts.bits() } else { self.get(page) == facts }
+    /// Whether all of `range` has `facts`; quick where it is one page. Not, if it reaches past the
+    /// object.
+    #[inline(always)]
+    pub(super) fn is(&self, range: PageRange, facts: PageFacts) -> bool {
+        range.end() <= self.pages.get()
+            && self.coarsest(number(range.start().get())) == facts.bits()
+            && (range.count() == PageCount::ONE || self.are_all(range, facts))
     }
 
     /// Whether all of `range` has `facts`. While they stay what they are, it does not matter that
     /// what is around changes: what is uniform with a page of the range has, as far as it lies in
     /// the range, that page's facts.
     #[inline(never)]
-    pub(super) fn are_all(&self, range: PageRange, facts: PageFacts) -> bool {
+    fn are_all(&self, range: PageRange, facts: PageFacts) -> bool {
         let (mut at, end) = (range.start(), range.end());
         loop {
             if self.get(at) != facts {

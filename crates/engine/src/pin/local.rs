@@ -9,6 +9,7 @@
 //! Places are made when they are used first, and kept until the holder goes.
 
 use alloc::boxed::Box;
+use alloc::sync::Arc;
 use core::fmt;
 use core::marker::PhantomData;
 
@@ -39,12 +40,18 @@ struct Place {
 /// is found in no more time however many there are.
 struct More {
     entries: Box<[Entry]>,
+    list: Arc<List>,
+    /// Twice as many, where all of these are held.
+    next: OnceBox<Self>,
+}
+
+/// Which entries of [`More`] are free. Each entry knows it, and not the pin, which is to be small:
+/// it is moved about with every slice of guest memory.
+struct List {
     /// The first free entry; those after it by their links.
     free: AtomicU32,
     /// How many are held.
     held: AtomicU32,
-    /// Twice as many, where all of these are held.
-    next: OnceBox<Self>,
 }
 
 /// No free entry.
@@ -57,6 +64,8 @@ struct Entry {
     held: AtomicU32,
     /// Of [`More`]: while it is held, its own index; while it is free, the next free one's.
     link: AtomicU32,
+    /// Of [`More`]: where it is noted as free again.
+    list: Option<Arc<List>>,
 }
 
 impl Places {
@@ -72,11 +81,11 @@ impl Places {
             Some(place) => place,
             None => self.make(thread),
         };
-        let (entry, more) = place.free();
+        let entry = place.free();
         entry.start.store(range.start().get(), Ordering::Relaxed);
         entry.end.store(range.end(), Ordering::Relaxed);
         entry.held.store(1, Ordering::Release);
-        Local { entry, more, thread: PhantomData }
+        Local { entry, thread: PhantomData }
     }
 
     #[cold]
@@ -100,7 +109,7 @@ impl Places {
             look(&place.entries);
             let mut more = place.more.get();
             while let Some(block) = more {
-                if block.held.load(Ordering::Acquire) > 0 {
+                if block.list.held.load(Ordering::Acquire) > 0 {
                     look(&block.entries);
                 }
                 more = block.next.get();
@@ -112,15 +121,15 @@ impl Places {
 
 impl Place {
     fn new() -> Self {
-        let entries = core::array::from_fn(|_| Entry::new(NONE));
+        let entries = core::array::from_fn(|_| Entry::new(NONE, None));
         Self { entries, more: OnceBox::new() }
     }
 
     #[inline(always)]
-    fn free(&self) -> (&Entry, Option<&More>) {
+    fn free(&self) -> &Entry {
         let free = self.entries.iter().find(|entry| entry.held.load(Ordering::Relaxed) == 0);
         match free {
-            Some(free) => (free, None),
+            Some(free) => free,
             None => self.more.get_or_init(|| Box::new(More::new(MORE))).take(),
         }
     }
@@ -129,43 +138,45 @@ impl Place {
 impl More {
     fn new(count: usize) -> Self {
         let count = u32::try_from(count).expect("memory holds fewer");
-        let entries = (1..count).chain([NONE]).map(Entry::new).collect();
         let [free, held] = [(); 2].map(|()| AtomicU32::new(0));
-        Self { entries, free, held, next: OnceBox::new() }
+        let list = Arc::new(List { free, held });
+        let entry = |next| Entry::new(next, Some(Arc::clone(&list)));
+        Self { entries: (1..count).chain([NONE]).map(entry).collect(), list, next: OnceBox::new() }
     }
 
     /// A free entry, of these or those after them.
     #[cold]
-    fn take(&self) -> (&Entry, Option<&Self>) {
+    fn take(&self) -> &Entry {
         let mut block = self;
-        while block.free.load(Ordering::Relaxed) == NONE {
+        while block.list.free.load(Ordering::Relaxed) == NONE {
             let twice = || Box::new(Self::new(2 * block.entries.len()));
             block = block.next.get_or_init(twice);
         }
-        let free = block.free.load(Ordering::Relaxed);
-        let entry = &block.entries[free as usize];
-        block.free.store(entry.link.load(Ordering::Relaxed), Ordering::Relaxed);
-        entry.link.store(free, Ordering::Relaxed);
-        let held = block.held.load(Ordering::Relaxed);
-        block.held.store(held + 1, Ordering::Relaxed);
-        (entry, Some(block))
+        let List { free, held } = &*block.list;
+        let first = free.load(Ordering::Relaxed);
+        let entry = &block.entries[first as usize];
+        free.store(entry.link.load(Ordering::Relaxed), Ordering::Relaxed);
+        entry.link.store(first, Ordering::Relaxed);
+        held.store(held.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        entry
     }
+}
 
+impl List {
     /// Takes an entry back that is held no more.
     #[cold]
     fn give(&self, entry: &Entry) {
         let own = entry.link.load(Ordering::Relaxed);
         entry.link.store(self.free.load(Ordering::Relaxed), Ordering::Relaxed);
         self.free.store(own, Ordering::Relaxed);
-        let held = self.held.load(Ordering::Relaxed);
-        self.held.store(held - 1, Ordering::Release);
+        self.held.store(self.held.load(Ordering::Relaxed) - 1, Ordering::Release);
     }
 }
 
 impl Entry {
-    fn new(link: u32) -> Self {
+    fn new(link: u32, list: Option<Arc<List>>) -> Self {
         let [start, end] = [(); 2].map(|()| AtomicU64::new(0));
-        Self { start, end, held: AtomicU32::new(0), link: AtomicU32::new(link) }
+        Self { start, end, held: AtomicU32::new(0), link: AtomicU32::new(link), list }
     }
 
     fn range(&self) -> Option<PageRange> {
@@ -180,7 +191,6 @@ impl Entry {
 #[must_use = "dropping it unpins the pages"]
 pub struct Local<'a> {
     entry: &'a Entry,
-    more: Option<&'a More>,
     thread: PhantomData<*const ()>,
 }
 
@@ -190,7 +200,7 @@ impl Clone for Local<'_> {
         let held = self.entry.held.load(Ordering::Relaxed);
         assert!(held < u32::MAX, "a pin was cloned four billion times");
         self.entry.held.store(held + 1, Ordering::Relaxed);
-        Self { entry: self.entry, more: self.more, thread: PhantomData }
+        Self { entry: self.entry, thread: PhantomData }
     }
 }
 
@@ -200,8 +210,8 @@ impl Drop for Local<'_> {
         // What was done with the pages comes before whoever finds them unpinned.
         let held = self.entry.held.load(Ordering::Relaxed);
         self.entry.held.store(held - 1, Ordering::Release);
-        if let (1, Some(more)) = (held, self.more) {
-            more.give(self.entry);
+        if let (1, Some(list)) = (held, &self.entry.list) {
+            list.give(self.entry);
         }
     }
 }

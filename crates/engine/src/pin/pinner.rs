@@ -121,9 +121,6 @@ impl Pinner {
     /// [`Engine::pinner_here`]: crate::Engine::pinner_here
     #[inline(always)]
     pub fn pin_here(&self, thread: usize, range: PageRange) -> Result<Local<'_>, AskEngine> {
-        if range.end() > self.reader.pages().get() {
-            return Err(AskEngine);
-        }
         let noted = self.note(thread, range);
         match self.barrier {
             true => light_fence(),

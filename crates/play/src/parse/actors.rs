@@ -35,9 +35,16 @@ impl<'t> Reader<'t> {
         }
         let key = table.need("actor", &format!("the step `{}`", verb.name))?;
         let known: Vec<_> = self.actors.iter().map(|(name, actor)| (name.clone(), actor)).collect();
-        let actor = key.one_of(key.text()?, &known)?;
+        let name = key.text()?;
+        let actor = key.one_of(name, &known).map_err(|error| match error.meant {
+            Some(meant) if meant.starts_with("known") => {
+                let others = "others are declared, by [[actor]] with `name` and `is`";
+                ScenarioError { meant: Some(format!("{meant}; {others}")), ..error }
+            }
+            _ => error,
+        })?;
         if verb.who.contains(&actor.kind) {
-            return Ok(Some(key.text()?.to_owned()));
+            return Ok(Some(name.to_owned()));
         }
         let can: Vec<_> = verb.who.iter().map(|kind| kind.name()).collect();
         let what = format!("a {} can't `{}`", actor.kind, verb.name);

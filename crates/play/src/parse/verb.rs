@@ -77,9 +77,12 @@ impl<'t> Keys<'_, 't> {
                 size: self.size()?,
                 validate: self.flag("validate", true)?,
             },
-            "refer" => {
-                Verb::Refer { place: self.place()?, kind: self.pin_kind()?, name: self.name()? }
-            }
+            "refer" => Verb::Refer {
+                place: self.place()?,
+                kind: self.pin_kind()?,
+                name: self.name()?,
+                of: self.table.get("of").map(|key| key.text().map(str::to_owned)).transpose()?,
+            },
             "release" => Verb::Release { name: self.name()? },
             "gup-fast" => Verb::GupFast { place: self.place()?, name: self.name()? },
             name => return self.kernel(name),

@@ -12,46 +12,158 @@ use crate::scenario::By;
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[expect(missing_docs, reason = "the table of verbs in names.rs says what each is")]
 pub enum Verb {
-    Convert { place: Place, to: Visibility, contents: Contents, wait: bool },
-    Want { place: Place, vm: usize, to: Visibility },
-    Discard { place: Place },
-    Move { place: Place },
-    Preload { place: Place, bytes: String },
-    Relinquish { place: Place },
-    Populate { place: Place, bytes: String },
-    Fail { place: Place },
+    Convert {
+        place: Place,
+        to: Visibility,
+        contents: Contents,
+        wait: bool,
+    },
+    Want {
+        place: Place,
+        vm: usize,
+        to: Visibility,
+    },
+    Discard {
+        place: Place,
+    },
+    Move {
+        place: Place,
+    },
+    Preload {
+        place: Place,
+        bytes: String,
+    },
+    Relinquish {
+        place: Place,
+    },
+    Populate {
+        place: Place,
+        bytes: String,
+    },
+    Fail {
+        place: Place,
+    },
     Settle,
-    Create { huge_pages: u64, name: String },
-    Drop { name: String },
-    Bind { vm: usize, slot: SlotSpec },
-    Unbind { vm: usize, slot: u32 },
-    Prefault { place: Place, vm: usize, by: By },
-    Pte { place: Place, present: bool, used: bool },
-    Read { from: Bytes, length: u64 },
-    Write { to: Bytes, bytes: String },
-    Pin { place: Place, kind: PinKind, name: String },
-    Unpin { name: String },
-    Refer { place: Place, kind: PinKind, name: String },
-    Release { name: String },
-    GupFast { place: Place, name: String },
-    Pvalidate { place: Place, size: RmpSize, validate: bool },
-    Allocate { place: Place, level: Level },
-    NoMemory { after: u64 },
-    Lock { place: Place },
-    Unlock { place: Place },
-    Split { place: Place },
-    Merge { place: Place, level: Level },
-    Map { place: Place, vm: usize, level: Level },
-    Zap { place: Place, vm: usize },
-    Rmpupdate { place: Place, vm: usize, size: RmpSize, assign: bool, immutable: bool },
-    Psmash { place: Place },
-    Unsmash { place: Place },
-    Reclaim { place: Place, size: RmpSize },
-    RmpHold { place: Place, size: RmpSize },
-    RmpRelease { place: Place },
-    Resume { hold: Option<Hold> },
+    Create {
+        huge_pages: u64,
+        name: String,
+    },
+    Drop {
+        name: String,
+    },
+    Bind {
+        vm: usize,
+        slot: SlotSpec,
+    },
+    Unbind {
+        vm: usize,
+        slot: u32,
+    },
+    Prefault {
+        place: Place,
+        vm: usize,
+        by: By,
+    },
+    Pte {
+        place: Place,
+        present: bool,
+        used: bool,
+    },
+    Read {
+        from: Bytes,
+        length: u64,
+    },
+    Write {
+        to: Bytes,
+        bytes: String,
+    },
+    Pin {
+        place: Place,
+        kind: PinKind,
+        name: String,
+    },
+    Unpin {
+        name: String,
+    },
+    /// Of another memory, if it names one.
+    Refer {
+        place: Place,
+        kind: PinKind,
+        name: String,
+        of: Option<String>,
+    },
+    Release {
+        name: String,
+    },
+    GupFast {
+        place: Place,
+        name: String,
+    },
+    Pvalidate {
+        place: Place,
+        size: RmpSize,
+        validate: bool,
+    },
+    Allocate {
+        place: Place,
+        level: Level,
+    },
+    NoMemory {
+        after: u64,
+    },
+    Lock {
+        place: Place,
+    },
+    Unlock {
+        place: Place,
+    },
+    Split {
+        place: Place,
+    },
+    Merge {
+        place: Place,
+        level: Level,
+    },
+    Map {
+        place: Place,
+        vm: usize,
+        level: Level,
+    },
+    Zap {
+        place: Place,
+        vm: usize,
+    },
+    Rmpupdate {
+        place: Place,
+        vm: usize,
+        size: RmpSize,
+        assign: bool,
+        immutable: bool,
+    },
+    Psmash {
+        place: Place,
+    },
+    Unsmash {
+        place: Place,
+    },
+    Reclaim {
+        place: Place,
+        size: RmpSize,
+    },
+    RmpHold {
+        place: Place,
+        size: RmpSize,
+    },
+    RmpRelease {
+        place: Place,
+    },
+    Resume {
+        hold: Option<Hold>,
+    },
     Look(Look),
-    Explain { place: Place },
+    Explain {
+        place: Place,
+    },
     Pool,
     Audit,
 }
@@ -119,7 +231,7 @@ impl Verb {
             | Self::Populate { place, .. }
             | Self::Fail { place }
             | Self::Pin { place, .. }
-            | Self::Refer { place, .. }
+            | Self::Refer { place, of: None, .. }
             | Self::GupFast { place, .. }
             | Self::Prefault { place, .. }
             | Self::Pte { place, .. }
@@ -144,6 +256,8 @@ impl Verb {
             Self::Settle | Self::Unbind { .. } | Self::Unpin { .. } | Self::Release { .. } => {
                 return None;
             }
+            // Of another memory.
+            Self::Refer { of: Some(_), .. } => return None,
             Self::NoMemory { .. } | Self::Resume { .. } => return None,
             Self::Create { .. } | Self::Drop { .. } | Self::Pool | Self::Audit => return None,
         })

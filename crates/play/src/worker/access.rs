@@ -31,7 +31,8 @@ impl Worker<'_> {
             }
             Verb::Pte { place, present, used } => self.pte(*place, *present, *used),
             Verb::Pvalidate { place, size, validate } => self.pvalidate(*place, *size, *validate),
-            Verb::Refer { place, kind, name } => self.refer(*place, *kind, name),
+            Verb::Refer { place, kind, name, of: None } => self.refer(*place, *kind, name),
+            Verb::Refer { place, name, of: Some(of), .. } => self.refer_to(*place, of, name),
             Verb::Release { name } => self.release(name),
             Verb::GupFast { place, name } => self.gup_fast(*place, name),
             other => self.kernel(other),

@@ -1,10 +1,10 @@
 //! A process of the machine's: its mapping, and the references that it takes by that.
 
-use polder::PinKind;
 use polder::machine::{
-    GupFast, GupStep, Hva, PinKind as GupKind, ProcessId, Thread, View as Vma, VpnRange,
+    GupFast, GupStep, Hva, PinId, PinKind as GupKind, ProcessId, Thread, View as Vma, VpnRange,
 };
 use polder::units::{PAGE_SIZE, PageIndex, PageRange};
+use polder::{KernelPin, PinKind};
 
 use super::{Acted, Worker, nobodys};
 use crate::names::{Is, Kind};
@@ -13,6 +13,13 @@ use crate::scenario::{Bytes, Place};
 
 /// Where another process maps the memory: aligned to every level.
 const PROCESS_VIEW: u64 = 1 << 18;
+
+/// What `refer` and `gup-fast` take.
+pub(super) enum Reference {
+    Pin(PinId),
+    /// Of another memory.
+    Outlives(KernelPin),
+}
 
 impl Worker<'_> {
     /// The actor's own mapping, made when he first needs it.
@@ -71,7 +78,16 @@ impl Worker<'_> {
         let pin = self
             .world
             .inside(|machine, _, _| Ok(machine.pin_user_pages(process, vpns, true, kind)?))?;
-        self.references.insert(name.to_owned(), pin);
+        self.references.insert(name.to_owned(), Reference::Pin(pin));
+        Ok(Outcome::done())
+    }
+
+    /// Has the kernel pin pages of another memory, which they outlive.
+    pub(super) fn refer_to(&mut self, place: Place, of: &str, name: &str) -> Acted {
+        self.check_free(name)?;
+        let range = self.run(place)?;
+        let pin = self.world.pin_other(of, range)?;
+        self.references.insert(name.to_owned(), Reference::Outlives(pin));
         Ok(Outcome::done())
     }
 
@@ -85,11 +101,16 @@ impl Worker<'_> {
     }
 
     pub(super) fn release(&mut self, name: &str) -> Acted {
-        let pin = self.references.remove(name);
-        let pin = pin.ok_or_else(|| {
-            Stop::new(Is::NotPinned, format!("{} refers to nothing as \"{name}\"", self.name))
-        })?;
-        self.world.inside(|machine, _, _| Ok(machine.unpin(pin)?))?;
+        match self.references.remove(name) {
+            Some(Reference::Pin(pin)) => {
+                self.world.inside(|machine, _, _| Ok(machine.unpin(pin)?))?;
+            }
+            Some(Reference::Outlives(pin)) => drop(pin),
+            None => {
+                let nothing = format!("{} refers to nothing as \"{name}\"", self.name);
+                return Err(Stop::new(Is::NotPinned, nothing));
+            }
+        }
         Ok(Outcome::done())
     }
 
@@ -111,7 +132,7 @@ impl Worker<'_> {
                 Ok(Outcome::new(Is::Ok, what))
             }
             GupStep::Pinned(pin) => {
-                self.references.insert(name.to_owned(), pin);
+                self.references.insert(name.to_owned(), Reference::Pin(pin));
                 Ok(Outcome::new(Is::Ok, "the page is pinned"))
             }
             GupStep::Fallback => {

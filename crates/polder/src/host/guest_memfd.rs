@@ -168,7 +168,7 @@ const NO_PRIVATE_MEMORY: Error = Error::NotOffered {
     what: "this VM has no private memory: KVM offers it with TDP (EPT or NPT), to VMs of a \
            protected type",
     way_out: "make the VM of type KVM_X86_SW_PROTECTED_VM on a kernel with \
-              CONFIG_KVM_SW_PROTECTED_VM and TDP, or use --host memfd",
+              CONFIG_KVM_SW_PROTECTED_VM and TDP, or use HostKind::Memfd (--host memfd)",
 };
 
 impl GuestMemfdHost {
@@ -178,7 +178,7 @@ impl GuestMemfdHost {
             return Err(Error::NotOffered {
                 what: "contents can't be owed on host guest_memfd: no kernel lets a userfaultfd \
                        watch a guest_memfd, or the host write its private pages",
-                way_out: "have the guest copy them from shared pages, or use --host memfd",
+                way_out: "have the guest copy them from shared pages, or use HostKind::Memfd (--host memfd)",
             });
         }
         let views = MemfdViews::new("polder-shared", pages, false, PageSize::Small)?;

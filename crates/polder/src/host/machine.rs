@@ -25,10 +25,12 @@ mod references;
 mod rmp;
 mod slots;
 mod stage2;
+mod teardown;
 mod touches;
 mod userfault;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use polder_engine::pool::PoolCounts;
@@ -41,6 +43,7 @@ pub(crate) use self::device::MachineDevice;
 use self::pkvm::Pkvm;
 use self::rmp::Rmp;
 use self::slots::Attached;
+pub use self::teardown::KernelPin;
 use super::views::Views;
 use super::{Faulted, Host, Shown, Smashed, Translated, Vm, failed};
 use crate::explain::HostFacts;
@@ -65,7 +68,8 @@ const HOST_VIEW: u64 = 1 << 18;
 const DRIVER: LockOwner = LockOwner(0);
 
 pub(crate) struct MachineHost {
-    machine: Mutex<Machine>,
+    /// Pins of the kernel's have it, too.
+    machine: Arc<Mutex<Machine>>,
     object: ObjectId,
     process: ProcessId,
     pages: PageCount,
@@ -155,7 +159,7 @@ impl MachineHost {
             .map(|(level, pool)| huge::Huge::new(&mut machine, (pages, level), pool))
             .transpose()?;
         Ok(Self {
-            machine: Mutex::new(machine),
+            machine: Arc::new(Mutex::new(machine)),
             object,
             process,
             pages,

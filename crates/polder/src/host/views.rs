@@ -467,7 +467,8 @@ fn no_pages(source: polder_linux::Error, level: Level, pages: PageCount) -> Erro
         }
         Errno::NODEV | Errno::INVAL | Errno::NOENT | Errno::NOSYS => Error::Missing {
             what: "this kernel has no hugetlb pages of the size that was asked for",
-            way_out: "use --page-size thp or 4k; 1G pages take a CPU with pdpe1gb, and                       CONFIG_HUGETLBFS",
+            way_out: "use PageSize::Thp or Small (--page-size thp or 4k); 1G pages take a CPU with pdpe1gb, \
+                and CONFIG_HUGETLBFS",
             source,
         },
         _ => source.into(),

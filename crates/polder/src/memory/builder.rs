@@ -252,7 +252,7 @@ impl Builder {
             Platform::Plain | Platform::SwProtected => None,
         };
         if let (Some(what), HostKind::Memfd | HostKind::GuestMemfd) = (what, self.host) {
-            let way_out = "use --host machine, or another platform";
+            let way_out = "use HostKind::Machine (--host machine), or another platform";
             return Err(Error::NotOffered { what, way_out });
         }
         if self.platform.guest_decides() && self.initial.visibility == Visibility::Shared {
@@ -277,13 +277,13 @@ impl Builder {
             return Err(Error::NotOffered {
                 what: "touches that come as exits of the vCPU (KVM userfault) are for plain VMs of the \
                     simulated machine: no released kernel has them",
-                way_out: "have them come as events (Delivery::Events), or use --host machine",
+                way_out: "have them come as events (Delivery::Events), or use HostKind::Machine",
             });
         }
         if self.off_direct_map && !self.is_on_plain_machine() {
             return Err(Error::NotOffered {
                 what: "memory off the kernel's direct map is for plain VMs of the simulated machine",
-                way_out: "leave it in (no Builder::off_direct_map), or use --host machine",
+                way_out: "leave it in (no Builder::off_direct_map), or use HostKind::Machine",
             });
         }
         let page_size = self.offered_page_size()?;
@@ -337,19 +337,20 @@ impl Builder {
         if host == HostKind::GuestMemfd && page_size != PageSize::Small {
             return Err(Error::NotOffered {
                 what: "the kernel's guest_memfd has pages of 4K only",
-                way_out: "use --page-size 4k, or --host memfd",
+                way_out: "use PageSize::Small (--page-size 4k), or HostKind::Memfd (--host memfd)",
             });
         }
         if self.platform.hypervisor_keeps_stage2() && page_size != PageSize::Small {
             return Err(Error::NotOffered {
                 what: "the simulated pKVM gives a guest pages of 4K",
-                way_out: "use --page-size 4k, or another platform",
+                way_out: "use PageSize::Small (--page-size 4k), or another platform",
             });
         }
         if host == HostKind::Machine && page_size == PageSize::Thp {
             return Err(Error::NotOffered {
                 what: "the simulated machine's huge pages are of a pool; it has no transparent ones",
-                way_out: "use --page-size 2m or 1g, or --host memfd",
+                way_out: "use PageSize::Huge2M or Huge1G (--page-size 2m or 1g), or HostKind::Memfd \
+                    (--host memfd)",
             });
         }
         if let Some(level) = page_size.reserved()

@@ -104,6 +104,18 @@ impl Memory {
         self.driver.engine().config().pages
     }
 
+    /// All of its pages, for [`Memory::bind`] and other calls that take a range.
+    ///
+    /// ```
+    /// # use polder::{HostKind, Memory, units::{PageCount, PageRange}};
+    /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+    /// assert_eq!(memory.all_pages(), PageRange::between(0, 16).unwrap());
+    /// # Ok::<_, polder::Error>(())
+    /// ```
+    pub fn all_pages(&self) -> PageRange {
+        PageRange::between(0, self.pages().get()).expect("memory has pages")
+    }
+
     /// Registers a VM, so that [`Memory::bind`] can show it pages: a KVM VM on a host of real
     /// memory, [`Vm::Machine`] on the simulated machine. On host `guest_memfd` a VM without private
     /// memory gets a guest_memfd all of whose pages are shared, if the memory was made

@@ -40,7 +40,8 @@ fn beyond(w: &World<'_>) -> Ran {
     let memory = w.memory(8)?;
     let guest = w.guest()?;
     let vm = guest.attach(&memory);
-    for range in [pages(0, 9), pages(8, 9), pages(7, 1 << 40)] {
+    let end = memory.pages().get();
+    for range in [pages(0, end + 1), pages(end, end + 1), pages(end - 1, 1 << 40)] {
         let refused = memory.bind(vm, Slot(0), gfn(BASE), range);
         assert_eq!(refused, Err(Refusal::Beyond { range, pages: memory.pages() }.into()));
     }
@@ -77,12 +78,13 @@ fn frames(w: &World<'_>) -> Ran {
 fn overlap(w: &World<'_>) -> Ran {
     let bound = w.bound(w.memory(16)?)?;
     let (memory, other) = (&bound.memory, w.guest()?);
+    let elsewhere = gfn(BASE + memory.pages().get());
     for range in [pages(0, 16), page(0), page(15)] {
-        let refused = memory.bind(bound.vm, Slot(1), gfn(BASE + 0x100), range);
+        let refused = memory.bind(bound.vm, Slot(1), elsewhere, range);
         assert_eq!(refused, Err(Refusal::PagesTaken { range, slot: Slot(0) }.into()));
     }
     let vm = other.attach(memory);
-    assert_eq!(memory.bind(vm, Slot(1), gfn(BASE + 0x100), page(15)), Ok(()));
+    assert_eq!(memory.bind(vm, Slot(1), elsewhere, page(15)), Ok(()));
     PASSED
 }
 
@@ -100,7 +102,8 @@ fn another_memory(w: &World<'_>) -> Ran {
             assert_eq!(refused.errno() as i32, 17, "EEXIST: {refused}");
         }
         assert_eq!(other.bindings(), []);
-        let gone = other.bind(vm, Slot(5), gfn(BASE + 8), pages(0, 8));
+        let free = gfn(BASE + memory.pages().get());
+        let gone = other.bind(vm, Slot(5), free, pages(0, 8));
         assert_eq!(gone, Ok(()), "what was refused left nothing");
         other.unbind(vm, Slot(5)).expect("it is bound");
         bound.passes([
@@ -177,7 +180,7 @@ fn dropped(w: &World<'_>) -> Ran {
     let other = w.bound(w.memory(2)?)?;
     let memory = w.memory(8)?;
     let vm = other.guest.attach(&memory);
-    let at = GfnRange::one(gfn(BASE + 0x100));
+    let at = GfnRange::one(gfn(BASE + other.memory.pages().get()));
     memory.bind(vm, Slot(1), at.start(), all(&memory)).expect("a free slot");
     other.passes([fill(at, 4), check(at, 4)]);
     drop(memory);

@@ -63,11 +63,14 @@ fn zeros_for_the_guest(w: &World<'_>) -> Ran {
     let memory = &bound.memory;
     w.existing_is_told(memory)?;
     for visibility in [Visibility::Shared, Visibility::Private] {
-        bound.passes([fill(gfns(all(memory)), 1)]);
+        bound.passes([fill(gfns(pages(0, 8)), 1)]);
         let convert = |range| memory.convert(range, visibility, Contents::Zero, OnBusy::Wait);
         assert!(convert(pages(2, 6)).is_ok());
-        let existing = memory.existing().expect("it can be asked");
-        assert_eq!(existing, [pages(0, 2), pages(6, 8)], "what is zero takes up no memory");
+        // Of a huge page zeros are written.
+        if w.folios().is_small() {
+            let existing = memory.existing().expect("it can be asked");
+            assert_eq!(existing, [pages(0, 2), pages(6, 8)], "what is zero takes up no memory");
+        }
         bound.passes([
             check(gfns(pages(0, 2)), 1),
             zero(gfns(pages(2, 6))),
@@ -81,10 +84,10 @@ fn already_so(w: &World<'_>) -> Ran {
     let memory = w.memory(8)?;
     to(&memory, pages(0, 4), Visibility::Shared).expect("no pins");
     (0..4).for_each(|page| put(&memory, page, 5));
-    let zeroed = memory.convert(all(&memory), Visibility::Shared, Contents::Zero, OnBusy::Wait);
+    let zeroed = memory.convert(pages(0, 8), Visibility::Shared, Contents::Zero, OnBusy::Wait);
     assert_eq!(zeroed.map(polder::units::PageCount::get), Ok(4));
     let expected = [5, 5, 5, 5, 0, 0, 0, 0].map(Some);
-    assert_eq!(bytes(&memory, all(&memory)), expected);
+    assert_eq!(bytes(&memory, pages(0, 8)), expected);
     PASSED
 }
 

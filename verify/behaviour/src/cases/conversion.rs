@@ -6,8 +6,8 @@ use polder_vmm::scenario::{HostAccess, Op, Outcome};
 
 use crate::Section::Conversion;
 use crate::world::{
-    BASE, PASSED, World, all, byte, bytes, check, facts, fill, gfn, gfns, page, pages, probe, put,
-    share_all, to, touch, zero,
+    BASE, PASSED, World, all, all_are, byte, bytes, check, facts, fill, gfn, gfns, page, pages,
+    probe, put, share_all, to, touch, zero,
 };
 use crate::{Case, Ran, Trouble};
 
@@ -65,7 +65,8 @@ fn filled(memory: &Memory, range: PageRange, byte: u8) {
 
 fn beyond(w: &World<'_>) -> Ran {
     let memory = w.memory(8)?;
-    for range in [pages(0, 9), pages(8, 9), pages(7, 1 << 52)] {
+    let end = memory.pages().get();
+    for range in [pages(0, end + 1), pages(end, end + 1), pages(end - 1, 1 << 52)] {
         for visibility in [SHARED, PRIVATE] {
             let beyond = Refusal::Beyond { range, pages: memory.pages() };
             assert_eq!(to(&memory, range, visibility), Err(beyond.into()));
@@ -73,7 +74,7 @@ fn beyond(w: &World<'_>) -> Ran {
     }
     assert_eq!(PageRange::between(4, 4), None);
     assert!(PageRange::from_bytes(PAGE_SIZE, 0).is_err());
-    assert_eq!(bytes(&memory, all(&memory)), [None; 8]);
+    assert_eq!(bytes(&memory, pages(0, 8)), [None; 8]);
     PASSED
 }
 
@@ -96,30 +97,31 @@ fn mixed(w: &World<'_>) -> Ran {
     let touched: Vec<_> = [1, 2, 5, 9, 10, 11].map(page).to_vec();
     bound.passes(touched.iter().map(|&page| fill(gfns(page), 1)));
     let expected = |at: u64| crate::world::keeps(memory) && touched.contains(&page(at));
-    assert_eq!(to(memory, all(memory), SHARED), Ok(16));
+    assert_eq!(to(memory, pages(0, 16), SHARED), Ok(16));
     for at in 0..16 {
         let is = touch(memory, at).expect("a shared page");
         assert_eq!(is == vec![0; is.len()], !expected(at), "page {at}");
     }
-    assert_eq!(to(memory, all(memory), PRIVATE), Ok(16));
+    assert_eq!(to(memory, pages(0, 16), PRIVATE), Ok(16));
     let look = |at| if expected(at) { check(gfns(page(at)), 1) } else { zero(gfns(page(at))) };
     bound.passes((0..16).map(look));
     PASSED
 }
 
 fn already_so(w: &World<'_>) -> Ran {
-    let memory = w.memory(16)?;
-    assert_eq!(to(&memory, pages(0, 16), PRIVATE), Ok(0));
-    assert_eq!(to(&memory, pages(0, 8), SHARED), Ok(8));
-    filled(&memory, pages(0, 8), 4);
+    let shown = w.granules();
+    let memory = w.memory(shown.count(8))?;
+    assert_eq!(to(&memory, shown.pages(0, 8), PRIVATE), Ok(0));
+    assert_eq!(to(&memory, shown.pages(0, 4), SHARED), Ok(shown.count(4)));
+    filled(&memory, shown.pages(0, 4), 4);
     let mapped = w.mapped(&memory, all(&memory));
-    assert_eq!(mapped.len(), 8);
-    assert_eq!(to(&memory, pages(2, 6), SHARED), Ok(0));
+    assert_eq!(mapped.len() as u64, shown.count(4));
+    assert_eq!(to(&memory, shown.pages(1, 3), SHARED), Ok(0));
     // A part that is so already stays mapped also when the rest is converted.
-    assert_eq!(to(&memory, pages(4, 12), SHARED), Ok(4));
+    assert_eq!(to(&memory, shown.pages(2, 6), SHARED), Ok(shown.count(2)));
     assert_eq!(w.mapped(&memory, all(&memory)), mapped);
     let statistics = memory.statistics();
-    assert_eq!((statistics.converted_pages, statistics.refused), (12, 0));
+    assert_eq!((statistics.converted_pages, statistics.refused), (shown.count(6), 0));
     PASSED
 }
 
@@ -129,25 +131,29 @@ fn differ(w: &World<'_>) -> Ran {
         assert_eq!(to(&memory, page(at), SHARED), Ok(1));
         put(&memory, at, 9);
     }
-    assert_eq!(facts(&memory, all(&memory)).len(), 64);
+    assert_eq!(facts(&memory, pages(0, 64)).len(), 64);
     assert_eq!(to(&memory, pages(1, 63), SHARED), Ok(31));
-    assert_eq!(facts(&memory, all(&memory)).len(), 2);
+    assert_eq!(facts(&memory, pages(0, 64)).len(), 2);
     let expected = (0..64).map(|at| (at < 63).then_some(if at % 2 == 0 { 9 } else { 0 }));
-    assert_eq!(bytes(&memory, all(&memory)), expected.collect::<Vec<_>>());
+    assert_eq!(bytes(&memory, pages(0, 64)), expected.collect::<Vec<_>>());
     PASSED
 }
 
 fn unmapped(w: &World<'_>) -> Ran {
-    let memory = w.memory(64)?;
+    // Where huge pages are split, what is next to a split is mapped anew when it is touched.
+    let whole = w.folios();
+    let memory = w.memory(whole.count(4).max(64))?;
+    let quarter = memory.pages().get() / 4;
+    let [first, middle, last] =
+        [(0, 1), (1, 3), (3, 4)].map(|(from, to)| pages(from * quarter, to * quarter));
     share_all(&memory);
     filled(&memory, all(&memory), 1);
-    assert_eq!(w.mapped(&memory, all(&memory)).len(), 64);
-    to(&memory, pages(16, 48), PRIVATE).expect("no pins");
-    let expected: Vec<_> =
-        pages(0, 64).frames().filter(|at| !(16..48).contains(&at.get())).collect();
+    assert_eq!(w.mapped(&memory, all(&memory)).len() as u64, 4 * quarter);
+    to(&memory, middle, PRIVATE).expect("no pins");
+    let expected: Vec<_> = first.frames().chain(last.frames()).collect();
     assert_eq!(w.mapped(&memory, all(&memory)), expected);
-    assert_eq!(bytes(&memory, pages(16, 48)), [None; 32]);
-    assert_eq!(w.mapped(&memory, pages(16, 48)), [], "nor after they were touched");
+    assert!(all_are(&memory, middle, None));
+    assert_eq!(w.mapped(&memory, middle), [], "nor after they were touched");
     PASSED
 }
 
@@ -175,27 +181,32 @@ fn pinned(w: &World<'_>) -> Ran {
 }
 
 fn unpinned(w: &World<'_>) -> Ran {
-    let bound = w.bound(w.memory(8)?)?;
+    // A pin of a part of a huge page is in the way of all of it.
+    let whole = w.folios();
+    let bound = w.bound(w.memory(whole.count(8))?)?;
     let memory = &bound.memory;
     share_all(memory);
     bound.passes([fill(gfns(all(memory)), 1)]);
     let holder = || Holder::new("vhost-net");
-    let pin = memory.pin(pages(3, 5), PinKind::LongTerm, holder()).expect("shared pages");
-    let again = memory.pin(page(4), PinKind::Short, holder()).expect("pins add up");
+    let pin = memory.pin(whole.pages(3, 5), PinKind::LongTerm, holder()).expect("shared pages");
+    let again = memory.pin(whole.page(4), PinKind::Short, holder()).expect("pins add up");
     // By guest frames as by pages: the caller is to try again.
     let everything = gfns(all(memory));
     let kept = memory.keeps_most(PRIVATE);
     let refused = memory.convert_gfns(bound.vm, everything, PRIVATE, kept, OnBusy::Wait);
     assert_eq!(refused.map_err(|error| error.errno() as i32), Err(11), "EAGAIN");
     for at in 0..8 {
-        assert_eq!(to(memory, page(at), PRIVATE).is_ok(), !(3..5).contains(&at), "page {at}");
+        assert_eq!(to(memory, whole.page(at), PRIVATE).is_ok(), !(3..5).contains(&at), "page {at}");
     }
-    bound.passes([probe(gfns(pages(3, 5)), HostAccess::Readable), check(gfns(pages(3, 5)), 1)]);
+    bound.passes([
+        probe(gfns(whole.pages(3, 5)), HostAccess::Readable),
+        check(gfns(whole.pages(3, 5)), 1),
+    ]);
     drop(pin);
-    assert_eq!(to(memory, page(3), PRIVATE), Ok(1));
-    assert!(to(memory, page(4), PRIVATE).is_err(), "one pin is left");
+    assert_eq!(to(memory, whole.page(3), PRIVATE), Ok(whole.count(1)));
+    assert!(to(memory, whole.page(4), PRIVATE).is_err(), "one pin is left");
     drop(again);
-    assert_eq!(to(memory, all(memory), PRIVATE), Ok(1));
+    assert_eq!(to(memory, all(memory), PRIVATE), Ok(whole.count(1)));
     bound.refill(all(memory), 1);
     bound.passes([probe(gfns(all(memory)), HostAccess::Denied), check(gfns(all(memory)), 1)]);
     PASSED
@@ -206,7 +217,10 @@ fn private_pin(w: &World<'_>) -> Ran {
     to(&memory, pages(0, 4), SHARED).expect("no pins");
     let pin = |range| memory.pin(range, PinKind::Short, Holder::new("virtio-blk")).map(drop);
     assert_eq!(pin(pages(2, 6)), Err(Refusal::Private { page: 4u32.into() }.into()));
-    assert!(matches!(pin(pages(0, 9)), Err(Error::Refused(Refusal::Beyond { .. }))));
+    assert!(matches!(
+        pin(pages(0, memory.pages().get() + 1)),
+        Err(Error::Refused(Refusal::Beyond { .. }))
+    ));
     // A refused pin holds nothing.
     assert_eq!(to(&memory, pages(0, 8), PRIVATE), Ok(4));
     PASSED
@@ -215,15 +229,15 @@ fn private_pin(w: &World<'_>) -> Ran {
 fn referenced(w: &World<'_>) -> Ran {
     let memory = w.memory(8)?;
     share_all(&memory);
-    filled(&memory, all(&memory), 2);
+    filled(&memory, pages(0, 8), 2);
     let reference = w.inside().refer(&memory, 5u32.into());
-    match to(&memory, all(&memory), PRIVATE) {
+    match to(&memory, pages(0, 8), PRIVATE) {
         Err(Error::Refused(Refusal::Referenced { page, .. })) => assert_eq!(page.get(), 5),
         other => panic!("{other:?}"),
     }
-    assert_eq!(bytes(&memory, all(&memory)), [Some(2); 8]);
+    assert_eq!(bytes(&memory, pages(0, 8)), [Some(2); 8]);
     drop(reference);
-    assert_eq!(to(&memory, all(&memory), PRIVATE), Ok(8));
+    assert_eq!(to(&memory, pages(0, 8), PRIVATE), Ok(8));
     PASSED
 }
 
@@ -268,7 +282,7 @@ fn gap(w: &World<'_>) -> Ran {
     let (gpa, expect) = (gfn(BASE).gpa(), Outcome::Invalid);
     let across = [SHARED, PRIVATE].map(|to| Op::Convert { gpa, pages: 9, to, expect });
     bound.passes(across);
-    assert_eq!(bytes(memory, all(memory)), [None; 16]);
+    assert_eq!(bytes(memory, pages(0, 16)), [None; 16]);
     assert_eq!(memory.statistics().converted_pages, 0);
     PASSED
 }
@@ -337,23 +351,29 @@ fn failed(w: &World<'_>) -> Ran {
 }
 
 fn quarantine(w: &World<'_>) -> Ran {
-    let memory = w.memory(8)?;
+    // A part of a huge page is made zeros by writing them, which does not fail.
+    let whole = w.folios();
+    let memory = w.memory(whole.count(8))?;
     share_all(&memory);
     filled(&memory, all(&memory), 7);
+    let [first, middle, last] = [(0, 2), (2, 4), (4, 8)].map(|(from, to)| whole.pages(from, to));
     let failed = w.in_trouble(Trouble::Free, || {
-        memory.convert(pages(2, 4), PRIVATE, polder::Contents::Zero, OnBusy::Wait)
+        memory.convert(middle, PRIVATE, polder::Contents::Zero, OnBusy::Wait)
     })?;
     let Err(Error::Quarantined { pages: out, .. }) = failed else { panic!("{failed:?}") };
-    assert_eq!((&out, &memory.quarantined()), (&vec![pages(2, 4)], &vec![pages(2, 4)]));
-    assert_eq!([1, 2, 3, 4].map(|at| byte(&memory, at)), [Some(7), None, None, Some(7)]);
-    let refused = Error::Refused(Refusal::Quarantined { page: 2u32.into() });
+    assert_eq!((&out, &memory.quarantined()), (&vec![middle], &vec![middle]));
+    assert!(all_are(&memory, first, Some(7)) && all_are(&memory, last, Some(7)));
+    assert!(all_are(&memory, middle, None));
+    let refused = Error::Refused(Refusal::Quarantined { page: middle.start() });
     for visibility in [SHARED, PRIVATE] {
-        assert_eq!(to(&memory, pages(0, 8), visibility), Err(refused.clone()));
+        assert_eq!(to(&memory, all(&memory), visibility), Err(refused.clone()));
     }
-    assert_eq!(memory.discard(pages(0, 8), OnBusy::Wait), Err(refused.clone()));
-    let pin = memory.pin(page(2), PinKind::Short, Holder::new("virtio-blk")).map(drop);
+    assert_eq!(memory.discard(all(&memory), OnBusy::Wait), Err(refused.clone()));
+    let pin = memory
+        .pin(PageRange::one(middle.start()), PinKind::Short, Holder::new("virtio-blk"))
+        .map(drop);
     assert_eq!(pin, Err(refused));
-    assert_eq!(to(&memory, pages(4, 8), PRIVATE), Ok(4));
+    assert_eq!(to(&memory, last, PRIVATE), Ok(whole.count(4)));
     PASSED
 }
 
@@ -362,9 +382,11 @@ fn bounded(w: &World<'_>) -> Ran {
     let bound = w.bound(w.memory(PAGES)?)?;
     let memory = &bound.memory;
     bound.passes([zero(gfns(page(0)))]);
-    let before = w.taken(memory) - 1;
+    // What that has taken up is this memory's, where it can be told.
+    let own = memory.resident().map_or(1, polder::units::PageCount::get);
+    let before = w.taken(memory) - own;
     let mut most = 0;
-    for round in 0..10 {
+    for round in 0..w.rounds(10).max(2) {
         bound.passes([fill(gfns(all(memory)), round)]);
         most = most.max(w.taken(memory));
         share_all(memory);

@@ -1,6 +1,6 @@
 //! Guest accesses that end in the VMM.
 
-use polder::units::GfnRange;
+use polder::units::{GfnRange, PageRange};
 use polder::{Contents, Error, MemoryFault, OnBusy, Refusal, Slot, Visibility};
 use polder_vmm::scenario::{Op, Visibility as Side};
 use polder_vmm::{End, Failure};
@@ -44,7 +44,8 @@ fn lost(bound: &Bound, at: GfnRange) {
 
 fn beyond(w: &World<'_>) -> Ran {
     let bound = w.bound(w.memory(4)?)?;
-    for at in [BASE + 4, BASE - 1, BASE + 0x3000] {
+    let end = BASE + bound.memory.pages().get();
+    for at in [end, BASE - 1, end + 0x3000] {
         lost(&bound, GfnRange::one(gfn(at)));
     }
     assert_eq!(bound.memory.existing(), Ok(vec![]));
@@ -77,7 +78,9 @@ fn api_mismatch(w: &World<'_>) -> Ran {
         assert_eq!(ask(at, wanted), Ok(Some(mismatch)));
         assert_eq!(ask(at, granted), Ok(None));
     }
-    assert_eq!(ask(4, Visibility::Private), Ok(Some(MemoryFault::Unbound(gfns(page(4))))));
+    let end = memory.pages().get();
+    let unbound = MemoryFault::Unbound(gfns(page(end)));
+    assert_eq!(ask(end, Visibility::Private), Ok(Some(unbound)));
     PASSED
 }
 
@@ -111,31 +114,34 @@ fn mismatch(w: &World<'_>) -> Ran {
     PASSED
 }
 
-/// The guest meets page 2, which is out of use, and no other.
-fn out_of_use(bound: &Bound, seed: u64) {
+/// The guest meets the first page of `out`, which is out of use, and no other.
+fn out_of_use(bound: &Bound, out: PageRange, seed: u64) {
     let memory = &bound.memory;
-    let gpa = gfns(page(2)).start().gpa();
+    let first = PageRange::one(out.start());
+    let gpa = gfns(first).start().gpa();
     for op in [Op::Load { gpa, expect: 0 }, Op::Store { gpa, value: 1 }] {
         let ended = bound.run([check(gfns(pages(0, 2)), seed), op]);
-        let page = Some(2u32.into());
-        let fault = MemoryFault::Quarantined(gfns(self::page(2)));
+        let page = Some(out.start());
+        let fault = MemoryFault::Quarantined(gfns(first));
         let failures =
             [Failure::MemoryFailure { vcpu: 0, page }, Failure::MemoryFault { vcpu: 0, fault }];
         let is_named = failures.map(End::Failed).contains(&ended.end);
         assert!(is_named, "{:?}", ended.end);
     }
-    let out = MemoryFault::Quarantined(gfns(page(2)));
-    assert_eq!(memory.guest_fault(bound.vm, gpa, Visibility::Private), Ok(Some(out)));
+    let met = MemoryFault::Quarantined(gfns(first));
+    assert_eq!(memory.guest_fault(bound.vm, gpa, Visibility::Private), Ok(Some(met)));
     let read = memory.read(bound.vm, gpa, &mut [0]);
-    assert_eq!(read, Err(Error::Refused(Refusal::Quarantined { page: 2u32.into() })));
-    assert_eq!(memory.quarantined(), [page(2)]);
-    let rest = gfns(pages(3, 8));
+    assert_eq!(read, Err(Error::Refused(Refusal::Quarantined { page: out.start() })));
+    assert_eq!(memory.quarantined(), [out]);
+    let rest = gfns(pages(out.end(), memory.pages().get()));
     bound.passes([check(rest, seed), fill(rest, seed + 1), check(rest, seed + 1)]);
 }
 
 fn quarantine(w: &World<'_>) -> Ran {
     for to in [Visibility::Shared, Visibility::Private] {
-        let bound = w.bound(w.memory(8)?)?;
+        // A part of a huge page is made zeros by writing them, which does not fail.
+        let whole = w.folios();
+        let bound = w.bound(w.memory(whole.count(4).max(8))?)?;
         let memory = &bound.memory;
         if to == Visibility::Private {
             share_all(memory);
@@ -143,10 +149,10 @@ fn quarantine(w: &World<'_>) -> Ran {
         // The guest has it mapped.
         bound.passes([fill(gfns(all(memory)), 1)]);
         let failed = w.in_trouble(Trouble::Free, || {
-            memory.convert(page(2), to, Contents::Zero, OnBusy::Wait)
+            memory.convert(whole.page(2), to, Contents::Zero, OnBusy::Wait)
         })?;
         assert!(matches!(failed, Err(Error::Quarantined { .. })), "{failed:?}");
-        out_of_use(&bound, 1);
+        out_of_use(&bound, whole.page(2), 1);
     }
     PASSED
 }
@@ -155,6 +161,6 @@ fn failed(w: &World<'_>) -> Ran {
     let bound = w.bound(w.memory(8)?)?;
     bound.passes([fill(gfns(all(&bound.memory)), 1)]);
     w.inside().fail(&bound.memory, 2u32.into());
-    out_of_use(&bound, 1);
+    out_of_use(&bound, page(2), 1);
     PASSED
 }

@@ -70,7 +70,7 @@ fn second(w: &World<'_>) -> Ran {
         let bytes = crate::world::seeded(gfn(BASE + page), 1);
         memory.host_view().touch_write(page * PAGE_SIZE, &bytes).expect("shared pages");
     }
-    let all = gfns(all(memory));
+    let all = gfns(pages(0, 64));
     bound.passes([
         check(all, 1),
         convert(all, PRIVATE),
@@ -189,7 +189,7 @@ fn invalid(w: &World<'_>) -> Ran {
     bound.passes(bound.converted(gfns(pages(2, 4)), SHARED, 1));
     let before = facts(memory, all(memory));
     let start = BASE * PAGE_SIZE;
-    let end = start + 8 * PAGE_SIZE;
+    let end = start + memory.pages().get() * PAGE_SIZE;
     let last = 0u64.wrapping_sub(PAGE_SIZE);
     let requests = [
         (start + 8, 1),

@@ -6,10 +6,11 @@ use polder::units::{PageCount, PageRange};
 use polder::{
     Contents, Error, Holder, HostKind, Memory, OnBusy, PageSize, PinKind, Refusal, Visibility,
 };
-use polder_require::{Facility, HugetlbPages, Thp, patience, require};
+use polder_require::{Facility, patience, require};
 
 use crate::Section::HugePages;
-use crate::world::{PASSED, World, byte, page, pages, put, to};
+use crate::host::SetAside;
+use crate::world::{PASSED, World, byte, page, pages, put, raw_touch, to};
 use crate::{Case, Ran, Skipped};
 
 pub(super) const CASES: &[Case] = &[
@@ -26,12 +27,6 @@ pub(super) const CASES: &[Case] = &[
 
 pub(crate) const RESERVED: &str = "huge pages are promised when memory is made, or it is refused";
 pub(crate) const SPLIT: &str = "a folio is split along the path alone, and merged level by level";
-
-/// Huge pages that are set aside for a case.
-pub(super) struct SetAside(
-    #[expect(dead_code, reason = "held")] Option<HugetlbPages>,
-    #[expect(dead_code, reason = "held")] Option<Thp>,
-);
 
 /// Runs a case on memory of each page size that the host has, of two huge pages; of one of 1G, which
 /// a kernel seldom has to give.
@@ -58,18 +53,9 @@ fn each(w: &World<'_>, mut case: impl FnMut(&Memory, PageSize, u64)) -> Ran {
     PASSED
 }
 
-/// Sets two huge pages aside.
+/// Sets two huge pages aside, of 1G one.
 pub(super) fn set_aside(host: HostKind, size: PageSize) -> Result<SetAside, Skipped> {
-    let lacking = |why| Skipped { facility: Facility::HugePages, why };
-    Ok(match (host, size) {
-        (HostKind::Machine, _) => SetAside(None, None),
-        (_, PageSize::Thp) => SetAside(None, Some(Thp::allow().map_err(lacking)?)),
-        (_, PageSize::Huge1G) => {
-            let lacking = |why| Skipped { facility: Facility::GiganticPages, why };
-            SetAside(Some(HugetlbPages::of_1g(1).map_err(lacking)?), None)
-        }
-        _ => SetAside(Some(HugetlbPages::of_2m(2).map_err(lacking)?), None),
-    })
+    SetAside::of(host, size, if size == PageSize::Huge1G { 1 } else { 2 })
 }
 
 fn share(memory: &Memory, range: PageRange) {
@@ -111,7 +97,7 @@ fn one_of_many(w: &World<'_>) -> Ran {
         assert_eq!(byte(memory, 4), None);
         assert_eq!(byte(memory, 6), None);
         let whole = size.reserved().is_some() && w.kind() == HostKind::Memfd;
-        assert_eq!(byte(memory, 5).is_some(), !whole, "a hugetlb page is shown as a whole");
+        assert_eq!(raw_touch(memory, 5).is_ok(), !whole, "a hugetlb page is shown as a whole");
         let pin = memory.pin(page(5), PinKind::Short, Holder::new("a device"));
         assert!(pin.is_ok(), "by the API it is reached");
         drop(pin);

@@ -11,7 +11,7 @@ use polder_linux::{Exit, Kicker, Vcpu};
 
 use super::population::waits;
 use crate::Section::KernelAccess;
-use crate::world::{PASSED, World, all, gfn, page, to, touch};
+use crate::world::{PASSED, Scale, World, gfn, page, to, touch};
 use crate::{Case, Ran, Skipped};
 
 pub(super) const CASES: &[Case] = &[
@@ -55,25 +55,31 @@ fn gpa(page: u64) -> Gpa {
     gfn(BASE + page).gpa()
 }
 
-/// A VM of KVM's, and memory of which the code's page alone has come.
+/// A VM of KVM's, and memory that is owed. Each of its eight pages lies in a huge page of its own, where
+/// the view has such: what is owed of one keeps all of it.
 struct Setup {
     vm: Arc<VmFd>,
     memory: Memory,
+    shown: Scale,
 }
 
 impl Setup {
     fn new(w: &World<'_>) -> Result<Self, Skipped> {
-        let memory = w.owed(8)?;
+        let shown = w.granules();
+        let memory = w.owed(shown.count(8))?;
         // That KVM can be had at all is seen by a guest.
         w.guest()?;
         let vm = Arc::new(Kvm::new().and_then(|kvm| kvm.create_vm()).expect("a VM more"));
         let id = memory.attach(Arc::clone(&vm)).expect("a VM of KVM's");
-        memory.bind(id, Slot(0), gfn(BASE), all(&memory)).expect("a first slot");
-        Ok(Self { vm, memory })
+        for (slot, at) in (0..8).zip(0..) {
+            let page = page(shown.first(at));
+            memory.bind(id, Slot(slot), gfn(BASE + at), page).expect("a free slot");
+        }
+        Ok(Self { vm, memory, shown })
     }
 
     fn populate(&self, at: u64, bytes: &[u8]) {
-        self.memory.populate(page(at), bytes).expect("it is owed");
+        self.memory.populate(self.shown.page(at), bytes).expect("it is owed");
     }
 
     /// A vCPU in real mode, at the first byte of the code's page.
@@ -92,8 +98,8 @@ impl Setup {
 
     /// The bytes of a page, which is shared for that.
     fn bytes(&self, at: u64) -> Vec<u8> {
-        to(&self.memory, page(at), Visibility::Shared).expect("no pins");
-        touch(&self.memory, at).expect("it is shared")
+        to(&self.memory, self.shown.page(at), Visibility::Shared).expect("no pins");
+        touch(&self.memory, self.shown.first(at)).expect("it is shared")
     }
 }
 
@@ -149,7 +155,7 @@ fn by_msr(w: &World<'_>, msr: u32, apic: bool) -> Ran {
 fn by_msr_failed(w: &World<'_>, msr: u32, apic: bool) -> Ran {
     let setup = Setup::new(w)?;
     setup.populate(CODE, &code());
-    setup.memory.fail(page(TARGET)).expect("it is owed");
+    setup.memory.fail(setup.shown.page(TARGET)).expect("it is owed");
     if apic {
         setup.vm.create_irq_chip().expect("KVM has an APIC");
     }
@@ -160,7 +166,7 @@ fn by_msr_failed(w: &World<'_>, msr: u32, apic: bool) -> Ran {
     }
     let exit = run(vcpu);
     assert!(is_out(exit), "{exit:?}");
-    setup.memory.discard(page(TARGET), OnBusy::Wait).expect("no pins");
+    setup.memory.discard(setup.shown.page(TARGET), OnBusy::Wait).expect("no pins");
     assert!(setup.bytes(TARGET).iter().all(|byte| *byte == 0), "nothing was written there");
     PASSED
 }
@@ -265,7 +271,7 @@ fn walk(w: &World<'_>) -> Ran {
 fn walk_failed(w: &World<'_>) -> Ran {
     let setup = Setup::new(w)?;
     let vcpu = paging(&setup);
-    setup.memory.fail(page(TARGET)).expect("it is owed");
+    setup.memory.fail(setup.shown.page(TARGET)).expect("it is owed");
     let exit = run(vcpu);
     assert!(ends(exit), "{exit:?}");
     PASSED
@@ -288,7 +294,7 @@ fn fetch(w: &World<'_>) -> Ran {
 
 fn fetch_failed(w: &World<'_>) -> Ran {
     let setup = Setup::new(w)?;
-    setup.memory.fail(page(CODE)).expect("it is owed");
+    setup.memory.fail(setup.shown.page(CODE)).expect("it is owed");
     let exit = run(setup.vcpu());
     assert!(ends(exit), "{exit:?}");
     PASSED

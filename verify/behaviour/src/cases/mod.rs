@@ -42,8 +42,9 @@ pub(crate) use moves::{
     LAUNCHED, MOVES, MOVES_BUSY, MOVES_PINNED, MOVES_UNTOLD, NO_MOVE, NO_PRELOAD, NOT_PRELOADED,
     PRELOADED, UNMOVABLE,
 };
+pub(crate) use pins::MAPPED;
 pub(crate) use population::{CONTINUE_FAILS, PLAIN_FAULTS};
-pub(crate) use prefault::{FAILED_STOPS, OWED_STOPS, STILL_OWED, UNTOLD};
+pub(crate) use prefault::{FAILED_STOPS, OWED_STOPS, PART_STOPS, STILL_OWED, UNTOLD};
 pub(crate) use reach::{
     DESCRIPTOR, MEM_HOST_VIEW, MEM_OTHER_VIEWS, TRACED_HOST_VIEW, TRACED_OTHER_VIEWS,
 };
@@ -51,7 +52,7 @@ pub(crate) use together::DENIED_WHILE_FAILING;
 
 /// Every row, in the table's order within a section.
 pub fn cases() -> impl Iterator<Item = &'static Case> {
-    let files: [&[Case]; 22] = [
+    let files: [&[Case]; 19] = [
         create::CASES,
         bind::CASES,
         host_view::CASES,
@@ -61,7 +62,6 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
         contents::CASES,
         together::CASES,
         huge_pages::CASES,
-        rmp::CASES,
         exits::CASES,
         population::CASES,
         userfault::CASES,
@@ -72,10 +72,8 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
         moves::CASES,
         pkvm::CASES,
         reach::CASES,
-        selftests::CASES,
-        selftests::PRE_FAULT,
     ];
-    files.into_iter().flatten()
+    files.into_iter().chain(rmp::FILES).chain(selftests::FILES).flatten()
 }
 
 impl Case {

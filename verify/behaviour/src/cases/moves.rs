@@ -74,8 +74,10 @@ fn no_preload(w: &World<'_>) -> Ran {
     let memory = &bound.memory;
     let many = memory.preload(page(0), &vec![1; 4097]);
     assert!(matches!(many, Err(Error::TooManyBytes { bytes: 4097, .. })), "{many:?}");
-    let beyond = Refusal::Beyond { range: pages(7, 9), pages: memory.pages() };
-    assert_eq!(memory.preload(pages(7, 9), b"x"), Err(beyond.into()));
+    let end = memory.pages().get();
+    let beyond = pages(end - 1, end + 1);
+    let refused = Refusal::Beyond { range: beyond, pages: memory.pages() };
+    assert_eq!(memory.preload(beyond, b"x"), Err(refused.into()));
     to(memory, page(3), Visibility::Shared).expect("nothing is in the way");
     put(memory, 3, 4);
     let shared = Refusal::NotPrivate { page: page(3).start() };

@@ -24,8 +24,10 @@ pub(super) const CASES: &[Case] = &[
         waits,
     ),
     Case::new(Pins, "a holder that dies lets go, and is told of", dies),
-    Case::new(Pins, "a pinned page is in the host view before it is touched", mapped),
+    Case::new(Pins, MAPPED, mapped),
 ];
+
+pub(crate) const MAPPED: &str = "a pinned page is in the host view before it is touched";
 
 const HYPERVISOR: &str = "a hypervisor";
 
@@ -64,19 +66,26 @@ fn excludes(w: &World<'_>) -> Ran {
 }
 
 fn stays(w: &World<'_>) -> Ran {
-    let memory = shared(w)?;
-    put(&memory, 2, 7);
-    let exclusive = memory.pin(page(2), Exclusive, Holder::new(HYPERVISOR)).expect("nobody's");
-    let refused = to(&memory, pages(0, 4), Visibility::Private).err();
-    assert_eq!(refused, Some(pinned(2, Exclusive, HYPERVISOR)));
-    assert_eq!(byte(&memory, 2), Some(7), "a touch is no pin");
-    put(&memory, 2, 8);
-    assert_eq!(to(&memory, pages(4, 6), Visibility::Private), Ok(2), "its neighbours");
+    // A pin of a part of a huge page is in the way of all of it.
+    let whole = w.folios();
+    let memory = w.memory(whole.count(4))?;
+    share_all(&memory);
+    let (at, pinned) = (whole.first(1), pages(whole.first(1), whole.first(1) + 1));
+    put(&memory, at, 7);
+    let exclusive = memory.pin(pinned, Exclusive, Holder::new(HYPERVISOR)).expect("nobody's");
+    let refused = to(&memory, whole.pages(0, 2), Visibility::Private).err();
+    let named =
+        Refusal::Pinned { page: pinned.start(), kind: Exclusive, holder: Holder::new(HYPERVISOR) };
+    assert_eq!(refused, Some(named.into()));
+    assert_eq!(byte(&memory, at), Some(7), "a touch is no pin");
+    put(&memory, at, 8);
+    let neighbours = to(&memory, whole.pages(2, 4), Visibility::Private);
+    assert_eq!(neighbours, Ok(whole.count(2)));
     drop(exclusive);
-    assert_eq!(byte(&memory, 2), Some(8));
-    assert_eq!(to(&memory, pages(0, 8), Visibility::Private), Ok(6));
-    let refused = memory.pin(page(2), Exclusive, Holder::new(HYPERVISOR)).err();
-    assert_eq!(refused, Some(Refusal::Private { page: 2_u32.into() }.into()));
+    assert_eq!(byte(&memory, at), Some(8));
+    assert_eq!(to(&memory, whole.pages(0, 4), Visibility::Private), Ok(whole.count(2)));
+    let refused = memory.pin(pinned, Exclusive, Holder::new(HYPERVISOR)).err();
+    assert_eq!(refused, Some(Refusal::Private { page: pinned.start() }.into()));
     PASSED
 }
 

@@ -15,8 +15,8 @@ use polder_vmm::{End, Failure};
 
 use crate::Section::Population;
 use crate::world::{
-    BASE, Bound, PASSED, World, all, byte, bytes, check, count, facts, fill, gfn, gfns, holds,
-    meanwhile, page, pages, probe, put, seeded, share_all, to, zero,
+    BASE, Bound, PASSED, World, all, all_are, byte, bytes, check, count, facts, fill, gfn, gfns,
+    holds, meanwhile, page, pages, probe, put, seeded, share_all, to, zero,
 };
 use crate::{Case, Ran, Trouble};
 
@@ -96,26 +96,30 @@ pub(super) fn waits<T: Send>(one: impl FnOnce() -> T + Send, then: impl FnOnce()
 }
 
 fn raw_touch(w: &World<'_>) -> Ran {
-    let memory = w.owed(8)?;
+    let shown = w.granules();
+    let memory = w.owed(shown.count(8))?;
     share_all(&memory);
     // Its neighbours exist, and are whole: that is nobody's word for it.
-    populate(&memory, page(1), 1).expect("it is owed");
-    populate(&memory, page(3), 1).expect("it is owed");
+    populate(&memory, shown.page(1), 1).expect("it is owed");
+    populate(&memory, shown.page(3), 1).expect("it is owed");
+    let wanted = shown.page(2);
     let seen =
-        waits(|| holds(&memory, page(2), 2), || populate(&memory, page(2), 2).expect("it is owed"));
+        waits(|| holds(&memory, wanted, 2), || populate(&memory, wanted, 2).expect("it is owed"));
     assert!(seen);
-    assert!(holds(&memory, page(1), 1) && holds(&memory, page(3), 1));
+    assert!(holds(&memory, shown.page(1), 1) && holds(&memory, shown.page(3), 1));
     PASSED
 }
 
 fn guest(w: &World<'_>) -> Ran {
-    let bound = w.bound(w.owed(8)?)?;
+    let shown = w.granules();
+    let bound = w.bound(w.owed(shown.count(8))?)?;
     let memory = &bound.memory;
     for (at, visibility) in [(2, Visibility::Private), (5, Visibility::Shared)] {
-        to(memory, page(at), visibility).expect("no pins");
+        let page = shown.page(at);
+        to(memory, page, visibility).expect("no pins");
         waits(
-            || bound.passes([check(gfns(page(at)), 2)]),
-            || populate(memory, page(at), 2).expect("it is owed"),
+            || bound.passes([check(gfns(page), 2)]),
+            || populate(memory, page, 2).expect("it is owed"),
         );
     }
     let whole: Vec<_> = facts(memory, all(memory)).into_iter().map(|(_, facts)| facts).collect();
@@ -124,55 +128,58 @@ fn guest(w: &World<'_>) -> Ran {
 }
 
 fn both(w: &World<'_>) -> Ran {
-    let bound = w.bound(w.owed(4)?)?;
+    let wanted = w.granules().page(1);
+    let bound = w.bound(w.owed(w.granules().count(4))?)?;
     let memory = &bound.memory;
     share_all(memory);
     let together = || {
         let ((), host) =
-            meanwhile(|| bound.passes([check(gfns(page(1)), 3)]), || holds(memory, page(1), 3));
+            meanwhile(|| bound.passes([check(gfns(wanted), 3)]), || holds(memory, wanted, 3));
         host
     };
-    assert!(waits(together, || populate(memory, page(1), 3).expect("it is owed")));
+    assert!(waits(together, || populate(memory, wanted, 3).expect("it is owed")));
     PASSED
 }
 
 fn write(w: &World<'_>) -> Ran {
-    let bound = w.bound(w.owed(4)?)?;
+    let shown = w.granules();
+    let bound = w.bound(w.owed(shown.count(4))?)?;
     let memory = &bound.memory;
     share_all(memory);
     let wrote = waits(
-        || memory.host_view().touch_write(PAGE_SIZE + 8, &[0; 8]),
-        || memory.populate(page(1), &[7; PAGE_BYTES]).expect("it is owed"),
+        || memory.host_view().touch_write(shown.first(1) * PAGE_SIZE + 8, &[0; 8]),
+        || memory.populate(shown.page(1), &[7; PAGE_BYTES]).expect("it is owed"),
     );
     assert_eq!(wrote, Ok(()));
     waits(
         || {
-            let gpa = gfn(BASE + 2).gpa();
+            let gpa = gfn(BASE + shown.first(2)).gpa();
             bound.passes([polder_vmm::scenario::Op::Store { gpa, value: 0 }]);
         },
-        || memory.populate(page(2), &[7; PAGE_BYTES]).expect("it is owed"),
+        || memory.populate(shown.page(2), &[7; PAGE_BYTES]).expect("it is owed"),
     );
     let mut expected = vec![7; PAGE_BYTES];
     expected[8..16].fill(0);
-    assert!(crate::world::touch(memory, 1) == Ok(expected));
+    assert!(crate::world::touch(memory, shown.first(1)) == Ok(expected));
     let mut expected = vec![7; PAGE_BYTES];
     expected[..8].fill(0);
-    assert!(crate::world::touch(memory, 2) == Ok(expected));
+    assert!(crate::world::touch(memory, shown.first(2)) == Ok(expected));
     PASSED
 }
 
 fn system_call(w: &World<'_>) -> Ran {
-    let memory = w.owed(4)?;
+    let shown = w.granules();
+    let memory = w.owed(shown.count(4))?;
     share_all(&memory);
     let zeros = File::open("/dev/zero").expect("every Linux has it");
     let came = waits(
-        || memory.host_view().read_from(&zeros, PAGE_SIZE, 16),
-        || memory.populate(page(1), &[7; PAGE_BYTES]).expect("it is owed"),
+        || memory.host_view().read_from(&zeros, shown.first(1) * PAGE_SIZE, 16),
+        || memory.populate(shown.page(1), &[7; PAGE_BYTES]).expect("it is owed"),
     );
     assert_eq!(came, Ok(16));
     let mut expected = vec![7; PAGE_BYTES];
     expected[..16].fill(0);
-    assert!(crate::world::touch(&memory, 1) == Ok(expected));
+    assert!(crate::world::touch(&memory, shown.first(1)) == Ok(expected));
     PASSED
 }
 
@@ -194,14 +201,16 @@ fn api(w: &World<'_>) -> Ran {
 }
 
 fn private(w: &World<'_>) -> Ran {
-    let bound = w.bound(w.owed(8)?)?;
+    let shown = w.granules();
+    let bound = w.bound(w.owed(shown.count(6))?)?;
     let memory = &bound.memory;
-    populate(memory, pages(2, 6), 1).expect("it is owed");
-    let some = gfns(pages(2, 6));
+    let come = shown.pages(2, 4);
+    populate(memory, come, 1).expect("it is owed");
+    let some = gfns(come);
     bound.passes([check(some, 1), probe(some, HostAccess::Denied), fill(some, 2), check(some, 2)]);
-    assert_eq!(bytes(memory, all(memory)), [None; 8], "whole or owed, it is private");
-    to(memory, pages(2, 6), Visibility::Shared).expect("no pins");
-    assert!(holds(memory, pages(2, 6), 2));
+    assert!(all_are(memory, all(memory), None), "whole or owed, it is private");
+    to(memory, come, Visibility::Shared).expect("no pins");
+    assert!(holds(memory, come, 2));
     PASSED
 }
 
@@ -211,7 +220,8 @@ fn lengths(w: &World<'_>) -> Ran {
     let range = pages(2, 4);
     let long = memory.populate(range, &vec![1; 2 * PAGE_BYTES + 1]);
     assert_eq!(long, Err(Error::TooManyBytes { range, bytes: 2 * PAGE_BYTES + 1 }));
-    let beyond = memory.populate(pages(7, 9), &[]);
+    let end = memory.pages().get();
+    let beyond = memory.populate(pages(end - 1, end + 1), &[]);
     assert!(matches!(beyond, Err(Error::Refused(Refusal::Beyond { .. }))), "{beyond:?}");
     assert_eq!(memory.populate(range, &[1; PAGE_BYTES + 100]), Ok(()));
     assert_eq!(byte(&memory, 2), Some(1));
@@ -297,58 +307,64 @@ fn torn(w: &World<'_>) -> Ran {
 }
 
 fn conversion(w: &World<'_>) -> Ran {
-    let bound = w.bound(w.owed(8)?)?;
+    let shown = w.granules();
+    let bound = w.bound(w.owed(shown.count(5))?)?;
     let memory = &bound.memory;
-    assert_eq!(to(memory, pages(0, 4), Visibility::Shared), Ok(4));
-    assert_eq!(to(memory, pages(2, 3), Visibility::Private), Ok(1));
+    assert_eq!(to(memory, shown.pages(0, 4), Visibility::Shared), Ok(shown.count(4)));
+    assert_eq!(to(memory, shown.page(2), Visibility::Private), Ok(shown.count(1)));
     assert!(facts(memory, all(memory)).iter().all(|(_, facts)| facts.population == Facts::Owed));
     assert_eq!(memory.existing(), Ok(vec![]));
     // Who waits for a page that becomes private while it waits is denied.
     let touched = waits(
-        || byte(memory, 1),
+        || byte(memory, shown.first(1)),
         || {
-            to(memory, page(1), Visibility::Private).expect("no pins");
+            to(memory, shown.page(1), Visibility::Private).expect("no pins");
         },
     );
     assert_eq!(touched, None);
     populate(memory, all(memory), 4).expect("it is owed");
-    assert!(holds(memory, page(0), 4) && holds(memory, page(3), 4));
-    bound.passes([check(gfns(all(memory)), 4), probe(gfns(pages(1, 3)), HostAccess::Denied)]);
+    assert!(holds(memory, shown.page(0), 4) && holds(memory, shown.page(3), 4));
+    let private = gfns(shown.pages(1, 3));
+    bound.passes([check(gfns(all(memory)), 4), probe(private, HostAccess::Denied)]);
     PASSED
 }
 
 fn zeroing(w: &World<'_>) -> Ran {
-    let bound = w.bound(w.owed(8)?)?;
+    let shown = w.granules();
+    let middle = shown.pages(2, 4);
+    let bound = w.bound(w.owed(shown.count(6))?)?;
     let memory = &bound.memory;
-    let convert = |to| memory.convert(pages(2, 4), to, Contents::Zero, OnBusy::Wait);
+    let convert = |to| memory.convert(middle, to, Contents::Zero, OnBusy::Wait);
     assert!(convert(Visibility::Shared).is_ok());
-    assert_eq!(bytes(memory, pages(2, 4)), [Some(0); 2]);
-    let whole = Error::Refused(Refusal::Whole { page: 2u32.into() });
-    assert_eq!(populate(memory, all(memory), 1), Err(whole.clone()));
+    assert!(all_are(memory, middle, Some(0)));
+    let whole = Error::Refused(Refusal::Whole { page: middle.start() });
+    assert_eq!(memory.populate(all(memory), &[1]), Err(whole.clone()));
     assert!(convert(Visibility::Private).is_ok());
-    bound.passes([zero(gfns(pages(2, 4)))]);
-    assert_eq!(populate(memory, pages(2, 3), 1), Err(whole));
-    populate(memory, pages(4, 8), 1).expect("it is owed");
-    bound.passes([check(gfns(pages(4, 8)), 1)]);
+    bound.passes([zero(gfns(middle))]);
+    assert_eq!(memory.populate(shown.page(2), &[1]), Err(whole));
+    populate(memory, shown.pages(4, 6), 1).expect("it is owed");
+    bound.passes([check(gfns(shown.pages(4, 6)), 1)]);
     PASSED
 }
 
 fn discard(w: &World<'_>) -> Ran {
-    let bound = w.bound(w.owed(8)?)?;
+    let shown = w.granules();
+    let middle = shown.pages(2, 6);
+    let bound = w.bound(w.owed(shown.count(8))?)?;
     let memory = &bound.memory;
-    to(memory, pages(0, 4), Visibility::Shared).expect("no pins");
-    let drop_them = || memory.discard(pages(2, 6), OnBusy::Wait).expect("no pins");
-    let host = waits(|| byte(memory, 3), drop_them);
+    to(memory, shown.pages(0, 4), Visibility::Shared).expect("no pins");
+    let drop_them = || memory.discard(middle, OnBusy::Wait).expect("no pins");
+    let host = waits(|| byte(memory, shown.first(3)), drop_them);
     assert_eq!(host, Some(0), "who waited sees zeros");
-    let whole = Error::Refused(Refusal::Whole { page: 2u32.into() });
-    assert_eq!(populate(memory, all(memory), 1), Err(whole));
-    bound.passes([zero(gfns(pages(2, 6)))]);
+    let whole = Error::Refused(Refusal::Whole { page: middle.start() });
+    assert_eq!(memory.populate(all(memory), &[1]), Err(whole));
+    bound.passes([zero(gfns(middle))]);
     waits(
-        || bound.passes([zero(gfns(page(7)))]),
-        || memory.discard(page(7), OnBusy::Wait).expect("no pins"),
+        || bound.passes([zero(gfns(shown.page(7)))]),
+        || memory.discard(shown.page(7), OnBusy::Wait).expect("no pins"),
     );
-    populate(memory, pages(0, 2), 1).expect("it is owed");
-    assert!(holds(memory, pages(0, 2), 1));
+    populate(memory, shown.pages(0, 2), 1).expect("it is owed");
+    assert!(holds(memory, shown.pages(0, 2), 1));
     PASSED
 }
 
@@ -368,23 +384,27 @@ fn discard_race(w: &World<'_>) -> Ran {
 }
 
 fn settled(w: &World<'_>) -> Ran {
-    let bound = w.bound(w.owed(8)?)?;
+    let shown = w.granules();
+    let bound = w.bound(w.owed(shown.count(8))?)?;
     let memory = &bound.memory;
-    to(memory, pages(0, 4), Visibility::Shared).expect("no pins");
-    populate(memory, pages(0, 2), 1).expect("it is owed");
+    to(memory, shown.pages(0, 4), Visibility::Shared).expect("no pins");
+    populate(memory, shown.pages(0, 2), 1).expect("it is owed");
     let together = || {
-        let ((), host) = meanwhile(|| bound.passes([zero(gfns(page(6)))]), || byte(memory, 3));
+        let ((), host) = meanwhile(
+            || bound.passes([zero(gfns(shown.page(6)))]),
+            || byte(memory, shown.first(3)),
+        );
         host
     };
     let host = waits(together, || memory.settle().expect("nothing is in the way"));
     assert_eq!(host, Some(0));
-    let whole = Error::Refused(Refusal::Whole { page: 5u32.into() });
-    assert_eq!(populate(memory, page(5), 1), Err(whole));
-    bound.passes([check(gfns(pages(0, 2)), 1), zero(gfns(pages(2, 8)))]);
+    let whole = Error::Refused(Refusal::Whole { page: shown.page(5).start() });
+    assert_eq!(memory.populate(shown.page(5), &[1]), Err(whole));
+    bound.passes([check(gfns(shown.pages(0, 2)), 1), zero(gfns(shown.pages(2, 8)))]);
     assert_eq!(memory.settle(), Ok(()), "as often as one likes");
-    put(memory, 2, 1);
+    put(memory, shown.first(2), 1);
     to(memory, all(memory), Visibility::Private).expect("no pins");
-    assert_eq!(bytes(memory, all(memory)), [None; 8], "the host is watched for good");
+    assert!(all_are(memory, all(memory), None), "the host is watched for good");
     PASSED
 }
 
@@ -400,35 +420,40 @@ fn plain(w: &World<'_>) -> Ran {
 }
 
 fn failed(w: &World<'_>) -> Ran {
-    let bound = w.bound(w.owed(8)?)?;
+    let shown = w.granules();
+    let come = shown.pages(2, 4);
+    let bound = w.bound(w.owed(shown.count(8))?)?;
     let memory = &bound.memory;
     share_all(memory);
-    let populated = w.in_trouble(Trouble::Continue, || populate(memory, pages(2, 4), 1))?;
+    let populated = w.in_trouble(Trouble::Continue, || populate(memory, come, 1))?;
     assert_eq!(populated, Ok(()));
-    assert!(holds(memory, pages(2, 4), 1));
-    bound.passes([check(gfns(pages(2, 4)), 1)]);
+    assert!(holds(memory, come, 1));
+    bound.passes([check(gfns(come), 1)]);
     PASSED
 }
 
 fn fails(w: &World<'_>) -> Ran {
-    let bound = w.bound(w.owed(8)?)?;
+    let shown = w.granules();
+    let (out, rest) = (shown.pages(2, 4), shown.pages(4, 6));
+    let bound = w.bound(w.owed(shown.count(6))?)?;
     let memory = &bound.memory;
     share_all(memory);
-    memory.fail(pages(2, 4)).expect("it is owed");
-    populate(memory, pages(4, 8), 3).expect("it is owed");
-    assert_eq!([2, 3].map(|at| byte(memory, at)), [None, None]);
-    assert!(holds(memory, pages(4, 8), 3));
-    let refused = Error::Refused(Refusal::SourceFailed { page: 2u32.into() });
-    let gpa = gfns(page(2)).start().gpa();
+    memory.fail(out).expect("it is owed");
+    populate(memory, rest, 3).expect("it is owed");
+    assert_eq!([2, 3].map(|at| byte(memory, shown.first(at))), [None, None]);
+    assert!(holds(memory, rest, 3));
+    let refused = Error::Refused(Refusal::SourceFailed { page: out.start() });
+    let first = PageRange::one(out.start());
+    let gpa = gfns(first).start().gpa();
     assert_eq!(memory.read(bound.vm, gpa, &mut [0]), Err(refused.clone()));
-    assert_eq!(populate(memory, pages(2, 3), 1), Err(refused));
-    let whole = Error::Refused(Refusal::Whole { page: 4u32.into() });
-    assert_eq!(memory.fail(pages(4, 5)), Err(whole));
-    bound.passes([check(gfns(pages(4, 8)), 3)]);
+    assert_eq!(memory.populate(shown.page(2), &[1]), Err(refused));
+    let whole = Error::Refused(Refusal::Whole { page: rest.start() });
+    assert_eq!(memory.fail(shown.page(4)), Err(whole));
+    bound.passes([check(gfns(rest), 3)]);
     let ended = bound.run([Op::Load { gpa, expect: 0 }]);
-    let fault = MemoryFault::SourceFailed(gfns(page(2)));
+    let fault = MemoryFault::SourceFailed(gfns(first));
     let failures = [
-        Failure::MemoryFailure { vcpu: 0, page: Some(2u32.into()) },
+        Failure::MemoryFailure { vcpu: 0, page: Some(out.start()) },
         Failure::MemoryFault { vcpu: 0, fault },
     ];
     assert!(failures.map(End::Failed).contains(&ended.end), "{:?}", ended.end);

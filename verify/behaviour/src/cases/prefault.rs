@@ -12,13 +12,15 @@ use super::together::story;
 use crate::Section::Prefault;
 use crate::world::{
     BASE, Bound, PASSED, Stop, World, all, bytes, check, convert, fill, gfn, gfns, holds,
-    meanwhile, page, pages, to, zero,
+    meanwhile, page, pages, put, to, zero,
 };
 use crate::{Case, Ran};
 
 pub(crate) const UNTOLD: &str =
     "while others are owed, a guest's first touches of what was prefaulted come to nobody";
 pub(crate) const OWED_STOPS: &str = "it stops before a page that is owed, and never shows it";
+pub(crate) const PART_STOPS: &str =
+    "what counts as done of a huge page that is whole in part, its guest touches unasked";
 pub(crate) const FAILED_STOPS: &str = "it stops before a page whose source failed, named";
 pub(crate) const STILL_OWED: &str = "discards meanwhile leave zeros, also while others are owed";
 
@@ -42,6 +44,7 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Prefault, STILL_OWED, |w| discards(w, true)),
     Case::new(Prefault, UNTOLD, untold),
     Case::new(Prefault, OWED_STOPS, owed),
+    Case::new(Prefault, PART_STOPS, part_of_a_huge_page),
     Case::new(Prefault, FAILED_STOPS, failed),
 ];
 
@@ -64,11 +67,13 @@ fn part(done: PageRange, left: PageRange) -> Result<Prefaulted, Error> {
     Ok(Prefaulted { done: gfns(done), skipped: PageCount::ZERO, left: Some(gfns(left)) })
 }
 
-/// Checks that `pages` pages of memory were made since `before`, by the host's own account.
+/// Checks that `pages` pages of memory were made since `before`, by the host's own account: whole
+/// huge pages where it is made of those.
 fn made(w: &World<'_>, memory: &Memory, before: u64, pages: u64) {
     // An account of the whole kernel's is kept in batches by each CPU, and so lags.
     let lag = if memory.resident().is_ok() { 0 } else { 128 };
-    let made = w.taken(memory).saturating_sub(before);
+    let whole = memory.page_size().reserved().map_or(1, |_| w.folios().count(1));
+    let (made, pages) = (w.taken(memory).saturating_sub(before), pages.next_multiple_of(whole));
     assert!(made.abs_diff(pages) <= lag, "{made} pages were made, not {pages}");
 }
 
@@ -94,7 +99,7 @@ fn full(w: &World<'_>) -> Ran {
         let memory = &bound.memory;
         let before = w.taken(memory);
         assert_eq!(prefault(&bound, &vcpu(&bound), all(memory)), whole(all(memory)));
-        made(w, memory, before, 700);
+        made(w, memory, before, memory.pages().get());
         let faults = memory.statistics().guest_faults;
         bound.passes([zero(gfns(pages(0, 300))), fill(gfns(pages(300, 700)), 1)]);
         bound.passes([zero(gfns(pages(0, 300))), check(gfns(pages(300, 700)), 1)]);
@@ -130,7 +135,7 @@ fn private(w: &World<'_>) -> Ran {
     assert_eq!(w.mapped(memory, all(memory)), []);
     let mut seen = [None; 16];
     seen[4] = Some(0);
-    assert_eq!(bytes(memory, all(memory)), seen);
+    assert_eq!(bytes(memory, pages(0, 16)), seen);
     bound.passes([fill(gfns(all(memory)), 1), check(gfns(all(memory)), 1)]);
     assert!(holds(memory, page(4), 1));
     PASSED
@@ -140,12 +145,13 @@ fn partial(w: &World<'_>) -> Ran {
     let bound = w.bound(w.memory(256)?)?;
     let (memory, vcpu) = (&bound.memory, vcpu(&bound));
     let before = w.taken(memory);
-    let (done, left) = (pages(128, 256), pages(256, 384));
-    assert_eq!(prefault(&bound, &vcpu, pages(128, 384)), part(done, left));
+    let end = memory.pages().get();
+    let (done, left) = (pages(end - 128, end), pages(end, end + 128));
+    assert_eq!(prefault(&bound, &vcpu, pages(end - 128, end + 128)), part(done, left));
     made(w, memory, before, 128);
     let none = Refusal::NoSlot { gfn: gfns(left).start() };
     assert_eq!(prefault(&bound, &vcpu, left), Err(none.into()));
-    assert_eq!(prefault(&bound, &vcpu, pages(255, 257)), part(page(255), page(256)));
+    assert_eq!(prefault(&bound, &vcpu, pages(end - 1, end + 1)), part(page(end - 1), page(end)));
     made(w, memory, before, 128);
     bound.passes([zero(gfns(all(memory)))]);
     PASSED
@@ -173,7 +179,8 @@ fn slots(w: &World<'_>) -> Ran {
 fn beyond(w: &World<'_>) -> Ran {
     let bound = w.bound(w.memory(16)?)?;
     let (memory, vcpu) = (&bound.memory, vcpu(&bound));
-    for (start, end) in [(BASE + 16, BASE + 17), (BASE - 1, BASE + 16), (1 << 30, 1 << 31)] {
+    let after = BASE + memory.pages().get();
+    for (start, end) in [(after, after + 1), (BASE - 1, after), (1 << 30, 1 << 31)] {
         let gfns = GfnRange::between(start, end).expect("frames");
         let refused = bound.guest.prefault((memory, bound.vm), &vcpu, gfns);
         let refused = refused.expect_err("no slot is there");
@@ -209,7 +216,7 @@ fn parallel(w: &World<'_>) -> Ran {
             || prefault(&bound, &other, all(memory)),
         );
         assert_eq!(done, (whole(all(memory)), whole(all(memory))));
-        made(w, memory, before, 1200);
+        made(w, memory, before, memory.pages().get());
         bound.passes([zero(gfns(pages(1000, 1200)))]);
     }
     PASSED
@@ -222,7 +229,7 @@ fn others(w: &World<'_>) -> Ran {
     bound.passes([fill(gfns(theirs), 1)]);
     let again = || memory.discard(theirs, OnBusy::Wait).expect("no pins");
     beside(again, || {
-        for _ in 0..20 {
+        for _ in 0..w.rounds(20) {
             memory.discard(ours, OnBusy::Wait).expect("no pins");
             assert_eq!(prefault(&bound, &vcpu, ours), whole(ours));
             let faults = memory.statistics().guest_faults;
@@ -280,10 +287,10 @@ fn conversions(w: &World<'_>) -> Ran {
     beside(again, || {
         bound.pass(vec![story(&bound, area(BASE), 1), story(&bound, area(BASE + 16), 100)]);
         // The VMM converts, too, more than the guest is at.
-        for round in 0..100 {
+        for round in 0..w.rounds(100) {
             let range = pages(round % 16, round % 16 + 16);
             to(memory, range, Visibility::Shared).expect("no pins");
-            memory.host_view().touch_write(range.start().offset(), &[1]).expect("it is shared");
+            put(memory, range.start().get(), 1);
             to(memory, range, Visibility::Private).expect("no pins");
             assert_eq!(bytes(memory, range), [None; 16]);
         }
@@ -292,22 +299,27 @@ fn conversions(w: &World<'_>) -> Ran {
     // Nothing is left on a side that was abandoned.
     memory.discard(all(memory), OnBusy::Wait).expect("no pins");
     made(w, memory, before, 0);
-    bound.passes([zero(gfns(all(memory))), convert(gfns(all(memory)), Side::Shared)]);
-    assert_eq!(bytes(memory, all(memory)), [Some(0); 32]);
+    bound.passes([zero(gfns(pages(0, 32))), convert(gfns(pages(0, 32)), Side::Shared)]);
+    assert_eq!(bytes(memory, pages(0, 32)), [Some(0); 32]);
     PASSED
 }
 
 fn discards(w: &World<'_>, owed: bool) -> Ran {
-    let bound = w.bound(if owed { w.owed(65)? } else { w.memory(64)? })?;
+    let shown = w.granules();
+    // Of huge pages few: what is owed of one keeps all of it.
+    let count = if shown.is_small() { 64 } else { 1 };
+    let next = shown.page(count);
+    let bound = w.bound(if owed { w.owed(next.end())? } else { w.memory(shown.count(count))? })?;
     let (memory, vcpu) = (&bound.memory, vcpu(&bound));
-    let some = pages(0, 64);
+    let some = shown.pages(0, count);
     if owed {
         populate(memory, some, 9).expect("it is owed");
     }
-    let expected = if owed { part(some, page(64)) } else { whole(some) };
-    let again = || assert_eq!(prefault(&bound, &vcpu, all(memory)), expected);
+    let asked = if owed { pages(0, next.end()) } else { some };
+    let expected = if owed { part(some, next) } else { whole(some) };
+    let again = || assert_eq!(prefault(&bound, &vcpu, asked), expected);
     beside(again, || {
-        for round in 0..20 {
+        for round in 0..w.rounds(20) {
             bound.passes([fill(gfns(some), round), check(gfns(some), round)]);
             for _ in 0..50 {
                 memory.discard(some, OnBusy::Wait).expect("no pins");
@@ -319,62 +331,109 @@ fn discards(w: &World<'_>, owed: bool) -> Ran {
 }
 
 fn untold(w: &World<'_>) -> Ran {
-    let bound = w.bound(w.owed(65)?)?;
+    let shown = w.granules();
+    let (some, next) = (if shown.is_small() { 16 } else { 1 }, shown.count(1));
+    let bound = w.bound(w.owed(shown.count(4 * some) + next)?)?;
     let memory = &bound.memory;
-    populate(memory, pages(0, 48), 1).expect("it is owed");
+    populate(memory, shown.pages(0, 3 * some), 1).expect("it is owed");
     // Pages that are whole, and nowhere.
-    memory.discard(pages(32, 64), OnBusy::Wait).expect("no pins");
-    let done = prefault(&bound, &vcpu(&bound), all(memory));
-    assert_eq!(done, part(pages(0, 64), page(64)));
+    memory.discard(shown.pages(2 * some, 4 * some), OnBusy::Wait).expect("no pins");
+    let done = prefault(&bound, &vcpu(&bound), pages(0, shown.first(4 * some) + next));
+    assert_eq!(done, part(shown.pages(0, 4 * some), shown.page(4 * some)));
     let faults = memory.statistics().guest_faults;
-    bound.passes([check(gfns(pages(0, 32)), 1), zero(gfns(pages(32, 64)))]);
+    bound.passes([
+        check(gfns(shown.pages(0, 2 * some)), 1),
+        zero(gfns(shown.pages(2 * some, 4 * some))),
+    ]);
     assert_eq!(memory.statistics().guest_faults, faults);
     PASSED
 }
 
 fn owed(w: &World<'_>) -> Ran {
-    let bound = w.bound(w.owed(16)?)?;
+    let shown = w.granules();
+    let bound = w.bound(w.owed(shown.count(8))?)?;
     let (memory, vcpu) = (&bound.memory, vcpu(&bound));
-    let refused = |at: u32| Err(Refusal::Owed { page: at.into() }.into());
-    assert_eq!(prefault(&bound, &vcpu, all(memory)), refused(0));
-    populate(memory, pages(0, 8), 1).expect("it is owed");
-    populate(memory, pages(12, 14), 1).expect("it is owed");
-    assert_eq!(prefault(&bound, &vcpu, all(memory)), part(pages(0, 8), pages(8, 16)));
-    assert_eq!(prefault(&bound, &vcpu, pages(8, 16)), refused(8));
-    assert_eq!(prefault(&bound, &vcpu, pages(12, 16)), part(pages(12, 14), pages(14, 16)));
+    let refused = |at| Err(Refusal::Owed { page: shown.page(at).start() }.into());
+    assert_eq!(prefault(&bound, &vcpu, shown.pages(0, 8)), refused(0));
+    populate(memory, shown.pages(0, 4), 1).expect("it is owed");
+    populate(memory, shown.page(6), 1).expect("it is owed");
+    assert_eq!(
+        prefault(&bound, &vcpu, shown.pages(0, 8)),
+        part(shown.pages(0, 4), shown.pages(4, 8))
+    );
+    assert_eq!(prefault(&bound, &vcpu, shown.pages(4, 8)), refused(4));
+    assert_eq!(prefault(&bound, &vcpu, shown.pages(6, 8)), part(shown.page(6), shown.page(7)));
     // Who touches one waits, and sees it whole.
-    for at in [8, 15] {
+    for at in [4, 7] {
         waits(
-            || bound.passes([check(gfns(page(at)), 2)]),
-            || populate(memory, page(at), 2).expect("it is owed"),
+            || bound.passes([check(gfns(shown.page(at)), 2)]),
+            || populate(memory, shown.page(at), 2).expect("it is owed"),
         );
     }
-    bound.passes([check(gfns(pages(0, 8)), 1), check(gfns(pages(12, 14)), 1)]);
+    bound.passes([check(gfns(shown.pages(0, 4)), 1), check(gfns(shown.page(6)), 1)]);
     memory.settle().expect("nothing is in the way");
-    assert_eq!(prefault(&bound, &vcpu, all(memory)), whole(all(memory)));
-    bound.passes([zero(gfns(pages(9, 12))), zero(gfns(page(14))), check(gfns(page(15)), 2)]);
+    assert_eq!(prefault(&bound, &vcpu, shown.pages(0, 8)), whole(shown.pages(0, 8)));
+    bound.passes([zero(gfns(shown.page(5))), check(gfns(shown.page(7)), 2)]);
+    PASSED
+}
+
+fn part_of_a_huge_page(w: &World<'_>) -> Ran {
+    let bound = w.bound(w.owed(w.folios().count(1).max(16))?)?;
+    let (memory, vcpu) = (&bound.memory, vcpu(&bound));
+    let (come, rest) = (pages(0, 8), pages(8, memory.pages().get()));
+    populate(memory, come, 1).expect("it is owed");
+    let done = prefault(&bound, &vcpu, come);
+    let faults = memory.statistics().guest_faults;
+    match w.granules().is_small() {
+        true => {
+            assert_eq!(done, whole(come));
+            bound.passes([check(gfns(come), 1)]);
+        }
+        // It is mapped as a whole or not at all.
+        false => assert_eq!(done, Err(Refusal::Owed { page: rest.start() }.into())),
+    }
+    memory.populate(rest, &[]).expect("it is owed");
+    if crate::world::keeps(memory) {
+        // Two kinds in one huge page: it is mapped all the same.
+        let facts = memory.facts(come).expect("pages of the object");
+        to(memory, pages(2, 4), facts[0].1.visibility.other()).expect("no pins");
+    }
+    assert_eq!(prefault(&bound, &vcpu, come).map(|it| it.left.is_some()), Ok(false));
+    bound.passes([check(gfns(come), 1)]);
+    assert_eq!(memory.statistics().guest_faults, faults);
     PASSED
 }
 
 fn failed(w: &World<'_>) -> Ran {
-    let bound = w.bound(w.owed(16)?)?;
+    let shown = w.granules();
+    let bound = w.bound(w.owed(shown.count(8))?)?;
     let (memory, vcpu) = (&bound.memory, vcpu(&bound));
-    populate(memory, pages(0, 4), 1).expect("it is owed");
-    memory.fail(pages(4, 8)).expect("it is owed");
+    populate(memory, shown.pages(0, 2), 1).expect("it is owed");
+    memory.fail(shown.pages(2, 4)).expect("it is owed");
     for settled in [false, true] {
         if settled {
             memory.settle().expect("nothing is in the way");
         }
-        assert_eq!(prefault(&bound, &vcpu, all(memory)), part(pages(0, 4), pages(4, 16)));
-        let named = Refusal::SourceFailed { page: 5u32.into() };
-        assert_eq!(prefault(&bound, &vcpu, pages(5, 16)), Err(named.into()));
+        assert_eq!(
+            prefault(&bound, &vcpu, shown.pages(0, 8)),
+            part(shown.pages(0, 2), shown.pages(2, 8))
+        );
+        let named = Refusal::SourceFailed { page: shown.page(3).start() };
+        assert_eq!(prefault(&bound, &vcpu, shown.pages(3, 8)), Err(named.into()));
     }
-    assert_eq!(prefault(&bound, &vcpu, pages(8, 16)), whole(pages(8, 16)));
+    assert_eq!(prefault(&bound, &vcpu, shown.pages(4, 8)), whole(shown.pages(4, 8)));
     // Discarded, they are zeros among others, and as good.
-    memory.discard(pages(4, 6), OnBusy::Wait).expect("no pins");
-    assert_eq!(prefault(&bound, &vcpu, all(memory)), part(pages(0, 6), pages(6, 16)));
+    memory.discard(shown.page(2), OnBusy::Wait).expect("no pins");
+    assert_eq!(
+        prefault(&bound, &vcpu, shown.pages(0, 8)),
+        part(shown.pages(0, 3), shown.pages(3, 8))
+    );
     let faults = memory.statistics().guest_faults;
-    bound.passes([check(gfns(pages(0, 4)), 1), zero(gfns(pages(4, 6))), zero(gfns(pages(8, 16)))]);
+    bound.passes([
+        check(gfns(shown.pages(0, 2)), 1),
+        zero(gfns(shown.page(2))),
+        zero(gfns(shown.pages(4, 8))),
+    ]);
     assert_eq!(memory.statistics().guest_faults, faults);
     PASSED
 }

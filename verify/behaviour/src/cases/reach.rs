@@ -12,7 +12,7 @@ use polder_require::Facility;
 
 use crate::Section::Reach;
 use crate::host::Way;
-use crate::world::{PASSED, World, all, fill, gfns, page, seeded, to};
+use crate::world::{PASSED, World, all, fill, gfns, seeded, to};
 use crate::{Case, Ran, Skipped};
 
 pub(crate) const MEM_HOST_VIEW: &str =
@@ -59,18 +59,19 @@ pub fn way_of(case: &Case) -> Option<Way> {
 
 /// Tries a way on a page that the guest has written and that is private, and on a shared one.
 fn row(w: &World<'_>, way: Way) -> Ran {
-    let bound = w.bound(w.memory(4)?)?;
+    let shown = w.granules();
+    let bound = w.bound(w.memory(shown.count(4))?)?;
     let memory = &bound.memory;
-    to(memory, page(1), Visibility::Shared).expect("no pins");
+    to(memory, shown.page(1), Visibility::Shared).expect("no pins");
     bound.passes([fill(gfns(all(memory)), 7)]);
     let secret = |at: u64| {
-        let frame = gfns(page(at)).start();
+        let frame = gfns(shown.page(at)).start();
         <[u8; 8]>::try_from(&seeded(frame, 7)[..8]).expect("eight bytes")
     };
     // What is not mapped is brought by a touch; a look from outside brings nothing.
-    memory.host_view().touch_read(PAGE_SIZE, &mut [0]).expect("a shared page");
+    memory.host_view().touch_read(shown.first(1) * PAGE_SIZE, &mut [0]).expect("a shared page");
     let reaches = |at: u64| -> Result<bool, Skipped> {
-        let found = look(memory, way, PageIndex::from(u32::try_from(at).expect("one of four")))?;
+        let found = look(memory, way, shown.page(at).start())?;
         Ok(found.contains(&secret(at)))
     };
     assert!(reaches(1)?, "the way leads nowhere, not even to a shared page");

@@ -106,7 +106,7 @@ fn busy(w: &World<'_>) -> Ran {
 
 fn wait(w: &World<'_>) -> Ran {
     let memory = striped(w)?;
-    for round in 0..8 {
+    for round in 0..w.rounds(8) {
         let mut next = SHARED;
         let range = pages(2 * round, 2 * round + 2);
         to(&memory, range, PRIVATE).expect("no pins");
@@ -128,7 +128,7 @@ fn race(w: &World<'_>) -> Ran {
     let memory = w.memory(256)?;
     share_all(&memory);
     (0..256).for_each(|at| put(&memory, at, 8));
-    for round in 0..100 {
+    for round in 0..w.rounds(100) {
         let (low, high) = (pages(0, 160), pages(96, 256));
         let (one, other) = meanwhile(|| to(&memory, low, PRIVATE), || to(&memory, high, PRIVATE));
         assert_eq!(one.and_then(|one| Ok(one + other?)), Ok(256), "each page changed once");
@@ -224,13 +224,13 @@ fn under_touches(w: &World<'_>, rounds: u64, convert: impl Fn(&Memory, u64, Visi
 }
 
 fn touches(w: &World<'_>) -> Ran {
-    under_touches(w, 3000, |memory, first, visibility| {
+    under_touches(w, w.rounds(3000), |memory, first, visibility| {
         to(memory, pages(first, first + 4), visibility).expect("no pins");
     })
 }
 
 fn long_touches(w: &World<'_>) -> Ran {
-    under_touches(w, 150, |memory, first, visibility| {
+    under_touches(w, w.rounds(150), |memory, first, visibility| {
         // Behind the four pages, every other one is private: a conversion takes many steps, and
         // the four have lost their mapping long before it is over.
         let behind = (first + 5..first + 64).step_by(2);
@@ -268,7 +268,7 @@ fn last_of_many(w: &World<'_>) -> Ran {
         let touch = &touch;
         PAGES.iter().for_each(|&page| drop(scope.spawn(move || touch(page))));
         let _stopping = Stop(&stop);
-        for now in 1..3000 {
+        for now in 1..w.rounds(3000) {
             // All of them are touched anew, and answered one after the other; meanwhile the last
             // becomes private.
             to(&memory, all(&memory), PRIVATE).expect("no pins");
@@ -288,15 +288,18 @@ fn last_of_many(w: &World<'_>) -> Ran {
 }
 
 fn denied(w: &World<'_>) -> Ran {
-    let memory = w.memory(64)?;
+    let memory = w.memory(w.folios().count(4).max(64))?;
+    let quarter = memory.pages().get() / 4;
+    let (rest, last) = (pages(0, 3 * quarter), pages(3 * quarter, 4 * quarter));
+    let touched = || (0..64).map(|at| at * quarter / 16);
     share_all(&memory);
-    (0..64).for_each(|at| put(&memory, at, 5));
-    let pin = memory.pin(pages(60, 64), PinKind::LongTerm, Holder::new("vhost-net"));
+    touched().for_each(|at| put(&memory, at, 5));
+    let pin = memory.pin(last, PinKind::LongTerm, Holder::new("vhost-net"));
     let pin = pin.expect("shared pages");
     let stop = AtomicBool::new(false);
     let touch = || {
         loop {
-            for at in 0..64 {
+            for at in touched() {
                 let mut byte = [0];
                 let touched = memory.host_view().touch_read(at * PAGE_SIZE, &mut byte);
                 assert_eq!((touched, byte), (Ok(()), [5]), "page {at}");
@@ -308,20 +311,19 @@ fn denied(w: &World<'_>) -> Ran {
     };
     let ((), ran) = meanwhile(touch, || {
         let _stop = Stop(&stop);
-        for _ in 0..2000 {
+        for _ in 0..w.rounds(2000) {
             assert!(to(&memory, all(&memory), PRIVATE).is_err(), "some of it is pinned");
         }
         // Also where it is not refused at once, but fails half-way.
         for _ in 0..20 {
-            let failed =
-                w.in_trouble(crate::Trouble::Unmap, || to(&memory, pages(0, 60), PRIVATE))?;
+            let failed = w.in_trouble(crate::Trouble::Unmap, || to(&memory, rest, PRIVATE))?;
             assert!(matches!(failed, Err(Error::Host(_))), "{failed:?}");
         }
         PASSED
     });
     ran?;
     drop(pin);
-    assert_eq!(to(&memory, all(&memory), PRIVATE), Ok(64));
+    assert_eq!(to(&memory, all(&memory), PRIVATE), Ok(4 * quarter));
     PASSED
 }
 
@@ -335,7 +337,7 @@ fn churned(w: &World<'_>) -> Ran {
     let ((), ()) = meanwhile(
         || bound.passes(churn),
         || {
-            for round in 0..400 {
+            for round in 0..w.rounds(400) {
                 let range = pages(round % 28, round % 28 + 5);
                 for visibility in [SHARED, PRIVATE] {
                     to(memory, range, visibility).expect("no pins");

@@ -40,6 +40,7 @@ const REASONS: &[(&str, &str)] = &[
     ("two VMs see one object, and a conversion holds for both", ONE_VM),
     (cases::UNTOLD, OWED),
     (cases::OWED_STOPS, OWED),
+    (cases::PART_STOPS, OWED),
     (cases::FAILED_STOPS, OWED),
     (cases::STILL_OWED, OWED),
     (cases::MOVED, MOVED),

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 
 use polder::units::{Gpa, PAGE_SIZE, PageIndex, PageRange};
 use polder::{HostKind, Memory, MemoryFault, PageSize, Visibility, VmId};
-use polder_require::{Facility, Thp};
+use polder_require::Facility;
 use polder_vmm::scenario::Op;
 use polder_vmm::{End, Ended, Failure, IdleVcpu, Progress, RunError, Supervision, Vm};
 use seccompiler::{
@@ -15,7 +15,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-use super::{KERNEL_MOVES, LOOKS, NO_DEVICE};
+use super::{EVERY_SIZE, HUGE, KERNEL_MOVES, LOOKS, NO_DEVICE, NO_FLAG, Reason, WRITES_ZEROS};
 use crate::host::{Guest, Host, Trouble, Way, not_protected};
 use crate::{Section, Skipped, cases};
 
@@ -26,9 +26,6 @@ pub(super) struct Memfd {
 
 pub(super) const MOVED: &str = "an access amid the change of a slot ends in the VMM by the time \
     the slot is there again; a VMM stops its vCPUs first";
-
-/// A row and why it is not applicable.
-type Reason = (&'static str, &'static str);
 
 const SAME_ACCESS: &str = "a guest of KVM's default VM type has one kind of access to memory, \
     neither private nor shared";
@@ -78,36 +75,20 @@ const EVERY: &[Reason] = &[
     ),
 ];
 
-const WRITES_ZEROS: &str =
-    "what is discarded of a huge page is written with zeros: that frees none";
-const NO_FREE: &str = "what is discarded of a huge page is written with zeros: nothing of that can \
-    be had to fail";
-const EVERY_SIZE: &str = "rows about huge pages run on every page size: see memfd";
-const BY_2M: &str = "a source brings all of the huge page that a touch lies in";
-
 /// What does not apply to transparent huge pages.
-const THP: &[Reason] = &[
-    ("contents become zeros in every view, and memory is freed", WRITES_ZEROS),
-    ("contents zeroed are zeros for the guest, too", WRITES_ZEROS),
-    (
-        "while a guest runs and converts, it sees no wrong byte and the host no page late",
-        WRITES_ZEROS,
-    ),
-    (
-        "ten rounds of everything to and fro take up the guest's size and no more",
-        "the first touch takes up a huge page, before anything is counted",
-    ),
-    (cases::QUARANTINE, NO_FREE),
-    (cases::QUARANTINE_EXIT, NO_FREE),
-    ("a touch by any view brings its page, whole", BY_2M),
-    ("guest and host that touch one page have it read once", BY_2M),
-    ("with read-ahead off, what nobody touches is not read", BY_2M),
-    ("while a source does not answer, other faults are", BY_2M),
-    ("a touch in a huge page brings all of it, whole, by any view", EVERY_SIZE),
-    ("a huge page with a page that can't be read is denied, or that page", EVERY_SIZE),
-    ("a huge page that is discarded, or a part of it, is not read", EVERY_SIZE),
-    ("a huge page that is being read can be discarded, and is zeros", EVERY_SIZE),
-    ("nobody sees a torn huge page while a source fills it", EVERY_SIZE),
+const THP: &[Reason] = &[(
+    "while a guest runs and converts, it sees no wrong byte and the host no page late",
+    WRITES_ZEROS,
+)];
+
+const AS_A_WHOLE: &str = "a hugetlb page is denied as a whole where one of its pages has failed";
+
+/// What does not apply to hugetlb pages.
+const HUGETLB: &[Reason] = &[
+    ("a page that a source can't read is denied to all, and no other", AS_A_WHOLE),
+    ("a source that panics, ends or lies fails in the same way", AS_A_WHOLE),
+    ("who waits for a source longer than the deadline is denied", AS_A_WHOLE),
+    (cases::MAPPED, "one touch brings all of a hugetlb page: a pin maps none ahead"),
 ];
 
 impl Host for Memfd {
@@ -116,10 +97,13 @@ impl Host for Memfd {
     }
 
     fn not_applicable(&self) -> &'static [(&'static str, &'static str)] {
-        static OF_THP: LazyLock<Vec<Reason>> = LazyLock::new(|| [EVERY, THP].concat());
+        static OF_THP: LazyLock<Vec<Reason>> = LazyLock::new(|| [EVERY, HUGE, THP].concat());
+        static OF_HUGETLB: LazyLock<Vec<Reason>> =
+            LazyLock::new(|| [EVERY, HUGE, HUGETLB].concat());
         match self.size {
+            PageSize::Small => EVERY,
             PageSize::Thp => &OF_THP,
-            _ => EVERY,
+            PageSize::Huge2M | PageSize::Huge1G => &OF_HUGETLB,
         }
     }
 
@@ -128,20 +112,17 @@ impl Host for Memfd {
         let unprotected = not_protected(section);
         match section {
             _ if self.size == PageSize::Small || unprotected.is_some() => unprotected,
+            HugePages => Some(EVERY_SIZE),
+            Section::Selftests if self.size != PageSize::Thp => Some(NO_FLAG),
+            _ if self.size != PageSize::Thp => None,
             HostView | Discard | Conversion | Exits | KernelAccess => None,
             Section::Userfault | Section::Prefault => None,
-            HugePages => Some(EVERY_SIZE),
             _ => Some("nothing of this section depends on how large its pages are: see memfd"),
         }
     }
 
     fn page_size(&self) -> PageSize {
         self.size
-    }
-
-    fn set_aside(&self) -> Result<Option<Thp>, Skipped> {
-        let lacking = |why| Skipped { facility: Facility::HugePages, why };
-        (self.size == PageSize::Thp).then(Thp::allow).transpose().map_err(lacking)
     }
 
     fn missing(&self, error: &polder::Error) -> Option<Skipped> {

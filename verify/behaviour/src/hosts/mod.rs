@@ -10,9 +10,33 @@ use polder_vmm::GuestRoot;
 
 use crate::Host;
 
+/// A row and why it is not applicable.
+type Reason = (&'static str, &'static str);
+
 const KERNEL_MOVES: &str = "where pages lie is the kernel's affair on this host";
 const NO_DEVICE: &str =
     "no device with an IOMMU is to be had here: what a domain is told is another row";
+const EVERY_SIZE: &str =
+    "rows about huge pages run on every page size: see the host's first column";
+const NO_FLAG: &str =
+    "the kernel's interface has no flag for huge pages: see the host's first column";
+const WRITES_ZEROS: &str =
+    "what is discarded of a huge page is written with zeros: that frees none";
+const BY_HUGE_PAGE: &str = "a source brings all of the huge page that a touch lies in";
+
+/// What holds of huge pages, transparent or reserved.
+const HUGE: &[Reason] = &[
+    ("contents become zeros in every view, and memory is freed", WRITES_ZEROS),
+    ("a touch by any view brings its page, whole", BY_HUGE_PAGE),
+    ("guest and host that touch one page have it read once", BY_HUGE_PAGE),
+    ("with read-ahead off, what nobody touches is not read", BY_HUGE_PAGE),
+    ("while a source does not answer, other faults are", BY_HUGE_PAGE),
+    ("a touch in a huge page brings all of it, whole, by any view", EVERY_SIZE),
+    ("a huge page with a page that can't be read is denied, or that page", EVERY_SIZE),
+    ("a huge page that is discarded, or a part of it, is not read", EVERY_SIZE),
+    ("a huge page that is being read can be discarded, and is zeros", EVERY_SIZE),
+    ("nobody sees a torn huge page while a source fills it", EVERY_SIZE),
+];
 
 /// How often a run is looked at before it counts as hung; some twenty times a second.
 const LOOKS: u32 = 20 * 30;
@@ -28,7 +52,21 @@ pub fn hosts() -> &'static [&'static dyn Host] {
     const SHADOW: &dyn Host = &machine::Machine::on(GuestRoot::Shadow);
     const NESTED: &dyn Host = &machine::Machine::on(GuestRoot::Nested);
     const THP: &dyn Host = &memfd::Memfd { size: PageSize::Thp };
-    &[MEMFD, THP, &guest_memfd::GuestMemfd, PLAIN, PROTECTED, SNP, PKVM, SHADOW, NESTED]
+    const HUGETLB: &dyn Host = &memfd::Memfd { size: PageSize::Huge2M };
+    const HUGE: &dyn Host = &machine::Machine::of(PageSize::Huge2M);
+    &[
+        MEMFD,
+        THP,
+        HUGETLB,
+        &guest_memfd::GuestMemfd,
+        PLAIN,
+        HUGE,
+        PROTECTED,
+        SNP,
+        PKVM,
+        SHADOW,
+        NESTED,
+    ]
 }
 
 /// The simulated machine with a bug of its own: no column of the table, but what its rows are

@@ -13,8 +13,9 @@ use crate::Error;
 
 impl MachineHost {
     /// Has pages that are published taken off the direct map from here on.
-    pub(crate) fn off_direct_map(self) -> Self {
-        Self { hides: true, ..self }
+    pub(crate) fn off_direct_map(mut self) -> Self {
+        self.hides = true;
+        self
     }
 
     /// Takes pages that are about to be seen off the direct map: those that have memory.

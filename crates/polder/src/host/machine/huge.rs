@@ -9,6 +9,7 @@
 //! touch that brings the page needs no more than the page.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use polder_engine::pool::{HugePage, PoolCounts};
 use polder_linux::Errno;
@@ -58,6 +59,21 @@ impl Huge {
         }
         let (held, unborn) = (BTreeMap::new(), BTreeSet::new());
         Ok(Self { level, state: Mutex::new(State { reserved, held, unborn }) })
+    }
+
+    pub(super) fn pool(&self) -> HugePool {
+        self.state.lock().reserved.pool().clone()
+    }
+
+    /// Notes that the memory is going, and that on its machine pins keep so many huge pages: those that
+    /// it holds, and such as it has discarded, which are promised to it still.
+    pub(super) fn leave(&self, machine: &Arc<Mutex<Machine>>, pending: u64) {
+        let mut state = self.state.lock();
+        let held = state.held.values().copied().collect::<Vec<_>>().into_iter();
+        let discarded = std::iter::from_fn(|| state.reserved.take());
+        let kept = usize::try_from(pending).unwrap_or(usize::MAX);
+        let kept: Vec<HugePage> = held.chain(discarded).take(kept).collect();
+        state.reserved.leave(machine, kept);
     }
 
     /// What the pool has. What this memory has discarded, and pins on its machine keep, is promised

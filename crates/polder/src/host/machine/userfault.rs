@@ -11,8 +11,9 @@ use crate::Error;
 
 impl MachineHost {
     /// Has touches end in the VMM, in slots from here on.
-    pub(crate) fn with_exits(self) -> Self {
-        Self { exits: true, ..self }
+    pub(crate) fn with_exits(mut self) -> Self {
+        self.exits = true;
+        self
     }
 
     /// Sets the bits of a new slot.
