@@ -78,6 +78,9 @@ fn run(extent: &Extent, progress: &mut dyn FnMut(Progress)) -> Measured {
     for size in [PageSize::Huge2M, PageSize::Huge1G] {
         let share = Case::new(format!("stall share 4k in {size}, {SIMULATED}"), SMALL, "us");
         cases.push((share, Box::new(move |case| stall::simulated(case, size, extent))));
+        let name = format!("stall share 4k in {size}, 50 times in a row, {SIMULATED}");
+        let in_a_row = Case::new(name, "once", "us");
+        cases.push((in_a_row, Box::new(move |case| stall::in_a_row(case, size, extent))));
     }
     let of = cases.len();
     let rows = cases.iter().enumerate().map(|(done, (case, measure))| {

@@ -116,7 +116,7 @@ impl Engine {
         }
         for &range in ranges {
             self.check_quarantine(range)?;
-            self.check_claims(range)?;
+            self.check_turn(range)?;
         }
         let parts = self.parts_that_change(ranges, to);
         if parts.is_empty() {
@@ -131,7 +131,7 @@ impl Engine {
         let reshape = self.reshape(&parts, to);
         let claims = self.with_neighbours(ranges, &reshape);
         for &claim in claims.iter().filter(|claim| !ranges.contains(claim)) {
-            self.check_claims(claim)?;
+            self.check_turn(claim)?;
         }
         for folio in reshape.folios() {
             self.check_quarantine(folio)?;

@@ -55,7 +55,7 @@ impl Engine {
         self.check_quarantine(range)?;
         // What a view maps as a whole it unmaps as a whole.
         let whole = self.granules(range);
-        self.check_claims(whole)?;
+        self.check_turn(whole)?;
         self.check_pins(range)?;
         self.check_dma(range)?;
         let private = self.pages.runs(range).filter(|(_, facts)| facts.visibility == Private);

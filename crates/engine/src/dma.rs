@@ -62,7 +62,7 @@ impl Engine {
         granule: PageCount,
     ) -> Result<(DeviceId, Operation<Attaching>), Blocked> {
         let all = self.all();
-        self.check_claims(all)?;
+        self.check_turn(all)?;
         if let Some(page) = self.first_page(all, |facts| facts.population == Population::Owed) {
             return Err(Refusal::Owed { page }.into());
         }
@@ -96,7 +96,7 @@ impl Engine {
     /// Refused for a device that is not attached; busy while an operation runs.
     pub fn detach(&mut self, id: DeviceId) -> Result<Operation<Attaching>, Blocked> {
         let all = self.all();
-        self.check_claims(all)?;
+        self.check_turn(all)?;
         if !self.devices.iter().any(|device| device.id == id) {
             return Err(Refusal::NoSuchDevice.into());
         }

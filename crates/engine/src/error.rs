@@ -25,6 +25,10 @@ pub enum Refusal {
     /// `EAGAIN`: an operation holds the range. The same request may succeed once it has ended.
     #[error("pages {range} are held by a {by} of pages {held}; try again")]
     Busy { range: PageRange, by: Activity, held: PageRange },
+    /// `EAGAIN`: somebody came first who waits for pages of the range. The same request may succeed
+    /// once he has had his turn.
+    #[error("pages {range} are awaited by somebody who came first, for pages {held}; try again")]
+    Awaited { range: PageRange, held: PageRange },
     /// `EAGAIN`: somebody pinned a page. The same request may succeed once it is unpinned.
     #[error("page {page} is pinned ({kind}) by {holder}; try again once it is unpinned")]
     Pinned { page: PageIndex, kind: PinKind, holder: Holder },
@@ -136,7 +140,8 @@ impl Refusal {
             Self::FolioPart { .. } | Self::Granule { .. } | Self::NoSuchDevice => Errno::EINVAL,
             Self::Range(_) | Self::Beyond { .. } | Self::Unbound { .. } => Errno::EINVAL,
             Self::NoSuchSlot { .. } | Self::NoSlots { .. } => Errno::EINVAL,
-            Self::Busy { .. } | Self::Pinned { .. } => Errno::EAGAIN,
+            Self::Busy { .. } | Self::Awaited { .. } => Errno::EAGAIN,
+            Self::Pinned { .. } => Errno::EAGAIN,
             Self::Referenced { .. } | Self::Owed { .. } => Errno::EAGAIN,
             Self::Private { .. } => Errno::EACCES,
             Self::SourceFailed { .. } => Errno::EIO,

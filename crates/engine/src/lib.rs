@@ -61,6 +61,7 @@ mod range_set;
 mod rmp;
 mod step;
 mod sync;
+mod turns;
 mod wanted;
 
 #[cfg(test)]
@@ -99,6 +100,7 @@ pub use preload::{Filling, Preloaded, Preparing};
 pub use range_set::RangeSet;
 pub use rmp::{LargeRmpEntry, NotLarge, can_install_large_rmp_entry};
 pub use step::Step;
+pub use turns::Turn;
 pub use wanted::Wish;
 
 use crate::binding::Bindings;
@@ -146,6 +148,8 @@ pub struct Engine {
     failed: RangeSet,
     /// Pages whose undo failed; neither side may touch them again.
     quarantine: RangeSet,
+    /// Those who wait for operations to end.
+    turns: turns::Turns,
     /// The last operations that ended or were refused.
     history: history::History,
     /// The bug planted in it; none, but where a checker is checked.
@@ -184,6 +188,7 @@ impl Engine {
             markers: <[RangeSet; 2]>::default(),
             failed: RangeSet::default(),
             quarantine: RangeSet::default(),
+            turns: turns::Turns::default(),
             history: history::History::default(),
             plants: plant::Plants::default(),
             last_id: 0,

@@ -32,7 +32,7 @@ impl Engine {
         self.check_bounds(range)?;
         let pages = self.mergeable(range);
         for &page in &pages {
-            self.check_claims(page)?;
+            self.check_turn(page)?;
         }
         let program = Program::default().stage(pages.iter().copied().map(Step::Merge));
         Ok(self.begin(Activity::Merge, pages.clone(), pages, program))

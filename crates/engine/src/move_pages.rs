@@ -55,7 +55,7 @@ impl Engine {
     pub fn move_pages(&mut self, range: PageRange) -> Result<Operation<Moving>, Blocked> {
         self.check_bounds(range)?;
         self.check_quarantine(range)?;
-        self.check_claims(range)?;
+        self.check_turn(range)?;
         self.check_pins(range)?;
         self.check_dma(range)?;
         let platform = self.config.platform;

@@ -26,6 +26,7 @@ use crate::history::Came;
 use crate::pin::PinGate;
 use crate::plant::{Bug, Plants};
 use crate::step::Undo;
+use crate::turns::Awaited;
 use crate::{Config, Contents, Engine, Refusal, Step, View, Visibility, VmId};
 
 /// Names an operation; never used twice.
@@ -360,8 +361,10 @@ impl Engine {
         let Some((held, record)) = met else { return Ok(()) };
         if record.is_abandoned() && !self.plants.has(Bug::AbandonedForgotten) {
             record.turn_back(self.plants, &self.config);
+            self.turns.note_abandoned();
             return Err(Blocked::Abandoned(Operation::new(record.id, record.lease())));
         }
+        self.turns.note_held(range, Awaited::Operation);
         Err(Blocked::Busy(Refusal::Busy { range, by: record.activity, held }))
     }
 

@@ -48,7 +48,7 @@ impl Engine {
     pub fn preload(&mut self, range: PageRange) -> Result<Operation<Preparing>, Blocked> {
         self.check_bounds(range)?;
         self.check_quarantine(range)?;
-        self.check_claims(range)?;
+        self.check_turn(range)?;
         let shared = |facts: PageFacts| facts.visibility == Visibility::Shared;
         if let Some(page) = self.first_page(range, shared) {
             return Err(Refusal::NotPrivate { page }.into());

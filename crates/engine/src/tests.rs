@@ -9,6 +9,7 @@ mod oracle;
 mod pkvm;
 mod population;
 mod rmp;
+mod turns;
 
 use std::vec;
 use std::vec::Vec;

@@ -149,7 +149,7 @@ fn refusal(refusal: &Refusal) -> (Is, Option<u64>, Option<String>) {
         Refusal::Range(_) => (Is::Range, None, None),
         Refusal::Beyond { .. } => (Is::Beyond, None, None),
         Refusal::Unbound { .. } | Refusal::NoSlot { .. } => (Is::Unbound, None, None),
-        Refusal::Busy { .. } => (Is::Busy, None, None),
+        Refusal::Busy { .. } | Refusal::Awaited { .. } => (Is::Busy, None, None),
         Refusal::Pinned { page, holder, .. } => {
             (Is::Pinned, Some(page.get()), Some(holder.to_string()))
         }

@@ -19,7 +19,8 @@ use crate::sync::Mutex;
 use crate::{Error, Memory};
 
 /// What a device's domain has to do. Called from whatever thread converts, with the pages claimed:
-/// a call of the memory about these pages from within would wait for itself.
+/// a call of the memory about these pages from within would wait for itself, and so would an
+/// operation on others, behind somebody who waits for both.
 pub trait Dma: Send + Sync {
     /// Maps one granule, at whatever address the device sees it.
     ///

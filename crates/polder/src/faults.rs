@@ -273,7 +273,7 @@ impl Team {
         } else {
             look(at_most);
         }
-        driver.waiting.lock().extend(touches);
+        driver.keep_touches(touches);
     }
 
     /// One batch.
@@ -296,7 +296,7 @@ impl Team {
 /// Denies all touches, without an engine to ask.
 fn deny_all(driver: &Driver) {
     let touches = std::mem::take(&mut *driver.waiting.lock());
-    for (view, page) in touches {
+    for (view, page) in touches.into_keys() {
         let page = PageRange::one(page);
         if driver.host.views().answer(view, Response::Poison, page).is_err() {
             driver.host.views().wake(view, page);
@@ -321,23 +321,26 @@ impl Answers<'_> {
         {
             let mut engine = self.driver.engine();
             // With the engine locked: a claim that is released after this finds them here.
-            self.driver.waiting.lock().retain(|&(view, page)| match engine.touch(view, page) {
-                TouchAnswer::Now(answer) => {
-                    self.given.push((answer, None));
-                    false
-                }
-                TouchAnswer::Wait => {
-                    waits.push((view, page));
-                    true
-                }
-                TouchAnswer::Owed => {
-                    waits.push((view, page));
-                    owed.push(page);
-                    true
-                }
-                TouchAnswer::Undo(operation) => {
-                    abandoned.push(operation);
-                    true
+            self.driver.waiting.lock().retain(|&(view, page), turn| {
+                // Those who wait behind are told when the answers are given back.
+                match engine.in_turn(turn, |engine| engine.touch(view, page)).0 {
+                    TouchAnswer::Now(answer) => {
+                        self.given.push((answer, None));
+                        false
+                    }
+                    TouchAnswer::Wait => {
+                        waits.push((view, page));
+                        true
+                    }
+                    TouchAnswer::Owed => {
+                        waits.push((view, page));
+                        owed.push(page);
+                        true
+                    }
+                    TouchAnswer::Undo(operation) => {
+                        abandoned.push(operation);
+                        true
+                    }
                 }
             });
         }
@@ -385,7 +388,7 @@ impl Drop for Answers<'_> {
         }
         drop(engine);
         if !left.is_empty() {
-            self.driver.waiting.lock().extend(left);
+            self.driver.keep_touches(left);
         }
         if any {
             self.driver.released();

@@ -203,7 +203,7 @@ impl Memory {
             let stopped = match of.1 {
                 Vcpu::Machine(vcpu) if vcpu.is_kicked() => Err((Error::Interrupted, false)),
                 _ => {
-                    let _unchanged = self.keep_slots();
+                    let _unchanged = self.slots.keep(&self.driver);
                     self.driver.prefault(of, now, most)
                 }
             };

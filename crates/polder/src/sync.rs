@@ -2,20 +2,16 @@
 //! decides who goes on at each of them (`tests/shuttle.rs`).
 
 #[cfg(not(shuttle))]
-pub(crate) use parking_lot::{
-    Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard,
-};
+pub(crate) use parking_lot::{Condvar, Mutex, MutexGuard};
 #[cfg(not(shuttle))]
 pub(crate) use polder_linux::spawn;
 #[cfg(not(shuttle))]
 pub(crate) use std::thread::{JoinHandle, sleep, yield_now};
 
 #[cfg(shuttle)]
-pub(crate) use shuttle::sync::{RwLockReadGuard, RwLockWriteGuard};
-#[cfg(shuttle)]
 pub(crate) use shuttle::thread::{JoinHandle, sleep, yield_now};
 #[cfg(shuttle)]
-pub(crate) use shuttled::{Condvar, Mutex, MutexGuard, RwLock, spawn, thread_number};
+pub(crate) use shuttled::{Condvar, Mutex, MutexGuard, spawn, thread_number};
 
 /// A number of the calling thread's own, from 0.
 #[cfg(not(shuttle))]
@@ -152,28 +148,6 @@ mod shuttled {
 
         pub(crate) fn notify_all(&self) {
             self.0.notify_all();
-        }
-    }
-
-    #[derive(Default, Debug)]
-    pub(crate) struct RwLock<T>(sync::RwLock<T>);
-
-    impl<T> RwLock<T> {
-        pub(crate) fn read(&self) -> sync::RwLockReadGuard<'_, T> {
-            self.0.read().unwrap_or_else(PoisonError::into_inner)
-        }
-
-        pub(crate) fn try_write(&self) -> Option<sync::RwLockWriteGuard<'_, T>> {
-            self.0.try_write().ok()
-        }
-
-        /// Waits without a limit, as [`Condvar::wait_for`].
-        pub(crate) fn try_write_for(&self, _: Duration) -> Option<sync::RwLockWriteGuard<'_, T>> {
-            Some(self.write())
-        }
-
-        pub(crate) fn write(&self) -> sync::RwLockWriteGuard<'_, T> {
-            self.0.write().unwrap_or_else(PoisonError::into_inner)
         }
     }
 

@@ -7,12 +7,12 @@
 use std::time::Duration;
 
 use polder_engine::{
-    Activity, Engine, Holder, PinId, PinKind, Refusal, Response, View, WaitFor, Waiting,
+    Activity, Blocked, Engine, Holder, PinId, PinKind, Refusal, Response, View, WaitFor, Waiting,
 };
 use polder_linux::Deadline;
 use polder_units::{Level, PageRange};
 
-use crate::driver::{Driver, Land, Locked};
+use crate::driver::{Driver, InTurn, Land, Locked};
 use crate::{Error, OnBusy};
 
 /// Pins that pass by themselves are waited for so often: first others have their turn, then a while
@@ -154,21 +154,29 @@ impl Driver {
             engine.wait_for_pins(&[range], WaitFor::Exclusive(holder.clone()))
         })?;
         let mut closed = Closed { driver: self, waiting: Some(waiting) };
+        let mut turn = InTurn::new(self);
         let mut engine = self.pass_barrier();
         while let Some(waiting) = closed.waiting.take() {
-            let (waiting, refusal) = match engine.pin_exclusive(waiting) {
+            let pinned = turn.ask(&mut engine, |engine| engine.pin_exclusive(waiting));
+            let (waiting, blocked) = match pinned {
                 Ok(pin) => return Ok(pin),
-                Err(refused) => refused,
+                Err(blocked) => blocked,
             };
             closed.waiting = Some(waiting);
-            let passes = matches!(refusal, Refusal::Pinned { .. } | Refusal::Busy { .. });
-            if !passes {
-                drop(engine);
-                return Err(refusal.into());
-            }
-            match self.wait_for_unpin(engine, &mut patience) {
-                Some(again) => engine = again,
-                None => return Err(refusal.into()),
+            match blocked {
+                Blocked::Refused(refusal @ Refusal::Pinned { .. }) => {
+                    match self.wait_for_unpin(engine, &mut patience) {
+                        Some(again) => engine = again,
+                        None => return Err(refusal.into()),
+                    }
+                }
+                Blocked::Busy(_) if on_busy != OnBusy::Refuse => self.wait(&mut engine),
+                Blocked::Refused(refusal) | Blocked::Busy(refusal) => return Err(refusal.into()),
+                Blocked::Abandoned(operation) => {
+                    drop(engine);
+                    self.undo(operation);
+                    engine = self.engine();
+                }
             }
         }
         unreachable!("the wait goes on until it is over")

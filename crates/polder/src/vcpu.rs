@@ -12,7 +12,7 @@ use polder_machine::{
 };
 use polder_units::{Gfn, GfnRange, Gpa, Level, PageCount};
 
-use crate::driver::Driver;
+use crate::driver::{Driver, GuestFault as Fault, Land};
 use crate::host::Smashed;
 use crate::host::machine::MachineHost;
 use crate::watch::Moment;
@@ -301,7 +301,7 @@ impl MachineVcpu {
                 Ok(Ok(()) | Err(PkvmFail::Permission)) => return Ok(()),
                 Ok(Err(fail)) => unreachable!("a guest of pKVM's asks: {fail}"),
                 Err(_) if ask == Ask::Relinquish => return Ok(()),
-                Err(_) => self.answer(gfn, None, Visibility::Private)?,
+                Err(_) => drop(self.answer(gfn, None, Visibility::Private)?),
             }
         }
     }
@@ -316,13 +316,16 @@ impl MachineVcpu {
             Visibility::Private => Side::Private,
             Visibility::Shared => Side::Shared,
         };
-        let (mut refusals, mut turns, mut faulted) = (0, 0, None);
+        let (mut refusals, mut turns) = (0, 0);
+        // What was mapped for it stays until it is made: no operation comes between, however many come.
+        let mut mapped = None;
         loop {
             let exit = {
                 let mut machine = host.lock();
                 let exit = access(&mut machine, self.id, side);
                 exit.map_err(|stop| self.told(stop, &machine, gfns))
             };
+            drop(mapped.take());
             match exit {
                 Ok(()) => return Ok(()),
                 Err(Told::Fault(fault)) => {
@@ -330,9 +333,9 @@ impl MachineVcpu {
                     if host.exits_at(self.id.vm, gfn) {
                         return Err(GuestExit::Userfault(gfn));
                     }
-                    self.answer(gfn, Some(fault), visibility)?;
-                    // It was not mapped: somebody else has its entry in use, or has zapped it.
-                    if faulted.replace(gfn) == Some(gfn) {
+                    mapped = self.answer(gfn, Some(fault), visibility)?;
+                    if mapped.is_none() {
+                        // Somebody else has its entry in use, or its folio locked.
                         self.pause(&mut turns);
                     }
                 }
@@ -342,8 +345,11 @@ impl MachineVcpu {
                         refusals = 0;
                         self.pause(&mut turns);
                     }
-                    Answered::Same if refusals < REFUSALS => refusals += 1,
-                    Answered::Same => {
+                    Answered::Same(by) if refusals < REFUSALS => {
+                        mapped = by;
+                        refusals += 1;
+                    }
+                    Answered::Same(_) => {
                         let refused = polder_machine::Error::Refused(refused);
                         return Err(GuestExit::Failed(Error::Machine(refused)));
                     }
@@ -384,13 +390,14 @@ impl MachineVcpu {
         }
     }
 
-    /// Has a stage-2 fault answered.
+    /// Has a stage-2 fault answered. What was mapped for it is its own until what is returned is
+    /// dropped.
     fn answer(
         &self,
         gfn: Gfn,
         fault: Option<GuestFault>,
         visibility: Visibility,
-    ) -> Result<(), GuestExit> {
+    ) -> Result<Option<Land<'_>>, GuestExit> {
         let kicked = || self.is_kicked();
         let access = GuestAccess { gfn, visibility };
         let faulted = fault.map(|fault| (self.id, fault));
@@ -403,32 +410,34 @@ impl MachineVcpu {
         gfn: Gfn,
         visibility: Visibility,
         refused: Refused,
-    ) -> Result<Answered, GuestExit> {
+    ) -> Result<Answered<'_>, GuestExit> {
         match refused.check {
             AccessCheck::Validated => Err(GuestExit::NotValidated(gfn)),
             AccessCheck::PageSize | AccessCheck::InstructionSize => {
                 let mut smashed = None;
                 let kicked = || self.is_kicked();
-                self.go_on(self.driver.size_fault(self.vm, gfn, kicked, &mut smashed))?;
+                let fault = self.driver.size_fault(self.vm, gfn, kicked, &mut smashed);
+                drop(self.go_on(fault)?);
                 Ok(match smashed {
                     Some(Smashed::Done | Smashed::Raced) => Answered::Changed,
                     Some(Smashed::Busy) => Answered::InUse,
-                    Some(Smashed::Spurious) | None => Answered::Same,
+                    Some(Smashed::Spurious) | None => Answered::Same(None),
                 })
             }
             // Another processor is at work on the entry: soon it is not.
             AccessCheck::InUse if self.is_kicked() => Err(GuestExit::Kicked),
             AccessCheck::InUse => Ok(Answered::InUse),
             // Of the other kind than granted, or not assigned as it is bound now.
-            _ => self.answer(gfn, None, visibility).map(|()| Answered::Same),
+            _ => self.answer(gfn, None, visibility).map(Answered::Same),
         }
     }
 
-    fn go_on(&self, answered: Result<Option<MemoryFault>, Error>) -> Result<(), GuestExit> {
+    fn go_on<'a>(&self, answered: Result<Fault<'a>, Error>) -> Result<Option<Land<'a>>, GuestExit> {
         match answered {
-            Ok(None) if self.is_kicked() => Err(GuestExit::Kicked),
-            Ok(None) => Ok(()),
-            Ok(Some(fault)) => Err(GuestExit::MemoryFault(fault)),
+            Ok(Fault::Exit(fault)) => Err(GuestExit::MemoryFault(fault)),
+            Ok(_) if self.is_kicked() => Err(GuestExit::Kicked),
+            Ok(Fault::Mapped(held)) => Ok(Some(held)),
+            Ok(Fault::Again) => Ok(None),
             Err(error) => Err(GuestExit::Failed(error)),
         }
     }
@@ -441,14 +450,13 @@ fn gfns(gpa: Gpa, len: usize) -> GfnRange {
 }
 
 /// What was done about an access that the RMP refused.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Answered {
+enum Answered<'a> {
     /// The entry is another one than the access met.
     Changed,
     /// Nothing could be done: somebody else has the entry in use.
     InUse,
-    /// Nothing had to be done, by all that is known.
-    Same,
+    /// Nothing had to be done to the entry, by all that is known; but perhaps the page was mapped.
+    Same(Option<Land<'a>>),
 }
 
 /// What an access stops with, as far as the hypervisor is told.

@@ -254,3 +254,58 @@ fn an_snp_guests_vcpus_and_a_page_state_change_all_end() {
         end(memory, threads);
     });
 }
+
+/// Notes the number of the move that is going on when a thread first waits.
+struct Waited {
+    thread: std::sync::Mutex<Option<thread::ThreadId>>,
+    number: std::sync::atomic::AtomicU64,
+    then: std::sync::OnceLock<u64>,
+}
+
+impl polder::Watch for Waited {
+    fn at(&self, moment: polder::Moment) {
+        let mine = *self.thread.lock().unwrap() == Some(thread::current().id());
+        if mine && moment == polder::Moment::Waits {
+            let _ = self.then.set(self.number.load(std::sync::atomic::Ordering::SeqCst));
+        }
+    }
+}
+
+/// How many moves are made one right after the other.
+const MOVES: u64 = 6;
+
+#[test]
+fn whoever_waits_is_overtaken_by_one_operation_at_most() {
+    use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+    explore(|| {
+        let memory = memory(pages(0, 1), polder::Builder::shared);
+        memory.write(VmId(0), gpa(0), &[0; 8]).unwrap();
+        let (thread, then) = (std::sync::Mutex::new(None), std::sync::OnceLock::new());
+        let waited = Arc::new(Waited { thread, number: AtomicU64::new(0), then });
+        assert!(memory.watch(waited.clone()));
+        let moving = Arc::clone(&waited);
+        let mover = spawn(&memory, move |memory| {
+            for number in 1..=MOVES {
+                moving.number.store(number, SeqCst);
+                let bytes = number.to_le_bytes();
+                let write = |machine: &mut polder::machine::Machine, object, _| {
+                    machine.object_write(object, 0, &bytes)
+                };
+                memory.simulated(write).unwrap().unwrap();
+                memory.move_pages(pages(0, 1), OnBusy::Wait).unwrap();
+            }
+        });
+        let vcpu = memory.machine_vcpu(VmId(0)).unwrap();
+        let guest = thread::spawn(move || {
+            *waited.thread.lock().unwrap() = Some(thread::current().id());
+            let mut bytes = [0; 8];
+            vcpu.read(gpa(0), Shared, &mut bytes).unwrap();
+            let number = u64::from_le_bytes(bytes);
+            if let Some(then) = waited.then.get() {
+                // The number is written before its move has to wait.
+                assert!(number <= then + 1, "{} moves came first", number - then);
+            }
+        });
+        end(memory, vec![mover, guest]);
+    });
+}

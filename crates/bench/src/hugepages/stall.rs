@@ -46,8 +46,17 @@ pub(super) fn of_kvm(case: &Case, size: PageSize, extent: &Extent) -> Result<Row
 
 /// On the simulated machine, which splits the folio and merges it again.
 pub(super) fn simulated(case: &Case, size: PageSize, extent: &Extent) -> Result<Row, BenchError> {
-    let huge = simulated_stalls(size, extent)?;
-    Ok(row(case, simulated_stalls(PageSize::Small, extent)?, huge))
+    let huge = simulated_stalls(size, 1, extent)?;
+    Ok(row(case, simulated_stalls(PageSize::Small, 1, extent)?, huge))
+}
+
+/// Conversions there and back that follow each other without a pause.
+const IN_A_ROW: u32 = 50;
+
+/// The same of conversions one right after the other, next to two of them.
+pub(super) fn in_a_row(case: &Case, size: PageSize, extent: &Extent) -> Result<Row, BenchError> {
+    let many = simulated_stalls(size, IN_A_ROW, extent)?;
+    Ok(row(case, simulated_stalls(size, 1, extent)?, many))
 }
 
 /// Reads a page over and over, and keeps the longest time from one read to the next.
@@ -79,7 +88,11 @@ impl Reader {
     }
 }
 
-fn simulated_stalls(size: PageSize, extent: &Extent) -> Result<Vec<f64>, BenchError> {
+fn simulated_stalls(
+    size: PageSize,
+    in_a_row: u32,
+    extent: &Extent,
+) -> Result<Vec<f64>, BenchError> {
     let memory = simulated_memory(size)?;
     let id = memory.attach(polder::Vm::Machine)?;
     memory.bind(id, Slot(0), Gfn::from(0), all(&memory))?;
@@ -100,7 +113,7 @@ fn simulated_stalls(size: PageSize, extent: &Extent) -> Result<Vec<f64>, BenchEr
         let sample = || {
             reader.pass();
             reader.longest_ns.store(0, Ordering::Relaxed);
-            there_and_back(&memory)?;
+            (0..in_a_row).try_for_each(|_| there_and_back(&memory))?;
             reader.pass();
             Ok(reader.longest_ns.load(Ordering::Relaxed) as f64 / 1e3)
         };

@@ -7,6 +7,7 @@ use polder_units::PageRange;
 
 use super::PinId;
 use crate::plant::Bug;
+use crate::turns::Awaited;
 use crate::{Activity, Blocked, Engine, Holder, PinKind, Refusal};
 
 /// Why somebody waits for pins to go.
@@ -82,7 +83,7 @@ impl Engine {
     ) -> Result<Waiting, Blocked> {
         for &range in ranges {
             self.check_bounds(range)?;
-            self.check_claims(range)?;
+            self.check_turn_to_wait(range)?;
             self.check_waiting(range)?;
             if let WaitFor::Exclusive(_) = what {
                 self.check_host_access(range)?;
@@ -118,31 +119,24 @@ impl Engine {
     ///
     /// # Panics
     /// If an operation was waited for, or other than one range.
-    pub fn pin_exclusive(&mut self, waiting: Waiting) -> Result<PinId, (Waiting, Refusal)> {
+    pub fn pin_exclusive(&mut self, waiting: Waiting) -> Result<PinId, (Waiting, Blocked)> {
         for range in self.waiter(&waiting).ranges.clone() {
             match self.check_host_access(range) {
                 Ok(()) => {}
-                Err(Blocked::Refused(refusal) | Blocked::Busy(refusal)) => {
-                    return Err((waiting, refusal));
-                }
-                // Who asks for the pages next undoes it.
-                Err(Blocked::Abandoned(operation)) => {
-                    let by = self.record(operation.id()).activity;
-                    return Err((waiting, Refusal::Busy { range, by, held: range }));
-                }
+                Err(blocked) => return Err((waiting, blocked)),
             }
         }
         if !self.plants.has(Bug::ExclusiveUnchecked)
             && let Some(refusal) = self.still_pinned(&waiting)
         {
-            return Err((waiting, refusal));
+            return Err((waiting, refusal.into()));
         }
         let ranges = self.waiter(&waiting).ranges.iter();
         let mapped = ranges.map(|&range| self.check_dma(range)).find_map(Result::err);
         if !self.plants.has(Bug::ExclusiveBesideDma)
             && let Some(refusal) = mapped
         {
-            return Err((waiting, refusal));
+            return Err((waiting, refusal.into()));
         }
         let Waiter { id, ranges, what } = self.end_wait(waiting);
         let (WaitFor::Exclusive(holder), [range]) = (what, &ranges[..]) else {
@@ -155,19 +149,21 @@ impl Engine {
     }
 
     /// Blocks a pin where somebody waits for pins to go, or has an exclusive one.
-    pub(super) fn check_waiting(&self, range: PageRange) -> Result<(), Blocked> {
+    pub(super) fn check_waiting(&mut self, range: PageRange) -> Result<(), Blocked> {
         self.check_exclusive(range)?;
         let mut waiters = self.pins.waiting.iter();
         let waiter = waiters.find_map(|waiter| Some((waiter.first_in(range)?, waiter)));
         let Some(((part, held), waiter)) = waiter else { return Ok(()) };
-        Err(Blocked::Busy(match &waiter.what {
+        let refusal = match &waiter.what {
             &WaitFor::Operation(by) => Refusal::Busy { range, by, held },
             WaitFor::Exclusive(holder) => Refusal::Pinned {
                 page: part.start(),
                 kind: PinKind::Exclusive,
                 holder: holder.clone(),
             },
-        }))
+        };
+        self.turns.note_held(range, Awaited::Unpinned);
+        Err(Blocked::Busy(refusal))
     }
 
     /// Refuses a range of which a page is pinned exclusively.

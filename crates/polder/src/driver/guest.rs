@@ -7,22 +7,41 @@ use polder_engine::{
 };
 use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
-use super::{Driver, Land, Landing};
+use super::{Driver, InTurn, Land, Landing};
 use crate::host::{Faulted, Shown, Smashed, Translated};
 use crate::prefault::{Came, Span};
 use crate::{Error, OnBusy, Vcpu};
 
+/// What becomes of a guest's access that was not let through.
+pub(crate) enum GuestFault<'a> {
+    /// The guest may try again. Nobody takes the page from it before this is dropped.
+    Mapped(Land<'a>),
+    /// The guest may try again, and may come back: nothing was mapped, or it was not waited for.
+    Again,
+    /// It is for the VMM to handle.
+    Exit(MemoryFault),
+}
+
+impl GuestFault<'_> {
+    /// The fault for the VMM, if it is one.
+    pub(crate) fn exit(self) -> Option<MemoryFault> {
+        match self {
+            Self::Exit(fault) => Some(fault),
+            Self::Mapped(_) | Self::Again => None,
+        }
+    }
+}
+
 impl Driver {
-    /// Answers a guest's access that was not let through: a fault for the VMM to handle, or
-    /// `None` when the guest may try again. Waits while an operation holds the page, unless told
-    /// to stop.
+    /// Answers a guest's access that was not let through. Waits while an operation holds the page,
+    /// unless told to stop.
     pub(crate) fn guest_fault(
         &self,
         vm: VmId,
         access: GuestAccess,
         faulted: Option<Faulted>,
         stop: impl Fn() -> bool,
-    ) -> Result<Option<MemoryFault>, Error> {
+    ) -> Result<GuestFault<'_>, Error> {
         self.counters.guest_fault();
         if !self.begun.swap(true, Ordering::Relaxed) {
             self.engine().launch();
@@ -31,17 +50,19 @@ impl Driver {
         self.answer_guest(ask, stop, |range| self.host.map_guest(vm, access, faulted, range))
     }
 
-    /// Asks until there is an answer, and carries it out under its claim.
+    /// Asks until there is an answer, and carries it out under its claim. Carrying it out says
+    /// whether the guest is better off by it.
     fn answer_guest(
         &self,
         ask: impl Fn(&mut Engine) -> GuestAnswer,
         stop: impl Fn() -> bool,
-        carry_out: impl FnOnce(PageRange) -> Result<(), Error>,
-    ) -> Result<Option<MemoryFault>, Error> {
+        carry_out: impl FnOnce(PageRange) -> Result<bool, Error>,
+    ) -> Result<GuestFault<'_>, Error> {
+        let mut turn = InTurn::new(self);
         let mut engine = self.engine();
         loop {
-            match ask(&mut engine) {
-                GuestAnswer::Exit(fault) => return Ok(Some(fault)),
+            match turn.ask(&mut engine, &ask) {
+                GuestAnswer::Exit(fault) => return Ok(GuestFault::Exit(fault)),
                 GuestAnswer::Now(answer) => {
                     drop(engine);
                     let range = answer.range();
@@ -49,11 +70,10 @@ impl Driver {
                         Land { driver: self, landing: Some(Landing::Answer(answer, None)) };
                     let done = carry_out(range);
                     given.done(done.is_ok());
-                    return done.map(|()| None);
+                    return Ok(if done? { GuestFault::Mapped(given) } else { GuestFault::Again });
                 }
-                GuestAnswer::Wait if stop() => return Ok(None),
+                GuestAnswer::Wait | GuestAnswer::Owed(_) if stop() => return Ok(GuestFault::Again),
                 GuestAnswer::Wait => self.wait(&mut engine),
-                GuestAnswer::Owed(_) if stop() => return Ok(None),
                 GuestAnswer::Owed(page) => engine = self.wait_for_contents(engine, page),
                 GuestAnswer::Undo(operation) => {
                     drop(engine);
@@ -142,13 +162,13 @@ impl Driver {
         gfn: Gfn,
         stop: impl Fn() -> bool,
         smashed: &mut Option<Smashed>,
-    ) -> Result<Option<MemoryFault>, Error> {
+    ) -> Result<GuestFault<'_>, Error> {
         let ask = |engine: &mut Engine| engine.size_fault(vm, gfn);
         self.answer_guest(ask, stop, |within| {
             let done = self.host.smash(vm, gfn, within)?;
             self.counters.smashed(done);
             *smashed = Some(done);
-            Ok(())
+            Ok(done == Smashed::Done)
         })
     }
 }

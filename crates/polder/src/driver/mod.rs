@@ -9,7 +9,7 @@
 //! The lock is `parking_lot`'s because that one is fair after a while: with the standard
 //! library's, one thread that reads guest memory in a loop keeps conversions out.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -21,12 +21,15 @@ mod population;
 mod steps;
 #[cfg(test)]
 mod tests;
+mod turn;
 
 use polder_engine::{
-    Answer, Blocked, Config, Contents, Copying, Engine, Refusal, Response, View, Visibility,
+    Answer, Blocked, Config, Contents, Copying, Engine, Refusal, Response, Turn, View, Visibility,
 };
 use polder_units::{PageIndex, PageRange};
 
+pub(crate) use self::guest::GuestFault;
+pub(crate) use self::turn::InTurn;
 use crate::dma::Devices;
 use crate::host::Host;
 use crate::host::views::Views;
@@ -58,7 +61,8 @@ pub(crate) struct Driver {
     pub(crate) dead_pins: Mutex<Vec<DeadPin>>,
     /// Touches that wait to be answered: read from a queue of the kernel's, and kept for whichever
     /// fault thread asks next. Waited for with the engine locked, never the other way round.
-    pub(crate) waiting: Mutex<BTreeSet<(View, PageIndex)>>,
+    /// Each has a place among those who wait, once it was asked about.
+    pub(crate) waiting: Mutex<BTreeMap<(View, PageIndex), Option<Turn>>>,
     /// Who brings what is owed, where there is a source.
     pub(crate) pager: Option<Pager>,
 }
@@ -192,7 +196,7 @@ impl Driver {
     }
 
     /// Waits until a claim was released, or for a while.
-    fn wait(&self, locked: &mut Locked<'_>) {
+    pub(crate) fn wait(&self, locked: &mut Locked<'_>) {
         self.tell(Moment::Waits);
         self.wait_for(locked, self.ask_again);
     }
@@ -227,9 +231,15 @@ impl Driver {
         on_busy: OnBusy,
         mut ask: impl FnMut(&mut Engine) -> Result<T, Blocked>,
     ) -> Result<T, Error> {
+        let mut turn = InTurn::new(self);
         let mut engine = self.engine();
         loop {
-            match ask(&mut engine) {
+            let asked = match on_busy {
+                // Who does not wait has no turn, and lets those go first who do.
+                OnBusy::Refuse => ask(&mut engine),
+                OnBusy::Wait | OnBusy::WaitForPins { .. } => turn.ask(&mut engine, &mut ask),
+            };
+            match asked {
                 Ok(given) => return Ok(given),
                 Err(Blocked::Refused(Refusal::Owed { page }))
                     if self.pager.is_some() && on_busy == OnBusy::Wait =>

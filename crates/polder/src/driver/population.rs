@@ -88,11 +88,7 @@ impl Driver {
         given.done(done);
         if done {
             // They go on, and need no other answer.
-            let mut waiting = self.waiting.lock();
-            let before = waiting.len();
-            waiting.retain(|(of, page)| *of != view || !range.contains(*page));
-            let answered = before - waiting.len();
-            drop(waiting);
+            let answered = self.forget_touches(view, range);
             (0..answered).for_each(|_| self.counters.answered(view, Some(response)));
         }
     }

@@ -105,7 +105,7 @@ impl Host for Troubled {
         access: GuestAccess,
         faulted: Option<Faulted>,
         range: PageRange,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         self.host.map_guest(vm, access, faulted, range)
     }
 
@@ -320,7 +320,10 @@ fn snp(trouble: Trouble) -> Set {
     for page in all.frames() {
         let gfn = Gfn::new(page.get()).unwrap();
         let access = GuestAccess { gfn, visibility: Visibility::Private };
-        assert_eq!(set.driver.guest_fault(vm, access, None, || true), Ok(None));
+        assert_eq!(
+            set.driver.guest_fault(vm, access, None, || true).map(GuestFault::exit),
+            Ok(None)
+        );
         if page.get() % 2 == 0 {
             set.convert(PageRange::one(page), Visibility::Shared, Contents::Unspecified).unwrap();
         }
@@ -394,7 +397,7 @@ fn snp_refused_a_page(trouble: Trouble) -> Set {
     }
     let fault = |gfn: u32| {
         let access = GuestAccess { gfn: gfn.into(), visibility: Visibility::Private };
-        set.driver.guest_fault(vm, access, None, || true)
+        set.driver.guest_fault(vm, access, None, || true).map(GuestFault::exit)
     };
     let refused = fault(0);
     assert!(matches!(refused, Err(Error::Refused(Refusal::Referenced { .. }))), "{refused:?}");
@@ -468,7 +471,7 @@ fn while_a_slot_can_not_be_taken_away_its_guest_goes_on_and_its_wishes_are_met()
     let done = Arc::clone(&answered);
     *set.unbinding.meanwhile.lock() = Some(Box::new(move || {
         let access = GuestAccess { gfn: 1u32.into(), visibility: Visibility::Private };
-        assert_eq!(driver.guest_fault(vm, access, None, || true), Ok(None));
+        assert_eq!(driver.guest_fault(vm, access, None, || true).map(GuestFault::exit), Ok(None));
         // The VMM decides for all of its guests.
         let (find, to) = (|_: &Engine| Ok(vec![pages(1, 2)]), Visibility::Shared);
         driver.convert(find, (to, Contents::Unspecified), (None, false), OnBusy::Wait).unwrap();

@@ -251,13 +251,14 @@ impl Host for MachineHost {
         access: GuestAccess,
         faulted: Option<Faulted>,
         range: PageRange,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         let at = stage2::At::of(faulted, access.gfn);
-        if !matches!(self.map(id, access, at, range)?, stage2::Tried::Mapped(_)) {
+        let mapped = matches!(self.map(id, access, at, range)?, stage2::Tried::Mapped(_));
+        if !mapped {
             // The guest faults again; let go on whom it would only meet once more.
             crate::sync::yield_now();
         }
-        Ok(())
+        Ok(mapped)
     }
 
     fn show(

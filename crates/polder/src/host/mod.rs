@@ -119,15 +119,15 @@ pub(crate) trait Host: Send + Sync {
     fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error>;
 
     /// Maps the largest page around the frame accessed for the guest that the host can, all of it in
-    /// `range`, whose pages are of the kind accessed. KVM maps by itself.
+    /// `range`, whose pages are of the kind accessed. Whether it did: KVM maps by itself.
     fn map_guest(
         &self,
         _: VmId,
         _: GuestAccess,
         _: Option<Faulted>,
         _range: PageRange,
-    ) -> Result<(), Error> {
-        Ok(())
+    ) -> Result<bool, Error> {
+        Ok(false)
     }
 
     /// Where the first pages of a span are in the vCPU's guest-physical space, `most` at most: a run

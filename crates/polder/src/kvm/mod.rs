@@ -141,7 +141,7 @@ fn page_in_the_way(error: &Error) -> Option<u64> {
         )
         | Error::Rmp { page, .. }
         | Error::Firmware { page, .. } => Some(page.offset()),
-        Error::Refused(Refusal::Busy { range, held, .. }) => {
+        Error::Refused(Refusal::Busy { range, held, .. } | Refusal::Awaited { range, held }) => {
             range.intersection(*held).map(|part| part.start().offset())
         }
         Error::Quarantined { source, .. } => page_in_the_way(source),

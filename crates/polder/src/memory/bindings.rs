@@ -1,14 +1,11 @@
 //! Which VM sees which pages where.
 
-use std::sync::atomic::Ordering;
-
 use polder_engine::{Binding, Slot, VmId};
 use polder_units::{Gfn, GfnRange, PageRange};
 
 #[cfg(doc)]
 use crate::Refusal;
-use crate::sync::{RwLockReadGuard, RwLockWriteGuard};
-use crate::{Error, Memory, Moment};
+use crate::{Error, Memory};
 
 impl Memory {
     /// Shows `pages` to a VM at guest frame `gfn`, by slot `slot`. A slot is immutable: to move
@@ -30,7 +27,7 @@ impl Memory {
     /// # Ok::<_, polder::Error>(())
     /// ```
     pub fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
-        let _one_at_a_time = self.change_slots();
+        let _one_at_a_time = self.slots.change(&self.driver);
         self.driver.ask(|engine| engine.bind(vm, slot, gfn, pages))?;
         self.driver.host.bind(vm, slot, gfn, pages).inspect_err(|_| {
             let unbound = self.driver.engine().unbind(vm, slot);
@@ -56,32 +53,8 @@ impl Memory {
     /// # Ok::<_, polder::Error>(())
     /// ```
     pub fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
-        let _one_at_a_time = self.change_slots();
+        let _one_at_a_time = self.slots.change(&self.driver);
         self.driver.unbind(vm, slot)
-    }
-
-    /// Keeps slots from changing otherwise, and prefaults from beginning. That it waits is told again
-    /// and again, as of whoever waits for an operation.
-    fn change_slots(&self) -> RwLockWriteGuard<'_, ()> {
-        self.slots_wanted.fetch_add(1, Ordering::SeqCst);
-        let mut changing = self.slots.try_write();
-        let changing = loop {
-            if let Some(changing) = changing {
-                break changing;
-            }
-            self.driver.tell(Moment::Waits);
-            changing = self.slots.try_write_for(self.driver.ask_again);
-        };
-        self.slots_wanted.fetch_sub(1, Ordering::SeqCst);
-        changing
-    }
-
-    /// Keeps slots as they are, behind whoever waits to change them.
-    pub(crate) fn keep_slots(&self) -> RwLockReadGuard<'_, ()> {
-        while self.slots_wanted.load(Ordering::SeqCst) > 0 {
-            crate::sync::yield_now();
-        }
-        self.slots.read()
     }
 
     /// Every binding.

@@ -5,6 +5,7 @@ mod builder;
 mod contents;
 mod conversion;
 mod inspect;
+mod slots;
 
 use std::fmt;
 use std::sync::Arc;
@@ -16,12 +17,12 @@ use polder_machine::{ObjectId, ProcessId};
 use polder_units::{GfnRange, Gpa, PageCount, PageIndex, PageRange};
 
 pub use self::builder::Builder;
+use self::slots::Slots;
 #[cfg(doc)]
 use crate::Refusal;
 use crate::driver::Driver;
 use crate::faults::FaultThreads;
 use crate::host::Vm;
-use crate::sync::RwLock;
 use crate::vcpu::MachineVcpu;
 use crate::watch::Watch;
 use crate::{DeadPin, Error, HostView, PageSize, Pin, Pinner};
@@ -29,10 +30,12 @@ use crate::{DeadPin, Error, HostView, PageSize, Pin, Pinner};
 /// What to do when another operation holds a part of the range.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum OnBusy {
-    /// Wait until it has ended. Pins are not waited for, but for short ones a millisecond or two: who
+    /// Wait until it has ended. Who waits is not overtaken: an operation that comes later is not begun
+    /// on these pages before. Pins are not waited for, but for short ones a millisecond or two: who
     /// copies a few bytes has let go by then.
     Wait,
-    /// Fail with [`Refusal::Busy`], or [`Refusal::Pinned`], at once.
+    /// Fail at once with [`Refusal::Busy`] or [`Refusal::Pinned`]; or with [`Refusal::Awaited`],
+    /// where somebody waits who came first.
     Refuse,
     /// Wait until it has ended; and where pins are in the way, until they are gone, which no new
     /// ones come between. [`Refusal::Pinned`] names who has not let go of his in time.
@@ -53,11 +56,9 @@ pub struct Memory {
     faults: FaultThreads,
     vms: AtomicU32,
     page_size: PageSize,
-    /// Held by one while a slot is bound or unbound, in the engine and on the host, and shared by
-    /// those to whom no slot may change.
-    slots: RwLock<()>,
-    /// How many wait to change one: a prefault, which holds them again and again, lets those go first.
-    slots_wanted: AtomicU32,
+    /// Held while a slot is bound or unbound, in the engine and on the host, and by those to whom
+    /// none may change.
+    pub(crate) slots: Slots,
 }
 
 impl Memory {
@@ -69,14 +70,7 @@ impl Memory {
     fn of(driver: Driver, page_size: PageSize, fault_threads: usize) -> Result<Self, Error> {
         let driver = Arc::new(driver);
         let faults = FaultThreads::start(&driver, fault_threads)?;
-        Ok(Self {
-            driver,
-            faults,
-            vms: AtomicU32::new(0),
-            page_size,
-            slots: RwLock::default(),
-            slots_wanted: AtomicU32::new(0),
-        })
+        Ok(Self { driver, faults, vms: AtomicU32::new(0), page_size, slots: Slots::default() })
     }
 
     /// Memory of `pages` pages of 4 KiB.
@@ -368,12 +362,12 @@ impl Memory {
         visibility: Visibility,
     ) -> Result<Option<MemoryFault>, Error> {
         let access = GuestAccess { gfn: gpa.gfn(), visibility };
-        let fault = self.driver.guest_fault(vm, access, None, || true)?;
+        let fault = self.driver.guest_fault(vm, access, None, || true)?.exit();
         if fault.is_some() {
             return Ok(fault);
         }
         let gfns = GfnRange::one(access.gfn);
-        let _unchanged = self.slots.read();
+        let _unchanged = self.slots.keep(&self.driver);
         let bound = self.driver.engine().pages_of(vm, gfns);
         Ok(bound.is_err().then_some(MemoryFault::Unbound(gfns)))
     }

@@ -84,6 +84,8 @@ fn busy(w: &World<'_>) -> Ran {
                     next = next.other();
                     false
                 }
+                // The other waits for the page that this one has just converted: it is his turn.
+                Err(Error::Refused(Refusal::Awaited { .. })) => false,
                 Err(error) => {
                     assert_eq!(error.errno() as i32, 11, "EAGAIN");
                     let held = all(&memory);

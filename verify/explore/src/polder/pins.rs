@@ -123,9 +123,13 @@ impl World {
                 self.go(actor, Stage::Held(pin));
                 Ok(())
             }
-            Err((waiting, refusal)) => {
+            Err((waiting, blocked)) => {
                 self.engine(|engine| engine.stop_waiting(waiting));
-                self.blocked(actor, Blocked::Refused(refusal))
+                match blocked {
+                    // It gives up, whatever the reason.
+                    Blocked::Busy(refusal) => self.blocked(actor, Blocked::Refused(refusal)),
+                    blocked => self.blocked(actor, blocked),
+                }
             }
         }
     }

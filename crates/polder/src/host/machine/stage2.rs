@@ -29,7 +29,7 @@ pub(super) enum Tried {
     /// The guest's tables say that the page was never used: a mapping ahead would hide its first use
     /// from the guest. Its memory is there.
     NeverUsed,
-    /// Something was zapped since the page was found, its RMP entry is in use, or its folio locked.
+    /// The page's RMP entry is in use, or its folio locked.
     Later,
 }
 
@@ -93,28 +93,36 @@ impl MachineHost {
                 given => given?,
             }
         }
-        let resolved = {
-            let machine = self.lock();
-            match at.vcpu {
-                None => machine.tdp_resolve(vm, gfn),
-                Some(vcpu) => machine.resolve(vcpu, at.page, at.touch),
+        let resolve = |machine: &Machine| match at.vcpu {
+            None => machine.tdp_resolve(vm, gfn),
+            Some(vcpu) => machine.resolve(vcpu, at.page, at.touch),
+        };
+        let map = |machine: &mut Machine, resolved: Result<Resolved, polder_machine::Error>| {
+            let resolved = match resolved {
+                // The guest has changed its tables; or the page was that of a table, which can be
+                // read now.
+                Ok(resolved) if resolved.gfn() != gfn => return Ok(Tried::Moved),
+                Ok(resolved) => resolved,
+                Err(polder_machine::Error::NotAccessed { .. }) => return Ok(Tried::NeverUsed),
+                Err(_) => return Ok(Tried::Moved),
+            };
+            let Some(page) = is_ours(Ok(resolved.bound())) else { return Ok(Tried::Moved) };
+            let level = self.level(machine, (&resolved, page), visibility, within);
+            match machine.map(&resolved, level, true) {
+                Ok(level) => Ok(Tried::Mapped(level)),
+                Err(polder_machine::Error::Stale { .. }) => Ok(Tried::Later),
+                Err(error) => Err(refused(error)),
             }
         };
-        let resolved = match resolved {
-            // The guest has changed its tables; or the page was that of a table, which can be read
-            // now.
-            Ok(resolved) if resolved.gfn() != gfn => return Ok(Tried::Moved),
-            Ok(resolved) => resolved,
-            Err(polder_machine::Error::NotAccessed { .. }) => return Ok(Tried::NeverUsed),
-            Err(_) => return Ok(Tried::Moved),
-        };
-        let Some(page) = is_ours(Ok(resolved.bound())) else { return Ok(Tried::Moved) };
+        let resolved = resolve(&self.lock());
         let mut machine = self.lock();
-        let level = self.level(&machine, (&resolved, page), visibility, within);
-        match machine.map(&resolved, level, true) {
-            Ok(level) => Ok(Tried::Mapped(level)),
-            Err(polder_machine::Error::Stale { .. }) => Ok(Tried::Later),
-            Err(error) => Err(refused(error)),
+        match map(&mut machine, resolved)? {
+            // Whoever zaps other pages all the time keeps nobody from this one.
+            Tried::Later => {
+                let resolved = resolve(&machine);
+                map(&mut machine, resolved)
+            }
+            tried => Ok(tried),
         }
     }
 

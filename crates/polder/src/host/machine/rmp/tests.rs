@@ -160,7 +160,7 @@ fn a_page_that_shows_at_another_guest_frame_is_assigned_anew() {
 fn mapped(host: &MachineHost, gfn: u32) -> Result<(), Error> {
     let access = GuestAccess { gfn: gfn.into(), visibility: Visibility::Private };
     let range = PageRange::enclosing(gfn.into(), Level::Size2M, Geometry::X86_64);
-    host.map_guest(VM, access, None, range)
+    host.map_guest(VM, access, None, range).map(drop)
 }
 
 #[test]
