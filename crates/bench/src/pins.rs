@@ -94,7 +94,7 @@ fn run(scale: &Scale, progress: &mut dyn FnMut(Progress)) -> Measured {
     tell("conversion with a pinner".into());
     rows.push(conversion(scale)?);
     for size in ring::SIZES {
-        tell(format!("pinned io_uring read, {}", size.0));
+        tell(format!("pinned io_uring read, {}", size.name));
         match ring::row(scale, size) {
             Ok(row) => rows.push(row),
             Err(missing) if missing.is_missing() => {

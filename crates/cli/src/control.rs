@@ -87,7 +87,10 @@ impl Control {
     /// # Errors
     /// Where there is no folder that is this user's alone, and where no socket can be made there.
     pub(crate) fn listen() -> io::Result<Self> {
-        let path = folder()?.join(format!("{}.sock", std::process::id()));
+        Self::listen_at(folder()?.join(format!("{}.sock", std::process::id())))
+    }
+
+    fn listen_at(path: PathBuf) -> io::Result<Self> {
         // Of a process of this number that ended by force.
         match fs::remove_file(&path) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
@@ -260,3 +263,6 @@ pub(crate) fn runs() -> io::Result<Vec<(u32, PathBuf)>> {
     runs.sort_unstable();
     Ok(runs)
 }
+
+#[cfg(test)]
+mod tests;

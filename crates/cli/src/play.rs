@@ -2,16 +2,18 @@
 
 use std::fmt::Write;
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 use polder::HostKind;
 use polder_play::{Options, Played, PlayedStep, Scenario, Verdict, limits, parse, play};
+use rustix::fs::{Mode, OFlags};
 use serde_json::{Value, json};
 
-use crate::output;
+use crate::trouble::Trouble;
+use crate::{interrupt, output};
 
 /// Play scenarios: stories about a VM's memory, step by step.
 ///
@@ -24,7 +26,8 @@ Examples:
   polder play scenarios/cut-off-before-check.toml --trace   what happens on the way
   polder play scenarios --json | jq .failed                 for programs
 
-Exit status: 0 all was as expected, 1 something was not, 2 a scenario can't be played.")]
+Exit status: 0 all was as expected, 1 something was not, 2 a scenario can't be played, 130
+interrupted: what was played by then is told.")]
 pub(crate) struct Arguments {
     /// Scenarios, and folders of them
     #[arg(required = true, value_name = "FILE|DIR")]
@@ -79,15 +82,25 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
     if !unreadable.is_empty() {
         return refuse(&unreadable, arguments.json);
     }
+    if let Err(error) = interrupt::hear() {
+        return Trouble::new(&error, None).print(arguments.json);
+    }
     let mut tally = Tally::default();
-    for (file, scenario) in &scenarios {
+    'all: for (file, scenario) in &scenarios {
         let hosts: Vec<HostKind> = match arguments.host {
             None => scenario.hosts.clone(),
             Some(host) => vec![host.into()],
         };
         for host in hosts {
+            if interrupt::asked() {
+                break 'all;
+            }
             let played = if scenario.hosts.contains(&host) {
-                play(scenario, host, Options::default())
+                play(
+                    scenario,
+                    host,
+                    Options { stop: Some(&interrupt::asked), ..Options::default() },
+                )
             } else {
                 let why = format!("it is not for host {host}");
                 Played { host, verdict: Verdict::Skipped(why), steps: Vec::new() }
@@ -129,7 +142,10 @@ fn files(paths: &[PathBuf], unreadable: &mut Vec<Unreadable>) -> Vec<PathBuf> {
 
 /// The text of a file, as far as a scenario can reach.
 fn read(path: &Path) -> Result<String, String> {
-    let file = File::open(path).map_err(|error| error.to_string())?;
+    // Whoever opens a named pipe for reading waits for somebody who writes, unless he says so.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file = rustix::fs::open(path, flags, Mode::empty());
+    let file = File::from(file.map_err(|error| io::Error::from(error).to_string())?);
     let kind = file.metadata().map_err(|error| error.to_string())?;
     if !kind.is_file() {
         return Err("this is no file".into());
@@ -200,14 +216,23 @@ impl Tally {
 
     fn print(self, json: bool) -> ExitCode {
         let Self { passed, failed, skipped, scenarios, mut text } = self;
-        let status = if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+        let interrupted = interrupt::asked();
+        let status = match (failed, interrupted) {
+            (0, false) => ExitCode::SUCCESS,
+            (0, true) => ExitCode::from(130),
+            _ => ExitCode::FAILURE,
+        };
         if json {
             let object = json!({
-                "passed": passed, "failed": failed, "skipped": skipped, "scenarios": scenarios,
+                "passed": passed, "failed": failed, "skipped": skipped,
+                "interrupted": interrupted, "scenarios": scenarios,
             });
             return output::print(&format!("{object}\n"), status);
         }
         let _ = writeln!(text, "{passed} passed, {failed} failed, {skipped} skipped");
+        if interrupted {
+            text.push_str("interrupted: the rest was not played\n");
+        }
         output::print(&text, status)
     }
 }

@@ -1,7 +1,8 @@
 //! `polder play` as a user sees it.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -89,7 +90,13 @@ fn what_is_no_scenario_is_refused_with_file_and_line() {
 
 #[test]
 fn what_is_no_file_of_sensible_size_is_refused() {
+    // A named pipe that nobody writes to.
+    let pipe = Path::new(env!("CARGO_TARGET_TMPDIR")).join("pipe.toml");
+    let _ = std::fs::remove_file(&pipe);
+    let (kind, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR);
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, kind, mode, 0).expect("a pipe for the test");
     for (path, why) in [
+        (pipe, "this is no file"),
         (PathBuf::from("/dev/zero"), "this is no file"),
         (PathBuf::from("/does/not/exist"), "No such file"),
         (file("large.toml", &"#\n".repeat(1 << 20)), "tell a shorter story"),
@@ -97,6 +104,46 @@ fn what_is_no_file_of_sensible_size_is_refused() {
         let output = play(&path, &[]);
         assert_eq!(output.status.code(), Some(2));
         assert!(text(&output.stderr).contains(why), "{}", text(&output.stderr));
+    }
+}
+
+/// A story of some seconds: somebody waits all the while, and has to be found waiting after each step.
+fn long_story() -> String {
+    let begins = "about = \"a\"\n[memory]\npages = 4\nstarts = \"shared\"\n\
+        [[step]]\nactor = \"guest\"\ndo = \"convert\"\npages = \"0..2\"\nto = \"private\"\n\
+        hold = \"unmapped\"\n\
+        [[step]]\nactor = \"vmm\"\ndo = \"convert\"\npages = \"1..3\"\nto = \"private\"\n\
+        wait = true\nexpect = \"waits\"\n";
+    let step = "[[step]]\nactor = \"device\"\ndo = \"read\"\npage = 3\n";
+    let ends = "[[step]]\nactor = \"guest\"\ndo = \"resume\"\nexpect = { converted = 2 }\n\
+        [[step]]\nactor = \"vmm\"\ndo = \"resume\"\nexpect = { converted = 1 }\n";
+    [begins, &step.repeat(80), ends].concat()
+}
+
+#[test]
+fn who_is_interrupted_ends_soon_and_tells_what_was_played() {
+    const TIMES: usize = 100;
+    let path = file("long.toml", &long_story());
+    for signal in ["-INT", "-TERM"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_polder"));
+        command.args(["play", "--json", "--host", "machine"]).args(vec![&path; TIMES]);
+        let child = command.stdout(Stdio::piped()).spawn().expect("it starts");
+        // Its actors have threads of their own.
+        let tasks = format!("/proc/{}/task", child.id());
+        while std::fs::read_dir(&tasks).expect("it runs").count() < 4 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let kill = Command::new("kill").args([signal, &child.id().to_string()]).status();
+        assert!(kill.expect("kill").success());
+        let output = child.wait_with_output().expect("it ends");
+        let report: Value = serde_json::from_slice(&output.stdout).expect("one object");
+        assert_eq!(output.status.code(), Some(130), "{report}");
+        assert_eq!((&report["interrupted"], &report["failed"]), (&true.into(), &0.into()));
+        let played = report["scenarios"].as_array().expect("those played");
+        assert!(!played.is_empty() && played.len() < TIMES, "{} were played", played.len());
+        // Between two of them nobody is interrupted.
+        let left = played.iter().filter(|played| played["verdict"] == "skipped");
+        assert!(left.clone().count() <= 1 && left.clone().all(|it| it["why"] == "interrupted"));
     }
 }
 

@@ -124,9 +124,16 @@ fn what_can_not_be_a_source_is_refused_with_a_way_out() {
     std::fs::File::create(&empty.0).unwrap();
     let odd = Scratch::new("odd");
     std::fs::write(&odd.0, [1; 5000]).unwrap();
+    // A named pipe that nobody writes to.
+    let pipe = Scratch::new("pipe");
+    std::fs::remove_file(&pipe.0).unwrap();
+    let (kind, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR);
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe.0, kind, mode, 0).unwrap();
     for (file, arguments, says) in [
         (Path::new("/nowhere/at/all"), "", "check the path"),
         (Path::new("/dev/zero"), "", "regular file"),
+        (Path::new("/proc"), "", "regular file"),
+        (&pipe.0, "", "regular file"),
         (&empty.0, "", "has contents"),
         (&odd.0, "", "truncate -s 8192"),
         (&file.0, "--memory 16M", "the file's size"),

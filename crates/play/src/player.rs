@@ -37,10 +37,15 @@ pub struct Options<'a> {
     /// Called with the memory before the first step: by a test, to plant a bug that the scenario
     /// has to notice. No scenario can ask for one.
     pub prepare: Option<&'a dyn Fn(&polder::Memory)>,
+    /// Asked several times a second whether to leave the rest of the story.
+    pub stop: Option<&'a dyn Fn() -> bool>,
 }
 
+/// Why a story has no end, where it was left.
+const LEFT: &str = "interrupted";
+
 /// Plays a scenario on a host.
-pub fn play(scenario: &Scenario, host: HostKind, options: Options<'_>) -> Played {
+pub fn play<'a>(scenario: &'a Scenario, host: HostKind, options: Options<'a>) -> Played {
     let mut player = match Player::new(scenario, host, options) {
         Ok(player) => player,
         Err(verdict) => return Played::none(host, verdict),
@@ -48,8 +53,10 @@ pub fn play(scenario: &Scenario, host: HostKind, options: Options<'_>) -> Played
     let mut played = Played::none(host, Verdict::Passed);
     let told = player.story(&mut played);
     let ended = player.end();
-    if let Err(why) = told.and(ended) {
-        played.verdict = Verdict::Failed(why);
+    match told.and(ended) {
+        Ok(()) => {}
+        Err(why) if why == LEFT => played.verdict = Verdict::Skipped(why),
+        Err(why) => played.verdict = Verdict::Failed(why),
     }
     played
 }
@@ -86,6 +93,7 @@ struct Hand {
 
 struct Player<'s> {
     scenario: &'s Scenario,
+    stop: Option<&'s dyn Fn() -> bool>,
     world: Arc<World>,
     events: Sender<Event>,
     heard: Receiver<Event>,
@@ -102,7 +110,7 @@ struct Player<'s> {
 }
 
 impl<'s> Player<'s> {
-    fn new(scenario: &'s Scenario, host: HostKind, options: Options<'_>) -> Result<Self, Verdict> {
+    fn new(scenario: &'s Scenario, host: HostKind, options: Options<'s>) -> Result<Self, Verdict> {
         let (events, heard) = channel();
         let world = World::new(scenario, host, options.prepare, events.clone());
         let world = world.map_err(|unplayable| match unplayable {
@@ -111,6 +119,7 @@ impl<'s> Player<'s> {
         })?;
         Ok(Self {
             scenario,
+            stop: options.stop,
             world: Arc::new(world),
             events,
             heard,
@@ -125,9 +134,18 @@ impl<'s> Player<'s> {
 }
 
 impl Player<'_> {
+    /// Refuses where the rest is to be left.
+    fn go_on(&self) -> Result<(), String> {
+        match self.stop.is_some_and(|stop| stop()) {
+            true => Err(LEFT.to_owned()),
+            false => Ok(()),
+        }
+    }
+
     /// Plays all steps, and looks at the end.
     fn story(&mut self, played: &mut Played) -> Result<(), String> {
         for step in &self.scenario.steps {
+            self.go_on()?;
             let step = self.step(step)?;
             let why = step
                 .unmet

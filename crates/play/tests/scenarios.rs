@@ -101,7 +101,7 @@ fn broken(plant: Plant, name: &str) -> String {
     let prepare = |memory: &Memory| {
         memory.simulated(|machine, _, _| machine.plant(plant, true)).expect("it is the machine");
     };
-    let options = Options { prepare: Some(&prepare) };
+    let options = Options { prepare: Some(&prepare), ..Options::default() };
     match play(&named(name), HostKind::Machine, options).verdict {
         Verdict::Failed(why) => why,
         verdict => panic!("{name} does not notice {plant:?}: {verdict:?}"),

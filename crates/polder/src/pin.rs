@@ -90,15 +90,25 @@ impl ById<'_> {
 impl Pin<'_> {
     #[cold]
     fn note_dead(&self) {
-        let (driver, kind, holder) = match &self.how {
-            How::Id(pin) => (pin.driver, pin.kind, pin.holder.clone()),
-            How::By(pinner) => (pinner.driver, pinner.pinner.kind(), pinner.holder().clone()),
-        };
-        let mut dead = driver.dead_pins.lock();
+        match &self.how {
+            How::Id(pin) => pin.driver.note_dead(DeadPin {
+                range: self.range,
+                kind: pin.kind,
+                holder: pin.holder.clone(),
+            }),
+            How::By(pinner) => pinner.note_dead(self.range),
+        }
+    }
+}
+
+impl Driver {
+    /// Remembers a pin that was given back because its holder's thread panics.
+    fn note_dead(&self, pin: DeadPin) {
+        let mut dead = self.dead_pins.lock();
         if dead.len() == DEAD_KEPT {
             dead.remove(0);
         }
-        dead.push(DeadPin { range: self.range, kind, holder });
+        dead.push(pin);
     }
 }
 
@@ -168,6 +178,13 @@ impl Pinner<'_> {
         if self.pinner.unpin(range) {
             self.driver.changed();
         }
+    }
+
+    /// Remembers pages that were given back because the holder's thread panics.
+    #[cold]
+    pub(crate) fn note_dead(&self, range: PageRange) {
+        let (kind, holder) = (self.pinner.kind(), self.holder().clone());
+        self.driver.note_dead(DeadPin { range, kind, holder });
     }
 
     /// Who it is.

@@ -32,7 +32,8 @@ use crate::{Error, Memory, OnBusy, Pin, Pinner};
 /// # Ok(())
 /// # }
 /// ```
-/// Dropping it cancels what can be, waits for the rest, and unpins all.
+/// Dropping it cancels what can be, waits for the rest, and unpins all. If that is because its thread
+/// panics, the pins are among [`Memory::dead_pins`].
 pub struct Ring<'a> {
     memory: &'a Memory,
     ring: polder_linux::Ring<'a>,
@@ -247,7 +248,11 @@ impl Drop for Ring<'_> {
             return;
         }
         for place in 0..self.transfers.len() {
+            let pinned = self.transfers[place].and_then(|(_, pinned)| pinned);
             let _ = self.end(place);
+            if let Some(pages) = pinned.filter(|_| std::thread::panicking()) {
+                self.pinner.note_dead(pages);
+            }
         }
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use polder::units::{PAGE_SIZE, PageCount, PageRange};
 use polder::{
-    Completed, Contents, Error, Holder, HostKind, Memory, OnBusy, PinKind, Refusal, Ring,
+    Completed, Contents, DeadPin, Error, Holder, HostKind, Memory, OnBusy, PinKind, Refusal, Ring,
     Visibility,
 };
 use polder_require::{Facility, require};
@@ -221,6 +221,44 @@ fn a_ring_that_goes_cancels_what_never_comes_and_unpins_all() {
         to(&memory, pages(0, 8), Private).unwrap();
         to(&memory, pages(0, 8), Shared).unwrap();
     }
+}
+
+#[test]
+fn the_pins_of_a_ring_whose_thread_dies_are_given_back_and_named() {
+    let Some(memory) = memory(8) else { return };
+    let source = file(&[5; 4096]);
+    let (reader, _writer): (PipeReader, PipeWriter) = std::io::pipe().unwrap();
+    let died = std::thread::scope(|scope| {
+        let device = scope.spawn(|| {
+            let mut ring = memory.ring(disk(), 4, OnBusy::Refuse).unwrap();
+            ring.register(&[pages(0, 2)]).unwrap();
+            let mut read = |file, page| ring.read(file, 0, page * PAGE_SIZE, 4096, page);
+            // Of a fixed buffer; one that never comes; one that is over, and not told of; one that
+            // was told of; one that was not even submitted.
+            read(reader.as_fd(), 1).unwrap();
+            read(reader.as_fd(), 3).unwrap();
+            read(source.as_fd(), 5).unwrap();
+            ring.submit(1).unwrap();
+            assert_eq!(ring.complete(), Some(Completed { tag: 5, result: Ok(4096) }));
+            ring.read(source.as_fd(), 0, 6 * PAGE_SIZE, 4096, 6).unwrap();
+            ring.submit(1).unwrap();
+            ring.read(source.as_fd(), 0, 7 * PAGE_SIZE, 4096, 7).unwrap();
+            assert_eq!(to(&memory, pages(2, 8), Private), Err(pinned(3, Short)));
+            // No message of a panic's: it is meant.
+            std::panic::resume_unwind(Box::new("a device model's bug"));
+        });
+        device.join()
+    });
+    assert!(died.is_err());
+    let dead = memory.dead_pins();
+    let of = |start, end, kind| DeadPin { range: pages(start, end), kind, holder: disk() };
+    let mut ranges = dead.clone();
+    ranges.sort_by_key(|pin| pin.range.start());
+    let expected = [of(0, 2, LongTerm), of(3, 4, Short), of(6, 7, Short), of(7, 8, Short)];
+    assert_eq!(ranges, expected, "in what order they went is nobody's affair");
+    to(&memory, pages(0, 8), Private).unwrap();
+    drop(memory.ring(disk(), 4, OnBusy::Refuse).unwrap());
+    assert_eq!(memory.dead_pins(), dead, "who lets go by himself is none of them");
 }
 
 #[test]

@@ -3,13 +3,15 @@
 #![expect(clippy::unwrap_used, reason = "a failing test may panic anywhere")]
 
 use std::io::{Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use polder::source::{Fault, Faulty, FileSource, SourceError, ZeroSource};
 use polder::units::{PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange};
-use polder::{Error, HostKind, Memory, OnBusy, Population, ReadAhead, Refusal, Source};
-use polder_require::{Facility, patience, require};
+use polder::{Error, HostKind, Memory, OnBusy, PageSize, Population, ReadAhead, Refusal, Source};
+use polder_require::{Facility, HugetlbPages, patience, require};
+use proptest::prelude::*;
 
 const PAGES: u64 = 512;
 
@@ -259,7 +261,8 @@ fn what_is_discarded_while_it_is_read_is_zeros() {
 #[test]
 fn a_file_that_changes_or_ends_meanwhile_fails_what_was_not_brought_before() {
     type Change = fn(&std::fs::File);
-    let changes: [(&str, Change); 2] = [
+    let changes: [(&str, Change); 3] = [
+        ("longer", |file| file.set_len((PAGES + 1) * PAGE_SIZE).unwrap()),
         ("truncated", |file| file.set_len(100 * PAGE_SIZE).unwrap()),
         ("written to", |mut file| {
             file.seek(SeekFrom::Start(0)).unwrap();
@@ -287,4 +290,116 @@ fn a_file_that_changes_or_ends_meanwhile_fails_what_was_not_brought_before() {
             },
         );
     }
+}
+
+#[test]
+fn a_file_that_has_lost_its_name_or_given_it_away_is_read_to_its_end() {
+    for replaced in [false, true] {
+        let file = Scratch::new("nameless");
+        let source = file.source();
+        std::fs::remove_file(&file.0).unwrap();
+        if replaced {
+            std::fs::write(&file.0, [7; 2 * PAGE_BYTES]).unwrap();
+        }
+        let memory = Memory::builder(count(PAGES)).host(HostKind::Machine).shared();
+        let memory = memory.source(Arc::new(source)).build().unwrap();
+        for page in [0, 1, 400, PAGES - 1] {
+            assert_eq!(touch(&memory, page).unwrap(), contents(page), "page {page}");
+        }
+    }
+}
+
+/// What somebody does to a file while memory is filled from it, or a touch.
+#[derive(Clone, Debug)]
+enum Act {
+    Resize(u64),
+    Write(u64),
+    Touch(u64),
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    prop_oneof![
+        1 => (0..2 * PAGES * PAGE_SIZE).prop_map(Act::Resize),
+        1 => (0..PAGES).prop_map(Act::Write),
+        6 => (0..PAGES).prop_map(Act::Touch),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// Who sees a page sees it as it was when the file was opened; after the first change none comes
+    /// that was not there.
+    #[test]
+    fn a_file_that_anything_is_done_to_is_seen_as_it_was_or_not_at_all(
+        acts in prop::collection::vec(act(), 1..24),
+    ) {
+        let file = Scratch::new("any");
+        let memory = Memory::builder(count(PAGES)).host(HostKind::Machine).shared();
+        let memory = memory.source(Arc::new(file.source())).read_ahead(ReadAhead::Off).build();
+        let memory = memory.unwrap();
+        let other = std::fs::OpenOptions::new().write(true).open(&file.0).unwrap();
+        // The file system's clock is coarse: what is changed at once has no other time.
+        std::thread::sleep(Duration::from_millis(20));
+        let mut changed = false;
+        for act in acts {
+            match act {
+                Act::Resize(size) => {
+                    other.set_len(size).unwrap();
+                    changed = true;
+                }
+                Act::Write(page) => {
+                    other.write_all_at(&[0xee; 100], page * PAGE_SIZE).unwrap();
+                    changed = true;
+                }
+                Act::Touch(page) => {
+                    let there = population(&memory, page) == Population::Whole;
+                    let seen = touch(&memory, page);
+                    prop_assert_eq!(seen.is_ok(), there || !changed);
+                    prop_assert!(seen.map_or(true, |bytes| bytes == contents(page)));
+                }
+            }
+        }
+    }
+}
+
+/// Long where it is emulated: a page of 1G is made of zeros first.
+#[test]
+fn a_page_of_1g_is_brought_as_a_whole_or_denied_as_a_whole() {
+    const ALL: u64 = 1 << 18;
+    const WRITTEN: [u64; 5] = [0, 5, 511, 100_000, ALL - 1];
+    let Some(set_aside) = require(Facility::GiganticPages, HugetlbPages::of_1g(1)) else { return };
+    let file = Scratch::new("1g");
+    let mut sparse = std::fs::File::create(&file.0).unwrap();
+    sparse.set_len(ALL * PAGE_SIZE).unwrap();
+    for page in WRITTEN {
+        sparse.seek(SeekFrom::Start(page * PAGE_SIZE)).unwrap();
+        sparse.write_all(&contents(page)).unwrap();
+    }
+    let build = |source: Arc<dyn Source>| {
+        let builder = Memory::builder(count(ALL)).page_size(PageSize::Huge1G).shared();
+        let builder = builder.fault_deadline(patience(Duration::from_secs(20))).source(source);
+        require(Facility::Userfault, builder.build())
+    };
+
+    let Some(memory) = build(Arc::new(file.source())) else { return };
+    assert_eq!((memory.owed().get(), memory.resident().unwrap().get()), (ALL, 0));
+    assert_eq!(touch(&memory, 100_000).unwrap(), contents(100_000));
+    assert!(memory.owed().is_zero(), "one touch brings all of it");
+    for page in WRITTEN {
+        assert_eq!(touch(&memory, page).unwrap(), contents(page), "page {page}");
+    }
+    for page in [1, 512, 99_999, 262_000] {
+        assert_eq!(touch(&memory, page).unwrap(), [0; PAGE_BYTES], "a hole at page {page}");
+    }
+    drop(memory);
+
+    let fails = Faulty::new(file.source(), Fault::Fails, PageIndex::from(77_777u32), ALL);
+    let Some(memory) = build(Arc::new(fails)) else { return };
+    assert!(touch(&memory, 5).is_err(), "the kernel can't show a part of it");
+    let failed: Vec<_> = memory.source_failures().iter().map(|failure| failure.pages).collect();
+    assert_eq!(failed, [pages(77_777, 77_778)], "it is the page that is named");
+    memory.discard(pages(0, ALL), OnBusy::Wait).unwrap();
+    assert_eq!(touch(&memory, 5).unwrap(), [0; PAGE_BYTES]);
+    drop((memory, set_aside));
 }

@@ -13,7 +13,8 @@ fn found(name: &str) -> Scenario {
 }
 
 fn played(scenario: &Scenario, prepare: Option<&dyn Fn(&Memory)>) -> Verdict {
-    polder_play::play(scenario, HostKind::Machine, Options { prepare }).verdict
+    let options = Options { prepare, ..Options::default() };
+    polder_play::play(scenario, HostKind::Machine, options).verdict
 }
 
 fn breaks(name: &str, plant: impl Fn(&Memory)) {

@@ -31,7 +31,8 @@ fn scenario_breaks(bug: Bug, name: &str) -> String {
     let scenario = polder_play::parse(&text).expect("it can be read");
     let verdict = |options| polder_play::play(&scenario, HostKind::Machine, options).verdict;
     assert_eq!(verdict(Options::default()), Played::Passed, "{name} without the bug");
-    match verdict(Options { prepare: Some(&|memory: &Memory| memory.plant(bug)) }) {
+    let prepare = |memory: &Memory| memory.plant(bug);
+    match verdict(Options { prepare: Some(&prepare), ..Options::default() }) {
         Played::Failed(why) => why,
         verdict => panic!("{name} does not notice {bug:?}: {verdict:?}"),
     }

@@ -69,7 +69,8 @@ pub fn compare(program: &Scenario, sides: &[Side; 2]) -> Came {
             }
         }
     });
-    let options = prepare.each_ref().map(|prepare| Options { prepare: Some(prepare) });
+    let options =
+        prepare.each_ref().map(|prepare| Options { prepare: Some(prepare), ..Options::default() });
     let recorded = record(program, sides[0].host, options[0]);
     let (scenario, first) = (recorded.scenario, recorded.played);
     match &first.verdict {

@@ -90,7 +90,7 @@ fn a_planted_bug_is_found_made_small_and_saved_to_be_played_again() {
         assert!(saved.about.contains(&format!("seed {seed}")), "{}", saved.about);
         assert_eq!(play(&saved, sound, Options::default()).verdict, Verdict::Passed, "{text}");
         let prepare = |memory: &Memory| skip_flushes(memory);
-        let options = Options { prepare: Some(&prepare) };
+        let options = Options { prepare: Some(&prepare), ..Options::default() };
         let again = play(&saved, HostKind::Machine, options).verdict;
         assert!(matches!(again, Verdict::Failed(_)), "{again:?}\n{text}");
     }

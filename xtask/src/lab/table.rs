@@ -1,5 +1,5 @@
 //! What the lab runs if it is given no command: the behaviour table, `polder run`, calls that fail,
-//! and random programs.
+//! a page of 1G that is filled from a file, and random programs.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -25,6 +25,13 @@ pub(super) const GIGANTIC: u32 = 1;
 
 /// Seconds that `polder run` may take: emulated, it is a matter of ten.
 const RUN_SECONDS: &str = "600";
+
+/// A guest reads all of a page of 1G that is filled from a file, of which a few pages are no holes.
+const FROM: &str = "truncate -s 1G /tmp/1g.img
+    for page in 0 5 511 100000 262143; do
+        head -c 4096 /dev/urandom | dd of=/tmp/1g.img bs=4096 seek=$page conv=notrunc 2>/dev/null
+    done
+    exec \"$1\" run --from /tmp/1g.img --page-size 1g --deadline 300 --timeout 600 --json";
 
 /// Programs that are compared: a matter of half a minute.
 const PROGRAMS: &str = "100";
@@ -72,6 +79,12 @@ pub(super) fn run(lab: &Lab, kernel: &Kernel) -> Result<u8, String> {
     let (status, text) = shown(lab, kernel, &command)?;
     passed &= status == 0;
     summary.extend(failures(&text));
+    println!("lab: polder run --from a file, into a page of 1G");
+    let command = ["sh".into(), "-c".into(), FROM.into(), "sh".into(), lab.program("polder")];
+    let (status, text) = shown(lab, kernel, &command)?;
+    let (line, well) = told_from(&text);
+    passed &= status == 0 && well;
+    summary.push(format!("polder run --from: {line}"));
     println!("lab: random programs on the machine and on guest_memfd");
     let left_out = lab.test("polder-differential", "differential")?;
     let (status, _) =
@@ -164,6 +177,24 @@ fn told(json: &str) -> (String, bool) {
     (line, guest["exit"] == "ok")
 }
 
+/// The same of `polder run --from`.
+fn told_from(json: &str) -> (String, bool) {
+    let Ok(told) = serde_json::from_str::<Value>(json) else {
+        return ("it wrote no JSON".to_owned(), false);
+    };
+    let (guest, pages) = (&told["guest"], &told["from"]["pages"]);
+    let line = format!(
+        "{}, {} checks passed, {} pages brought when asked for, {} before, {} zeros, into pages of {}",
+        guest["exit"].as_str().unwrap_or("it was not run"),
+        guest["checks_passed"],
+        pages["demanded"],
+        pages["ahead"],
+        pages["zeros"],
+        told["page_size"].as_str().unwrap_or("no size"),
+    );
+    (line, guest["exit"] == "ok" && told["page_size"] == "1g")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -193,5 +224,12 @@ mod tests {
             "faults":{"denied":4}}"#;
         let line = "ok, 3 checks passed, 0 failed, 3 conversions by hypercall, 4 touches denied";
         assert_eq!(told(well), (line.to_owned(), true));
+        assert!(!told_from("").1);
+        let well = r#"{"guest":{"exit":"ok","checks_passed":9},"page_size":"1g",
+            "from":{"pages":{"demanded":1,"ahead":4,"zeros":3}}}"#;
+        let line = "ok, 9 checks passed, 1 pages brought when asked for, 4 before, 3 zeros, \
+                    into pages of 1g";
+        assert_eq!(told_from(well), (line.to_owned(), true));
+        assert!(!told_from(&well.replace("1g", "4k")).1);
     }
 }

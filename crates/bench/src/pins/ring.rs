@@ -1,8 +1,9 @@
 //! Reads of a file by io_uring: straight into pinned guest memory, next to a bounce buffer.
 //!
 //! The baseline is what a VMM does that can't have the kernel write guest memory: it reads into fixed
-//! buffers of its own, by as many transfers at a time, and copies each into guest memory (through
-//! the `vm-memory` traits) when it is over. The file is in the page cache.
+//! buffers of its own, by a ring like Polder's and as many transfers at a time, and copies each into
+//! guest memory (through the `vm-memory` traits) when it is over. The file is in the page cache, and
+//! too large for those of the processor.
 
 use std::fs::File;
 use std::io::Write;
@@ -21,11 +22,21 @@ use super::{HOLDER, Scale};
 use crate::turns::compare;
 use crate::{BenchError, Row};
 
-/// Transfers at a time.
-const DEPTH: u32 = 16;
+/// Bytes of each transfer, and how many there are at a time: a device's queue, and as many as make
+/// 16M.
+pub(super) const SIZES: [Size; 3] = [
+    Size { name: "4K", bytes: 4 << 10, depth: 128 },
+    Size { name: "64K", bytes: 64 << 10, depth: 128 },
+    Size { name: "1M", bytes: 1 << 20, depth: 16 },
+];
 
-/// Bytes of each.
-pub(super) const SIZES: [(&str, u32); 3] = [("4K", 4 << 10), ("64K", 64 << 10), ("1M", 1 << 20)];
+/// What is read at a time.
+#[derive(Clone, Copy)]
+pub(super) struct Size {
+    pub(super) name: &'static str,
+    bytes: u32,
+    depth: u32,
+}
 
 /// Bytes of the file.
 const FILE: u64 = 64 << 20;
@@ -39,9 +50,9 @@ struct Places {
 }
 
 impl Places {
-    /// For so many transfers of a size.
-    fn new(size: u32) -> Result<Self, BenchError> {
-        let pages = u64::from(DEPTH) * u64::from(size) / PAGE_SIZE;
+    /// For all transfers of a size.
+    fn new(size: Size) -> Result<Self, BenchError> {
+        let pages = u64::from(size.depth) * u64::from(size.bytes) / PAGE_SIZE;
         let all = PageRange::between(0, pages).expect("not empty");
         let memory = Arc::new(Memory::builder(all.count()).shared().build()?);
         let kvm = |error: kvm_ioctls::Error| RunError::Kvm(error.into());
@@ -57,12 +68,13 @@ impl Places {
 }
 
 /// The row of a size.
-pub(super) fn row(scale: &Scale, (name, size): (&str, u32)) -> Result<Row, BenchError> {
+pub(super) fn row(scale: &Scale, size: Size) -> Result<Row, BenchError> {
+    let Size { name, depth, .. } = size;
     let file = file()?;
     let places = Places::new(size)?;
-    let mut polder = places.memory.ring(Holder::new(HOLDER), DEPTH, OnBusy::Refuse)?;
+    let mut polder = places.memory.ring(Holder::new(HOLDER), depth, OnBusy::Refuse)?;
     polder.register(&[places.all])?;
-    let mut bare = polder_linux::Ring::new(&places.bounce, DEPTH)?;
+    let mut bare = polder_linux::Ring::new(&places.bounce, depth)?;
     bare.register(&[places.all])?;
     let mut bounced = |count| {
         each_batch(count, size, |batch| {
@@ -75,35 +87,34 @@ pub(super) fn row(scale: &Scale, (name, size): (&str, u32)) -> Result<Row, Bench
         });
     };
     let mut costs = compare(scale.turn, &mut bounced, &mut pinned);
-    costs.baseline /= f64::from(DEPTH);
-    costs.polder /= f64::from(DEPTH);
+    costs.baseline /= f64::from(depth);
+    costs.polder /= f64::from(depth);
     let case = format!("pinned io_uring read, {name}");
-    let note = format!("{DEPTH} at a time, of a file in the page cache");
+    let note = format!("{depth} at a time, of a file in the page cache");
     Ok(Row { note, ..Row::of_costs(case, "a bounce buffer", "ns", costs) })
 }
 
+/// Transfers at a time: where each is in the file, and its bytes.
+type Batch = [(u64, u32)];
+
 /// The places in the file of as many transfers as there are at a time.
-fn each_batch(count: u32, size: u32, mut each: impl FnMut(&[(u64, u32); DEPTH as usize])) {
+fn each_batch(count: u32, size: Size, mut each: impl FnMut(&Batch)) {
+    let mut batch = vec![(0, size.bytes); size.depth as usize];
     let mut at = 0;
     for _ in 0..count {
-        let batch = std::array::from_fn(|_| {
-            let place = at;
-            at = (at + u64::from(size)) % FILE;
-            (place, size)
-        });
+        for (place, bytes) in &mut batch {
+            *place = at;
+            at = (at + u64::from(*bytes)) % FILE;
+        }
         each(&batch);
     }
 }
 
-fn read<'a>(
-    ring: &mut polder::Ring<'a>,
-    file: BorrowedFd<'a>,
-    batch: &[(u64, u32)],
-) -> Result<(), Error> {
+fn read<'a>(ring: &mut polder::Ring<'a>, file: BorrowedFd<'a>, batch: &Batch) -> Result<(), Error> {
     for (place, &(at, size)) in (0_u64..).zip(batch) {
         ring.read(file, at, place * u64::from(size), size, place)?;
     }
-    ring.submit(DEPTH)?;
+    ring.submit(u32::MAX)?;
     while let Some(done) = ring.complete() {
         assert!(done.result.is_ok_and(|count| u64::from(count) > 0), "{done:?}");
     }
@@ -114,14 +125,14 @@ fn bounce<'a>(
     ring: &mut polder_linux::Ring<'a>,
     places: &Places,
     file: BorrowedFd<'a>,
-    batch: &[(u64, u32)],
+    batch: &Batch,
 ) -> Result<(), polder_linux::Error> {
     for (place, &(at, size)) in (0_u64..).zip(batch) {
         let offset = place * u64::from(size);
         let transfer = Transfer { into_memory: true, at, offset, count: size, buffer: Some(0) };
         ring.queue(file, transfer, offset).expect("as many as there is room for");
     }
-    ring.submit(DEPTH)?;
+    ring.submit(ring.in_flight())?;
     while let Some(done) = ring.completion() {
         let count = done.result.map_or(0, |count| usize::try_from(count).expect("a size"));
         assert!(count > 0, "{done:?}");
@@ -156,26 +167,26 @@ mod tests {
 
     #[test]
     fn both_ways_bring_the_same_bytes() {
-        let size = 64 << 10;
+        let size = Size { name: "64K", bytes: 64 << 10, depth: 16 };
         let places = Places::new(size).and_then(|places| {
-            places.memory.ring(Holder::new(HOLDER), DEPTH, OnBusy::Refuse)?;
+            places.memory.ring(Holder::new(HOLDER), size.depth, OnBusy::Refuse)?;
             Ok(places)
         });
         let Some(places) = require(Facility::IoUring, places) else { return };
         let file = file().expect("a file");
-        let batch: [(u64, u32); DEPTH as usize] = std::array::from_fn(|at| (100 + at as u64, size));
+        let batch: Vec<_> = (100..116).map(|at| (at, size.bytes)).collect();
         let bytes = || {
-            let mut bytes = vec![0; DEPTH as usize * size as usize];
+            let mut bytes = vec![0; batch.len() * size.bytes as usize];
             places.memory.host_view().touch_read(0, &mut bytes).expect("it is shared");
             bytes
         };
-        let mut bare = polder_linux::Ring::new(&places.bounce, DEPTH).expect("as before");
+        let mut bare = polder_linux::Ring::new(&places.bounce, size.depth).expect("as before");
         bare.register(&[places.all]).expect("no more than before");
         bounce(&mut bare, &places, file.as_fd(), &batch).expect("the file is there");
         let bounced = bytes();
         places.memory.host_view().touch_write(0, &vec![0; bounced.len()]).expect("it is shared");
         let mut ring =
-            places.memory.ring(Holder::new(HOLDER), DEPTH, OnBusy::Refuse).expect("as before");
+            places.memory.ring(Holder::new(HOLDER), size.depth, OnBusy::Refuse).expect("as before");
         ring.register(&[places.all]).expect("no more than before");
         read(&mut ring, file.as_fd(), &batch).expect("the file is there");
         assert!(bounced == bytes() && bounced[0] == 101, "{}", bounced[0]);

@@ -1,6 +1,7 @@
 //! Waiting for an actor's step to come to something, by what the watcher tells.
 
 use std::sync::mpsc::RecvTimeoutError;
+use std::time::Duration;
 
 use polder::Moment;
 
@@ -9,6 +10,9 @@ use crate::limits::WAITS_MAX;
 use crate::names::Is;
 use crate::outcome::Outcome;
 use crate::watcher::Event;
+
+/// How long is waited at once: whoever wants an end gets it soon.
+const AT_ONCE: Duration = Duration::from_millis(100);
 
 /// How often somebody has to be found waiting.
 const ROUNDS: u32 = 3;
@@ -81,12 +85,19 @@ impl Player<'_> {
     }
 
     fn hear(&mut self, line: usize) -> Result<(), String> {
-        match self.heard.recv_timeout(PATIENCE) {
-            Ok(event) => {
-                self.take_in(event);
-                Ok(())
+        let mut left = PATIENCE;
+        loop {
+            self.go_on()?;
+            match self.heard.recv_timeout(AT_ONCE) {
+                Ok(event) => {
+                    self.take_in(event);
+                    return Ok(());
+                }
+                Err(RecvTimeoutError::Timeout) if left > AT_ONCE => left -= AT_ONCE,
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                    return Err(silent(line));
+                }
             }
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Err(silent(line)),
         }
     }
 

@@ -5,7 +5,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use polder_units::{ByteSize, PAGE_SIZE, PageCount, PageRange};
-use rustix::fs::{Advice, SeekFrom};
+use rustix::fs::{Advice, Mode, OFlags, SeekFrom};
 
 use super::{Extent, Source, SourceError};
 
@@ -119,7 +119,9 @@ impl FileSource {
     pub fn open(path: impl AsRef<Path>) -> Result<Self, OpenError> {
         let path = path.as_ref().to_owned();
         let open = || {
-            let file = File::open(&path)?;
+            // Whoever opens a named pipe for reading waits for somebody who writes, unless he says so.
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+            let file = File::from(rustix::fs::open(&path, flags, Mode::empty())?);
             Ok((file.metadata()?, Stamp::of(&file)?, file))
         };
         let opened: std::io::Result<_> = open();
