@@ -359,13 +359,17 @@ impl Answers<'_> {
         while first < self.given.len() {
             let (view, response, range, count) = together(&self.given[first..]);
             let views = self.driver.host.views();
+            let counters = &self.driver.counters;
+            (0..count).for_each(|_| counters.answered(view, response));
             self.driver.tell(Moment::Answer(view, response, range));
             let done = views.answer(view, response, range).is_ok();
             for (answer, carried_out) in &mut self.given[first..first + count] {
                 // Memory that has run out may come back: who touches waits for that.
                 let done = done || views.answer(view, response, answer.range()).is_ok();
                 *carried_out = done.then_some(response);
-                self.driver.counters.answered(view, *carried_out);
+                if !done {
+                    counters.unanswered(view, response);
+                }
             }
             first += count;
         }

@@ -100,13 +100,21 @@ impl Counters {
         }
     }
 
-    /// A touch of a view, and what was done about it.
-    pub(crate) fn answered(&self, view: View, done: Option<Response>) {
-        match (view, done) {
-            (_, None) => {}
-            (View::Guest, Some(_)) => add(&self.guest_faults, 1),
-            (View::Host, Some(Response::Map)) => add(&self.host_faults, 1),
-            (View::Host, Some(Response::Poison)) => add(&self.denied, 1),
+    /// A touch of a view is answered so. Noted before it is: whoever goes on by it finds it counted.
+    pub(crate) fn answered(&self, view: View, response: Response) {
+        add(self.of_answer(view, response), 1);
+    }
+
+    /// It could not be answered after all.
+    pub(crate) fn unanswered(&self, view: View, response: Response) {
+        self.of_answer(view, response).fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn of_answer(&self, view: View, response: Response) -> &AtomicU64 {
+        match (view, response) {
+            (View::Guest, _) => &self.guest_faults,
+            (View::Host, Response::Map) => &self.host_faults,
+            (View::Host, Response::Poison) => &self.denied,
         }
     }
 

@@ -89,7 +89,7 @@ impl Driver {
         if done {
             // They go on, and need no other answer.
             let answered = self.forget_touches(view, range);
-            (0..answered).for_each(|_| self.counters.answered(view, Some(response)));
+            (0..answered).for_each(|_| self.counters.answered(view, response));
         }
     }
 
