@@ -1,10 +1,10 @@
-//! `polder bench pins`: what a pin costs, next to a lock over a tree of pins; and what it costs those
-//! who convert.
+//! `polder bench pins`: what a pin costs, next to a lock over a tree of pins; and what it costs
+//! those who convert.
 //!
 //! # Cases
 //! - *pin unpin*: a holder pins a page for a transfer and lets it go again, as a device model does
-//!   for each buffer of a queue: [`QUEUE`] buffers, spread evenly over 4G of memory, in an order that
-//!   no prefetcher knows. Meanwhile others hold so many pins for long.
+//!   for each buffer of a queue: [`QUEUE`] buffers, spread evenly over 4G of memory, in an order
+//!   that no prefetcher knows. Meanwhile others hold so many pins for long.
 //! - *any page*: the same of any page of those 4G, where what is looked up is seldom in a cache.
 //! - *conversion with a pinner*: a page is converted to private and back, while another thread pins
 //!   and unpins other pages as fast as it can; the baseline is a thread that only spins.
@@ -108,8 +108,8 @@ fn run(scale: &Scale, progress: &mut dyn FnMut(Progress)) -> Measured {
     Ok(rows)
 }
 
-/// Memory of which every [`APART`]th page is private: no large page is of one kind, and whoever asks
-/// about a page has to look at that page.
+/// Memory of which every [`APART`]th page is private: no large page is of one kind, and whoever
+/// asks about a page has to look at that page.
 fn memory(scale: &Scale, host: HostKind) -> Result<Memory, BenchError> {
     let memory = Memory::builder(PageCount::from(scale.pages)).host(host).shared().build()?;
     for page in private(scale) {

@@ -21,9 +21,9 @@ const LONGEST: u64 = 365 * 24 * 60 * 60;
 
 /// Search the interleavings of Polder's protocols for one that breaks an invariant.
 ///
-/// Polder's own engine is run on the simulated machine by guests, threads and callers, in every order
-/// of their steps. After each step the invariants of ARCHITECTURE.md are checked. A finding is printed
-/// as the shortest list of steps that leads there.
+/// Polder's own engine is run on the simulated machine by guests, threads and callers, in every
+/// order of their steps. After each step the invariants of ARCHITECTURE.md are checked. A finding
+/// is printed as the shortest list of steps that leads there.
 #[derive(Args)]
 #[command(after_help = "\
 Examples:

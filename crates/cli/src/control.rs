@@ -1,8 +1,8 @@
 //! The control socket of a run: where `polder explain` asks.
 //!
-//! It is served by the run's supervisor, between two looks at the guest, without a thread of its own
-//! and without ever waiting: what a peer does or leaves undone costs the run no more than the limits
-//! below, and ends none of it.
+//! It is served by the run's supervisor, between two looks at the guest, without a thread of its
+//! own and without ever waiting: what a peer does or leaves undone costs the run no more than the
+//! limits below, and ends none of it.
 //!
 //! ```text
 //! peer:   explain page 17\n          or: explain gpa 2097152\n

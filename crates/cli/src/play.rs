@@ -17,8 +17,8 @@ use crate::{interrupt, output};
 
 /// Play scenarios: stories about a VM's memory, step by step.
 ///
-/// A scenario (TOML) has memory, VMs, actors, steps in an order, and what is expected of them.
-/// Each step is printed as one line, with the state of every page that it is about, before and after.
+/// A scenario (TOML) has memory, VMs, actors, steps in an order, and what is expected of them. Each
+/// step is printed as one line, with the state of every page that it is about, before and after.
 #[derive(Args)]
 #[command(after_help = "\
 Examples:

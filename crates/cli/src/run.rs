@@ -52,8 +52,8 @@ pub(crate) struct Arguments {
     pub(crate) vcpus: u32,
     /// The size of the pages that back the memory
     ///
-    /// 4k; thp: transparent huge pages, where the kernel has some to give; 2m or 1g: huge pages that
-    /// are reserved for the guest before it starts
+    /// 4k; thp: transparent huge pages, where the kernel has some to give; 2m or 1g: huge pages
+    /// that are reserved for the guest before it starts
     #[arg(long, value_name = "SIZE", default_value = "4k")]
     pub(crate) page_size: PageSize,
     /// Decides the guest's patterns and ranges: the same seed gives the same ones

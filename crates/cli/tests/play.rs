@@ -107,7 +107,8 @@ fn what_is_no_file_of_sensible_size_is_refused() {
     }
 }
 
-/// A story of some seconds: somebody waits all the while, and has to be found waiting after each step.
+/// A story of some seconds: somebody waits all the while, and has to be found waiting after each
+/// step.
 fn long_story() -> String {
     let begins = "about = \"a\"\n[memory]\npages = 4\nstarts = \"shared\"\n\
         [[step]]\nactor = \"guest\"\ndo = \"convert\"\npages = \"0..2\"\nto = \"private\"\n\

@@ -95,9 +95,9 @@ impl Engine {
     ///
     /// # Errors
     /// Refused beyond the object, for what only the guest decides
-    /// ([`Platform::guest_decides`](crate::Platform::guest_decides)), for contents that platform and host can't offer, for a page in
-    /// quarantine, and for a pinned page that would become private: nothing has been unmapped
-    /// then. Busy where another operation holds a page.
+    /// ([`Platform::guest_decides`](crate::Platform::guest_decides)), for contents that platform
+    /// and host can't offer, for a page in quarantine, and for a pinned page that would become
+    /// private: nothing has been unmapped then. Busy where another operation holds a page.
     pub fn convert(&mut self, request: &ConversionRequest) -> Result<Start, Blocked> {
         let begun = self.claim_for_conversion(request);
         let &ConversionRequest { ref ranges, to, contents, by, .. } = request;

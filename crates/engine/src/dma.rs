@@ -1,9 +1,10 @@
 //! DMA: devices whose IOMMU domain maps what is shared, and nothing else.
 //!
 //! A device that is attached has every shared page mapped, which counts as a long-term pin by its
-//! holder (Linux' `VFIO_IOMMU_MAP_DMA` pins so): the page is not discarded and not moved. Unlike any
-//! other pin it stands in the way of no conversion, because the conversion itself takes it away: to
-//! private, the device's mapping goes *before* references are looked for; to shared, it comes last.
+//! holder (Linux' `VFIO_IOMMU_MAP_DMA` pins so): the page is not discarded and not moved. Unlike
+//! any other pin it stands in the way of no conversion, because the conversion itself takes it
+//! away: to private, the device's mapping goes *before* references are looked for; to shared, it
+//! comes last.
 //!
 //! A device is told in equal pieces, its *granule*, because an IOMMU takes away only what it was
 //! given as a whole (`VFIO_TYPE1v2_IOMMU`: an unmapping may not cut a mapping). A conversion that

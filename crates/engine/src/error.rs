@@ -106,8 +106,8 @@ pub enum Refusal {
     PagesTaken { range: PageRange, slot: Slot },
 }
 
-/// The error codes of [`Refusal::errno`] and of interfaces shaped like the kernel's, by Linux's names
-/// and numbers (`include/uapi/asm-generic/errno-base.h`, `errno.h`).
+/// The error codes of [`Refusal::errno`] and of interfaces shaped like the kernel's, by Linux's
+/// names and numbers (`include/uapi/asm-generic/errno-base.h`, `errno.h`).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[expect(missing_docs, reason = "Linux's names")]
 #[repr(i32)]

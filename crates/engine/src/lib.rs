@@ -164,8 +164,9 @@ impl Engine {
     /// An engine for an object in which nothing has happened yet.
     ///
     /// # Panics
-    /// For an object without pages, for one that is no multiple of its huge pages, and for pages that are private and owed where the guest alone
-    /// can fill such ([`Platform::host_fills_private`]): who touches them would wait for ever.
+    /// For an object without pages, for one that is no multiple of its huge pages, and for pages
+    /// that are private and owed where the guest alone can fill such
+    /// ([`Platform::host_fills_private`]): who touches them would wait for ever.
     pub fn new(config: Config) -> Self {
         assert!(!config.pages.is_zero(), "an object has at least one page");
         let PageFacts { visibility, population } = config.initial;

@@ -8,8 +8,8 @@
 //! hypervisor keeps the guest's stage 2, it alone can cut the guest off: it freezes, copies and
 //! switches in the one step.
 //!
-//! A step that failed has moved some of its pages or none, each as a whole. There is nothing to undo:
-//! where a page is, is told to nobody.
+//! A step that failed has moved some of its pages or none, each as a whole. There is nothing to
+//! undo: where a page is, is told to nobody.
 
 use alloc::vec;
 

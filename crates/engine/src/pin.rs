@@ -83,7 +83,8 @@ impl fmt::Display for Holder {
     }
 }
 
-/// Pins that a [`Holder`] has taken by [`Engine::pin`]; to be given back by [`Engine::unpin`], once.
+/// Pins that a [`Holder`] has taken by [`Engine::pin`]; to be given back by [`Engine::unpin`],
+/// once.
 #[must_use = "the pages stay pinned until it is given back"]
 #[derive(PartialEq, Eq, Hash, Debug)]
 #[cfg_attr(feature = "explore", derive(Clone, Copy))]

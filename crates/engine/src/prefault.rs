@@ -11,9 +11,9 @@ use crate::plant::Bug;
 use crate::{Binding, Blocked, Engine, PageFacts, Population, Refusal, View, Visibility, VmId};
 
 impl Engine {
-    /// Allows the first of `gfns` to be mapped, and those after it as far as they are like it: of one
-    /// kind, in one binding, whole, free of operations, `most` in all at most. Returns the answer for
-    /// the pages behind them, the frames, and of which kind they are.
+    /// Allows the first of `gfns` to be mapped, and those after it as far as they are like it: of
+    /// one kind, in one binding, whole, free of operations, `most` in all at most. Returns the
+    /// answer for the pages behind them, the frames, and of which kind they are.
     ///
     /// # Errors
     /// What stands before the first of them: [`Refusal::NoSlot`]; busy where an operation holds
@@ -56,8 +56,8 @@ impl Engine {
         Ok((self.answer(View::Guest, pages, Response::Map), gfns, visibility))
     }
 
-    /// The first page of a range that can't be mapped ahead with others that are of this kind. What a
-    /// touch would wait for, or be denied, keeps the whole granule that it lies in.
+    /// The first page of a range that can't be mapped ahead with others that are of this kind. What
+    /// a touch would wait for, or be denied, keeps the whole granule that it lies in.
     fn prefault_stops(&self, range: PageRange, visibility: Visibility) -> Option<PageIndex> {
         let other = |facts: PageFacts| facts.visibility != visibility;
         let around = self.granules(range);

@@ -6,8 +6,8 @@
 //! ```
 //! By the claim of a population, so that whoever touches the pages meanwhile waits and sees them
 //! whole. Once the guest has begun nobody but the guest puts anything there. How hardware takes the
-//! pages: pKVM's hypervisor is donated them with what is in them, at the guest's first touch; an SNP
-//! guest's are encrypted in place and validated by the firmware, here.
+//! pages: pKVM's hypervisor is donated them with what is in them, at the guest's first touch; an
+//! SNP guest's are encrypted in place and validated by the firmware, here.
 //!
 //! A preload that fails leaves zeros: what was there before is gone, and what was half written too.
 

@@ -1,9 +1,9 @@
 //! Turns: whoever waits is not overtaken for good.
 //!
-//! What asks and finds pages held waits outside the engine, and asks again when something has ended.
-//! By then somebody else may hold them, and one who converts the same pages over and over always does.
-//! So who waits has a place in a queue ([`Engine::in_turn`]), with the pages that he found held, and
-//! keeps it until he asks and finds nothing held.
+//! What asks and finds pages held waits outside the engine, and asks again when something has
+//! ended. By then somebody else may hold them, and one who converts the same pages over and over
+//! always does. So who waits has a place in a queue ([`Engine::in_turn`]), with the pages that he
+//! found held, and keeps it until he asks and finds nothing held.
 //!
 //! - An *operation* is not begun on pages for which somebody came before it: it waits behind him,
 //!   or is refused ([`Refusal::Awaited`]).
@@ -12,8 +12,8 @@
 //! - Who waits for another's wait for pins ([`Engine::wait_for_pins`]) has a place among those who
 //!   want the same, and is in no operation's way: it may be the one that the other waits to do.
 //!
-//! So who came first waits for operations in flight and nobody else, all of which end by themselves, and
-//! each one after him for those before him.
+//! So who came first waits for operations in flight and nobody else, all of which end by
+//! themselves, and each one after him for those before him.
 //!
 //! There are as many places as threads that wait, and touches that do.
 

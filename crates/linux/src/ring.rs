@@ -7,7 +7,8 @@
 //! - a ring holds its view, and does not go before the last transfer is over ([`Ring::quiesce`]);
 //! - pages of a fixed buffer must not be taken out of the memfd, nor given to somebody else, from
 //!   [`Ring::register`] to [`Ring::unregister`]. That is the caller's to see to: no call here would
-//!   touch other memory than the memfd's, but bytes would be lost, or seen by whom they are not for.
+//!   touch other memory than the memfd's, but bytes would be lost, or seen by whom they are not
+//!   for.
 
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
@@ -24,8 +25,8 @@ use crate::{Error, View};
 /// How many files the kernel keeps at hand for a ring.
 const FILES: u32 = 16;
 
-/// A ring. Files are borrowed for as long as it lives: the kernel takes hold of them only when their
-/// transfers are submitted, or keeps them at hand until the ring goes, by their number.
+/// A ring. Files are borrowed for as long as it lives: the kernel takes hold of them only when
+/// their transfers are submitted, or keeps them at hand until the ring goes, by their number.
 pub struct Ring<'f> {
     ring: IoUring,
     view: Arc<View>,
@@ -69,12 +70,13 @@ pub struct Completion {
 pub struct Full;
 
 impl<'f> Ring<'f> {
-    /// A ring for `entries` transfers at a time (rounded up to a power of two) with bytes of `view`.
+    /// A ring for `entries` transfers at a time (rounded up to a power of two) with bytes of
+    /// `view`.
     ///
     /// # Errors
-    /// Of `io_uring_setup`: `ENOSYS` and `EPERM` where it is not to be had (a kernel without it, the
-    /// sysctl `kernel.io_uring_disabled`, a filter of system calls); `EINVAL` for no entries or more
-    /// than 32768; `ENOMEM`.
+    /// Of `io_uring_setup`: `ENOSYS` and `EPERM` where it is not to be had (a kernel without it,
+    /// the sysctl `kernel.io_uring_disabled`, a filter of system calls); `EINVAL` for no entries or
+    /// more than 32768; `ENOMEM`.
     pub fn new(view: &Arc<View>, entries: u32) -> Result<Self, Error> {
         let make = || IoUring::builder().dontfork().build(entries).map_err(of_io);
         let ring = Call::new("io_uring_setup").make(make)?;
@@ -109,9 +111,9 @@ impl<'f> Ring<'f> {
     /// unregistered. None may be registered.
     ///
     /// # Errors
-    /// Of `IORING_REGISTER_BUFFERS`: `EBUSY` where some are registered, `EINVAL` for more than 16384
-    /// or one beyond the view, `EFAULT` for a page that can't be touched, `ENOMEM` also beyond the
-    /// limit of locked memory. None is registered then.
+    /// Of `IORING_REGISTER_BUFFERS`: `EBUSY` where some are registered, `EINVAL` for more than
+    /// 16384 or one beyond the view, `EFAULT` for a page that can't be touched, `ENOMEM` also
+    /// beyond the limit of locked memory. None is registered then.
     pub fn register(&self, buffers: &[PageRange]) -> Result<(), Error> {
         let call = Call::new("io_uring_register(IORING_REGISTER_BUFFERS)");
         let iovec = |range: &PageRange| {
@@ -231,8 +233,8 @@ impl<'f> Ring<'f> {
     pub fn quiesce(&mut self, mut each: impl FnMut(Completion)) -> Result<(), Error> {
         while self.in_flight > 0 {
             self.submit(0)?;
-            // Where there is nothing to cancel any more, or no such call (before Linux 6.0), what is
-            // in flight comes to its end by itself.
+            // Where there is nothing to cancel any more, or no such call (before Linux 6.0), what
+            // is in flight comes to its end by itself.
             let _ = self.ring.submitter().register_sync_cancel(None, CancelBuilder::any());
             match self.completion() {
                 Some(completed) => each(completed),

@@ -65,7 +65,8 @@ fn a_pointer_kept_from_a_slice_of_a_hugetlb_page_reads_the_guests_secret() {
     assert_eq!(&kept.read(), SECRET);
 }
 
-/// The touch of [`a_pointer_kept_from_a_slice_of_a_small_page_ends_the_process`], in one of its own.
+/// The touch of [`a_pointer_kept_from_a_slice_of_a_small_page_ends_the_process`], in one of its
+/// own.
 #[test]
 fn kept_pointer() {
     if std::env::var_os("POLDER_KEPT_POINTER").is_some() {

@@ -6,8 +6,8 @@
 //!
 //! The guest lays out a virtqueue with a greeting on a page of its own, which the host can't read;
 //! asks by a port for the page to be shared, and notifies the device. The device takes the greeting
-//! from the queue and puts its reply there; the page can't be taken away from it meanwhile. The guest
-//! prints the reply by another port, and takes the page back.
+//! from the queue and puts its reply there; the page can't be taken away from it meanwhile. The
+//! guest prints the reply by another port, and takes the page back.
 
 use std::error::Error;
 use std::io::{Read, Write};
@@ -177,7 +177,8 @@ impl Greeter {
     }
 
     /// Answers one greeting; returns how many bytes that took. What the chain names is pinned here,
-    /// until it has been read and written; nothing is any more when the guest learns that it is done.
+    /// until it has been read and written; nothing is any more when the guest learns that it is
+    /// done.
     fn answer(&self, chain: DescriptorChain<&GuestMemory>) -> Result<u32, Box<dyn Error>> {
         let mut reader = chain.clone().reader(&self.guest)?;
         let mut writer = chain.writer(&self.guest)?;

@@ -6,17 +6,18 @@
 //! again when a claim is released. The threads touch no view but through the host, which uses the
 //! trusted one: a thread never waits for itself.
 //!
-//! What is owed is brought from the source by the same threads ([`crate::pager`]), without a handover
-//! on a fault's way: the leader gives the lead away and brings it himself. The last thread that is
-//! free never reads, so that somebody is always there to answer, and to see that time is over.
+//! What is owed is brought from the source by the same threads ([`crate::pager`]), without a
+//! handover on a fault's way: the leader gives the lead away and brings it himself. The last thread
+//! that is free never reads, so that somebody is always there to answer, and to see that time is
+//! over.
 //!
 //! Waking another thread costs as much as a page. So who leads brings the one page that is asked
 //! for with the lead in his hand, where reads have been short so far, and another thread *watches*:
 //! it takes the lead over if a read becomes a long one. It watches only as long as such reads come.
 //!
-//! A thread that panics loses nothing: the lead goes to another, touches and demands are kept by the
-//! driver, claims and answers are given back or undone. It ends, and another takes its place: what it
-//! had of its own, its pins among it, ends with it.
+//! A thread that panics loses nothing: the lead goes to another, touches and demands are kept by
+//! the driver, claims and answers are given back or undone. It ends, and another takes its place:
+//! what it had of its own, its pins among it, ends with it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -38,8 +39,9 @@ const GRACE_PAUSE: Duration = Duration::from_millis(1);
 /// How often a watch looks whether who leads is in a long read.
 const WATCH: Duration = Duration::from_millis(5);
 
-/// Where the last touches came as soon as that after an answer, who leads looks for the next ones as
-/// long before it sleeps: to be woken takes longer than to answer. Others who want the CPU have it.
+/// Where the last touches came as soon as that after an answer, who leads looks for the next ones
+/// as long before it sleeps: to be woken takes longer than to answer. Others who want the CPU have
+/// it.
 const SOON: Duration = Duration::from_micros(100);
 
 /// The threads, ended when stopped.
@@ -161,8 +163,8 @@ impl Drop for Leading<'_> {
 }
 
 impl Leading<'_> {
-    /// Reads with the lead in hand, if somebody watches. `None` if nobody does; else whether the lead
-    /// is still in hand.
+    /// Reads with the lead in hand, if somebody watches. `None` if nobody does; else whether the
+    /// lead is still in hand.
     fn read(&self, read: impl FnOnce()) -> Option<bool> {
         {
             let mut lead = self.team.lead.lock();
@@ -252,8 +254,8 @@ impl Team {
         let bringing = driver.pager.as_ref().is_some_and(|it| it.is_awaited() || it.has_work());
         let at_most = (bringing || waits()).then_some(driver.ask_again);
         let mut touches = Vec::new();
-        // What can fail here is reading descriptors that are ours: it is tried again. Whoever nudges
-        // has changed what there is to do: that is not to be slept over.
+        // What can fail here is reading descriptors that are ours: it is tried again. Whoever
+        // nudges has changed what there is to do: that is not to be slept over.
         let mut look = |at_most| {
             let nudged = driver.host.views().touches(&mut touches, at_most);
             nudged.unwrap_or_default() || !touches.is_empty()

@@ -9,8 +9,8 @@
 //! # Rules
 //! - A slice points into the *host view*. Whoever keeps a raw pointer longer than its slice meets
 //!   there, once the page is private, what any stray pointer does: SIGBUS, not the guest's secret.
-//!   (Of hugetlb pages into the *trusted view*, for the host view shows such a page only while all of
-//!   it is shared: there a pointer without its slice reads what is there.)
+//!   (Of hugetlb pages into the *trusted view*, for the host view shows such a page only while all
+//!   of it is shared: there a pointer without its slice reads what is there.)
 //! - The first touch of a page after it became shared is a fault that a fault thread answers.
 //! - A slice stays with its thread, as those of `vm-memory` do.
 //! - The guest memory keeps the [`Memory`] alive: no slice outlives the threads that answer for it.
@@ -187,13 +187,13 @@ impl GuestMemory {
         self.regions.to_region_addr(at).ok_or(GuestMemoryError::InvalidGuestAddress(at))
     }
 
-    /// Says whether a device may have `count` bytes at `at` now, all of them, or why not: to refuse a
-    /// driver whose ring it can't reach, with the reason.
+    /// Says whether a device may have `count` bytes at `at` now, all of them, or why not: to refuse
+    /// a driver whose ring it can't reach, with the reason.
     ///
     /// # Errors
     /// [`Refusal::Private`] and the other refusals, naming the first page in the way;
-    /// [`Refusal::Unbound`] where a byte lies outside every slot, [`Refusal::Range`] where there is no
-    /// such address. With [`OnBusy::Wait`] it waits for operations.
+    /// [`Refusal::Unbound`] where a byte lies outside every slot, [`Refusal::Range`] where there is
+    /// no such address. With [`OnBusy::Wait`] it waits for operations.
     pub fn check(&self, at: GuestAddress, count: usize) -> std::result::Result<(), Error> {
         let mut slices = Slices { memory: self, at, left: count };
         while let Some(slice) = slices.next() {

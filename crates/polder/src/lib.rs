@@ -40,8 +40,8 @@
 //! | run a guest on the simulated machine | [`MachineVcpu`], [`Memory::simulated`], [`machine`] |
 //! | see an operation from inside | [`Memory::watch`], [`Watch`] |
 //!
-//! A whole VMM is `examples/tiny_vmm.rs`; how to put Polder into one that exists, step by step, is in
-//! `docs/vmm.md`, and what a device model does in `docs/devices.md`.
+//! A whole VMM is `examples/tiny_vmm.rs`; how to put Polder into one that exists, step by step, is
+//! in `docs/vmm.md`, and what a device model does in `docs/devices.md`.
 //!
 //! # What fails
 //! Every call that can fail returns an [`Error`] and has then changed nothing, unless it says so: a
@@ -104,10 +104,10 @@ pub use polder_engine::{
     PinId, PinKind, Platform, Population, Refusal, ReshapedCounts, Response, Slot, Step, View,
     Visibility, VmId, Wish,
 };
-/// The kernel's interfaces, made safe. A VMM wants [`linux::in_guest`] around `VcpuFd::run`: a guest's
-/// touch of a page that did not come (its source failed, or it is in quarantine) is a SIGBUS for the
-/// vCPU's thread, which would end the process. With it, the touch is told beside the exit, and
-/// [`Memory::page_of_failure`] names the page.
+/// The kernel's interfaces, made safe. A VMM wants [`linux::in_guest`] around `VcpuFd::run`: a
+/// guest's touch of a page that did not come (its source failed, or it is in quarantine) is a
+/// SIGBUS for the vCPU's thread, which would end the process. With it, the touch is told beside the
+/// exit, and [`Memory::page_of_failure`] names the page.
 pub use polder_linux as linux;
 /// The simulated machine, for who looks into it by [`Memory::simulated`].
 pub use polder_machine as machine;

@@ -9,8 +9,8 @@ use crate::{Error, Memory, OnBusy, PageSize};
 
 impl Memory {
     /// Moves pages to other memory (compaction, NUMA): private and shared ones, with all that is in
-    /// them. Guest and host go on with the new place; who touches the pages meanwhile waits. Private
-    /// pages of pKVM's are moved by its hypervisor, which leaves nothing behind.
+    /// them. Guest and host go on with the new place; who touches the pages meanwhile waits.
+    /// Private pages of pKVM's are moved by its hypervisor, which leaves nothing behind.
     ///
     /// # Errors
     /// [`Refusal::Pinned`](crate::Refusal::Pinned) by a pin or a device, by name;
@@ -46,16 +46,16 @@ impl Memory {
     }
 
     /// Has the 2M page around `page` made one transparent huge page again, and mapped so for the
-    /// guest: after a page was brought in alone, or the kernel had no huge page at the time. It is a
-    /// move, by the kernel (`MADV_COLLAPSE`): who touches the pages meanwhile waits, what is in them
-    /// stays, and what is pinned does not move.
+    /// guest: after a page was brought in alone, or the kernel had no huge page at the time. It is
+    /// a move, by the kernel (`MADV_COLLAPSE`): who touches the pages meanwhile waits, what is in
+    /// them stays, and what is pinned does not move.
     ///
     /// # Errors
     /// [`Refusal::Pinned`](crate::Refusal::Pinned) by a pin or a device, by name;
     /// [`Refusal::Beyond`](crate::Refusal::Beyond) where the 2M page is not all there;
-    /// [`Error::NotOffered`] for memory that is not of transparent huge pages; [`Error::Host`] where
-    /// the kernel has no huge page to give, knows of a reference that Polder does not (both may
-    /// pass), or where contents are owed yet (`EBUSY`). It is as it was then.
+    /// [`Error::NotOffered`] for memory that is not of transparent huge pages; [`Error::Host`]
+    /// where the kernel has no huge page to give, knows of a reference that Polder does not (both
+    /// may pass), or where contents are owed yet (`EBUSY`). It is as it was then.
     pub fn collapse(&self, page: PageIndex, on_busy: OnBusy) -> Result<(), Error> {
         if self.page_size() != PageSize::Thp {
             return Err(Error::NotOffered {
@@ -98,10 +98,10 @@ impl Memory {
     ///
     /// # Errors
     /// [`Refusal::Launched`](crate::Refusal::Launched) once the guest has begun;
-    /// [`Refusal::NotPrivate`](crate::Refusal::NotPrivate); [`Refusal::Owed`](crate::Refusal::Owed),
-    /// of pages to populate; [`Error::NotOffered`] on host `guest_memfd`, whose private pages the
-    /// host can't write; [`Error::TooManyBytes`]. If the host fails in the middle the pages are
-    /// zeros.
+    /// [`Refusal::NotPrivate`](crate::Refusal::NotPrivate);
+    /// [`Refusal::Owed`](crate::Refusal::Owed), of pages to populate; [`Error::NotOffered`] on host
+    /// `guest_memfd`, whose private pages the host can't write; [`Error::TooManyBytes`]. If the
+    /// host fails in the middle the pages are zeros.
     ///
     /// ```
     /// # use polder::{HostKind, Memory, Slot, Visibility, Vm, units::{Gfn, Gpa, PageCount, PageRange}};

@@ -35,8 +35,8 @@ pub struct Pin<'a> {
     range: PageRange,
 }
 
-/// How the pin was taken, and so is given back. Small: a pin of a [`Pinner`] is moved as often as it
-/// is taken.
+/// How the pin was taken, and so is given back. Small: a pin of a [`Pinner`] is moved as often as
+/// it is taken.
 enum How<'a> {
     /// With the engine's lock.
     Id(Box<ById<'a>>),

@@ -1,9 +1,9 @@
 //! Prefault: memory mapped for a guest before it touches it.
 //!
 //! It is a method of the root that the vCPU's translations begin at, and the type of the pages
-//! names the space: [`Gfn`] for guest-physical addresses, [`Lpn`](polder_units::Lpn) for linear ones
-//! where a guest's page tables are shadowed, [`L2Gfn`](polder_units::L2Gfn) for those of a guest's
-//! guest. Whether one of these runs is nowhere asked.
+//! names the space: [`Gfn`] for guest-physical addresses, [`Lpn`](polder_units::Lpn) for linear
+//! ones where a guest's page tables are shadowed, [`L2Gfn`](polder_units::L2Gfn) for those of a
+//! guest's guest. Whether one of these runs is nowhere asked.
 
 use kvm_ioctls::VcpuFd;
 use polder_engine::VmId;

@@ -1,9 +1,9 @@
 //! [`Ring`]: io_uring's transfers between files and shared pages, which are pinned meanwhile.
 //!
-//! What is in a *fixed buffer* the kernel has pinned itself, from registration on: it writes to those
-//! very pages, wherever they are mapped by then. So registration is the long-term pin, and not each
-//! transfer. Elsewhere a transfer is a short pin, from before it is submitted until its completion
-//! was taken. Both are by the ring's holder, and a conversion that meets them names it.
+//! What is in a *fixed buffer* the kernel has pinned itself, from registration on: it writes to
+//! those very pages, wherever they are mapped by then. So registration is the long-term pin, and
+//! not each transfer. Elsewhere a transfer is a short pin, from before it is submitted until its
+//! completion was taken. Both are by the ring's holder, and a conversion that meets them names it.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -32,8 +32,8 @@ use crate::{Error, Memory, OnBusy, Pin, Pinner};
 /// # Ok(())
 /// # }
 /// ```
-/// Dropping it cancels what can be, waits for the rest, and unpins all. If that is because its thread
-/// panics, the pins are among [`Memory::dead_pins`].
+/// Dropping it cancels what can be, waits for the rest, and unpins all. If that is because its
+/// thread panics, the pins are among [`Memory::dead_pins`].
 pub struct Ring<'a> {
     memory: &'a Memory,
     ring: polder_linux::Ring<'a>,
@@ -53,14 +53,14 @@ pub struct Ring<'a> {
 pub struct Completed {
     /// The number that it was given.
     pub tag: u64,
-    /// How many bytes came or went: fewer than asked for at the end of the file, or where there were
-    /// no more at once. Or why none did.
+    /// How many bytes came or went: fewer than asked for at the end of the file, or where there
+    /// were no more at once. Or why none did.
     pub result: Result<u32, Errno>,
 }
 
 impl Memory {
-    /// A ring for `entries` transfers at a time, all of whose pins are `holder`'s. `on_busy` is what
-    /// to do where an operation is in the way of one: who waits must not be the one whose
+    /// A ring for `entries` transfers at a time, all of whose pins are `holder`'s. `on_busy` is
+    /// what to do where an operation is in the way of one: who waits must not be the one whose
     /// completions that operation waits for.
     ///
     /// # Errors
@@ -91,12 +91,13 @@ impl<'a> Ring<'a> {
         self.pinner.holder()
     }
 
-    /// Makes pages fixed buffers, instead of those that there are: pinned for long by Polder, and by
-    /// the kernel, until [`Ring::unregister`]. A transfer within one of them costs no pin.
+    /// Makes pages fixed buffers, instead of those that there are: pinned for long by Polder, and
+    /// by the kernel, until [`Ring::unregister`]. A transfer within one of them costs no pin.
     ///
     /// # Errors
-    /// As [`Memory::pin_or`] for a page that can't be pinned; [`Error::Missing`] beyond the limit of
-    /// locked memory; [`Error::Host`], with `EINVAL` for more than 16384 buffers. Then there is none.
+    /// As [`Memory::pin_or`] for a page that can't be pinned; [`Error::Missing`] beyond the limit
+    /// of locked memory; [`Error::Host`], with `EINVAL` for more than 16384 buffers. Then there is
+    /// none.
     pub fn register(&mut self, buffers: &[PageRange]) -> Result<(), Error> {
         self.unregister()?;
         let pins = buffers.iter().map(|&range| {
@@ -130,8 +131,8 @@ impl<'a> Ring<'a> {
         Ok(())
     }
 
-    /// Queues a read of `count` bytes at `at` of a file, into those at `offset` of the object, which
-    /// have to be shared. `tag` is the caller's number for it.
+    /// Queues a read of `count` bytes at `at` of a file, into those at `offset` of the object,
+    /// which have to be shared. `tag` is the caller's number for it.
     ///
     /// # Errors
     /// As [`Memory::pin_or`], naming the page; [`Error::RingFull`]. Nothing is queued then.

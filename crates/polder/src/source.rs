@@ -52,9 +52,9 @@ pub trait Source: Send + Sync {
     /// Its name, for messages.
     fn name(&self) -> String;
 
-    /// Brings the contents of `pages`, the first of them first, into `into`, which has room for all.
-    /// Returns how many bytes came: whole pages; fewer than asked for if the rest is to be asked for
-    /// again; 0 where there is nothing.
+    /// Brings the contents of `pages`, the first of them first, into `into`, which has room for
+    /// all. Returns how many bytes came: whole pages; fewer than asked for if the rest is to be
+    /// asked for again; 0 where there is nothing.
     ///
     /// # Errors
     /// Whatever keeps it from that; asked for less, it may be able to.
@@ -84,9 +84,10 @@ pub enum Delivery {
     /// As an event to Polder's fault threads, while the vCPU waits.
     #[default]
     Events,
-    /// As an exit of the vCPU that touched ([`GuestExit::Userfault`](crate::GuestExit::Userfault)): its
-    /// own thread brings the page ([`Memory::fetch_for`](crate::Memory::fetch_for)), so that vCPUs don't
-    /// wait for one queue. KVM userfault, which no released kernel has: on the simulated machine.
+    /// As an exit of the vCPU that touched ([`GuestExit::Userfault`](crate::GuestExit::Userfault)):
+    /// its own thread brings the page ([`Memory::fetch_for`](crate::Memory::fetch_for)), so that
+    /// vCPUs don't wait for one queue. KVM userfault, which no released kernel has: on the
+    /// simulated machine.
     Exits,
 }
 

@@ -100,7 +100,8 @@ impl Counters {
         }
     }
 
-    /// A touch of a view is answered so. Noted before it is: whoever goes on by it finds it counted.
+    /// A touch of a view is answered so. Noted before it is: whoever goes on by it finds it
+    /// counted.
     pub(crate) fn answered(&self, view: View, response: Response) {
         add(self.of_answer(view, response), 1);
     }

@@ -128,9 +128,9 @@ impl Driver {
         attempt()
     }
 
-    /// Maps in the host view what somebody has pinned, and is about to touch: else each touch would be
-    /// a fault. Of huge pages one fault brings many; and a pin does not wait for somebody who has a
-    /// page claimed and does not mind pins: touches will.
+    /// Maps in the host view what somebody has pinned, and is about to touch: else each touch would
+    /// be a fault. Of huge pages one fault brings many; and a pin does not wait for somebody who
+    /// has a page claimed and does not mind pins: touches will.
     pub(crate) fn map_pinned(&self, range: PageRange) -> Result<(), Error> {
         let mut engine = self.engine();
         if engine.config().backing.granule != Level::Size4K {

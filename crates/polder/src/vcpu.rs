@@ -33,9 +33,9 @@ pub enum GuestExit {
     /// It is for the VMM to handle.
     #[error("the guest's access is refused: {0}")]
     MemoryFault(MemoryFault),
-    /// The page may be owed, and touches come as exits ([`Delivery::Exits`](crate::source::Delivery)):
-    /// the VMM has it brought on this vCPU's thread ([`Memory::fetch_for`](crate::Memory::fetch_for)),
-    /// and the guest tries again.
+    /// The page may be owed, and touches come as exits
+    /// ([`Delivery::Exits`](crate::source::Delivery)): the VMM has it brought on this vCPU's thread
+    /// ([`Memory::fetch_for`](crate::Memory::fetch_for)), and the guest tries again.
     #[error("the guest touched gfn {0}, which may have to be brought")]
     Userfault(Gfn),
     /// The guest's own affair (`#VC`, `PAGE_NOT_VALIDATED`): it has not accepted the page, which
@@ -83,8 +83,8 @@ impl MachineVcpu {
         self.host().lock().root(self.id).expect("a vCPU stays as long as its memory")
     }
 
-    /// Carries out what the guest does to its paging: a load of CR3, INVLPG, VMRUN and the exit from
-    /// it. The root that follows is the vCPU's from then on.
+    /// Carries out what the guest does to its paging: a load of CR3, INVLPG, VMRUN and the exit
+    /// from it. The root that follows is the vCPU's from then on.
     ///
     /// # Errors
     /// [`Error::Machine`] of an SNP guest, whose page tables nobody else can read.
@@ -271,8 +271,8 @@ impl MachineVcpu {
         answered
     }
 
-    /// One hypercall of the guest's. A page that it does not have it is given first, unless it is to
-    /// be given back; one that is so already needs no asking.
+    /// One hypercall of the guest's. A page that it does not have it is given first, unless it is
+    /// to be given back; one that is so already needs no asking.
     fn hypercall(&self, gfn: Gfn, ask: Ask) -> Result<(), GuestExit> {
         let host = self.driver.host.machine().expect("made on the simulated machine");
         loop {
@@ -305,7 +305,8 @@ impl MachineVcpu {
             Visibility::Shared => Side::Shared,
         };
         let (mut refusals, mut turns) = (0, 0);
-        // What was mapped for it stays until it is made: no operation comes between, however many come.
+        // What was mapped for it stays until it is made: no operation comes between, however many
+        // come.
         let mut mapped = None;
         loop {
             let exit = {

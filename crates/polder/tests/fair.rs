@@ -1,5 +1,6 @@
-//! Whoever waits for pages has his turn, however busy others are with them. Nothing here is timed: what
-//! is counted is how many operations are begun after somebody waits, and before he has what he waits for.
+//! Whoever waits for pages has his turn, however busy others are with them. Nothing here is timed:
+//! what is counted is how many operations are begun after somebody waits, and before he has what he
+//! waits for.
 
 #![expect(clippy::unwrap_used, reason = "a test")]
 
@@ -218,7 +219,8 @@ fn a_pin_that_waits_is_the_next() {
             seen.wait_until(|came| came.ended == 2);
             drop(pin);
         });
-        // Who pins exclusively closes the pages to pins first, and may be overtaken before he looks.
+        // Who pins exclusively closes the pages to pins first, and may be overtaken before he
+        // looks.
         if kind != PinKind::Exclusive {
             assert_few(overtakers, busy.len());
         }

@@ -1,5 +1,5 @@
-//! io_uring straight into shared guest memory: who has pages pinned meanwhile, who is refused because
-//! of it, and that no byte goes astray.
+//! io_uring straight into shared guest memory: who has pages pinned meanwhile, who is refused
+//! because of it, and that no byte goes astray.
 
 use std::fs::File;
 use std::io::{PipeReader, PipeWriter, Write};
@@ -307,9 +307,9 @@ fn random(seed: &mut u64) -> u64 {
     *seed >> 33
 }
 
-/// A file is read into pages at random, while pages at random are made private and shared again. Once
-/// nobody can be at it (an exclusive pin), each page is as its last read left it, to the byte: what
-/// came late, or went into a page that was private, would be seen.
+/// A file is read into pages at random, while pages at random are made private and shared again.
+/// Once nobody can be at it (an exclusive pin), each page is as its last read left it, to the byte:
+/// what came late, or went into a page that was private, would be seen.
 #[test]
 fn no_byte_goes_astray_where_pages_are_converted_under_reads() {
     let Some(memory) = memory(64) else { return };

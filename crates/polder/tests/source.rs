@@ -328,8 +328,8 @@ fn act() -> impl Strategy<Value = Act> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
-    /// Who sees a page sees it as it was when the file was opened; after the first change none comes
-    /// that was not there.
+    /// Who sees a page sees it as it was when the file was opened; after the first change none
+    /// comes that was not there.
     #[test]
     fn a_file_that_anything_is_done_to_is_seen_as_it_was_or_not_at_all(
         acts in prop::collection::vec(act(), 1..24),

@@ -274,8 +274,8 @@ pub trait Inside {
     /// Has pKVM's hypervisor run out of memory for a table once, after so many entries more.
     fn fail_hypervisor(&self, memory: &Memory, nth: u64);
 
-    /// Takes a reference to a page of the file that Polder is not told of, by no mapping; held until
-    /// dropped.
+    /// Takes a reference to a page of the file that Polder is not told of, by no mapping; held
+    /// until dropped.
     fn refer_to_file<'a>(&self, memory: &'a Memory, page: PageIndex) -> Box<dyn Send + 'a>;
 
     /// The numbers of the pages of a range that have memory off the kernel's direct map.

@@ -15,7 +15,8 @@
 //!
 //! # Holes
 //! What the API has no words for yet has no row: an event instead of a wait, a slot without a
-//! private side. A row that needs two threads to meet tries often enough that they do, and fails if they don't.
+//! private side. A row that needs two threads to meet tries often enough that they do, and fails if
+//! they don't.
 
 mod cases;
 mod host;

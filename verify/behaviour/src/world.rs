@@ -118,8 +118,8 @@ impl<'a> World<'a> {
         })
     }
 
-    /// How often a row tries what takes luck to be met. Huge pages take the road that 4K pages take,
-    /// whose column tries it `times` times.
+    /// How often a row tries what takes luck to be met. Huge pages take the road that 4K pages
+    /// take, whose column tries it `times` times.
     pub fn rounds(&self, times: u64) -> u64 {
         if self.0.page_size() == PageSize::Small { times } else { times.div_ceil(10) }
     }

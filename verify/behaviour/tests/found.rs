@@ -1,5 +1,5 @@
-//! What the search over interleavings finds, played on the product: a scenario that it saves passes,
-//! and does not with the bug planted that it was found by.
+//! What the search over interleavings finds, played on the product: a scenario that it saves
+//! passes, and does not with the bug planted that it was found by.
 
 use polder::machine::Plant;
 use polder::{Bug, HostKind, Memory};

@@ -10,8 +10,8 @@ use serde_json::Value;
 use super::guest::Kernel;
 use super::{Lab, kernel};
 
-/// The hosts that are the kernel's affair: the simulated machine needs nothing of it, and is the same
-/// outside.
+/// The hosts that are the kernel's affair: the simulated machine needs nothing of it, and is the
+/// same outside.
 pub(super) const HOSTS: &str = "memfd,guest_memfd";
 
 /// What must not be missing in the lab (`polder_require`), whichever kernel with private memory it

@@ -1,9 +1,9 @@
 //! Reads of a file by io_uring: straight into pinned guest memory, next to a bounce buffer.
 //!
-//! The baseline is what a VMM does that can't have the kernel write guest memory: it reads into fixed
-//! buffers of its own, by a ring like Polder's and as many transfers at a time, and copies each into
-//! guest memory (through the `vm-memory` traits) when it is over. The file is in the page cache, and
-//! too large for those of the processor.
+//! The baseline is what a VMM does that can't have the kernel write guest memory: it reads into
+//! fixed buffers of its own, by a ring like Polder's and as many transfers at a time, and copies
+//! each into guest memory (through the `vm-memory` traits) when it is over. The file is in the page
+//! cache, and too large for those of the processor.
 
 use std::fs::File;
 use std::io::Write;

@@ -26,8 +26,8 @@ const RANDOM: u64 = 4096;
 
 const PATTERN: Pattern = Pattern::Seeded { seed: 11 };
 
-/// A file whose words are a pattern of the guest's at which they will lie; in the page cache, and in
-/// our own memory, too. It has no name, so that nothing is left whatever ends this process.
+/// A file whose words are a pattern of the guest's at which they will lie; in the page cache, and
+/// in our own memory, too. It has no name, so that nothing is left whatever ends this process.
 pub(super) struct Image {
     file: File,
     bytes: Vec<u8>,
@@ -65,8 +65,8 @@ impl Image {
         self.bytes[at..][..PAGE_BYTES].try_into().expect("a page's length")
     }
 
-    /// What each of `vcpus` does, and how many pages they touch in all. Each has a part of memory of
-    /// its own.
+    /// What each of `vcpus` does, and how many pages they touch in all. Each has a part of memory
+    /// of its own.
     pub(super) fn programs(&self, order: Order, vcpus: u64) -> (Vec<Vec<Op>>, u64) {
         let part = PAGES / vcpus;
         let mut touched = 0;

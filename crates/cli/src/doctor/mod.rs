@@ -23,8 +23,8 @@ use crate::output;
 
 /// Tell what this machine offers to Polder, and what would bring what it lacks.
 ///
-/// Nothing is changed: KVM is asked on virtual machines that are thrown away, and each host is tried
-/// with a page of memory.
+/// Nothing is changed: KVM is asked on virtual machines that are thrown away, and each host is
+/// tried with a page of memory.
 #[derive(Args)]
 #[command(after_help = "\
 Examples:

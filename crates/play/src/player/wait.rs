@@ -20,8 +20,8 @@ const ROUNDS: u32 = 3;
 /// The same, where nobody is there to wait for: what is on its way may take long on a busy machine.
 const ROUNDS_FOR_NOBODY: u32 = 500;
 
-/// How often others may be told to wait while a step gives no sign of life: that is none of its own,
-/// and comes every 20 ms.
+/// How often others may be told to wait while a step gives no sign of life: that is none of its
+/// own, and comes every 20 ms.
 const OTHERS_WAIT: u32 = 1000;
 
 /// How many answers a touch needs at most.

@@ -19,11 +19,11 @@
 //! show the guest_memfd in the memfd's place, and no page of it can become private.
 //!
 //! # Holes
-//! - A page may exist on both sides for a while, which costs memory and shows nobody anything: where
-//!   a guest uses it amid a conversion, or a vCPU's fault began before and ends after it; and where
-//!   KVM itself touches a private frame (kvmclock, string I/O, an emulated fetch), which it does by
-//!   the shared side; or uses it amid an unbind. It lasts until the page is converted, discarded or
-//!   bound the next time.
+//! - A page may exist on both sides for a while, which costs memory and shows nobody anything:
+//!   where a guest uses it amid a conversion, or a vCPU's fault began before and ends after it; and
+//!   where KVM itself touches a private frame (kvmclock, string I/O, an emulated fetch), which it
+//!   does by the shared side; or uses it amid an unbind. It lasts until the page is converted,
+//!   discarded or bound the next time.
 //! - The descriptor of a guest_memfd is closed on exec; between its making and that mark another
 //!   thread's fork and exec would inherit it.
 //! - The host can't read or write a guest_memfd whose pages are private, and no userfaultfd
@@ -311,7 +311,8 @@ impl Host for GuestMemfdHost {
         let owner = state.owner(vm, self.views.pages())?;
         let sides = (&owner.guest_memfd, self.views.guest_view());
         // First the slot, by which KVM says whether the frames are free: those of another memory of
-        // this VM's are not ours to change. Until they are told apart the guest finds zeros in them.
+        // this VM's are not ours to change. Until they are told apart the guest finds zeros in
+        // them.
         let made = KvmSlot::with_guest_memfd(&owner.vm, slot.0, gfn, sides, pages)?;
         let bound = Bound { slot: made, gfn, pages };
         if owner.private {

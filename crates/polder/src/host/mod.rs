@@ -118,8 +118,8 @@ pub(crate) trait Host: Send + Sync {
     /// Takes a slot away, and the guest's mappings with it. If that fails the slot is still there.
     fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error>;
 
-    /// Maps the largest page around the frame accessed for the guest that the host can, all of it in
-    /// `range`, whose pages are of the kind accessed. Whether it did: KVM maps by itself.
+    /// Maps the largest page around the frame accessed for the guest that the host can, all of it
+    /// in `range`, whose pages are of the kind accessed. Whether it did: KVM maps by itself.
     fn map_guest(
         &self,
         _: VmId,
@@ -130,8 +130,9 @@ pub(crate) trait Host: Send + Sync {
         Ok(false)
     }
 
-    /// Where the first pages of a span are in the vCPU's guest-physical space, `most` at most: a run
-    /// of frames, pages that its guest's tables do not map, or the frame of a table to read first.
+    /// Where the first pages of a span are in the vCPU's guest-physical space, `most` at most: a
+    /// run of frames, pages that its guest's tables do not map, or the frame of a table to read
+    /// first.
     ///
     /// # Errors
     /// [`Error::OtherRoot`] for a space that the vCPU's root does not translate.
@@ -158,8 +159,8 @@ pub(crate) trait Host: Send + Sync {
     /// Has whole pages ready for a guest's touches of `shown`: in the guest view, in the tables of
     /// the vCPU's root. Returns the frame at which it stopped, by number, and how many before it it
     /// left out. Called with an answer in flight on `range`, which has the pages behind them and,
-    /// with an RMP, perhaps more around them; and while no slot changes. If it fails it may have done
-    /// a part.
+    /// with an RMP, perhaps more around them; and while no slot changes. If it fails it may have
+    /// done a part.
     fn show(
         &self,
         vm: VmId,
@@ -180,8 +181,8 @@ pub(crate) trait Host: Send + Sync {
         Ok(gfns.end())
     }
 
-    /// Smashes the large RMP entry behind `gfn`, and takes its 2M page out of stage 2, if it shows a
-    /// page of `within`. KVM does so by itself.
+    /// Smashes the large RMP entry behind `gfn`, and takes its 2M page out of stage 2, if it shows
+    /// a page of `within`. KVM does so by itself.
     fn smash(&self, _: VmId, _: Gfn, _within: PageRange) -> Result<Smashed, Error> {
         Ok(Smashed::Spurious)
     }
@@ -224,8 +225,8 @@ pub(crate) trait Host: Send + Sync {
         None
     }
 
-    /// The 2M pages, of transparent huge ones, of which something exists: each may be in pieces, and
-    /// [`Step::Move`] puts it into one.
+    /// The 2M pages, of transparent huge ones, of which something exists: each may be in pieces,
+    /// and [`Step::Move`] puts it into one.
     fn in_pieces(&self) -> Result<Vec<PageRange>, Error> {
         Ok(Vec::new())
     }

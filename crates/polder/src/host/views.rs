@@ -171,8 +171,8 @@ impl MemfdViews {
         Ok(self.host.view().zap(range)?)
     }
 
-    /// Makes pages zeros under every view, and frees them; of huge pages those that are in the range
-    /// as a whole, for a hole in one would split it, or be none.
+    /// Makes pages zeros under every view, and frees them; of huge pages those that are in the
+    /// range as a whole, for a hole in one would split it, or be none.
     pub(super) fn free(&self, range: PageRange) -> Result<(), Error> {
         let pages = Geometry::X86_64.pages(self.freed).get();
         let (start, end) = (range.start().get().next_multiple_of(pages), range.end());
@@ -244,8 +244,9 @@ impl MemfdViews {
         self.guest.view().mapped_huge().and_then(PageCount::new)
     }
 
-    /// The 2M pages of which something exists, of transparent huge pages. While something may be owed
-    /// there are none: a touch of the guest view is told to the fault threads, whose answer maps 4K.
+    /// The 2M pages of which something exists, of transparent huge pages. While something may be
+    /// owed there are none: a touch of the guest view is told to the fault threads, whose answer
+    /// maps 4K.
     pub(super) fn in_pieces(&self) -> Result<Vec<PageRange>, Error> {
         let pages = Geometry::X86_64.pages(Level::Size2M).get();
         let transparent = self.freed == Level::Size2M && self.memfd.granule() == Level::Size4K;
@@ -422,8 +423,9 @@ impl Views for MemfdViews {
         Ok(self.trusted.write(offset, from)?)
     }
 
-    /// By the memfd itself, not by the trusted view, of which each page would be a fault. Huge pages
-    /// come by that view only: hugetlb has no `pwrite`, and shmem takes its advice from a mapping.
+    /// By the memfd itself, not by the trusted view, of which each page would be a fault. Huge
+    /// pages come by that view only: hugetlb has no `pwrite`, and shmem takes its advice from a
+    /// mapping.
     fn fill(&self, offset: u64, from: &[u8]) -> Result<(), Error> {
         match self.freed {
             Level::Size4K => Ok(self.memfd.write_at(offset, from)?),

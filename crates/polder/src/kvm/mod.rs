@@ -2,8 +2,8 @@
 //!
 //! A VMM that is written against this can change between Polder and a kernel that converts a
 //! guest_memfd in place, call by call: the arguments are the kernel's own structures
-//! ([`kvm_bindings`]; [`kvm_memory_attributes2`] is not in them yet), and what fails, fails with the
-//! error code that the kernel has for it.
+//! ([`kvm_bindings`]; [`kvm_memory_attributes2`] is not in them yet), and what fails, fails with
+//! the error code that the kernel has for it.
 //!
 //! | here | in the kernel | source of the rule |
 //! |---|---|---|
@@ -123,7 +123,8 @@ impl Failed {
         Self { call, errno, error_offset: None, why: Some(why) }
     }
 
-    /// The same, with the offset of the page in the way: the first of the range where none is named.
+    /// The same, with the offset of the page in the way: the first of the range where none is
+    /// named.
     fn at(self, start: u64) -> Self {
         let page = self.why.as_ref().and_then(page_in_the_way);
         let error_offset = Some(page.map_or(start, |page| page.max(start)));

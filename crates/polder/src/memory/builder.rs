@@ -89,10 +89,11 @@ impl Builder {
     /// Made of which pages; of 4K unless said.
     ///
     /// Huge pages are reserved for the whole memory when it is made. Transparent ones the kernel
-    /// gives if it can, and if this machine's settings don't let it, the memory is made of 4K pages:
-    /// [`Memory::page_size`] says so. On hugetlb pages of a memfd the raw [host view](HostView) shows
-    /// a huge page only while all of it is shared, and else denies it as a whole: single pages are
-    /// reached by [`Memory::read`] and [`Memory::write`]. See `docs/huge-pages.md`.
+    /// gives if it can, and if this machine's settings don't let it, the memory is made of 4K
+    /// pages: [`Memory::page_size`] says so. On hugetlb pages of a memfd the raw [host
+    /// view](HostView) shows a huge page only while all of it is shared, and else denies it as a
+    /// whole: single pages are reached by [`Memory::read`] and [`Memory::write`]. See
+    /// `docs/huge-pages.md`.
     ///
     /// ```
     /// # use polder::{HostKind, Memory, PageSize, units::{Level, PageCount}};
@@ -105,7 +106,8 @@ impl Builder {
         Self { page_size, ..self }
     }
 
-    /// Of this pool's huge pages, on the simulated machine; else a pool is made that is just enough.
+    /// Of this pool's huge pages, on the simulated machine; else a pool is made that is just
+    /// enough.
     ///
     /// ```
     /// # use polder::{HostKind, HugePool, Memory, PageSize, units::{Level, PageCount}};
@@ -122,9 +124,9 @@ impl Builder {
         Self { pool: Some(pool.clone()), ..self }
     }
 
-    /// Every page's contents are owed until [`Memory::populate`] brings them, or
-    /// [`Memory::settle`] says that nothing more will come. Whoever touches such a page waits. Of an
-    /// SNP guest's memory shared pages only can be owed.
+    /// Every page's contents are owed until [`Memory::populate`] brings them, or [`Memory::settle`]
+    /// says that nothing more will come. Whoever touches such a page waits. Of an SNP guest's
+    /// memory shared pages only can be owed.
     ///
     /// ```
     /// # use polder::{HostKind, Memory, units::{PageCount, PageRange}};
@@ -202,15 +204,15 @@ impl Builder {
         Self { fault_threads: Some(count), ..self }
     }
 
-    /// How touches of a guest get to who brings the page; as events unless said. Exits are for plain VMs
-    /// of the simulated machine.
+    /// How touches of a guest get to who brings the page; as events unless said. Exits are for
+    /// plain VMs of the simulated machine.
     pub fn delivery(self, delivery: Delivery) -> Self {
         Self { delivery, ..self }
     }
 
-    /// Takes each page off the kernel's direct map before anybody sees it, until its memory is freed: the
-    /// kernel does not reach it by mistake or by speculation then. On the simulated machine; no kernel
-    /// up to 7.3 offers it for memory that KVM can map.
+    /// Takes each page off the kernel's direct map before anybody sees it, until its memory is
+    /// freed: the kernel does not reach it by mistake or by speculation then. On the simulated
+    /// machine; no kernel up to 7.3 offers it for memory that KVM can map.
     pub fn off_direct_map(self) -> Self {
         Self { off_direct_map: true, ..self }
     }

@@ -30,9 +30,9 @@ use crate::{DeadPin, Error, HostView, PageSize, Pin, Pinner};
 /// What to do when another operation holds a part of the range.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum OnBusy {
-    /// Wait until it has ended. Who waits is not overtaken: an operation that comes later is not begun
-    /// on these pages before. Pins are not waited for, but for short ones a millisecond or two: who
-    /// copies a few bytes has let go by then.
+    /// Wait until it has ended. Who waits is not overtaken: an operation that comes later is not
+    /// begun on these pages before. Pins are not waited for, but for short ones a millisecond or
+    /// two: who copies a few bytes has let go by then.
     Wait,
     /// Fail at once with [`Refusal::Busy`] or [`Refusal::Pinned`]; or with [`Refusal::Awaited`],
     /// where somebody waits who came first.

@@ -1,6 +1,6 @@
-//! Who changes slots, and who keeps them as they are: in the order in which they came. So a prefault,
-//! which keeps slots for a part at a time, has no more than that part of it done before a change that
-//! waits; and no stream of either kind keeps out the other.
+//! Who changes slots, and who keeps them as they are: in the order in which they came. So a
+//! prefault, which keeps slots for a part at a time, has no more than that part of it done before a
+//! change that waits; and no stream of either kind keeps out the other.
 
 use std::collections::VecDeque;
 

@@ -12,8 +12,8 @@ use super::{Extent, Source, SourceError};
 /// A file that contents are read from. Its holes are zeros.
 ///
 /// The file must stay as it is while pages are owed. That is looked at after each read: pages read
-/// from a file that was changed since it was opened fail, and so does what a truncated file does not
-/// have any more.
+/// from a file that was changed since it was opened fail, and so does what a truncated file does
+/// not have any more.
 ///
 /// # Holes
 /// The change is told by size and modification time. A file that is written through a mapping gets
@@ -119,7 +119,8 @@ impl FileSource {
     pub fn open(path: impl AsRef<Path>) -> Result<Self, OpenError> {
         let path = path.as_ref().to_owned();
         let open = || {
-            // Whoever opens a named pipe for reading waits for somebody who writes, unless he says so.
+            // Whoever opens a named pipe for reading waits for somebody who writes, unless he says
+            // so.
             let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
             let file = File::from(rustix::fs::open(&path, flags, Mode::empty())?);
             Ok((file.metadata()?, Stamp::of(&file)?, file))

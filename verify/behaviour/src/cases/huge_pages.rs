@@ -26,8 +26,8 @@ pub(super) const CASES: &[Case] = &[
 pub(crate) const RESERVED: &str = "huge pages are promised when memory is made, or it is refused";
 pub(crate) const SPLIT: &str = "a folio is split along the path alone, and merged level by level";
 
-/// Runs a case on memory of each page size that the host has, of two huge pages; of one of 1G, which
-/// a kernel seldom has to give.
+/// Runs a case on memory of each page size that the host has, of two huge pages; of one of 1G,
+/// which a kernel seldom has to give.
 fn each(w: &World<'_>, mut case: impl FnMut(&Memory, PageSize, u64)) -> Ran {
     let sizes: &[PageSize] = match w.kind() {
         HostKind::Machine => &[PageSize::Huge2M, PageSize::Huge1G],

@@ -1,5 +1,5 @@
-//! KVM's own accesses to guest memory: each a fault like any other, which waits for what is owed and
-//! survives what has failed.
+//! KVM's own accesses to guest memory: each a fault like any other, which waits for what is owed
+//! and survives what has failed.
 
 use std::sync::Arc;
 
@@ -55,8 +55,8 @@ fn gpa(page: u64) -> Gpa {
     gfn(BASE + page).gpa()
 }
 
-/// A VM of KVM's, and memory that is owed. Each of its eight pages lies in a huge page of its own, where
-/// the view has such: what is owed of one keeps all of it.
+/// A VM of KVM's, and memory that is owed. Each of its eight pages lies in a huge page of its own,
+/// where the view has such: what is owed of one keeps all of it.
 struct Setup {
     vm: Arc<VmFd>,
     memory: Memory,
@@ -222,7 +222,8 @@ const LARGE: u64 = 0x80;
 /// Within the first 2M, which are mapped to themselves, and where there is no memory.
 const NOWHERE: u64 = 0x10_0000;
 
-/// A vCPU in ring 3 of long mode, whose first table is the target's page. It loads from [`NOWHERE`].
+/// A vCPU in ring 3 of long mode, whose first table is the target's page. It loads from
+/// [`NOWHERE`].
 fn paging(setup: &Setup) -> VcpuFd {
     // mov rax, [NOWHERE]
     let mut load = vec![0x48, 0x8b, 0x04, 0x25];

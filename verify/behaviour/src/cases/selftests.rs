@@ -1,6 +1,6 @@
-//! What the kernel's own selftests assert of guest memory (Linux `tools/testing/selftests/kvm/`, and
-//! `guest_memfd_conversions_test.c` of Ackerley Tng's series), tried through [`polder::kvm`]: a file
-//! for each test. A row begins with the test's name.
+//! What the kernel's own selftests assert of guest memory (Linux `tools/testing/selftests/kvm/`,
+//! and `guest_memfd_conversions_test.c` of Ackerley Tng's series), tried through [`polder::kvm`]: a
+//! file for each test. A row begins with the test's name.
 
 mod conversions;
 mod guest_memfd;

@@ -348,8 +348,8 @@ fn torn(w: &World<'_>) -> Ran {
 /// Pages of a huge page of 2M.
 const HUGE: u64 = 512;
 
-/// Whether so much is owed in the end: who waits for one page of a huge one may go on before its last
-/// has come.
+/// Whether so much is owed in the end: who waits for one page of a huge one may go on before its
+/// last has come.
 fn owed_in_time(memory: &Memory, owed: PageCount) -> bool {
     (0..patience(LONG).as_millis()).any(|_| {
         let so = memory.owed() == owed;
@@ -360,7 +360,8 @@ fn owed_in_time(memory: &Memory, owed: PageCount) -> bool {
     })
 }
 
-/// Runs a case on shared memory of two huge pages that `source` fills, of each size that the host has.
+/// Runs a case on shared memory of two huge pages that `source` fills, of each size that the host
+/// has.
 fn each_huge<S: Source + 'static>(
     w: &World<'_>,
     source: impl Fn() -> Arc<S>,

@@ -134,8 +134,8 @@ impl World {
         }
     }
 
-    /// Whether pins are in the way of somebody who looks for them, all of which are about to go: who
-    /// counted them has not looked yet, or found that he came too late.
+    /// Whether pins are in the way of somebody who looks for them, all of which are about to go:
+    /// who counted them has not looked yet, or found that he came too late.
     pub(super) fn passes(&self, pages: Pages, found: bool) -> bool {
         // A neighbour's counts where its folio would have to be split.
         let pages = if self.setup.pooled { Pages::MAX } else { pages };

@@ -65,8 +65,8 @@ impl Huge {
         self.state.lock().reserved.pool().clone()
     }
 
-    /// Notes that the memory is going, and that on its machine pins keep so many huge pages: those that
-    /// it holds, and such as it has discarded, which are promised to it still.
+    /// Notes that the memory is going, and that on its machine pins keep so many huge pages: those
+    /// that it holds, and such as it has discarded, which are promised to it still.
     pub(super) fn leave(&self, machine: &Arc<Mutex<Machine>>, pending: u64) {
         let mut state = self.state.lock();
         let held = state.held.values().copied().collect::<Vec<_>>().into_iter();

@@ -26,8 +26,8 @@ pub(super) enum Tried {
     Mapped(Level),
     /// The frame shows something else by now.
     Moved,
-    /// The guest's tables say that the page was never used: a mapping ahead would hide its first use
-    /// from the guest. Its memory is there.
+    /// The guest's tables say that the page was never used: a mapping ahead would hide its first
+    /// use from the guest. Its memory is there.
     NeverUsed,
     /// The page's RMP entry is in use, or its folio locked.
     Later,

@@ -1,5 +1,5 @@
-//! What outlives a memory: pins of the kernel's, which keep huge pages from their pool until the last
-//! of them goes.
+//! What outlives a memory: pins of the kernel's, which keep huge pages from their pool until the
+//! last of them goes.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use crate::huge_pool::HugePool;
 use crate::sync::Mutex;
 use crate::{Error, Memory};
 
-/// Pages that the simulated machine's kernel has pinned without Polder's knowledge, as direct I/O in
-/// flight does; until dropped, also where the memory is gone by then.
+/// Pages that the simulated machine's kernel has pinned without Polder's knowledge, as direct I/O
+/// in flight does; until dropped, also where the memory is gone by then.
 pub struct KernelPin {
     machine: Arc<Mutex<Machine>>,
     pin: PinId,
@@ -88,8 +88,8 @@ impl Drop for MachineHost {
             let _ = machine.destroy_vm(attached.vm);
         }
         let _ = machine.exit_process(self.process);
-        // An SNP guest's frames stay assigned, and its memory is not given back to this machine: what
-        // is pinned of it does not count.
+        // An SNP guest's frames stay assigned, and its memory is not given back to this machine:
+        // what is pinned of it does not count.
         let _ = machine.destroy_object(self.object);
         let pending = machine.pool_counts(huge.level).pending;
         drop(machine);

@@ -1,5 +1,5 @@
-//! `pre_fault_memory_test`: memory of 2M and a page, mapped ahead while its slot is deleted and made
-//! again.
+//! `pre_fault_memory_test`: memory of 2M and a page, mapped ahead while its slot is deleted and
+//! made again.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::yield_now;

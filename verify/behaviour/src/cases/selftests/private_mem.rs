@@ -1,5 +1,5 @@
-//! `private_mem_conversions_test` and `private_mem_kvm_exits_test`: ranges of 4K and 2M, and accesses
-//! that end in the VMM.
+//! `private_mem_conversions_test` and `private_mem_kvm_exits_test`: ranges of 4K and 2M, and
+//! accesses that end in the VMM.
 
 use std::collections::BTreeSet;
 
