@@ -178,7 +178,8 @@ impl GuestMemfdHost {
             return Err(Error::NotOffered {
                 what: "contents can't be owed on host guest_memfd: no kernel lets a userfaultfd \
                        watch a guest_memfd, or the host write its private pages",
-                way_out: "have the guest copy them from shared pages, or use HostKind::Memfd (--host memfd)",
+                way_out: "have the guest copy them from shared pages, or use HostKind::Memfd \
+                          (--host memfd)",
             });
         }
         let views = MemfdViews::new("polder-shared", pages, false, PageSize::Small)?;
