@@ -147,6 +147,7 @@ fn the_tests_that_the_document_names_exist() {
         "../engine/src/rmp.rs",
         "../engine/src/tests/rmp.rs",
         "../polder/src/driver/tests.rs",
+        "../polder/src/driver/tests/snp.rs",
         "../polder/src/host/machine/rmp/tests.rs",
         "../polder/src/host/machine/rmp/merge.rs",
         "../polder/tests/prefault.rs",
