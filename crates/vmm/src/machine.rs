@@ -71,7 +71,9 @@ impl<'a> Interpreter<'a> {
         let mut checks_passed = 0;
         let stop = match self.program {
             Program::SelfTest => self.self_test(&mut checks_passed),
-            Program::TripleFault => Err(Stop::Failed(Failure::TripleFault { vcpu: self.index })),
+            Program::TripleFault => {
+                Err(Stop::Failed(Failure::TripleFault { vcpu: self.index, changed: None }))
+            }
             Program::Spin => self.spin(),
             Program::Flood => self.flood(),
         };

@@ -99,6 +99,9 @@ pub enum Failure {
     TripleFault {
         /// Which.
         vcpu: u32,
+        /// Where the guest's code or tables are not what was loaded, as far as the host may read
+        /// them.
+        changed: Option<Gpa>,
     },
     /// The guest touched a page that is out of use.
     MemoryFailure {
@@ -154,7 +157,10 @@ impl fmt::Display for Failure {
                 f,
                 "vCPU {vcpu}: exception {vector} at {rip:#x} (error {error:#x}, cr2 {cr2:#x})"
             ),
-            Self::TripleFault { vcpu } => write!(f, "vCPU {vcpu}: triple fault"),
+            Self::TripleFault { vcpu, changed: None } => write!(f, "vCPU {vcpu}: triple fault"),
+            Self::TripleFault { vcpu, changed: Some(gpa) } => {
+                write!(f, "vCPU {vcpu}: triple fault; its code or tables were changed at {gpa}")
+            }
             Self::MemoryFailure { vcpu, page: Some(page) } => {
                 write!(f, "vCPU {vcpu}: touched page {page}, which is out of use")
             }

@@ -158,6 +158,7 @@ fn run_on_kvm(
         config.check_mapped((&memory, id), idle)?;
         threads.run_on_kvm(vcpus, supervise)
     })?;
+    let ended = (look_at_image(&memory, id, &image, ended.0), ended.1);
     let conversion_by = match transport {
         Transport::Port => Conversion::Port,
         Transport::Vmcall | Transport::Vmmcall => Conversion::Hypercall,
@@ -263,6 +264,20 @@ fn report(
     })
 }
 
+/// Looks where the image of a guest that shut down is not what was loaded, as far as it is shared:
+/// either memory has lost something, or who ran the guest has.
+fn look_at_image(memory: &Memory, vm: VmId, image: &Image, end: End) -> End {
+    let End::Failed(Failure::TripleFault { vcpu, .. }) = end else { return end };
+    let changed_in = |chunk: &Chunk| {
+        let mut now = vec![0; chunk.bytes.len()];
+        memory.read(vm, chunk.gpa, &mut now).ok()?;
+        let at = now.iter().zip(&chunk.bytes).position(|(now, loaded)| now != loaded)?;
+        Some(Gpa::new(chunk.gpa.get() + at as u64))
+    };
+    let changed = image.chunks.iter().find_map(changed_in);
+    End::Failed(Failure::TripleFault { vcpu, changed })
+}
+
 /// Populates the pages of an image, each with all its bytes at once.
 fn load(memory: &Memory, vm: VmId, chunks: &[Chunk]) -> Result<(), polder::Error> {
     let mut pages: BTreeMap<Gfn, Vec<u8>> = BTreeMap::new();
@@ -297,4 +312,31 @@ fn load_shared(
 ) -> Result<(), polder::Error> {
     memory.convert_gfns(vm, boot, Visibility::Shared, Contents::Zero, OnBusy::Wait)?;
     chunks.iter().try_for_each(|chunk| memory.write(vm, chunk.gpa, &chunk.bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use polder::Slot;
+
+    use super::*;
+
+    #[test]
+    fn after_a_triple_fault_it_is_told_where_the_image_is_not_what_was_loaded() {
+        let chunk = |gpa, bytes: &[u8]| Chunk { gpa: Gpa::new(gpa), bytes: bytes.to_vec() };
+        let chunks = vec![chunk(0x10, b"tables"), chunk(0x1000, b"code")];
+        let image = Image { chunks, vcpus: Vec::new() };
+        let memory = Memory::builder(2u32.into()).host(HostKind::Machine).shared();
+        let memory = memory.build().unwrap();
+        let vm = memory.attach(polder::Vm::Machine).unwrap();
+        memory.bind(vm, Slot(0), Gfn::from(0), memory.all_pages()).unwrap();
+        for chunk in &image.chunks {
+            memory.write(vm, chunk.gpa, &chunk.bytes).unwrap();
+        }
+        let end = |changed| End::Failed(Failure::TripleFault { vcpu: 1, changed });
+        assert_eq!(look_at_image(&memory, vm, &image, end(None)), end(None));
+        memory.write(vm, Gpa::new(0x1003), b"!").unwrap();
+        let told = look_at_image(&memory, vm, &image, end(None));
+        assert_eq!(told, end(Some(Gpa::new(0x1003))));
+        assert_eq!(look_at_image(&memory, vm, &image, End::TimedOut), End::TimedOut);
+    }
 }

@@ -76,7 +76,7 @@ pub(crate) fn run(
                 }
                 failed(Failure::MemoryFailure { vcpu: index, page })
             }
-            Exit::Shutdown => failed(Failure::TripleFault { vcpu: index }),
+            Exit::Shutdown => failed(Failure::TripleFault { vcpu: index, changed: None }),
             other => failed(Failure::Exit { vcpu: index, exit: other }),
         };
         handled.fetch_add(1, Ordering::Relaxed);
