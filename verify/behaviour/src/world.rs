@@ -15,8 +15,10 @@ use polder_require::Facility;
 
 pub use self::bound::Bound;
 pub(crate) use self::ops::{check, convert, fill, probe, zero};
-pub(crate) use self::ranges::{Scale, all, count, gfn, gfns, page, pages};
-pub(crate) use self::touches::{all_are, byte, bytes, holds, put, raw_touch, seeded, touch};
+pub(crate) use self::ranges::{Scale, all, count, each_of, gfn, gfns, page, pages};
+pub(crate) use self::touches::{
+    all_are, byte, bytes, holds, put, put_all, raw_touch, seeded, touch,
+};
 pub(crate) use self::visibility::{facts, keeps, share_all, to};
 use crate::host::{Guest, Host, Inside, Trouble, Way};
 use crate::{Ran, Skipped};
@@ -25,8 +27,9 @@ use crate::{Ran, Skipped};
 #[derive(Clone, Copy)]
 pub struct World<'a>(&'a dyn Host);
 
-/// Where a case's memory begins in its guest, unless it says otherwise: a multiple of 2 MiB.
-pub(crate) const BASE: u64 = 0x1000;
+/// Where a case's memory begins in its guest, unless it says otherwise: at 5 GiB, which is aligned
+/// to every level, and past the hole for devices.
+pub(crate) const BASE: u64 = 0x14_0000;
 
 impl<'a> World<'a> {
     /// The world of a host.
@@ -125,7 +128,11 @@ impl<'a> World<'a> {
     /// How often a row tries what takes luck to be met. Huge pages take the road that 4K pages
     /// take, whose column tries it `times` times.
     pub fn rounds(&self, times: u64) -> u64 {
-        if self.0.page_size() == PageSize::Small { times } else { times.div_ceil(10) }
+        match self.0.page_size() {
+            PageSize::Small => times,
+            PageSize::Thp | PageSize::Huge2M => times.div_ceil(10),
+            PageSize::Huge1G => times.div_ceil(100),
+        }
     }
 
     fn build(&self, builder: Builder) -> Result<Memory, Skipped> {
@@ -140,7 +147,7 @@ impl<'a> World<'a> {
         self.0.guest()
     }
 
-    /// A VM in which all of `memory` is bound, from guest frame 0x1000 on, by slot 0.
+    /// A VM in which all of `memory` is bound, from [`BASE`] on, by slot 0.
     ///
     /// # Errors
     /// [`Skipped`].

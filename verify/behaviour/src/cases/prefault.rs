@@ -321,7 +321,7 @@ fn discards(w: &World<'_>, owed: bool) -> Ran {
     beside(again, || {
         for round in 0..w.rounds(20) {
             bound.passes([fill(gfns(some), round), check(gfns(some), round)]);
-            for _ in 0..50 {
+            for _ in 0..w.rounds(50) {
                 memory.discard(some, OnBusy::Wait).expect("no pins");
             }
             bound.passes([zero(gfns(some))]);

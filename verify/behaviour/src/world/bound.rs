@@ -1,10 +1,11 @@
 //! A guest with memory, and its programs.
 
-use polder::units::{GfnRange, PageRange};
+use polder::units::{GfnRange, Gpa, PAGE_SIZE, PageRange};
 use polder::{Memory, VmId};
 use polder_vmm::scenario::{Op, Visibility};
 use polder_vmm::{End, Ended};
 
+use super::ranges::walked;
 use super::{convert, fill, gfns, keeps, zero};
 use crate::Guest;
 
@@ -38,8 +39,7 @@ impl Bound {
 
     /// Runs a guest of one vCPU.
     pub fn run(&self, ops: impl IntoIterator<Item = Op>) -> Ended {
-        let program = ops.into_iter().chain([Op::Done]).collect();
-        self.guest.run((&self.memory, self.vm), &[program])
+        self.guest.run((&self.memory, self.vm), &[program(ops)])
     }
 
     /// Runs a guest, all of whose checks pass.
@@ -48,10 +48,36 @@ impl Bound {
     }
 
     /// Runs a guest of several vCPUs, all of whose checks pass.
-    pub fn pass(&self, mut programs: Vec<Vec<Op>>) {
-        programs.iter_mut().for_each(|ops| ops.push(Op::Done));
+    pub fn pass(&self, programs: Vec<Vec<Op>>) {
+        let programs: Vec<_> = programs.into_iter().map(program).collect();
         let ended = self.guest.run((&self.memory, self.vm), &programs);
         let Ended { end, faults, .. } = ended;
         assert_eq!((end, faults.as_slice()), (End::Ok, [].as_slice()), "the guest");
+    }
+}
+
+/// The ops, each about the pages that are [`walked`] of its own, and the end.
+fn program(ops: impl IntoIterator<Item = Op>) -> Vec<Op> {
+    ops.into_iter().flat_map(walk).chain([Op::Done]).collect()
+}
+
+fn walk(op: Op) -> Vec<Op> {
+    let parts = |gpa: Gpa, pages: u64| {
+        assert!(gpa.get().is_multiple_of(PAGE_SIZE), "{op:?}");
+        let start = gpa.get() / PAGE_SIZE;
+        let parts = walked(start, start + pages);
+        parts.map(|(start, end)| (Gpa::new(start * PAGE_SIZE), end - start))
+    };
+    match op {
+        Op::Fill { gpa, len, pattern } => parts(gpa, len / PAGE_SIZE)
+            .map(|(gpa, pages)| Op::Fill { gpa, len: pages * PAGE_SIZE, pattern })
+            .collect(),
+        Op::Check { gpa, len, pattern } => parts(gpa, len / PAGE_SIZE)
+            .map(|(gpa, pages)| Op::Check { gpa, len: pages * PAGE_SIZE, pattern })
+            .collect(),
+        Op::Probe { gpa, pages, expect } => {
+            parts(gpa, pages).map(|(gpa, pages)| Op::Probe { gpa, pages, expect }).collect()
+        }
+        op => vec![op],
     }
 }

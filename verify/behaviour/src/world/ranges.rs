@@ -68,3 +68,30 @@ pub(crate) fn gfns(range: PageRange) -> GfnRange {
     let start = BASE + range.start().get();
     GfnRange::between(start, start + range.count().get()).expect("frames of small memory")
 }
+
+/// Up to so many pages are gone through one by one: as many as memory of 2M pages has here at most.
+const MOST: u64 = 4096;
+/// Of more, so many at the start of each 1G, which is two of its 2M pages and a part of the third,
+/// and at its end.
+const FIRST: u64 = 1032;
+const LAST: u64 = 8;
+
+/// The pages of a range that a row fills, checks or touches one by one: a 1G page would take
+/// minutes. The same of every range of that size, by pages and by frames, since [`BASE`] is a
+/// multiple of 1G.
+pub(super) fn walked(start: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
+    let whole = Geometry::X86_64.pages(Level::Size1G).get();
+    let ends = move |page: u64| [(page, page + FIRST), (page + whole - LAST, page + whole)];
+    let huge = (start - start % whole..end).step_by(usize::try_from(whole).expect("2^18"));
+    let parts = huge.flat_map(ends).map(move |(first, last)| (first.max(start), last.min(end)));
+    let all = (end - start <= MOST).then_some((start, end));
+    let parts = parts.filter(move |(first, last)| first < last && all.is_none());
+    all.into_iter().chain(parts)
+}
+
+/// [`walked`], page by page.
+pub(crate) fn each_of(range: PageRange) -> impl Iterator<Item = u64> {
+    walked(range.start().get(), range.end()).flat_map(|(start, end)| start..end)
+}
+
+const _: () = assert!(BASE.is_multiple_of(1 << 18));
