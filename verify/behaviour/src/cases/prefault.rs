@@ -206,7 +206,7 @@ fn no_range(_: &World<'_>) -> Ran {
 }
 
 fn parallel(w: &World<'_>) -> Ran {
-    for _ in 0..4 {
+    for _ in 0..w.rounds(4) {
         let bound = w.bound(w.memory(1200)?)?;
         let memory = &bound.memory;
         let before = w.taken(memory);
