@@ -37,7 +37,7 @@ fn pinned(page: u32, kind: PinKind, holder: &'static str) -> Error {
 
 fn shared(w: &World<'_>) -> Result<Memory, crate::Skipped> {
     let memory = w.memory(8)?;
-    share_all(&memory);
+    to(&memory, pages(0, 8), Visibility::Shared).expect("no pins");
     Ok(memory)
 }
 
@@ -122,7 +122,7 @@ fn waits(w: &World<'_>) -> Ran {
     let memory = shared(w)?;
     let exclusive = |at_most| {
         let on_busy = OnBusy::WaitForPins { at_most };
-        memory.pin_or(pages(0, 8), Exclusive, Holder::new(HYPERVISOR), on_busy).map(drop)
+        memory.pin_with(pages(0, 8), Exclusive, Holder::new(HYPERVISOR), on_busy).map(drop)
     };
     let held = memory.pin(page(6), LongTerm, Holder::new("vfio")).expect("nobody's");
     let late = exclusive(Duration::from_millis(20));
