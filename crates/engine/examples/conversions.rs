@@ -3,13 +3,14 @@
 //! ```text
 //! valgrind --tool=callgrind target/release/examples/conversions 10000
 //! ```
-//! Each turn converts one page of a terabyte to private, and back; the host does nothing.
+//! Each turn converts one page of a terabyte that a VM sees to private, and back; the host does
+//! nothing.
 
 use polder_engine::{
     Backing, Config, Contents, Conversion, ConversionRequest, Engine, PageFacts, Platform,
-    Population, Stage, Start, Visibility,
+    Population, Slot, Stage, Start, Visibility, VmId,
 };
-use polder_units::{Geometry, Level, PageCount, PageIndex, PageRange};
+use polder_units::{Geometry, Gfn, Level, PageCount, PageIndex, PageRange};
 
 fn main() {
     let turns: u32 = std::env::args().nth(1).and_then(|turns| turns.parse().ok()).unwrap_or(10_000);
@@ -22,6 +23,8 @@ fn main() {
         host_view_level: Level::Size4K,
         initial: PageFacts { visibility: Visibility::Shared, population: Population::Whole },
     });
+    let all = PageRange::between(0, 1 << 28).expect("a terabyte");
+    engine.bind(VmId(0), Slot(0), Gfn::from(0), all).expect("no slot is taken");
     for turn in 0..turns {
         let page = PageRange::one(PageIndex::from(turn % 512));
         convert(&mut engine, page, Visibility::Private);

@@ -11,6 +11,7 @@
 //! Kept is where a wish differs from what is granted, which is nowhere as a rule.
 
 use alloc::collections::BTreeMap;
+use alloc::collections::btree_map::Entry;
 use alloc::vec::Vec;
 
 use polder_units::{GfnRange, PageRange};
@@ -45,14 +46,13 @@ impl Wishes {
 
     /// Notes whether the wishes for a range differ from what is granted.
     fn note(&mut self, vm: VmId, slot: Slot, range: PageRange, differ: bool) {
-        let set = self.0.entry((vm, slot)).or_default();
         if differ {
-            set.insert(range)
-        } else {
-            set.remove(range)
-        }
-        if set.is_empty() {
-            self.forget(vm, slot);
+            self.0.entry((vm, slot)).or_default().insert(range);
+        } else if let Entry::Occupied(mut set) = self.0.entry((vm, slot)) {
+            set.get_mut().remove(range);
+            if set.get().is_empty() {
+                set.remove();
+            }
         }
     }
 }
@@ -157,6 +157,10 @@ impl Engine {
 
     /// Notes whether the wishes of a VM's bindings, or of all, differ from what is granted.
     fn note_wish(&mut self, of: Option<VmId>, range: PageRange, differ: bool) {
+        if !differ && self.wishes.0.is_empty() {
+            // As a rule: every conversion comes by here.
+            return;
+        }
         let bindings: Vec<_> = self
             .bindings()
             .filter(|(vm, ..)| of.is_none_or(|of| of == *vm))
