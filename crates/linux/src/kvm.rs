@@ -153,9 +153,9 @@ impl KvmSlot {
     pub fn take_dirty(&self) -> Result<Vec<u64>, Error> {
         let (slot, bytes) = (self.region.slot, self.pages.bytes());
         let call = Call::on("KVM_GET_DIRTY_LOG", bytes);
-        let size = usize::try_from(self.region.memory_size).map_err(|_| call.error(Errno::INVAL))?;
-        let mut dirty =
-            call.make(|| self.vm.get_dirty_log(slot, size).map_err(call::of_kvm))?;
+        let size =
+            usize::try_from(self.region.memory_size).map_err(|_| call.error(Errno::INVAL))?;
+        let mut dirty = call.make(|| self.vm.get_dirty_log(slot, size).map_err(call::of_kvm))?;
         // On a VM with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 that has taken nothing out of the log.
         // Elsewhere it has, and a page that was written in between is taken twice for once: it is
         // among these still. Should it fail there is nothing lost: the pages come again.

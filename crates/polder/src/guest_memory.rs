@@ -22,7 +22,8 @@
 //! # Holes
 //! - Slices are not named among [`Memory::dead_pins`]; they are given back all the same.
 //! - A part of a slice pins all that the whole one did.
-//! - What is written through a slice is marked as dirty nowhere.
+//! - What is written by a raw pointer into a slice is in no dirty log, as everywhere in
+//!   `vm-memory`: call `mark_dirty` of the slice's bitmap, or [`Memory::mark_dirty`].
 //! - A slice that a thread keeps in a thread-local variable for its very end is taken for another
 //!   thread's. Don't.
 
@@ -43,6 +44,7 @@ use vm_memory::{
     ReadVolatile, VolatileSlice, WriteVolatile,
 };
 
+use crate::dirty::Marks;
 use crate::{Binding, Error, Memory, OnBusy, Refusal, VmId};
 
 type Result<T> = std::result::Result<T, GuestMemoryError>;
@@ -334,34 +336,35 @@ impl GuestRegion {
     fn slice(&self, at: MemoryRegionAddress, count: usize) -> Result<Slice<'_>> {
         let (view, offset) = (self.view()?, self.offset + at.0);
         let pin = self.pin(offset, count)?;
+        let pin = SlicePin { pin, offset, dirty: &self.memory.driver.dirty };
         Ok(view.slice(offset, count, pin))
     }
 
     /// Pins the pages of `count` bytes at `offset` of the object, which are in it.
     #[inline(always)]
-    fn pin(&self, offset: u64, count: usize) -> Result<SlicePin<'_>> {
-        let Some(last) = (count as u64).checked_sub(1) else { return Ok(SlicePin(None)) };
+    fn pin(&self, offset: u64, count: usize) -> Result<Option<Local<'_>>> {
+        let Some(last) = (count as u64).checked_sub(1) else { return Ok(None) };
         let [first, last] = [offset / PAGE_SIZE, (offset + last) / PAGE_SIZE];
         let pages = match PageIndex::new(first) {
             Some(page) if first == last => PageRange::one(page),
             _ => PageRange::between(first, last + 1).expect("pages of the object"),
         };
         match self.pinner.pin_here(crate::sync::thread_place(), pages) {
-            Ok(pin) => Ok(SlicePin(Some(pin))),
+            Ok(pin) => Ok(Some(pin)),
             Err(AskEngine) => self.ask(pages),
         }
     }
 
     /// Pins in the way that works always; refuses with the reason.
     #[cold]
-    fn ask(&self, pages: PageRange) -> Result<SlicePin<'_>> {
+    fn ask(&self, pages: PageRange) -> Result<Option<Local<'_>>> {
         let thread = crate::sync::thread_place();
         let pinned = self
             .memory
             .driver
             .claim(self.on_busy, |engine| engine.pin_here_as(&self.pinner, thread, pages));
         match pinned {
-            Ok(pin) => Ok(SlicePin(Some(pin))),
+            Ok(pin) => Ok(Some(pin)),
             Err(error) => Err(GuestMemoryError::IOError(io::Error::new(kind(&error), error))),
         }
     }
@@ -394,9 +397,9 @@ impl GuestMemoryRegion for GuestRegion {
         self.start
     }
 
-    /// Pins nothing: there is no bitmap, but for the slices'.
+    /// Pins nothing; what is marked in it is in the dirty log.
     fn bitmap(&self) -> BS<'_, Self::B> {
-        SlicePin(None)
+        SlicePin { pin: None, offset: self.offset, dirty: &self.memory.driver.dirty }
     }
 
     /// Where the byte is in the host view. Nothing is pinned by it: a touch is denied whenever the
@@ -515,10 +518,22 @@ impl Bitmap for Pinning {
     }
 }
 
-/// The pin of a slice; none of an empty one. A clone is another pin of the same pages.
-#[derive(Clone, Debug)]
-#[expect(dead_code, reason = "held for what its end does")]
-pub struct SlicePin<'a>(Option<Local<'a>>);
+/// The pin of a slice, none of an empty one, and where its writes are logged. A clone is another
+/// pin of the same pages.
+#[derive(Clone)]
+pub struct SlicePin<'a> {
+    #[expect(dead_code, reason = "held for what its end does")]
+    pin: Option<Local<'a>>,
+    /// Where the slice begins in the object, in bytes.
+    offset: u64,
+    dirty: &'a Marks,
+}
+
+impl fmt::Debug for SlicePin<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SlicePin").field("offset", &self.offset).finish_non_exhaustive()
+    }
+}
 
 impl<'a> WithBitmapSlice<'_> for SlicePin<'a> {
     type S = SlicePin<'a>;
@@ -527,14 +542,19 @@ impl<'a> WithBitmapSlice<'_> for SlicePin<'a> {
 impl BitmapSlice for SlicePin<'_> {}
 
 impl Bitmap for SlicePin<'_> {
-    fn mark_dirty(&self, _: usize, _: usize) {}
+    #[inline(always)]
+    fn mark_dirty(&self, at: usize, count: usize) {
+        self.dirty.wrote(self.offset.wrapping_add(at as u64), count);
+    }
 
-    fn dirty_at(&self, _: usize) -> bool {
-        false
+    /// Whether a write is in the log that was not taken: of a write that did not come this way it
+    /// is not known.
+    fn dirty_at(&self, at: usize) -> bool {
+        self.dirty.has(self.offset.wrapping_add(at as u64))
     }
 
     #[inline(always)]
-    fn slice_at(&self, _: usize) -> Self {
-        self.clone()
+    fn slice_at(&self, at: usize) -> Self {
+        Self { offset: self.offset.wrapping_add(at as u64), ..self.clone() }
     }
 }

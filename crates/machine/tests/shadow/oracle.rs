@@ -308,9 +308,7 @@ proptest! {
 
 #[test]
 fn the_oracle_catches_what_is_planted() {
-    for plant in
-        [Plant::SkipFlush, Plant::StaleShadow, Plant::AccessedSet, Plant::TableUnlogged]
-    {
+    for plant in [Plant::SkipFlush, Plant::StaleShadow, Plant::AccessedSet, Plant::TableUnlogged] {
         let config = Config { max_shrink_iters: 0, failure_persistence: None, ..Config::default() };
         let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
         let mut runner = TestRunner::new_with_rng(config, rng);

@@ -79,7 +79,8 @@ impl Host for Machine {
     }
 
     fn lacks(&self, section: Section) -> Option<&'static str> {
-        if self.root != GuestRoot::Tdp && section != Section::Prefault {
+        let of_roots = [Section::Prefault, Section::DirtyLog].contains(&section);
+        if self.root != GuestRoot::Tdp && !of_roots {
             return Some(ROOT);
         }
         if self.size != PageSize::Small {

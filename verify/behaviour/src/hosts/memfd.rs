@@ -116,7 +116,7 @@ impl Host for Memfd {
             Section::Selftests if self.size != PageSize::Thp => Some(NO_FLAG),
             _ if self.size != PageSize::Thp => None,
             HostView | Discard | Conversion | Exits | KernelAccess => None,
-            Section::Userfault | Section::Prefault => None,
+            Section::Userfault | Section::Prefault | Section::DirtyLog => None,
             _ => Some("nothing of this section depends on how large its pages are: see memfd"),
         }
     }
