@@ -1,18 +1,19 @@
 //! `polder check`.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+mod planted;
+mod search;
+
+use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
 use polder_explore::models::{self, INVARIANTS, Model, ModelWorld};
-use polder_explore::planted::{self, Harmless, PlantedBug};
 use polder_explore::polder::{self, Setup, World};
-use polder_explore::{How, Report, System, Told, check};
+use polder_explore::{How, Report, Told, planted as bugs};
 use serde_json::{Value, json};
 
+use self::planted::check_planted;
+use self::search::{Searches, rate};
 use crate::trouble::Trouble;
 use crate::{interrupt, output};
 
@@ -109,9 +110,8 @@ fn list(as_json: bool) -> String {
         let named = |name: &str, about: &str| json!({ "name": name, "about": about });
         let configs: Vec<Value> = configs.iter().map(|it| named(it.name, it.about)).collect();
         let models: Vec<Value> = models::ALL.iter().map(|it| named(it.name, it.about)).collect();
-        let bugs: Vec<Value> = planted::all().map(|it| named(it.name, it.about)).collect();
-        let none: Vec<Value> =
-            planted::HARMLESS.iter().map(|it| named(it.name, it.about)).collect();
+        let bugs: Vec<Value> = bugs::all().map(|it| named(it.name, it.about)).collect();
+        let none: Vec<Value> = bugs::HARMLESS.iter().map(|it| named(it.name, it.about)).collect();
         let all =
             json!({ "configs": configs, "models": models, "planted": bugs, "harmless": none });
         return format!("{all}\n");
@@ -122,47 +122,10 @@ fn list(as_json: bool) -> String {
     text.push_str("models\n");
     models::ALL.iter().for_each(|it| text.push_str(&line(it.name, it.about)));
     text.push_str("bugs to plant\n");
-    planted::all().for_each(|it| text.push_str(&line(it.name, it.about)));
+    bugs::all().for_each(|it| text.push_str(&line(it.name, it.about)));
     text.push_str("changes to plant that break nothing\n");
-    planted::HARMLESS.iter().for_each(|it| text.push_str(&line(it.name, it.about)));
+    bugs::HARMLESS.iter().for_each(|it| text.push_str(&line(it.name, it.about)));
     text
-}
-
-/// Searches for as long as `limit`, telling how far it is.
-fn timed<S: System>(start: &S, how: How, limit: Duration, bar: &ProgressBar) -> (Report, f64) {
-    let began = clock();
-    let mut at_a_time = began;
-    let report = check(start, how, &mut |states, _| {
-        let now = clock();
-        if now - at_a_time > Duration::from_millis(200) {
-            at_a_time = now;
-            let passed = (now - began).as_secs_f64();
-            bar.set_position(((now - began).as_millis()).try_into().unwrap_or(u64::MAX));
-            bar.set_message(format!("{states} states, {}/s", rate(states, passed)));
-        }
-        now - began < limit && !interrupt::asked()
-    });
-    (report, (clock() - began).as_secs_f64())
-}
-
-#[expect(clippy::disallowed_methods, reason = "a command says how long it took")]
-fn clock() -> Instant {
-    Instant::now()
-}
-
-fn bar(json: bool, limit: Duration, name: &str) -> ProgressBar {
-    let length = limit.as_millis().try_into().unwrap_or(u64::MAX);
-    let bar = if json { ProgressBar::hidden() } else { ProgressBar::new(length) };
-    let style = ProgressStyle::with_template("{prefix:16} {bar:30} {elapsed} {msg}");
-    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    bar.set_prefix(name.to_owned());
-    bar
-}
-
-/// So many a second, in thousands.
-fn rate(count: usize, seconds: f64) -> String {
-    let a_second = u32::try_from(count).map_or(f64::MAX, f64::from) / seconds.max(0.001);
-    format!("{:.0}k", a_second / 1000.0)
 }
 
 /// A configuration and what came of it.
@@ -177,19 +140,16 @@ fn check_configs(name: Option<&str>, arguments: &Arguments) -> Result<(String, b
         None => polder::all(),
         Some(name) => vec![polder::named(name).ok_or_else(|| unknown("configuration", name))?],
     };
-    let one = setups.len() == 1;
-    let mut left = Duration::from_secs(arguments.seconds);
+    let (one, count) = (setups.len() == 1, setups.len());
+    let mut searches = Searches::new(arguments);
     let mut text = String::new();
     let mut all: Vec<Searched> = Vec::new();
-    let count = setups.len();
     for (done, setup) in setups.into_iter().enumerate() {
         // Random ways take all there is; a fifth of it is kept for those that come last.
+        let left = searches.left();
         let limit = if done + 1 == count { left } else { left * 4 / 5 };
-        let bar = bar(arguments.json, limit, setup.name);
         let how = if setup.exhaustive { How::All } else { How::Some { seed: arguments.seed } };
-        let (report, seconds) = timed(&World::new(&setup), how, limit, &bar);
-        bar.finish_and_clear();
-        left = left.saturating_sub(Duration::from_secs_f64(seconds));
+        let (report, seconds) = searches.run_within(limit, setup.name, &World::new(&setup), how);
         let searched = Searched { setup, report, seconds };
         text.push_str(&line(&searched));
         if one {
@@ -305,123 +265,14 @@ fn unknown(what: &'static str, name: &str) -> Failed {
     Failed::Unknown { what, name: name.to_owned() }
 }
 
-/// Searches all that there is of a change that breaks nothing.
-fn check_harmless(change: &Harmless, arguments: &Arguments) -> (String, bool) {
-    let mut left = Duration::from_secs(arguments.seconds);
-    let mut all = Vec::new();
-    for setup in change.setups() {
-        let bar = bar(arguments.json, left, setup.name);
-        let (report, seconds) = timed(&World::new(&setup), How::All, left, &bar);
-        bar.finish_and_clear();
-        left = left.saturating_sub(Duration::from_secs_f64(seconds));
-        all.push(Searched { setup, report, seconds });
-    }
-    let broken = all.iter().any(|it| it.report.finding.is_some());
-    if arguments.json {
-        return (format!("{}\n", configs_json(&all)), !broken);
-    }
-    let mut text = format!("{}: {}\n", change.name, change.about);
-    text.extend(all.iter().map(line));
-    text.push_str(&end(&all, all.len()));
-    (text, !broken)
-}
-
-fn check_planted(name: &str, arguments: &Arguments) -> Result<(String, bool), Failed> {
-    if let Some(change) = planted::HARMLESS.iter().find(|change| change.name == name) {
-        return match arguments.save {
-            Some(_) => Err(Failed::NothingToSave(change.name)),
-            None => Ok(check_harmless(change, arguments)),
-        };
-    }
-    let one = planted::all().find(|bug| bug.name == name);
-    let bugs: Vec<&PlantedBug> = match (name, one) {
-        ("all", _) => planted::all().collect(),
-        (_, Some(bug)) => vec![bug],
-        (_, None) => return Err(unknown("bug to plant", name)),
-    };
-    if let Some(folder) = &arguments.save {
-        let unwritten = |source| Failed::Unwritten { file: folder.clone(), source };
-        fs::create_dir_all(folder).map_err(unwritten)?;
-    }
-    let mut left = Duration::from_secs(arguments.seconds);
-    let (mut text, mut rows, mut found) = (String::new(), Vec::new(), 0);
-    for bug in &bugs {
-        let (limit, bar) = (left, bar(arguments.json, left, bug.name));
-        let (report, seconds) = match bug.host() {
-            planted::Host::Polder(setup) => timed(&World::new(&setup), How::Shortest, limit, &bar),
-            planted::Host::Model(model, invariant) => {
-                timed(&ModelWorld::new(&model, invariant), How::Shortest, limit, &bar)
-            }
-        };
-        bar.finish_and_clear();
-        left = left.saturating_sub(Duration::from_secs_f64(seconds));
-        let came = match &report.finding {
-            Some(told) => format!("{} steps: {}", told.trace.len(), told.violation),
-            None if !report.complete => "not searched to the end".to_owned(),
-            None => "NOT FOUND".to_owned(),
-        };
-        text.push_str(&format!("{:24} {:6} states, {came}\n", bug.name, report.states));
-        if let (Some(told), 1) = (&report.finding, bugs.len()) {
-            text.push_str(&trace(told));
-        }
-        let broken = report.finding.as_ref().map(|told| told.violation.invariant);
-        found += usize::from(broken == Some(bug.breaks));
-        let saved = match &arguments.save {
-            Some(folder) => Some(save(bug, folder)?),
-            None => None,
-        };
-        if let Some(saved) = &saved {
-            let line = match saved {
-                Ok(file) => format!("saved as {}", file.display()),
-                Err(why) => format!("not saved: {why}"),
-            };
-            text.push_str(&format!("{:24} {line}\n", ""));
-        }
-        rows.push(json!({
-            "name": bug.name,
-            "about": bug.about,
-            "states": report.states,
-            "seconds": seconds,
-            "found": report.finding.as_ref().map(finding_json),
-            "complete": report.complete,
-            "saved": saved.and_then(Result::ok),
-        }));
-        if interrupt::asked() {
-            break;
-        }
-    }
-    text.push_str(&format!("{found} of {} planted bugs were found\n", bugs.len()));
-    if arguments.json {
-        let all = json!({ "planted": bugs.len(), "found": found, "bugs": rows });
-        text = format!("{all}\n");
-    }
-    Ok((text, found == bugs.len() || interrupt::asked()))
-}
-
-/// Writes the shortest way to a bug that can be a scenario. If there is none, says why.
-fn save(bug: &PlantedBug, folder: &Path) -> Result<Result<PathBuf, String>, Failed> {
-    let scenario = match bug.scenario() {
-        Ok(scenario) => scenario,
-        Err(why) => return Ok(Err(why)),
-    };
-    let file = folder.join(format!("{}.toml", bug.name));
-    match fs::write(&file, scenario) {
-        Ok(()) => Ok(Ok(file)),
-        Err(source) => Err(Failed::Unwritten { file, source }),
-    }
-}
-
 fn check_model(name: &str, arguments: &Arguments) -> Result<(String, bool), Failed> {
     let model: Model = models::named(name).ok_or_else(|| unknown("model", name))?;
-    let mut left = Duration::from_secs(arguments.seconds);
+    let mut searches = Searches::new(arguments);
     let mut text = format!("{}: {}\n", model.name, model.about);
     let mut rows = Vec::new();
     for invariant in INVARIANTS {
-        let bar = bar(arguments.json, left, invariant);
         let start = ModelWorld::new(&model, invariant);
-        let (report, seconds) = timed(&start, How::Shortest, left, &bar);
-        bar.finish_and_clear();
-        left = left.saturating_sub(Duration::from_secs_f64(seconds));
+        let (report, seconds) = searches.run(invariant, &start, How::Shortest);
         let kept = report.finding.is_none() && report.complete;
         text.push_str(&match (&report.finding, kept) {
             (Some(told), _) => format!("{invariant:7} broken\n{}", trace(told)),

@@ -204,7 +204,32 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
         };
         return arguments.from.main(path, &run);
     }
-    let config = Config {
+    if let Some(trouble) = too_much(arguments, host) {
+        return trouble.print(arguments.json);
+    }
+    let mut supervisor = match Supervisor::new(arguments.timeout, arguments.json) {
+        Ok(supervisor) => supervisor,
+        Err(error) => return Trouble::new(&error, None).print(arguments.json),
+    };
+    let report = polder_vmm::run(&config(arguments, host), |progress| supervisor.look(progress));
+    let seconds = supervisor.finish();
+    match report {
+        Ok(report) => {
+            if arguments.json {
+                let object = to_json(arguments, (host, instead.as_ref()), &report, seconds);
+                output::print(&format!("{object}\n"), status(report.end))
+            } else {
+                output::print(&to_text(arguments, host, &report, seconds), status(report.end))
+            }
+        }
+        Err(error) => Trouble::new(&error, error.way_out()).print(arguments.json),
+    }
+}
+
+/// What was asked for, on the host that it is run on.
+fn config(arguments: &Arguments, host: HostKind) -> Config {
+    let running = matches!(arguments.prefault_when, When::Running);
+    Config {
         host,
         platform: arguments.platform.platform(),
         memory: arguments.memory.unwrap_or(MEMORY),
@@ -218,38 +243,12 @@ pub(crate) fn main(arguments: &Arguments) -> ExitCode {
             Guest::Flood => Program::Flood,
         },
         delays: arguments.delays.map(|micros| Duration::from_micros(micros.into())),
-        prefault: {
-            let running = matches!(arguments.prefault_when, When::Running);
-            match arguments.prefault {
-                Ahead::None => None,
-                Ahead::All => Some(Prefault { gfns: None, running }),
-                Ahead::Range(gfns) => Some(Prefault { gfns: Some(gfns), running }),
-            }
+        prefault: match arguments.prefault {
+            Ahead::None => None,
+            Ahead::All => Some(Prefault { gfns: None, running }),
+            Ahead::Range(gfns) => Some(Prefault { gfns: Some(gfns), running }),
         },
         no_faults: arguments.no_faults_after_start,
-    };
-    if let Some(trouble) = too_much(arguments, host) {
-        return trouble.print(arguments.json);
-    }
-    let supervisor = Supervisor::new(arguments.timeout, arguments.json);
-    let mut supervisor = match supervisor {
-        Ok(supervisor) => supervisor,
-        Err(error) => {
-            return Trouble::new(&error, None).print(arguments.json);
-        }
-    };
-    let report = polder_vmm::run(&config, |progress| supervisor.look(progress));
-    let seconds = supervisor.finish();
-    match report {
-        Ok(report) => {
-            if arguments.json {
-                let object = to_json(arguments, (host, instead.as_ref()), &report, seconds);
-                output::print(&format!("{object}\n"), status(report.end))
-            } else {
-                output::print(&to_text(arguments, host, &report, seconds), status(report.end))
-            }
-        }
-        Err(error) => Trouble::new(&error, error.way_out()).print(arguments.json),
     }
 }
 

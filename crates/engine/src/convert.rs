@@ -90,6 +90,25 @@ pub struct Converted {
     pub pages: PageCount,
 }
 
+/// What a conversion is to change, once nothing is in its way.
+struct Change<'a> {
+    /// The pages that change.
+    parts: &'a [PageRange],
+    /// Those, and what can be unmapped with them only.
+    around: &'a [PageRange],
+    to: Visibility,
+    reshape: &'a Reshape,
+}
+
+/// A phase of a conversion, up to where hardware or kernel has been told.
+#[derive(Clone, Copy)]
+enum Phase {
+    CutOff,
+    CheckReferences,
+    Reshape,
+    Protect,
+}
+
 impl Engine {
     /// Claims the pages for a conversion.
     ///
@@ -188,55 +207,29 @@ impl Engine {
         how: Contents,
         reshape: &Reshape,
     ) -> Program {
-        // What is split or merged, and what a view can't map but as a whole, is cut off as a whole.
-        let around = self.with_neighbours(parts, reshape);
-        let reshaped = |range: PageRange| reshape.folios().any(|folio| folio.overlaps(range));
-        let to_private = to == Visibility::Private;
-        let rmp = self.config.platform.has_rmp();
-        // Where hardware has the last word, the guest keeps no mapping of what the pages were:
-        // the RMP is asked when a TLB is filled, and not again (AMD APM volume 2, 15.36.10).
-        // Under pKVM the guest keeps its mapping, which is right for both.
-        let zaps = !self.config.platform.hypervisor_keeps_stage2();
-        let zapped = |part: PageRange| zaps && (rmp || !to_private || reshaped(part));
-        let dma_late = to_private && self.plants.has(Bug::DmaUnmappedLate);
-        let cut_off = |program: &mut Program| {
-            if to_private && !dma_late {
-                program.push(self.dma_steps(parts, to));
-            }
-            program.push(reshape.prepare());
-            if to_private {
-                program.push(around.iter().copied().map(Step::UnmapHost));
-            }
-            let from_guest = around.iter().copied().filter(|&part| zapped(part));
-            program.push(from_guest.map(Step::UnmapGuest));
-        };
-        let check = |program: &mut Program| {
-            if to_private {
-                program.push(parts.iter().copied().map(Step::CheckReferences));
-            }
-        };
-        let protect = |program: &mut Program| match rmp {
-            true => program.push(self.rmp_steps(parts, to)),
-            false => program.push(parts.iter().map(|&part| Step::Protect(part, to))),
-        };
-        let reshape_folios = |program: &mut Program| program.push(reshape.steps());
-        let none = |_: &mut Program| {};
-        type Stage<'a> = &'a dyn Fn(&mut Program);
-        let stages: [Stage<'_>; 4] = if self.plants.has(Bug::CheckBeforeCuttingOff) {
-            [&check, &cut_off, &none, &protect]
-        } else if self.plants.has(Bug::AssignedBeforeCutOff) && to_private {
-            [&|program| (protect(program), cut_off(program)).1, &check, &none, &none]
-        } else if self.plants.has(Bug::AssignedBeforeCheck) && to_private {
-            [&cut_off, &|program| (protect(program), check(program)).1, &none, &none]
-        } else {
-            [&cut_off, &check, &reshape_folios, &protect]
-        };
+        let around = &*self.with_neighbours(parts, reshape);
+        let change = Change { parts, around, to, reshape };
         let mut program = Program::default();
-        for stage in stages {
-            stage(&mut program);
+        for stage in self.stages_to_protected(to) {
+            for phase in stage {
+                match phase {
+                    Phase::CutOff => self.cut_off(&mut program, &change),
+                    Phase::CheckReferences if to == Visibility::Private => {
+                        program.push(parts.iter().copied().map(Step::CheckReferences));
+                    }
+                    Phase::CheckReferences => {}
+                    Phase::Reshape => program.push(reshape.steps()),
+                    Phase::Protect if self.config.platform.has_rmp() => {
+                        program.push(self.rmp_steps(parts, to));
+                    }
+                    Phase::Protect => {
+                        program.push(parts.iter().map(|&part| Step::Protect(part, to)));
+                    }
+                }
+            }
             program.end_stage();
         }
-        if !to_private {
+        if to == Visibility::Shared {
             let marked = around.iter().copied().filter(|&part| self.may_have_markers(part));
             program.push(marked.map(Step::UnmapHost));
         }
@@ -244,11 +237,50 @@ impl Engine {
             program.push(parts.iter().copied().map(Step::Free));
         }
         program.push(reshape.release());
-        if !to_private || dma_late {
+        if to == Visibility::Shared || self.plants.has(Bug::DmaUnmappedLate) {
             program.push(self.dma_steps(parts, to));
         }
         program.end_stage();
         program
+    }
+
+    /// What each stage before [`Protected`] consists of.
+    fn stages_to_protected(&self, to: Visibility) -> [&'static [Phase]; 4] {
+        use Phase::{CheckReferences, CutOff, Protect, Reshape};
+        let to_private = to == Visibility::Private;
+        if self.plants.has(Bug::CheckBeforeCuttingOff) {
+            [&[CheckReferences], &[CutOff], &[], &[Protect]]
+        } else if self.plants.has(Bug::AssignedBeforeCutOff) && to_private {
+            [&[Protect, CutOff], &[CheckReferences], &[], &[]]
+        } else if self.plants.has(Bug::AssignedBeforeCheck) && to_private {
+            [&[CutOff], &[Protect, CheckReferences], &[], &[]]
+        } else {
+            [&[CutOff], &[CheckReferences], &[Reshape], &[Protect]]
+        }
+    }
+
+    /// Unmaps the pages wherever they may not be seen from here on. What is split or merged, and
+    /// what a view can't map but as a whole, is cut off as a whole.
+    fn cut_off(&self, program: &mut Program, change: &Change<'_>) {
+        let &Change { parts, around, to, reshape } = change;
+        let to_private = to == Visibility::Private;
+        if to_private && !self.plants.has(Bug::DmaUnmappedLate) {
+            program.push(self.dma_steps(parts, to));
+        }
+        program.push(reshape.prepare());
+        if to_private {
+            program.push(around.iter().copied().map(Step::UnmapHost));
+        }
+        // Where hardware has the last word, the guest keeps no mapping of what the pages were:
+        // the RMP is asked when a TLB is filled, and not again (AMD APM volume 2, 15.36.10).
+        // Under pKVM the guest keeps its mapping, which is right for both.
+        let platform = self.config.platform;
+        let reshaped = |range: PageRange| reshape.folios().any(|folio| folio.overlaps(range));
+        let zapped = |part: PageRange| platform.has_rmp() || !to_private || reshaped(part);
+        if !platform.hypervisor_keeps_stage2() {
+            let from_guest = around.iter().copied().filter(|&part| zapped(part));
+            program.push(from_guest.map(Step::UnmapGuest));
+        }
     }
 
     /// Whether a conversion frees the pages: asked for zeros; or to have no memory left on the

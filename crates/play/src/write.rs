@@ -48,6 +48,18 @@ impl Keys {
         self
     }
 
+    /// A value that need not be said where it is `default`.
+    fn unless<T>(&mut self, key: &'static str, value: T, default: T) -> &mut Self
+    where
+        T: fmt::Display + PartialEq,
+    {
+        self.some(key, Some(value).filter(|value| *value != default))
+    }
+
+    fn number_unless(&mut self, key: &'static str, value: u64, default: u64) -> &mut Self {
+        self.number(key, Some(value).filter(|value| *value != default))
+    }
+
     fn number(&mut self, key: &'static str, value: Option<u64>) -> &mut Self {
         if let Some(value) = value {
             // TOML's numbers are signed.
@@ -60,8 +72,8 @@ impl Keys {
         self
     }
 
-    fn flag(&mut self, key: &'static str, value: bool, unless: bool) -> &mut Self {
-        if value != unless {
+    fn flag(&mut self, key: &'static str, value: bool, default: bool) -> &mut Self {
+        if value != default {
             self.raw(key, value);
         }
         self
@@ -75,9 +87,7 @@ impl Keys {
             Place::Pages(range) => {
                 self.text("pages", format_args!("{}..{}", range.start().get(), range.end()))
             }
-            Place::Gpa(gpa, count) => {
-                self.text("gpa", gpa).number("count", Some(count.get()).filter(|count| *count != 1))
-            }
+            Place::Gpa(gpa, count) => self.text("gpa", gpa).number_unless("count", count.get(), 1),
         }
     }
 
@@ -136,7 +146,7 @@ impl fmt::Display for Scenario {
             .text("platform", memory.platform)
             .text("starts", memory.starts)
             .flag("owed", memory.owed, false)
-            .some("page-size", Some(memory.page_size).filter(|size| *size != PageSize::Small))
+            .unless("page-size", memory.page_size, PageSize::Small)
             .number("pool", memory.pool)
             .lines(f)?;
         self.vms.iter().try_for_each(|vm| write_vm(f, vm))?;
@@ -188,89 +198,82 @@ impl Scenario {
         keys
     }
 
-    fn bytes<'k>(&self, keys: &'k mut Keys, step: &Bytes) -> &'k mut Keys {
-        keys.place(step.place)
-            .number("at", Some(step.at).filter(|at| *at != 0))
-            .some("as", Some(step.side).filter(|side| *side != Visibility::Private))
+    fn verb(&self, keys: &mut Keys, verb: &Verb) {
+        // Those two say in their own way where it is.
+        if !matches!(verb, Verb::Bind { .. } | Verb::Look(_)) {
+            if let Some(place) = verb.place() {
+                keys.place(place);
+            }
+            if let Some(vm) = verb.vm() {
+                keys.text("vm", self.vm_name(vm));
+            }
+        }
+        self.own(keys, verb);
     }
 
-    fn verb(&self, keys: &mut Keys, verb: &Verb) {
+    /// What is a verb's own, besides pages and VM.
+    fn own(&self, keys: &mut Keys, verb: &Verb) {
         match verb {
-            Verb::Convert { place, to, contents, wait } => keys
-                .place(*place)
+            Verb::Convert { to, contents, wait, .. } => keys
                 .text("to", to)
-                .some("contents", Some(contents).filter(|how| **how != Contents::Unspecified))
+                .unless("contents", *contents, Contents::Unspecified)
                 .flag("wait", *wait, true),
-            Verb::Want { place, vm, to } => {
-                keys.place(*place).text("vm", self.vm_name(*vm)).text("to", to)
-            }
-            Verb::Populate { place, bytes } | Verb::Preload { place, bytes } => {
-                keys.place(*place).text("bytes", bytes)
-            }
-            Verb::Discard { place }
-            | Verb::Move { place }
-            | Verb::Relinquish { place }
-            | Verb::Fail { place }
-            | Verb::Lock { place }
-            | Verb::Unlock { place }
-            | Verb::Split { place }
-            | Verb::Psmash { place }
-            | Verb::Unsmash { place }
-            | Verb::Explain { place }
-            | Verb::RmpRelease { place } => keys.place(*place),
-            Verb::Settle | Verb::Pool | Verb::Audit => keys,
+            Verb::Want { to, .. } => keys.text("to", to),
+            Verb::Populate { bytes, .. } | Verb::Preload { bytes, .. } => keys.text("bytes", bytes),
             Verb::Create { huge_pages, name } => {
                 keys.raw("huge-pages", huge_pages).text("name", name)
             }
+            Verb::Unbind { slot, .. } => keys.raw("slot", slot),
+            Verb::Prefault { by, .. } => keys.unless("by", *by, By::Root),
+            Verb::Pte { present, used, .. } => {
+                keys.flag("present", *present, true).flag("used", *used, true)
+            }
+            Verb::Read { from, length } => {
+                write_bytes(keys, from).number_unless("length", *length, 8)
+            }
+            Verb::Write { to, bytes } => write_bytes(keys, to).text("bytes", bytes),
+            Verb::Pin { kind, name, .. } | Verb::Refer { kind, name, of: None, .. } => {
+                keys.unless("kind", *kind, PinKind::LongTerm).text("name", name)
+            }
+            Verb::Refer { place, name, of: Some(of), .. } => {
+                keys.place(*place).text("name", name).text("of", of)
+            }
+            Verb::GupFast { name, .. }
+            | Verb::Unpin { name }
+            | Verb::Release { name }
+            | Verb::Drop { name } => keys.text("name", name),
+            Verb::Pvalidate { size, validate, .. } => {
+                keys.size(*size).flag("validate", *validate, true)
+            }
+            Verb::Allocate { level, .. } | Verb::Merge { level, .. } | Verb::Map { level, .. } => {
+                keys.text("level", level)
+            }
+            Verb::NoMemory { after } => keys.number("after", Some(*after)),
+            Verb::Rmpupdate { size, assign, immutable, .. } => {
+                keys.size(*size).raw("assign", assign).flag("immutable", *immutable, false)
+            }
+            Verb::Reclaim { size, .. } | Verb::RmpHold { size, .. } => keys.size(*size),
+            Verb::Resume { hold } => keys.hold(*hold),
             Verb::Bind { vm, slot: it } => {
                 keys.text("vm", self.vm_name(*vm)).0.extend(slot(it).0);
                 keys
             }
-            Verb::Unbind { vm, slot } => keys.text("vm", self.vm_name(*vm)).raw("slot", slot),
-            Verb::Prefault { place, vm, by } => keys
-                .place(*place)
-                .text("vm", self.vm_name(*vm))
-                .some("by", Some(by).filter(|by| **by != By::Root)),
-            Verb::Pte { place, present, used } => {
-                keys.place(*place).flag("present", *present, true).flag("used", *used, true)
-            }
-            Verb::Read { from, length } => {
-                self.bytes(keys, from).number("length", Some(*length).filter(|it| *it != 8))
-            }
-            Verb::Write { to, bytes } => self.bytes(keys, to).text("bytes", bytes),
-            Verb::Pin { place, kind, name } | Verb::Refer { place, kind, name, of: None } => keys
-                .place(*place)
-                .some("kind", Some(kind).filter(|kind| **kind != PinKind::LongTerm))
-                .text("name", name),
-            Verb::Refer { place, name, of: Some(of), .. } => {
-                keys.place(*place).text("name", name).text("of", of)
-            }
-            Verb::GupFast { place, name } => keys.place(*place).text("name", name),
-            Verb::Unpin { name } | Verb::Release { name } | Verb::Drop { name } => {
-                keys.text("name", name)
-            }
-            Verb::Pvalidate { place, size, validate } => {
-                keys.place(*place).size(*size).flag("validate", *validate, true)
-            }
-            Verb::Allocate { place, level } | Verb::Merge { place, level } => {
-                keys.place(*place).text("level", level)
-            }
-            Verb::NoMemory { after } => keys.number("after", Some(*after)),
-            Verb::Map { place, vm, level } => {
-                keys.place(*place).text("vm", self.vm_name(*vm)).text("level", level)
-            }
-            Verb::Zap { place, vm } => keys.place(*place).text("vm", self.vm_name(*vm)),
-            Verb::Rmpupdate { place, vm, size, assign, immutable } => keys
-                .place(*place)
-                .text("vm", self.vm_name(*vm))
-                .size(*size)
-                .raw("assign", assign)
-                .flag("immutable", *immutable, false),
-            Verb::Reclaim { place, size } | Verb::RmpHold { place, size } => {
-                keys.place(*place).size(*size)
-            }
-            Verb::Resume { hold } => keys.hold(*hold),
             Verb::Look(look) => self.look(keys, look),
+            Verb::Discard { .. }
+            | Verb::Move { .. }
+            | Verb::Relinquish { .. }
+            | Verb::Fail { .. }
+            | Verb::Lock { .. }
+            | Verb::Unlock { .. }
+            | Verb::Split { .. }
+            | Verb::Psmash { .. }
+            | Verb::Unsmash { .. }
+            | Verb::Explain { .. }
+            | Verb::RmpRelease { .. }
+            | Verb::Zap { .. }
+            | Verb::Settle
+            | Verb::Pool
+            | Verb::Audit => keys,
         };
     }
 
@@ -296,6 +299,10 @@ impl Scenario {
         }
         keys
     }
+}
+
+fn write_bytes<'k>(keys: &'k mut Keys, bytes: &Bytes) -> &'k mut Keys {
+    keys.number_unless("at", bytes.at, 0).unless("as", bytes.side, Visibility::Private)
 }
 
 fn expect(expect: &Expect) -> Keys {

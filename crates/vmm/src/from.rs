@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use polder::source::{Source, SourceFailure};
 use polder::units::{ByteSize, Gpa, PAGE_SIZE, PageCount, PageRange};
-use polder::{HostKind, Memory, PageSize, ReadAhead, Slot, SourceStatistics, Statistics};
+use polder::{HostKind, Memory, PageSize, ReadAhead, Slot, SourceStatistics, Statistics, VmId};
 
 use crate::guest::DIGEST_LEN_MAX;
 use crate::machine_check::{MachineCheck, OnFailedPage};
@@ -100,18 +100,7 @@ pub fn run_from(
     let file = File::open(&config.file)
         .map_err(|source| RunError::Source { path: config.file.clone(), source })?;
     let vm = Vm::new(config.host)?;
-    let memory = Memory::builder(config.pages)
-        .host(config.host)
-        .page_size(config.page_size)
-        .source(Arc::clone(&config.source))
-        .read_ahead(config.read_ahead)
-        .fault_deadline(config.deadline)
-        .build()
-        .map_err(RunError::Memory)?;
-    let id = vm.attach(&memory).map_err(RunError::Memory)?;
-    for (slot, (gpa, pages)) in (0..).map(Slot).zip(places(config.pages)) {
-        memory.bind(id, slot, gpa.gfn(), pages).map_err(RunError::Memory)?;
-    }
+    let (memory, id) = memory(config, &vm).map_err(RunError::Memory)?;
     if config.fill {
         memory.fill();
     }
@@ -146,6 +135,22 @@ pub fn run_from(
         owed: memory.owed(),
         machine_checks,
     })
+}
+
+/// Memory that is owed from the source, as this VM's.
+fn memory(config: &FromConfig, vm: &Vm) -> Result<(Memory, VmId), polder::Error> {
+    let memory = Memory::builder(config.pages)
+        .host(config.host)
+        .page_size(config.page_size)
+        .source(Arc::clone(&config.source))
+        .read_ahead(config.read_ahead)
+        .fault_deadline(config.deadline)
+        .build()?;
+    let id = vm.attach(&memory)?;
+    for (slot, (gpa, pages)) in (0..).map(Slot).zip(places(config.pages)) {
+        memory.bind(id, slot, gpa.gfn(), pages)?;
+    }
+    Ok((memory, id))
 }
 
 /// Where pages lie: from 2 MiB on, with the devices' hole passed over.

@@ -70,6 +70,33 @@ impl Page {
             let made = types.filter(|one| one["can_be_made"] == true);
             listed(made.map(|one| word(&one["type"])))
         }));
+        self.hosts(kernels);
+        self.by_kernel("KVM's capabilities", "", kernels);
+        let all = kernels.iter().flat_map(|it| {
+            let types = list(&it["doctor"]["kvm"]["vm_types"]);
+            types.flat_map(|one| one["capabilities"].as_object().into_iter().flat_map(|c| c.keys()))
+        });
+        let all: std::collections::BTreeSet<&String> = all.collect();
+        for capability in all {
+            self.text.push_str(&row_of(&format!("`{capability}`"), kernels, |it| {
+                by_type(&it["doctor"]["kvm"]["vm_types"], capability)
+            }));
+        }
+        self.by_kernel("userfaultfd's features", "", kernels);
+        let features = |it: &&Value| {
+            let features = list(&it["doctor"]["userfaultfd"]["features"]);
+            features.map(word).collect::<Vec<_>>()
+        };
+        for feature in in_order(kernels.iter().flat_map(features)) {
+            self.text.push_str(&row_of(&format!("`{feature}`"), kernels, |it| {
+                let has = features(&it).contains(&feature);
+                if has { "yes" } else { "-" }.to_owned()
+            }));
+        }
+    }
+
+    /// What each host can be, and what it lacks.
+    fn hosts(&mut self, kernels: &[&Value]) {
         for name in names(kernels, &|it| list(&it["doctor"]["hosts"]), "host") {
             let host = |it: &Value| find(&it["doctor"]["hosts"], "host", &name);
             let cells = kernels.iter().map(|kernel| {
@@ -97,28 +124,6 @@ impl Page {
                     self.row(&[vec![format!("host {name}: {finding}")], cells].concat());
                 }
             }
-        }
-        self.by_kernel("KVM's capabilities", "", kernels);
-        let all = kernels.iter().flat_map(|it| {
-            let types = list(&it["doctor"]["kvm"]["vm_types"]);
-            types.flat_map(|one| one["capabilities"].as_object().into_iter().flat_map(|c| c.keys()))
-        });
-        let all: std::collections::BTreeSet<&String> = all.collect();
-        for capability in all {
-            self.text.push_str(&row_of(&format!("`{capability}`"), kernels, |it| {
-                by_type(&it["doctor"]["kvm"]["vm_types"], capability)
-            }));
-        }
-        self.by_kernel("userfaultfd's features", "", kernels);
-        let features = |it: &&Value| {
-            let features = list(&it["doctor"]["userfaultfd"]["features"]);
-            features.map(word).collect::<Vec<_>>()
-        };
-        for feature in in_order(kernels.iter().flat_map(features)) {
-            self.text.push_str(&row_of(&format!("`{feature}`"), kernels, |it| {
-                let has = features(&it).contains(&feature);
-                if has { "yes" } else { "-" }.to_owned()
-            }));
         }
     }
 

@@ -36,6 +36,19 @@ const FROM: &str = "truncate -s 1G /tmp/1g.img
 /// Programs that are compared: a matter of half a minute.
 const PROGRAMS: &str = "100";
 
+/// What came of it all.
+struct Summary {
+    passed: bool,
+    lines: Vec<String>,
+}
+
+impl Summary {
+    fn add(&mut self, passed: bool, line: String) {
+        self.passed &= passed;
+        self.lines.push(line);
+    }
+}
+
 /// 0 if everything passed, else 1.
 pub(super) fn run(lab: &Lab, kernel: &Kernel) -> Result<u8, String> {
     lab.build()?;
@@ -43,8 +56,29 @@ pub(super) fn run(lab: &Lab, kernel: &Kernel) -> Result<u8, String> {
         Some(_) => REQUIRED.to_owned(),
         None => format!("{REQUIRED},{REQUIRED_OF_OURS}"),
     };
+    println!("lab: {required} may not be missing");
     let require = OsString::from(format!("POLDER_REQUIRE={required}"));
-    println!("lab: the behaviour table; {required} may not be missing");
+    let mut summary = Summary { passed: true, lines: Vec::new() };
+    for host in behaviours(lab, kernel, &require, &mut summary)? {
+        run_guest(lab, kernel, &host, &mut summary)?;
+    }
+    fail_calls(lab, kernel, &require, &mut summary)?;
+    fill_from_file(lab, kernel, &mut summary)?;
+    compare_programs(lab, kernel, require, &mut summary)?;
+    for line in summary.lines {
+        println!("lab: {line}");
+    }
+    Ok(u8::from(!summary.passed))
+}
+
+/// The behaviour table. Returns the hosts that it was run on.
+fn behaviours(
+    lab: &Lab,
+    kernel: &Kernel,
+    require: &OsString,
+    summary: &mut Summary,
+) -> Result<Vec<String>, String> {
+    println!("lab: the behaviour table");
     let table = [
         "env".into(),
         require.clone(),
@@ -57,39 +91,60 @@ pub(super) fn run(lab: &Lab, kernel: &Kernel) -> Result<u8, String> {
     ];
     let (status, text) = shown(lab, kernel, &table)?;
     let counts = counts(&text);
-    let mut summary = vec![format!("the behaviour table: {}", words(&counts))];
     // A table of nothing has nothing that failed.
-    let mut passed = status == 0 && counts.get("ok").is_some_and(|ok| *ok > 0);
-    for host in hosts(&text) {
-        println!("lab: polder run --host {host}");
-        let polder = lab.program("polder");
-        let options = ["run", "--host", host, "--json", "--timeout", RUN_SECONDS];
-        let command: Vec<OsString> =
-            [polder].into_iter().chain(options.map(OsString::from)).collect();
-        let (status, text) = shown(lab, kernel, &command)?;
-        let (line, well) = told(&text);
-        passed &= status == 0 && well;
-        summary.push(format!("polder run --host {host}: {line}"));
-    }
+    let passed = status == 0 && counts.get("ok").is_some_and(|ok| *ok > 0);
+    summary.add(passed, format!("the behaviour table: {}", words(&counts)));
+    Ok(hosts(&text).into_iter().map(str::to_owned).collect())
+}
+
+fn run_guest(lab: &Lab, kernel: &Kernel, host: &str, summary: &mut Summary) -> Result<(), String> {
+    println!("lab: polder run --host {host}");
+    let polder = lab.program("polder");
+    let options = ["run", "--host", host, "--json", "--timeout", RUN_SECONDS];
+    let command: Vec<OsString> = [polder].into_iter().chain(options.map(OsString::from)).collect();
+    let (status, text) = shown(lab, kernel, &command)?;
+    let (line, well) = told(&text);
+    summary.add(status == 0 && well, format!("polder run --host {host}: {line}"));
+    Ok(())
+}
+
+fn fail_calls(
+    lab: &Lab,
+    kernel: &Kernel,
+    require: &OsString,
+    summary: &mut Summary,
+) -> Result<(), String> {
     println!("lab: each call into the kernel fails in its turn");
     let failing = lab.test("polder-vmm", "nth_call")?;
     // Those of the other host fail outside just as well.
     let command =
         ["env".into(), require.clone(), failing, "guest_memfd".into(), "--nocapture".into()];
     let (status, text) = shown(lab, kernel, &command)?;
-    passed &= status == 0;
-    summary.extend(failures(&text));
+    summary.passed &= status == 0;
+    summary.lines.extend(failures(&text));
+    Ok(())
+}
+
+fn fill_from_file(lab: &Lab, kernel: &Kernel, summary: &mut Summary) -> Result<(), String> {
     println!("lab: polder run --from a file, into a page of 1G");
     let command = ["sh".into(), "-c".into(), FROM.into(), "sh".into(), lab.program("polder")];
     let (status, text) = shown(lab, kernel, &command)?;
     let (line, well) = told_from(&text);
-    passed &= status == 0 && well;
-    summary.push(format!("polder run --from: {line}"));
+    summary.add(status == 0 && well, format!("polder run --from: {line}"));
+    Ok(())
+}
+
+fn compare_programs(
+    lab: &Lab,
+    kernel: &Kernel,
+    require: OsString,
+    summary: &mut Summary,
+) -> Result<(), String> {
     println!("lab: random programs on the machine and on guest_memfd");
     let left_out = lab.test("polder-differential", "differential")?;
     let (status, _) =
         shown(lab, kernel, &["env".into(), require, left_out, "what_is_left_out".into()])?;
-    passed &= status == 0;
+    summary.passed &= status == 0;
     let save = lab.folder().join("work").into_os_string();
     let options = ["--hosts", "machine,guest_memfd", "--programs", PROGRAMS, "--save"];
     let command: Vec<OsString> = [lab.program("polder-differential")]
@@ -98,12 +153,10 @@ pub(super) fn run(lab: &Lab, kernel: &Kernel) -> Result<u8, String> {
         .chain([save])
         .collect();
     let (status, text) = shown(lab, kernel, &command)?;
-    passed &= status == 0;
-    summary.extend(text.lines().filter(|line| line.contains(" differ, ")).map(str::to_owned));
-    for line in summary {
-        println!("lab: {line}");
-    }
-    Ok(u8::from(!passed))
+    summary.passed &= status == 0;
+    let differ = text.lines().filter(|line| line.contains(" differ, "));
+    summary.lines.extend(differ.map(str::to_owned));
+    Ok(())
 }
 
 /// Runs a command, shows what it writes, and returns it with the exit status.

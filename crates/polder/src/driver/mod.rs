@@ -51,7 +51,8 @@ pub(crate) struct Driver {
     pub(crate) host: Box<dyn Host>,
     pub(crate) counters: Counters,
     pub(crate) devices: Devices,
-    pub(crate) dirty: Marks,
+    /// Slices of guest memory have it, too.
+    pub(crate) dirty: Arc<Marks>,
     /// After how long a waiter asks again by itself: a claim whose thread died is released by
     /// whoever asks.
     pub(crate) ask_again: Duration,
@@ -146,7 +147,7 @@ impl Driver {
             host,
             counters: Counters::default(),
             devices: Devices::default(),
-            dirty: Marks::default(),
+            dirty: Arc::default(),
             ask_again: ASK_AGAIN,
             begun: AtomicBool::new(false),
             watch: OnceLock::new(),

@@ -143,6 +143,13 @@ impl World {
         Ok(())
     }
 
+    pub(super) fn carry_out_late(&mut self, actor: usize, answer: Answer) -> Result<(), Violation> {
+        let done = self.answer_host(answer.response(), answer.range());
+        self.say(|| format!("carries the answer out: {}", verdict(done)));
+        self.go(actor, Stage::Idle);
+        Ok(())
+    }
+
     /// The fault thread dies before it has carried all answers out. They are given back as its
     /// stack unwinds, touches that it has not answered are kept, and another takes its place.
     fn die_answering(&mut self, actor: usize, given: [Option<Given>; 2], undo: Option<OpId>) {

@@ -33,6 +33,7 @@ mod prefault;
 mod private;
 mod rmp;
 mod setup;
+mod slot;
 mod stage;
 mod start;
 mod story;
@@ -47,12 +48,11 @@ use std::rc::Rc;
 
 use polder_explored_engine::{Engine, OpId, Slot, Visibility, VmId};
 use polder_machine::HostPte;
-use polder_units::PageRange;
 
 use crate::system::Violation;
 use act::{Act, Done};
 pub use configs::{all, named};
-use kept::{KeptEngine, KeptMachine, Pages, Parts, range};
+use kept::{KeptEngine, KeptMachine, Pages, Parts};
 use machines::{After, Machines};
 use prefault::{Ahead, Step};
 pub use setup::{Actor, Bug, Role, Setup, Slip, Task};
@@ -308,12 +308,7 @@ impl World {
             Stage::Waits => self.begin(actor),
             Stage::CarryOut(given, at, undo) => self.carry_out(actor, given, at, undo, way),
             Stage::GiveBack(given, undo) => self.give_back(actor, given, undo),
-            Stage::CarryOutLate(answer) => {
-                let done = self.answer_host(answer.response(), answer.range());
-                self.say(|| format!("carries the answer out: {}", verdict(done)));
-                self.go(actor, Stage::Idle);
-                Ok(())
-            }
+            Stage::CarryOutLate(answer) => self.carry_out_late(actor, answer),
             Stage::Drain(op) => self.drained(actor, op),
             Stage::Write(op, half) => self.write(actor, op, half, way),
             Stage::WriteLate(half) => self.write_late(actor, half),
@@ -333,52 +328,14 @@ impl World {
             Stage::Gup(gup) => self.gup(actor, gup),
             Stage::GupSlow | Stage::GupWaits => self.gup_slow(actor),
             Stage::GupHeld(pin) => self.gup_release(actor, pin),
-            Stage::Unbinding => {
-                self.engine(|engine| engine.unbind(VM, SLOT)).expect("it is bound");
-                self.promised.bound = false;
-                self.say(|| "takes the slot out of the engine".into());
-                if self.task(actor) == Some(Task::Unbind) {
-                    self.done(actor);
-                } else {
-                    self.go(actor, Stage::Unbound);
-                }
-                Ok(())
-            }
+            Stage::Unbinding => self.unbind_engine(actor),
+            Stage::Unbound => self.bind_engine(actor),
+            Stage::Binding => self.bind_host(actor),
             Stage::FolioLocked(pfn) => self.zap_folio(actor, pfn),
             Stage::FolioZapped(pfn) => self.reshape_folio(actor, pfn),
             Stage::FolioDone(pfn, zapped) => self.unlock_folio(actor, pfn, zapped),
             Stage::Holding(pfn, _) => self.let_go(actor, pfn),
-            Stage::Unbound => {
-                let gfn = self.setup.gfn(self.setup.first_page);
-                let pages = self.slot_pages();
-                self.engine(|engine| engine.bind(VM, SLOT, gfn, pages)).expect("it was free");
-                self.promised.bound = true;
-                self.say(|| "puts the slot back into the engine".into());
-                self.go(actor, Stage::Binding);
-                Ok(())
-            }
-            Stage::Binding => {
-                let (gfn, pages) = (self.setup.gfn(self.setup.first_page), self.slot_pages());
-                self.act(Act::Bind(gfn, pages)).well();
-                self.say(|| "puts the slot back into the host".into());
-                self.done(actor);
-                Ok(())
-            }
         }
-    }
-
-    fn slot_pages(&self) -> PageRange {
-        let first = self.setup.first_page;
-        range(first, first + self.setup.slot_pages)
-    }
-
-    fn unbind_host(&mut self, actor: usize) -> Result<(), Violation> {
-        let gfn = self.setup.gfn(self.setup.first_page);
-        let zaps = !self.setup.slips(Slip::SlotNotZapped);
-        self.act(Act::Unbind(gfn, zaps)).well();
-        self.say(|| "takes the slot out of the host, and of stage 2".into());
-        self.go(actor, Stage::Unbinding);
-        Ok(())
     }
 }
 

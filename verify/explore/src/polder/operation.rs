@@ -208,42 +208,13 @@ impl World {
 
     fn finish(&mut self, actor: usize, task: Task, op: OpId) -> Result<(), Violation> {
         self.forget(op);
-        let pages = set(pages_of(task));
         match task {
             Task::Convert { to, contents, .. } => {
-                let already = self.so_already(pages, to);
-                self.engine(|engine| {
-                    let settled: Operation<Settled> = engine.resume(op);
-                    engine.finish_conversion(settled);
-                });
-                match to {
-                    Visibility::Private => self.promised.private |= pages,
-                    Visibility::Shared => self.promised.private &= !pages,
-                }
-                self.converted(pages & !already, to);
-                if pages & !already != 0 {
-                    self.reshaped(pages, to);
-                }
-                if contents == Contents::Zero {
-                    self.promised.owed &= !(pages & !already);
-                    self.promised.unknown &= !(pages & !already);
-                }
-                self.say(|| format!("pages {} are {to} from here on", pages_of(task)));
-                self.resume_guest(task);
-                self.done(actor);
+                self.finish_conversion(actor, task, op, (to, contents));
                 Ok(())
             }
             Task::Populate { start, end, value } => {
-                let answer = self.engine(|engine| {
-                    let published: Operation<Published> = engine.resume(op);
-                    engine.finish_population(published)
-                });
-                self.promised.owed &= !pages;
-                for page in start..end {
-                    self.promised.values[usize::from(page)] = value;
-                }
-                self.say(|| format!("pages {} are whole from here on", pages_of(task)));
-                self.go(actor, Stage::Show(answer.expect("its granules are pages")));
+                self.finish_population(actor, op, (start, end), value);
                 Ok(())
             }
             Task::Move { .. } => {
@@ -253,7 +224,7 @@ impl World {
                 });
                 self.say(|| format!("pages {} are in their new place", pages_of(task)));
                 self.done(actor);
-                self.check_unpinned(pages, "moved")
+                self.check_unpinned(set(pages_of(task)), "moved")
             }
             Task::Merge { .. } => {
                 self.engine(|engine| {
@@ -264,23 +235,69 @@ impl World {
                 self.done(actor);
                 Ok(())
             }
-            _ => {
-                self.engine(|engine| {
-                    let cleared = engine.resume(op);
-                    engine.finish_discard(cleared);
-                });
-                self.promised.owed &= !pages;
-                self.promised.given &= !pages;
-                self.unaccept(task, pages);
-                if self.setup.is_snp() {
-                    // Zeros are not what a guest's key makes of them.
-                    self.promised.unknown |= pages & self.promised.private;
-                }
-                self.say(|| format!("pages {} are zeros from here on", pages_of(task)));
-                self.done(actor);
-                self.check_unpinned(pages, "discarded")
-            }
+            _ => self.finish_discard(actor, task, op),
         }
+    }
+
+    fn finish_conversion(
+        &mut self,
+        actor: usize,
+        task: Task,
+        op: OpId,
+        (to, contents): (Visibility, Contents),
+    ) {
+        let pages = set(pages_of(task));
+        let changed = pages & !self.so_already(pages, to);
+        self.engine(|engine| {
+            let settled: Operation<Settled> = engine.resume(op);
+            engine.finish_conversion(settled);
+        });
+        match to {
+            Visibility::Private => self.promised.private |= pages,
+            Visibility::Shared => self.promised.private &= !pages,
+        }
+        self.converted(changed, to);
+        if changed != 0 {
+            self.reshaped(pages, to);
+        }
+        if contents == Contents::Zero {
+            self.promised.owed &= !changed;
+            self.promised.unknown &= !changed;
+        }
+        self.say(|| format!("pages {} are {to} from here on", pages_of(task)));
+        self.resume_guest(task);
+        self.done(actor);
+    }
+
+    fn finish_population(&mut self, actor: usize, op: OpId, (start, end): (u8, u8), value: u8) {
+        let answer = self.engine(|engine| {
+            let published: Operation<Published> = engine.resume(op);
+            engine.finish_population(published)
+        });
+        self.promised.owed &= !set(range(start, end));
+        for page in start..end {
+            self.promised.values[usize::from(page)] = value;
+        }
+        self.say(|| format!("pages {} are whole from here on", range(start, end)));
+        self.go(actor, Stage::Show(answer.expect("its granules are pages")));
+    }
+
+    fn finish_discard(&mut self, actor: usize, task: Task, op: OpId) -> Result<(), Violation> {
+        let pages = set(pages_of(task));
+        self.engine(|engine| {
+            let cleared = engine.resume(op);
+            engine.finish_discard(cleared);
+        });
+        self.promised.owed &= !pages;
+        self.promised.given &= !pages;
+        self.unaccept(task, pages);
+        if self.setup.is_snp() {
+            // Zeros are not what a guest's key makes of them.
+            self.promised.unknown |= pages & self.promised.private;
+        }
+        self.say(|| format!("pages {} are zeros from here on", pages_of(task)));
+        self.done(actor);
+        self.check_unpinned(pages, "discarded")
     }
 
     /// Those of the pages that were so before a conversion, and stay as they are.

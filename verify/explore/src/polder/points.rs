@@ -217,9 +217,7 @@ impl World {
 
     /// Every point at which an actor can be met: what its tasks and its setup make possible.
     pub(super) fn all_points(&self, actor: usize) -> Vec<Point> {
-        let setup = &self.setup;
-        let (fails, dies) = (setup.failures > 0, setup.deaths > 0);
-        let pins = setup.actors.iter().any(|other| other.role == Role::Pinner);
+        let dies = self.setup.deaths > 0;
         let mut points = Vec::new();
         let mut add = |work: u8, stages: &[&str]| {
             points.extend(stages.iter().map(|name| Point { work, stage: stage(name) }));
@@ -230,124 +228,11 @@ impl World {
                 add(FAULTS, &["undo"]);
             }
         }
-        for &task in &setup.actors[actor].tasks {
-            let work = work_of(task);
+        for &task in &self.setup.actors[actor].tasks {
+            add(work_of(task), &self.stages_of(task));
             // Who dies leaves his operation to whoever meets it, also before he begins his own.
-            let mut undone = dies;
-            match task {
-                Task::GuestRead(_) | Task::GuestWrite(..) if setup.is_pkvm() => {
-                    add(work, &["ask", "allocate", "donate", "give back"]);
-                }
-                Task::GuestRead(_) | Task::GuestWrite(..) => {
-                    add(work, &["ask", "allocate", "resolve", "map", "give back"]);
-                }
-                Task::HostRead(_) | Task::HostWrite(..) => {
-                    add(work, &["wait"]);
-                    undone = false;
-                }
-                Task::Convert { to, contents, .. } => {
-                    undone |= fails || pins && to == Visibility::Private;
-                    add(
-                        work,
-                        match to {
-                            Visibility::Private => &["unmap host", "check references"],
-                            Visibility::Shared if setup.is_pkvm() => &["unmap host"],
-                            Visibility::Shared => &["unmap guest", "unmap host"],
-                        },
-                    );
-                    add(work, &["drain", "taken"]);
-                    if setup.device {
-                        add(
-                            work,
-                            match to {
-                                Visibility::Private => &["take from a device"],
-                                Visibility::Shared => &["map for a device"],
-                            },
-                        );
-                    }
-                    if !setup.is_snp() {
-                        add(work, &["protect"]);
-                    } else if to == Visibility::Private {
-                        add(work, &["unmap guest", "assign"]);
-                    } else {
-                        add(work, &["unassign"]);
-                    }
-                    if contents == Contents::Zero {
-                        add(work, &["free"]);
-                    }
-                }
-                Task::Populate { .. } => {
-                    undone |= fails;
-                    add(work, &["drain", "write", "publish", "taken", "show"]);
-                }
-                Task::Discard { .. } => {
-                    undone |= fails;
-                    add(work, &["drain", "unmap host", "unmap guest", "free", "taken"]);
-                }
-                Task::CopyOut(_) | Task::CopyIn(..) => add(work, &["copy", "hold"]),
-                Task::Pin(_) => add(work, &["hold"]),
-                Task::PinUnlocked(_) => add(work, &["counted", "ask for a pin", "hold"]),
-                Task::PinAlone(_) => add(work, &["wait for pins", "hold"]),
-                Task::Gup(_) => {
-                    add(work, &["fast", "slow", "wait", "hold"]);
-                    undone = false;
-                }
-                Task::Prefault { .. } => {
-                    add(work, &["allocate", "resolve", "map", "give back"]);
-                    if !setup.copied {
-                        // Nothing else is claimed there.
-                        add(work, &["ask", "wait"]);
-                    }
-                }
-                Task::CopiedWrite(..) => undone = false,
-                Task::Unbind => {
-                    add(work, &["unbind"]);
-                    undone = false;
-                }
-                Task::Rebind => {
-                    add(work, &["unbind", "unbound", "bind"]);
-                    undone = false;
-                }
-                Task::Accept(_)
-                | Task::AcceptLarge(_)
-                | Task::PrivateRead(_)
-                | Task::PrivateWrite(..) => {
-                    add(work, &["ask", "allocate", "give", "resolve", "map"]);
-                    add(work, &["give back", "ask about a size", "look at an entry", "zap"]);
-                    add(work, &["psmash", "give the 2M back"]);
-                }
-                Task::Merge { .. } => {
-                    undone |= fails;
-                    add(work, &["drain", "merge", "taken"]);
-                }
-                Task::Split(_) => {
-                    add(work, &["folio locked", "folio zapped", "folio done"]);
-                    undone = false;
-                }
-                Task::Collapse(_) => {
-                    add(work, &["folio zapped", "folio done"]);
-                    undone = false;
-                }
-                Task::Move { .. } => {
-                    undone |= fails || pins;
-                    add(work, &["drain", "unmap host", "check references", "move", "taken"]);
-                    if !setup.is_pkvm() {
-                        add(work, &["unmap guest"]);
-                    }
-                }
-                Task::Want(..) | Task::DmaWrite(..) | Task::HypervisorFails(_) => undone = false,
-                Task::PinExclusive(_) => {
-                    add(work, &["slow", "wait", "hold"]);
-                    undone = false;
-                }
-                Task::OtherWrite(..) => undone = false,
-                Task::Hold(..) => {
-                    add(work, &["in use"]);
-                    undone = false;
-                }
-            }
-            if undone {
-                add(work, &["undo"]);
+            if self.may_undo(task) || dies && meets_operations(task) {
+                add(work_of(task), &["undo"]);
             }
         }
         points.sort_unstable();
@@ -355,9 +240,142 @@ impl World {
         points
     }
 
+    /// The stages that a task can be met at, but for those of undoing.
+    fn stages_of(&self, task: Task) -> Vec<&'static str> {
+        let setup = &self.setup;
+        let mut stages: Vec<&str> = match task {
+            Task::GuestRead(_) | Task::GuestWrite(..) if setup.is_pkvm() => {
+                vec!["ask", "allocate", "donate", "give back"]
+            }
+            Task::GuestRead(_) | Task::GuestWrite(..) => {
+                vec!["ask", "allocate", "resolve", "map", "give back"]
+            }
+            Task::HostRead(_) | Task::HostWrite(..) => vec!["wait"],
+            Task::Convert { to, contents, .. } => self.stages_of_conversion(to, contents),
+            Task::Populate { .. } => vec!["drain", "write", "publish", "taken", "show"],
+            Task::Discard { .. } => vec!["drain", "unmap host", "unmap guest", "free", "taken"],
+            Task::CopyOut(_) | Task::CopyIn(..) => vec!["copy", "hold"],
+            Task::Pin(_) => vec!["hold"],
+            Task::PinUnlocked(_) => vec!["counted", "ask for a pin", "hold"],
+            Task::PinAlone(_) => vec!["wait for pins", "hold"],
+            Task::PinExclusive(_) => vec!["slow", "wait", "hold"],
+            Task::Gup(_) => vec!["fast", "slow", "wait", "hold"],
+            // Nothing else is claimed there.
+            Task::Prefault { .. } if !setup.copied => {
+                vec!["allocate", "resolve", "map", "give back", "ask", "wait"]
+            }
+            Task::Prefault { .. } => vec!["allocate", "resolve", "map", "give back"],
+            Task::Unbind => vec!["unbind"],
+            Task::Rebind => vec!["unbind", "unbound", "bind"],
+            Task::Accept(_)
+            | Task::AcceptLarge(_)
+            | Task::PrivateRead(_)
+            | Task::PrivateWrite(..) => vec![
+                "ask",
+                "allocate",
+                "give",
+                "resolve",
+                "map",
+                "give back",
+                "ask about a size",
+                "look at an entry",
+                "zap",
+                "psmash",
+                "give the 2M back",
+            ],
+            Task::Merge { .. } => vec!["drain", "merge", "taken"],
+            Task::Split(_) => vec!["folio locked", "folio zapped", "folio done"],
+            Task::Collapse(_) => vec!["folio zapped", "folio done"],
+            Task::Move { .. } => vec!["drain", "unmap host", "check references", "move", "taken"],
+            Task::Hold(..) => vec!["in use"],
+            Task::CopiedWrite(..)
+            | Task::Want(..)
+            | Task::DmaWrite(..)
+            | Task::HypervisorFails(_)
+            | Task::OtherWrite(..) => vec![],
+        };
+        if matches!(task, Task::Move { .. }) && !setup.is_pkvm() {
+            stages.push("unmap guest");
+        }
+        stages
+    }
+
+    fn stages_of_conversion(&self, to: Visibility, contents: Contents) -> Vec<&'static str> {
+        let setup = &self.setup;
+        let mut stages = vec!["drain", "taken"];
+        match to {
+            Visibility::Private => stages.extend(["unmap host", "check references"]),
+            Visibility::Shared if setup.is_pkvm() => stages.push("unmap host"),
+            Visibility::Shared => stages.extend(["unmap guest", "unmap host"]),
+        }
+        match to {
+            Visibility::Private if setup.device => stages.push("take from a device"),
+            Visibility::Shared if setup.device => stages.push("map for a device"),
+            _ => {}
+        }
+        match to {
+            _ if !setup.is_snp() => stages.push("protect"),
+            Visibility::Private => stages.extend(["unmap guest", "assign"]),
+            Visibility::Shared => stages.push("unassign"),
+        }
+        if contents == Contents::Zero {
+            stages.push("free");
+        }
+        stages
+    }
+
+    /// Whether a task may fail, and be undone.
+    fn may_undo(&self, task: Task) -> bool {
+        let fails = self.setup.failures > 0;
+        let pins = || self.setup.actors.iter().any(|other| other.role == Role::Pinner);
+        match task {
+            Task::Convert { to, .. } => fails || to == Visibility::Private && pins(),
+            Task::Move { .. } => fails || pins(),
+            Task::Populate { .. } | Task::Discard { .. } | Task::Merge { .. } => fails,
+            _ => false,
+        }
+    }
+
     /// What an actor's work is called.
     pub(super) fn work(&self, actor: usize) -> &'static str {
         WORKS[usize::from(self.point_of(actor).work)]
+    }
+}
+
+/// Whether who is at a task may be handed an operation that nobody drives.
+fn meets_operations(task: Task) -> bool {
+    match task {
+        Task::GuestRead(_)
+        | Task::GuestWrite(..)
+        | Task::Convert { .. }
+        | Task::Populate { .. }
+        | Task::Discard { .. }
+        | Task::Move { .. }
+        | Task::Merge { .. }
+        | Task::CopyOut(_)
+        | Task::CopyIn(..)
+        | Task::Pin(_)
+        | Task::PinUnlocked(_)
+        | Task::PinAlone(_)
+        | Task::Prefault { .. }
+        | Task::Accept(_)
+        | Task::AcceptLarge(_)
+        | Task::PrivateRead(_)
+        | Task::PrivateWrite(..) => true,
+        Task::HostRead(_)
+        | Task::HostWrite(..)
+        | Task::Gup(_)
+        | Task::PinExclusive(_)
+        | Task::CopiedWrite(..)
+        | Task::OtherWrite(..)
+        | Task::Unbind
+        | Task::Rebind
+        | Task::Split(_)
+        | Task::Collapse(_)
+        | Task::Want(..)
+        | Task::DmaWrite(..)
+        | Task::HypervisorFails(_)
+        | Task::Hold(..) => false,
     }
 }
 

@@ -81,21 +81,25 @@ fn device(
     Ok((domain, process))
 }
 
-pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine::Error> {
+/// The frames, at the most that a configuration can use.
+fn frames(setup: &Setup) -> PageCount {
     let pages = PageCount::from(u32::from(setup.pages));
-    let mut frames = pages.checked_add(pages).unwrap_or(pages);
+    let add = |frames: PageCount, more| frames.checked_add(more).expect("a small machine");
+    let mut frames = add(pages, pages);
     if setup.copied {
         // A copy of each, and the page of zeros.
-        frames = frames
-            .checked_add(pages)
-            .and_then(|all| all.checked_add(PageCount::ONE))
-            .unwrap_or(frames);
+        frames = add(frames, add(pages, PageCount::ONE));
     }
     if setup.pooled {
         // Of tables, all that can be used and prepared.
-        frames = frames.checked_add(pages).unwrap_or(frames);
+        frames = add(frames, pages);
     }
-    let mut config = polder_machine::Config::symbolic(frames, setup.geometry);
+    frames
+}
+
+pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine::Error> {
+    let pages = PageCount::from(u32::from(setup.pages));
+    let mut config = polder_machine::Config::symbolic(frames(setup), setup.geometry);
     // As large as the pages that can be in it, so that nothing stale is evicted.
     config.tlb_entries = u32::from(setup.pages + setup.first_gfn).next_power_of_two();
     config.accessed_dirty = setup.maps_ahead();
@@ -105,16 +109,48 @@ pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine:
         true => copied_object(setup, &mut machine)?,
     };
     let process = machine.create_process()?;
-    let (mut threads, mut vcpus) = (1, 0);
-    let vm = if setup.is_snp() {
+    let vm = vm(setup, &mut machine)?;
+    let (threads, vcpus) = cpus(setup, &mut machine, process, vm)?;
+    let host_view = setup.geometry.pages(Level::Size1G).get();
+    let at = VpnRange::between(host_view, host_view + pages.get()).expect("a small range");
+    if copied.is_none() {
+        machine.mmap(process, at, object, PageIndex::from(0), Vma::HOST)?;
+    }
+    let has_other = setup.actors.iter().any(|actor| actor.role == Role::Process);
+    let other = has_other.then(|| machine.create_process()).transpose()?;
+    if let Some(other) = other {
+        machine.mmap(other, at, object, PageIndex::from(0), Vma::PLAIN)?;
+    }
+    let slot = range(setup.first_page, setup.first_page + setup.slot_pages);
+    machine.bind(vm, setup.gfn(setup.first_page), object, slot)?;
+    allocate(setup, &mut machine, object, vm)?;
+    let device = setup.device.then(|| device(setup, &mut machine, object)).transpose()?;
+    if let Some(Bug::Machine(plant)) = setup.bug {
+        machine.plant(plant, true);
+    }
+    Ok((machine, Parts { object, process, other, copied, device, vm, threads, vcpus, host_view }))
+}
+
+fn vm(setup: &Setup, machine: &mut Machine) -> Result<VmId, polder_machine::Error> {
+    if setup.is_snp() {
         machine.enable_snp();
-        machine.create_snp_vm(ASID)?
+        machine.create_snp_vm(ASID)
     } else if setup.is_pkvm() {
         machine.enable_pkvm();
-        machine.create_pkvm_vm()?
+        machine.create_pkvm_vm()
     } else {
-        machine.create_vm()?
-    };
+        machine.create_vm()
+    }
+}
+
+/// A thread or a vCPU for each actor that runs on one. How many of each there are.
+fn cpus(
+    setup: &Setup,
+    machine: &mut Machine,
+    process: ProcessId,
+    vm: VmId,
+) -> Result<(u16, u16), polder_machine::Error> {
+    let (mut threads, mut vcpus) = (1, 0);
     for actor in &setup.actors {
         match actor.role {
             Role::Vcpu(_) => {
@@ -129,18 +165,16 @@ pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine:
         }
     }
     assert!(usize::from(threads.max(vcpus)) < MOST_CPUS, "a CPU without a hash");
-    let host_view = setup.geometry.pages(Level::Size1G).get();
-    let at = VpnRange::between(host_view, host_view + pages.get()).expect("a small range");
-    if copied.is_none() {
-        machine.mmap(process, at, object, PageIndex::from(0), Vma::HOST)?;
-    }
-    let has_other = setup.actors.iter().any(|actor| actor.role == Role::Process);
-    let other = has_other.then(|| machine.create_process()).transpose()?;
-    if let Some(other) = other {
-        machine.mmap(other, at, object, PageIndex::from(0), Vma::PLAIN)?;
-    }
-    let slot = range(setup.first_page, setup.first_page + setup.slot_pages);
-    machine.bind(vm, setup.gfn(setup.first_page), object, slot)?;
+    Ok((threads, vcpus))
+}
+
+/// The memory that is there from the first on, and whose it is.
+fn allocate(
+    setup: &Setup,
+    machine: &mut Machine,
+    object: ObjectId,
+    vm: VmId,
+) -> Result<(), polder_machine::Error> {
     if setup.pooled {
         let level = pooled_level(setup);
         machine.fill_pool(level, 1);
@@ -149,17 +183,13 @@ pub(super) fn machine(setup: &Setup) -> Result<(Machine, Parts), polder_machine:
         machine.allocate(object, PageIndex::from(0), Level::Size2M)?;
     }
     if setup.accepted {
-        accept(setup, &mut machine, vm)?;
+        accept(setup, machine, vm)?;
     }
     for page in 0..setup.donated {
         let pfn = machine.allocate(object, u32::from(page).into(), Level::Size4K)?;
         machine.host_donate_guest(vm, setup.gfn(page), pfn)?;
     }
-    let device = setup.device.then(|| device(setup, &mut machine, object)).transpose()?;
-    if let Some(Bug::Machine(plant)) = setup.bug {
-        machine.plant(plant, true);
-    }
-    Ok((machine, Parts { object, process, other, copied, device, vm, threads, vcpus, host_view }))
+    Ok(())
 }
 
 /// The token in memory that others have, too.

@@ -7,44 +7,19 @@ use super::operation::pages_of;
 use super::prefault::{Ahead, Step};
 use super::{Role, Slip, Stage, Task, World};
 
+/// One way, if it is so.
+fn may(so: bool) -> u8 {
+    u8::from(so)
+}
+
 impl World {
     /// In how many ways an actor can go on, whoever else would have to go first.
     pub(super) fn ways_of(&self, actor: usize) -> u8 {
-        let may = |so: bool| u8::from(so);
-        let busy = |start: u8, end: u8| {
-            let pages = kept::set(range(start, end));
-            self.engine.busy & pages != 0 && !self.setup.asks_while_busy()
-        };
         let role = self.role(actor);
         match self.actors[actor].stage {
             Stage::Dead => 0,
             Stage::Idle if role == Role::Faults => may(self.can_serve()),
-            Stage::Idle => match self.task(actor) {
-                None => 0,
-                Some(
-                    Task::Convert { start, end, .. }
-                    | Task::Populate { start, end, .. }
-                    | Task::Discard { start, end }
-                    | Task::Move { start, end }
-                    | Task::Merge { start, end },
-                ) => may(!busy(start, end)),
-                Some(Task::CopyOut(_) | Task::CopyIn(..))
-                    if self.setup.slips(Slip::CopyUnclaimed) =>
-                {
-                    1
-                }
-                Some(Task::CopyOut(page) | Task::CopyIn(page, _)) => may(!busy(page, page + 1)),
-                Some(Task::Pin(page) | Task::PinAlone(page)) => may(!self.pin_waits(page)),
-                Some(Task::Split(page) | Task::Collapse(page)) => may(!self.folio_is_locked(page)),
-                Some(Task::Prefault { start, .. }) => {
-                    self.ways_ahead(Ahead { next: start, step: Step::Between })
-                }
-                Some(Task::Rebind | Task::Unbind) => may(!self.slots_are_read()),
-                Some(Task::Want(page, _)) => may(!busy(page, page + 1)),
-                Some(Task::PinExclusive(page)) => may(!self.pinned_in_passing(page)),
-                Some(Task::Hold(page, large)) => may(self.can_hold(page, large)),
-                Some(_) => 1,
-            },
+            Stage::Idle => self.ways_to_begin(actor),
             Stage::Ahead(ahead) => self.ways_ahead(ahead),
             Stage::Unbound => may(!self.slots_are_read()),
             Stage::GuestAsk => may(!self.guest_waits(actor)),
@@ -84,6 +59,36 @@ impl World {
             }
             Stage::TakenBack(..) => 1 + may(self.may_die(actor)),
             _ => 1,
+        }
+    }
+
+    /// The same of one that is about to begin its next task.
+    fn ways_to_begin(&self, actor: usize) -> u8 {
+        let busy = |start: u8, end: u8| {
+            let pages = kept::set(range(start, end));
+            self.engine.busy & pages != 0 && !self.setup.asks_while_busy()
+        };
+        match self.task(actor) {
+            None => 0,
+            Some(
+                Task::Convert { start, end, .. }
+                | Task::Populate { start, end, .. }
+                | Task::Discard { start, end }
+                | Task::Move { start, end }
+                | Task::Merge { start, end },
+            ) => may(!busy(start, end)),
+            Some(Task::CopyOut(_) | Task::CopyIn(..)) if self.setup.slips(Slip::CopyUnclaimed) => 1,
+            Some(Task::CopyOut(page) | Task::CopyIn(page, _)) => may(!busy(page, page + 1)),
+            Some(Task::Pin(page) | Task::PinAlone(page)) => may(!self.pin_waits(page)),
+            Some(Task::Split(page) | Task::Collapse(page)) => may(!self.folio_is_locked(page)),
+            Some(Task::Prefault { start, .. }) => {
+                self.ways_ahead(Ahead { next: start, step: Step::Between })
+            }
+            Some(Task::Rebind | Task::Unbind) => may(!self.slots_are_read()),
+            Some(Task::Want(page, _)) => may(!busy(page, page + 1)),
+            Some(Task::PinExclusive(page)) => may(!self.pinned_in_passing(page)),
+            Some(Task::Hold(page, large)) => may(self.can_hold(page, large)),
+            Some(_) => 1,
         }
     }
 

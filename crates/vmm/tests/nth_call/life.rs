@@ -1,17 +1,11 @@
-//! One life of a memory, in which each call into the kernel fails once: the n-th, for all n. After
-//! each failure engine and kernel agree on every page, for the host and for a real guest.
-//!
-//! How often a thread is woken differs from run to run, so calls are counted by name.
+//! The life of a memory: what is done to it, and what has to be true after each act.
 
-use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use polder::units::{Gpa, PAGE_SIZE, PageCount, PageRange};
 use polder::{Contents, Error, HostKind, Memory, OnBusy, Population, Refusal, Slot, VmId};
-use polder_linux::inject::{self, Plan, When};
-use polder_linux::{Errno, inject::Outcome};
-use polder_require::{Facility, patience, require};
+use polder_linux::Errno;
+use polder_require::patience;
 use polder_vmm::scenario::{Op, Pattern, Visibility};
 use polder_vmm::{End, Failure, Progress, Supervision, Vm};
 
@@ -20,62 +14,9 @@ const PAGES: u64 = 12;
 /// The two slots: their pages, and how many frames after [`Vm::RAM`] they begin.
 const SLOTS: [((u64, u64), u64); 2] = [((0, 8), 0), ((8, PAGES), 0x100)];
 
-/// Calls whose failure the caller need not hear of, and why.
-const SURVIVED: [(&str, &str); 9] = [
-    ("open of /dev/userfaultfd", "there is the system call"),
-    ("USERFAULTFD_IOC_NEW", "there is the system call"),
-    ("munmap", "addresses are lost that nobody uses"),
-    ("poll", "a fault thread polls again"),
-    ("read of userfaultfd", "a fault thread reads again"),
-    ("UFFDIO_CONTINUE", "a fault thread answers again"),
-    ("UFFDIO_POISON", "a fault thread answers again"),
-    ("UFFDIO_WAKE", "a fault thread answers again"),
-    ("madvise(MADV_POPULATE_WRITE)", "a fault thread answers again"),
-];
-
-/// The deletion of a slot, which only the memory's end survives.
-const DELETION: &str = "KVM_SET_USER_MEMORY_REGION (deletion)";
-
-/// What a fault thread does whenever it is woken, most often for nothing: one round is like the
-/// other, so only some of them are had fail.
-const ROUND: [&str; 2] = ["poll", "read of userfaultfd"];
-const ROUND_STRIDE: usize = 9;
-
-/// Calls that are for certain bytes of the object.
-const RANGED: [&str; 9] = [
-    "KVM_SET_USER_MEMORY_REGION",
-    "KVM_SET_USER_MEMORY_REGION2",
-    DELETION,
-    "KVM_SET_MEMORY_ATTRIBUTES",
-    "UFFDIO_REGISTER",
-    "UFFDIO_UNREGISTER",
-    "fallocate",
-    "madvise(MADV_DONTNEED)",
-    "cachestat",
-];
-
-/// Calls that may have had their effect, in part or in whole, when they fail.
-const MAY_BE_DONE: [&str; 6] = [
-    "fallocate",
-    "madvise(MADV_DONTNEED)",
-    "madvise(MADV_POPULATE_WRITE)",
-    "KVM_SET_MEMORY_ATTRIBUTES",
-    "UFFDIO_CONTINUE",
-    "UFFDIO_UNREGISTER",
-];
-
-/// Calls that an operation's steps and their undoing consist of.
-const STEPS: [&str; 5] = [
-    "fallocate",
-    "madvise(MADV_DONTNEED)",
-    "KVM_SET_MEMORY_ATTRIBUTES",
-    "UFFDIO_POISON",
-    "UFFDIO_REGISTER",
-];
-
 /// One thing that is done to a memory.
 #[derive(Clone, Copy, PartialEq, Debug)]
-enum Act {
+pub(crate) enum Act {
     Build,
     Attach,
     Bind(usize),
@@ -105,7 +46,7 @@ struct Page {
     quarantined: bool,
 }
 
-fn life(host: HostKind) -> Vec<Act> {
+pub(crate) fn life(host: HostKind) -> Vec<Act> {
     use Act::{
         Attach, Bind, Build, Convert, Count, Discard, Drop, Fill, Look, Populate, Settle, Touch,
         Unbind, Write,
@@ -160,7 +101,7 @@ fn bytes(page: u64, pattern: Pattern) -> Vec<u8> {
 }
 
 /// A memory, and what should be true of it.
-struct Life<'a> {
+pub(crate) struct Life<'a> {
     vm: &'a Vm,
     host: HostKind,
     memory: Option<(Memory, Option<VmId>)>,
@@ -171,7 +112,7 @@ struct Life<'a> {
 }
 
 impl<'a> Life<'a> {
-    fn new(vm: &'a Vm, host: HostKind) -> Self {
+    pub(crate) fn new(vm: &'a Vm, host: HostKind) -> Self {
         Self { vm, host, memory: None, bound: [false; 2], pages: Vec::new(), seed: 1 }
     }
 
@@ -184,18 +125,10 @@ impl<'a> Life<'a> {
     }
 
     /// Does something. What it should come to is noted if it succeeds.
-    fn act(&mut self, act: Act) -> Result<(), Error> {
+    pub(crate) fn act(&mut self, act: Act) -> Result<(), Error> {
         let pattern = Pattern::Seeded { seed: self.seed };
         match act {
-            Act::Build => {
-                let builder = Memory::builder(PageCount::new(PAGES).expect("some")).host(self.host);
-                let owed = self.host.is_in_place();
-                let memory = if owed { builder.owed() } else { builder }.build()?;
-                self.memory = Some((memory, None));
-                let visibility = Visibility::Private;
-                let page = Page { visibility, pattern: Pattern::Zero, owed, quarantined: false };
-                self.pages = (0..PAGES).map(|_| page).collect();
-            }
+            Act::Build => self.build()?,
             Act::Attach => {
                 let id = self.vm.attach(self.memory())?;
                 self.memory.as_mut().expect("it was built").1 = Some(id);
@@ -252,25 +185,48 @@ impl<'a> Life<'a> {
                 self.each(0, PAGES, |page| page.owed = false);
                 settled?;
             }
-            Act::Count => {
-                let existing = self.memory().existing()?;
-                let count: u64 = existing.iter().map(|run| run.count().get()).sum();
-                assert!(count <= PAGES);
-                match self.memory().resident() {
-                    // This kernel can't count.
-                    Err(Error::Host(error)) if error.errno == Errno::NOSYS => {}
-                    counted => assert!(counted?.get() <= PAGES),
-                }
-            }
+            Act::Count => self.count()?,
             Act::Look => self.look(),
             Act::Drop => drop(self.memory.take()),
         }
         Ok(())
     }
 
+    fn build(&mut self) -> Result<(), Error> {
+        let builder = Memory::builder(PageCount::new(PAGES).expect("some")).host(self.host);
+        let owed = self.host.is_in_place();
+        let memory = if owed { builder.owed() } else { builder }.build()?;
+        self.memory = Some((memory, None));
+        let visibility = Visibility::Private;
+        let page = Page { visibility, pattern: Pattern::Zero, owed, quarantined: false };
+        self.pages = (0..PAGES).map(|_| page).collect();
+        Ok(())
+    }
+
+    fn count(&self) -> Result<(), Error> {
+        let existing = self.memory().existing()?;
+        let count: u64 = existing.iter().map(|run| run.count().get()).sum();
+        assert!(count <= PAGES);
+        match self.memory().resident() {
+            // This kernel can't count.
+            Err(Error::Host(error)) if error.errno == Errno::NOSYS => {}
+            counted => assert!(counted?.get() <= PAGES),
+        }
+        Ok(())
+    }
+
+    /// Notes it of some pages.
     fn each(&mut self, start: u64, end: u64, note: impl Fn(&mut Page)) {
         let at = |page: u64| usize::try_from(page).expect("few pages");
         self.pages[at(start)..at(end)].iter_mut().for_each(note);
+    }
+
+    pub(crate) fn quarantined(&mut self, run: PageRange) {
+        self.each(run.start().get(), run.end(), |page| page.quarantined = true);
+    }
+
+    pub(crate) fn end(&mut self) {
+        self.memory = None;
     }
 
     fn filled(&mut self, start: u64, end: u64) {
@@ -333,7 +289,7 @@ impl<'a> Life<'a> {
     }
 
     /// Engine and kernel say the same of every page, and it is what should be.
-    fn agree(&self) {
+    pub(crate) fn agree(&self) {
         let Some((memory, id)) = &self.memory else { return };
         for (page, expected) in (0..).zip(&self.pages) {
             let facts = memory.facts(range(page, page + 1)).expect("it is in the object")[0].1;
@@ -377,7 +333,7 @@ impl<'a> Life<'a> {
     }
 
     /// Pages that are not in quarantine are as good as ever.
-    fn others_work(&mut self) {
+    pub(crate) fn others_work(&mut self) {
         for page in 0..PAGES {
             let facts = self.pages[usize::try_from(page).expect("few pages")];
             if facts.quarantined {
@@ -395,206 +351,4 @@ impl<'a> Life<'a> {
         }
         self.agree();
     }
-}
-
-/// What is counted before a life and after it.
-#[derive(Clone, Copy, PartialEq, Debug)]
-struct Held {
-    descriptors: usize,
-    mappings: usize,
-    threads: usize,
-}
-
-impl Held {
-    fn now() -> Self {
-        let entries = |path| std::fs::read_dir(path).expect("procfs").flatten();
-        // KVM has threads of its own in the process. One that has just ended has no name any more.
-        let name = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm"));
-        let ours = |name: &String| name.trim() == "polder-faults";
-        let maps = std::fs::read_to_string("/proc/self/maps").expect("procfs");
-        Self {
-            descriptors: entries("/proc/self/fd").count(),
-            mappings: maps.lines().filter(|line| line.contains("/memfd:polder")).count(),
-            threads: entries("/proc/self/task").flat_map(name).filter(ours).count(),
-        }
-    }
-}
-
-/// The failed call and range that an error names.
-fn named(error: &Error) -> polder_linux::Error {
-    match error {
-        Error::Host(error) => *error,
-        Error::Missing { source, .. } => *source,
-        Error::Quarantined { source, .. } => named(source),
-        other => panic!("an error that names no call: {other}"),
-    }
-}
-
-/// Held by each test: the calls and descriptors of another would be counted too.
-static ALONE: Mutex<()> = Mutex::new(());
-
-/// What is being tried, for who finds the test hanging, and for how many seconds.
-static NOW: Mutex<Option<(String, u64)>> = Mutex::new(None);
-
-fn watch_over() {
-    std::thread::spawn(|| {
-        let limit = patience(Duration::from_secs(60)).as_secs();
-        loop {
-            std::thread::sleep(Duration::from_secs(1));
-            let mut now = NOW.lock().expect("nobody panics with it");
-            let Some((what, seconds)) = now.as_mut() else { continue };
-            *seconds += 1;
-            if *seconds > limit {
-                eprintln!("{what} hangs");
-                std::process::abort();
-            }
-        }
-    });
-}
-
-/// Lives through a life in which calls fail as planned.
-fn live(host: HostKind, plan: Plan) -> Outcome {
-    let what = format!("{host}, {plan:?}");
-    *NOW.lock().expect("nobody panics with it") = Some((what.clone(), 0));
-    let vm = Vm::new(host).expect("it was there a moment ago");
-    // The VM's own memory has a fault thread, which takes its name when it first runs.
-    let before = (0..1000).map(|_| Held::now()).find(|held| {
-        std::thread::sleep(Duration::from_millis(1));
-        held.threads == 1
-    });
-    let before = before.expect("the VM's own memory has a fault thread");
-    let mut life = Life::new(&vm, host);
-    let armed = inject::arm(plan);
-    let mut failures = 0;
-    let mut seen = false;
-    for act in self::life(host) {
-        let result = life.act(act);
-        let outcome = armed.outcome();
-        match &result {
-            Ok(()) if outcome.hit() && !seen => {
-                let name = outcome.failed[0];
-                // An unbind that can't be undone either goes on to its end.
-                let went_on = plan.times > 1
-                    && matches!(act, Act::Unbind(_))
-                    && name == "KVM_SET_MEMORY_ATTRIBUTES";
-                let survived = went_on
-                    || SURVIVED.iter().any(|(survived, _)| *survived == name)
-                    || (act == Act::Drop
-                        && [DELETION, "KVM_SET_MEMORY_ATTRIBUTES"].contains(&name))
-                    || plan.errno == Errno::INTR
-                    || (plan.errno == Errno::AGAIN && name.starts_with("UFFDIO_"));
-                assert!(survived, "{what}: {act:?} took no notice of {name}");
-                life.agree();
-            }
-            Ok(()) => {}
-            Err(error) => {
-                failures += 1;
-                assert!(failures <= plan.times, "{what}: {act:?} fails again: {error}");
-                assert_ne!(plan.errno, Errno::INTR, "{what}: {act:?}: {error}");
-                let error = named(error);
-                assert!(outcome.failed.contains(&error.call), "{what}: {act:?}: {error}");
-                assert_eq!(error.errno, plan.errno, "{what}: {act:?}");
-                let ranged = RANGED.contains(&error.call);
-                assert!(error.range.is_some() || !ranged, "{what}: no range in {error}");
-            }
-        }
-        seen |= outcome.hit();
-        if let Err(error) = result {
-            if let Error::Quarantined { pages, .. } = &error {
-                for run in pages {
-                    life.each(run.start().get(), run.end(), |page| page.quarantined = true);
-                }
-                life.agree();
-                life.others_work();
-                break;
-            }
-            life.agree();
-            let again = (0..plan.times).map(|_| life.act(act)).find(|again| {
-                !again.as_ref().is_err_and(|error| outcome.failed.contains(&named(error).call))
-            });
-            assert_eq!(again, Some(Ok(())), "{what}: {act:?} is tried again");
-            life.agree();
-        }
-    }
-    life.memory = None;
-    let outcome = armed.disarm();
-    let lost = |name| outcome.failed.contains(&name) && plan.errno != Errno::INTR;
-    // Nobody tries that again.
-    let unmapped = usize::from(lost("munmap"));
-    let expected = Held { mappings: before.mappings + unmapped, ..before };
-    // A thread that was joined may still be listed for a moment.
-    let gone = (0..1000).any(|_| {
-        std::thread::sleep(Duration::from_millis(1));
-        Held::now() == expected
-    });
-    assert!(gone, "{what}: {:?}, expected {expected:?}", Held::now());
-    outcome
-}
-
-fn every_call_fails(host: HostKind) {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let facility = match host {
-        HostKind::GuestMemfd => Facility::PrivateMemory,
-        _ => Facility::Kvm,
-    };
-    if require(facility, Vm::new(host)).is_none() {
-        return;
-    }
-    watch_over();
-    let calls = live(host, Plan::COUNT).calls;
-    let mut names = BTreeMap::new();
-    for call in &calls {
-        *names.entry(*call).or_insert(0) += 1;
-    }
-    eprintln!("{host}: {} calls: {names:?}", calls.len());
-    let mut runs = 0;
-    let errnos = [Errno::NOMEM, Errno::INVAL, Errno::AGAIN, Errno::INTR];
-    let plans = errnos.map(|errno| (errno, When::Instead)).into_iter();
-    // Emulated it takes too long: one errno has to do.
-    let emulated = patience(Duration::from_secs(1)) > Duration::from_secs(1);
-    let (errnos, most) = if emulated { (1, 2) } else { (4, 4) };
-    for (errno, when) in plans.take(errnos).chain([(Errno::NOMEM, When::After)]) {
-        for &name in names.keys() {
-            let calls = vec![name].leak();
-            if when == When::After && !MAY_BE_DONE.contains(&name) {
-                continue;
-            }
-            if emulated {
-                eprintln!("{host}: {name}, {errno}, {when:?}");
-            }
-            let stride = if ROUND.contains(&name) { ROUND_STRIDE } else { 1 };
-            for nth in (1..).step_by(stride) {
-                let plan = Plan { nth, when, ..Plan::of(calls, errno) };
-                if !live(host, plan).hit() {
-                    break;
-                }
-                runs += 1;
-            }
-        }
-    }
-    // Undoing fails too, and then cutting off what could not be undone.
-    // For lack of memory it is tried again, and then done.
-    let lasting = (2..=most).map(|times| (times, Errno::INVAL));
-    for (times, errno) in lasting.chain([(most, Errno::NOMEM)]) {
-        for nth in 1.. {
-            let plan = Plan { nth, times, ..Plan::of(&STEPS, errno) };
-            if !live(host, plan).hit() {
-                break;
-            }
-            runs += 1;
-        }
-    }
-    *NOW.lock().expect("nobody panics with it") = None;
-    eprintln!("{host}: {runs} failures");
-    assert!(runs > names.len(), "{runs} failures");
-}
-
-#[test]
-fn whichever_call_of_host_memfd_fails_engine_and_kernel_agree() {
-    every_call_fails(HostKind::Memfd);
-}
-
-#[test]
-fn whichever_call_of_host_guest_memfd_fails_engine_and_kernel_agree() {
-    every_call_fails(HostKind::GuestMemfd);
 }
