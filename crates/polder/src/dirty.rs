@@ -98,8 +98,8 @@ impl Marks {
         let (at, shift) = (first.get() / BITS, first.get() % BITS);
         for (at, &bits) in (at..).zip(words) {
             self.set(at, bits << shift);
-            // Without a shift nothing is left over, and it is one that is too far.
-            self.set(at + 1, bits.checked_shr(u64::BITS - shift as u32).unwrap_or(0));
+            // Without a shift nothing is left over.
+            self.set(at + 1, bits >> 1 >> (BITS - 1 - shift));
         }
     }
 
