@@ -16,9 +16,9 @@ struct Arguments {
     /// Only the cells of these hosts
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     host: Vec<HostKind>,
-    /// Only the columns whose memory is of pages of this size, where a case doesn't say
-    #[arg(long, value_name = "SIZE")]
-    page_size: Option<PageSize>,
+    /// Only the columns whose memory is of pages of these sizes, where a case doesn't say
+    #[arg(long, value_name = "SIZE,..", value_delimiter = ',')]
+    page_size: Vec<PageSize>,
     /// Only the cases in whose sentence this occurs
     #[arg(long, value_name = "TEXT")]
     case: Option<String>,
@@ -49,7 +49,7 @@ fn main() -> ExitCode {
     let (mut failed, mut looked) = (0, 0);
     let wanted = |host: &&&dyn Host| {
         (arguments.host.is_empty() || arguments.host.contains(&host.kind()))
-            && arguments.page_size.is_none_or(|size| size == host.page_size())
+            && (arguments.page_size.is_empty() || arguments.page_size.contains(&host.page_size()))
     };
     for host in hosts().iter().filter(wanted) {
         let asked = |case: &&Case| arguments.case.as_ref().is_none_or(|a| case.name.contains(a));

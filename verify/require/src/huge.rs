@@ -8,6 +8,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 const POOL_2M: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
@@ -108,8 +109,14 @@ impl HugetlbPages {
         if number(&pool.join("free_hugepages"))? >= number(&pool.join(HAVE))? + count {
             return Ok(Self { pool, count: 0, _held: held });
         }
-        // Memory that was not in one piece a moment ago is not made so by asking again.
-        Self::of(POOL_1G, count, &[None], held)
+        // Memory that was not in one piece a moment ago is not made so by asking again, and the
+        // kernel searches all of it.
+        static NONE: OnceLock<String> = OnceLock::new();
+        if let Some(why) = NONE.get() {
+            return Err(why.clone());
+        }
+        let pages = Self::of(POOL_1G, count, &[None], held);
+        pages.inspect_err(|why| drop(NONE.set(why.clone())))
     }
 
     fn of(pool: &str, count: u64, helps: &[Option<&str>], held: File) -> Result<Self, String> {

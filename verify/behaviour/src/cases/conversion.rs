@@ -7,7 +7,7 @@ use polder_vmm::scenario::{HostAccess, Op, Outcome};
 use crate::Section::Conversion;
 use crate::world::{
     BASE, PASSED, World, all, all_are, byte, bytes, check, facts, fill, gfn, gfns, page, pages,
-    probe, put, share_all, to, touch, zero,
+    probe, put, put_all, share_all, to, touch, zero,
 };
 use crate::{Case, Ran, Trouble};
 
@@ -59,10 +59,6 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Conversion, QUARANTINE, quarantine),
 ];
 
-fn filled(memory: &Memory, range: PageRange, byte: u8) {
-    range.frames().for_each(|page| put(memory, page.get(), byte));
-}
-
 fn beyond(w: &World<'_>) -> Ran {
     let memory = w.memory(8)?;
     let end = memory.pages().get();
@@ -113,7 +109,7 @@ fn already_so(w: &World<'_>) -> Ran {
     let memory = w.memory(shown.count(8))?;
     assert_eq!(to(&memory, shown.pages(0, 8), PRIVATE), Ok(0));
     assert_eq!(to(&memory, shown.pages(0, 4), SHARED), Ok(shown.count(4)));
-    filled(&memory, shown.pages(0, 4), 4);
+    put_all(&memory, shown.pages(0, 4), 4);
     let mapped = w.mapped(&memory, all(&memory));
     assert_eq!(mapped.len() as u64, shown.count(4));
     assert_eq!(to(&memory, shown.pages(1, 3), SHARED), Ok(0));
@@ -147,7 +143,7 @@ fn unmapped(w: &World<'_>) -> Ran {
     let [first, middle, last] =
         [(0, 1), (1, 3), (3, 4)].map(|(from, to)| pages(from * quarter, to * quarter));
     share_all(&memory);
-    filled(&memory, all(&memory), 1);
+    put_all(&memory, all(&memory), 1);
     assert_eq!(w.mapped(&memory, all(&memory)).len() as u64, 4 * quarter);
     to(&memory, middle, PRIVATE).expect("no pins");
     let expected: Vec<_> = first.frames().chain(last.frames()).collect();
@@ -160,7 +156,7 @@ fn unmapped(w: &World<'_>) -> Ran {
 fn pinned(w: &World<'_>) -> Ran {
     let memory = w.memory(16)?;
     to(&memory, pages(0, 12), SHARED).expect("no pins");
-    filled(&memory, pages(0, 12), 6);
+    put_all(&memory, pages(0, 12), 6);
     let mapped = w.mapped(&memory, all(&memory));
     for kind in [PinKind::Short, PinKind::LongTerm] {
         let holder = Holder::new("virtio-blk");
@@ -229,7 +225,7 @@ fn private_pin(w: &World<'_>) -> Ran {
 fn referenced(w: &World<'_>) -> Ran {
     let memory = w.memory(8)?;
     share_all(&memory);
-    filled(&memory, pages(0, 8), 2);
+    put_all(&memory, pages(0, 8), 2);
     let reference = w.inside().refer(&memory, 5u32.into());
     match to(&memory, pages(0, 8), PRIVATE) {
         Err(Error::Refused(Refusal::Referenced { page, .. })) => assert_eq!(page.get(), 5),
@@ -355,7 +351,7 @@ fn quarantine(w: &World<'_>) -> Ran {
     let whole = w.folios();
     let memory = w.memory(whole.count(8))?;
     share_all(&memory);
-    filled(&memory, all(&memory), 7);
+    put_all(&memory, all(&memory), 7);
     let [first, middle, last] = [(0, 2), (2, 4), (4, 8)].map(|(from, to)| whole.pages(from, to));
     let failed = w.in_trouble(Trouble::Free, || {
         memory.convert(middle, PRIVATE, polder::Contents::Zero, OnBusy::Wait)
@@ -378,9 +374,9 @@ fn quarantine(w: &World<'_>) -> Ran {
 }
 
 fn bounded(w: &World<'_>) -> Ran {
-    const PAGES: u64 = 4096;
-    let bound = w.bound(w.memory(PAGES)?)?;
+    let bound = w.bound(w.memory(4096)?)?;
     let memory = &bound.memory;
+    let size = memory.pages().get();
     bound.passes([zero(gfns(page(0)))]);
     // What that has taken up is this memory's, where it can be told.
     let own = memory.resident().map_or(1, polder::units::PageCount::get);
@@ -390,7 +386,7 @@ fn bounded(w: &World<'_>) -> Ran {
         bound.passes([fill(gfns(all(memory)), round)]);
         most = most.max(w.taken(memory));
         share_all(memory);
-        filled(memory, all(memory), 1);
+        put_all(memory, all(memory), 1);
         bound.passes([fill(gfns(all(memory)), round)]);
         most = most.max(w.taken(memory));
         to(memory, all(memory), PRIVATE).expect("no pins");
@@ -401,8 +397,9 @@ fn bounded(w: &World<'_>) -> Ran {
     let taken = most - before;
     // An account of the whole kernel's is kept in batches by each CPU, and so lags.
     let lag = if memory.resident().is_ok() { 0 } else { 64 };
-    assert!(taken <= PAGES + PAGES / 50 + lag, "{taken} pages for a guest of {PAGES}");
-    assert!(taken + lag >= PAGES, "all of it was there at times: {taken}");
+    let most = size + size / 50 + lag;
+    assert!(taken <= most, "{taken} pages for a guest of {size}");
+    assert!(taken + lag >= size, "all of it was there at times: {taken}");
     PASSED
 }
 

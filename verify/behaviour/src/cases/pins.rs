@@ -37,7 +37,7 @@ fn pinned(page: u32, kind: PinKind, holder: &'static str) -> Error {
 
 fn shared(w: &World<'_>) -> Result<Memory, crate::Skipped> {
     let memory = w.memory(8)?;
-    share_all(&memory);
+    to(&memory, pages(0, 8), Visibility::Shared).expect("no pins");
     Ok(memory)
 }
 

@@ -206,7 +206,7 @@ fn no_range(_: &World<'_>) -> Ran {
 }
 
 fn parallel(w: &World<'_>) -> Ran {
-    for _ in 0..4 {
+    for _ in 0..w.rounds(4) {
         let bound = w.bound(w.memory(1200)?)?;
         let memory = &bound.memory;
         let before = w.taken(memory);
@@ -321,7 +321,7 @@ fn discards(w: &World<'_>, owed: bool) -> Ran {
     beside(again, || {
         for round in 0..w.rounds(20) {
             bound.passes([fill(gfns(some), round), check(gfns(some), round)]);
-            for _ in 0..50 {
+            for _ in 0..w.rounds(50) {
                 memory.discard(some, OnBusy::Wait).expect("no pins");
             }
             bound.passes([zero(gfns(some))]);

@@ -40,16 +40,18 @@ pub(super) const CASES: &[Case] = &[
     Case::new(Conversion, "two vCPUs convert pages of their own, in two slots", |w| vcpus(w, 2)),
 ];
 
-/// Memory every other page of which is shared: to share the others takes many steps.
+/// Pages of which every other one is shared: to share the others takes many steps.
+const STRIPED: u64 = 2048;
+
 fn striped(w: &World<'_>) -> Result<Memory, Skipped> {
-    let memory = w.memory(2048)?;
+    let memory = w.memory(STRIPED)?;
     stripe(&memory);
     Ok(memory)
 }
 
 fn stripe(memory: &Memory) {
     to(memory, all(memory), PRIVATE).expect("no pins");
-    let odd = (1..memory.pages().get()).step_by(2);
+    let odd = (1..STRIPED).step_by(2);
     assert!(odd.map(page).all(|page| to(memory, page, SHARED).is_ok()), "no pins");
 }
 

@@ -14,7 +14,7 @@ use polder::{
 use polder_vmm::scenario::Op;
 use polder_vmm::{Accepting, Accesses, Ended, GuestRoot, IdleVcpu, Progress, Supervision, Vm};
 
-use super::{EVERY_SIZE, LOOKS, NO_FLAG};
+use super::{EVERY_SIZE, LOGGED_BY_4K, LOOKS, NO_FLAG};
 use crate::host::{Guest, Host, Inside, Trouble, Way};
 use crate::{Section, Skipped};
 
@@ -87,6 +87,7 @@ impl Host for Machine {
             match section {
                 Section::HugePages => return Some(EVERY_SIZE),
                 Section::Selftests => return Some(NO_FLAG),
+                Section::DirtyLog if self.size == PageSize::Huge1G => return Some(LOGGED_BY_4K),
                 _ => {}
             }
         }

@@ -15,7 +15,10 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-use super::{EVERY_SIZE, HUGE, KERNEL_MOVES, LOOKS, NO_DEVICE, NO_FLAG, Reason, WRITES_ZEROS};
+use super::{
+    BROUGHT, EVERY_SIZE, HUGE, KERNEL_MOVES, LOGGED_BY_4K, LOOKS, NO_DEVICE, NO_FLAG, Reason,
+    WRITES_ZEROS,
+};
 use crate::host::{Guest, Host, Trouble, Way, not_protected};
 use crate::{Section, Skipped, cases};
 
@@ -91,6 +94,28 @@ const HUGETLB: &[Reason] = &[
     (cases::MAPPED, "one touch brings all of a hugetlb page: a pin maps none ahead"),
 ];
 
+const SEVERAL: &str = "the row takes more than one page of 1G, which few machines have to give: see \
+    memfd 2m, whose view shows a huge page as a whole, too";
+
+/// What does not apply to pages of 1G.
+const GIGANTIC: &[Reason] = &[
+    ("several objects are independent of each other", SEVERAL),
+    (cases::DROPPED, SEVERAL),
+    ("a system call on a private page fails, and the process lives", SEVERAL),
+    ("a touch that runs into a private page ends at its first byte", SEVERAL),
+    ("what is so already is left as it is, mappings and all", SEVERAL),
+    ("private pages are in no mapping of the host view", SEVERAL),
+    ("the other pages convert singly, and all after the unpin", SEVERAL),
+    (cases::QUARANTINE, SEVERAL),
+    (cases::DENIED_WHILE_FAILING, SEVERAL),
+    (cases::QUARANTINE_EXIT, SEVERAL),
+    (cases::UNTOLD, SEVERAL),
+    (cases::OWED_STOPS, SEVERAL),
+    (cases::FAILED_STOPS, SEVERAL),
+    (cases::STILL_OWED, SEVERAL),
+    ("what is pinned exclusively stays shared, and is touched as ever", SEVERAL),
+];
+
 impl Host for Memfd {
     fn kind(&self) -> HostKind {
         HostKind::Memfd
@@ -100,10 +125,13 @@ impl Host for Memfd {
         static OF_THP: LazyLock<Vec<Reason>> = LazyLock::new(|| [EVERY, HUGE, THP].concat());
         static OF_HUGETLB: LazyLock<Vec<Reason>> =
             LazyLock::new(|| [EVERY, HUGE, HUGETLB].concat());
+        static OF_GIGANTIC: LazyLock<Vec<Reason>> =
+            LazyLock::new(|| [EVERY, HUGE, HUGETLB, GIGANTIC].concat());
         match self.size {
             PageSize::Small => EVERY,
             PageSize::Thp => &OF_THP,
-            PageSize::Huge2M | PageSize::Huge1G => &OF_HUGETLB,
+            PageSize::Huge2M => &OF_HUGETLB,
+            PageSize::Huge1G => &OF_GIGANTIC,
         }
     }
 
@@ -114,6 +142,11 @@ impl Host for Memfd {
             _ if self.size == PageSize::Small || unprotected.is_some() => unprotected,
             HugePages => Some(EVERY_SIZE),
             Section::Selftests if self.size != PageSize::Thp => Some(NO_FLAG),
+            Section::Population | Section::Userfault if self.size == PageSize::Huge1G => {
+                Some(BROUGHT)
+            }
+            Section::DirtyLog if self.size == PageSize::Huge1G => Some(LOGGED_BY_4K),
+            KernelAccess | Section::Reach if self.size == PageSize::Huge1G => Some(SEVERAL),
             _ if self.size != PageSize::Thp => None,
             HostView | Discard | Conversion | Exits | KernelAccess => None,
             Section::Userfault | Section::Prefault | Section::DirtyLog => None,

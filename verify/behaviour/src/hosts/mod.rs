@@ -24,6 +24,8 @@ const NO_FLAG: &str =
 const WRITES_ZEROS: &str =
     "what is discarded of a huge page is written with zeros: that frees none";
 const BY_HUGE_PAGE: &str = "a source brings all of the huge page that a touch lies in";
+const BROUGHT: &str = "what is owed of a huge page is brought with all of it, and a row would bring 1G: \
+    `polder run --from` into a page of 1G does, in the lab; see the column of 2M";
 
 /// What holds of huge pages, transparent or reserved.
 const HUGE: &[Reason] = &[
@@ -38,6 +40,9 @@ const HUGE: &[Reason] = &[
     ("a huge page that is being read can be discarded, and is zeros", EVERY_SIZE),
     ("nobody sees a torn huge page while a source fills it", EVERY_SIZE),
 ];
+
+/// Why the dirty log's rows do not run on pages of 1G.
+const LOGGED_BY_4K: &str = "the log is of 4K pages, whatever memory is of: see the columns of 2M";
 
 /// The rows about the dirty log, of memory that has none: all but that it is refused.
 fn no_dirty_log() -> impl Iterator<Item = Reason> {
@@ -61,14 +66,18 @@ pub fn hosts() -> &'static [&'static dyn Host] {
     const NESTED: &dyn Host = &machine::Machine::on(GuestRoot::Nested);
     const THP: &dyn Host = &memfd::Memfd { size: PageSize::Thp };
     const HUGETLB: &dyn Host = &memfd::Memfd { size: PageSize::Huge2M };
-    const HUGE: &dyn Host = &machine::Machine::of(PageSize::Huge2M);
+    const GIGANTIC: &dyn Host = &memfd::Memfd { size: PageSize::Huge1G };
+    const MACHINE_2M: &dyn Host = &machine::Machine::of(PageSize::Huge2M);
+    const MACHINE_1G: &dyn Host = &machine::Machine::of(PageSize::Huge1G);
     &[
         MEMFD,
         THP,
         HUGETLB,
+        GIGANTIC,
         &guest_memfd::GuestMemfd,
         PLAIN,
-        HUGE,
+        MACHINE_2M,
+        MACHINE_1G,
         PROTECTED,
         SNP,
         PKVM,

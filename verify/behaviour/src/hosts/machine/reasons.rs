@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 use polder::{PageSize, Platform};
 
 use crate::cases;
-use crate::hosts::{HUGE, Reason, no_dirty_log};
+use crate::hosts::{BROUGHT, HUGE, Reason, no_dirty_log};
 
 /// The cases that are not applicable to such a VM's memory.
 pub(super) fn reasons(platform: Platform, size: PageSize) -> &'static [Reason] {
@@ -16,7 +16,10 @@ pub(super) fn reasons(platform: Platform, size: PageSize) -> &'static [Reason] {
     static OF_PKVM: LazyLock<Vec<Reason>> =
         LazyLock::new(|| unlogged([EVERY, ALIKE, OF_PLAIN, OF_PROTECTED, PKVM].concat()));
     static OF_HUGE: LazyLock<Vec<Reason>> = LazyLock::new(|| [EVERY, ALIKE, HUGE].concat());
+    static OF_GIGANTIC: LazyLock<Vec<Reason>> =
+        LazyLock::new(|| [EVERY, ALIKE, HUGE, GIGANTIC].concat());
     match platform {
+        Platform::Plain if size == PageSize::Huge1G => &OF_GIGANTIC,
         Platform::Plain if size != PageSize::Small => &OF_HUGE,
         Platform::Plain => &PLAIN,
         Platform::SwProtected => &PROTECTED,
@@ -88,6 +91,19 @@ const OF_PROTECTED: &[Reason] = &[
     (cases::PRESERVED_PROTECTED, ANOTHER),
     (cases::ZEROED_PROTECTED, ANOTHER),
     (cases::UNSPECIFIED_PROTECTED, ANOTHER),
+];
+
+const NO_OTHER: &str = "a page of 1G is moved to another that is free: the memory's own are all that \
+    the pool has";
+
+/// What does not hold of pages of 1G.
+const GIGANTIC: &[Reason] = &[
+    (cases::MOVES, NO_OTHER),
+    (cases::MOVES_BUSY, NO_OTHER),
+    ("a page that a source can't read is denied to all, and no other", BROUGHT),
+    ("a source that panics, ends or lies fails in the same way", BROUGHT),
+    ("pages that are discarded are not read any more", BROUGHT),
+    ("all is brought by and by, if asked for, and nothing is owed then", BROUGHT),
 ];
 
 const ONE_VM: &str = "the RMP has one guest for a page: a second VM's bind is refused";
