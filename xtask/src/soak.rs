@@ -3,6 +3,8 @@
 //! Each part is a command that takes a seed, or chooses by itself; it is run again and again, with
 //! the next seed, until its share of the time is over. What a run writes is kept if it fails.
 
+mod parts;
+
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -15,6 +17,8 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::{Value, json};
+
+use parts::{PARTS, Part};
 
 /// Run the checkers for long: searches, random programs, stress on real memory.
 #[derive(Parser)]
@@ -44,153 +48,8 @@ struct Arguments {
     json: bool,
 }
 
-/// A long form of a checker.
-struct Part {
-    name: &'static str,
-    about: &'static str,
-    /// Arguments of cargo that build it.
-    build: &'static [&'static str],
-    /// Arguments of cargo that run it: `SEED` and `SECONDS` stand for numbers.
-    run: &'static [&'static str],
-    /// Of the environment, the same.
-    environment: &'static [(&'static str, &'static str)],
-}
-
 /// How long a part may take beyond what it is told to: building is not told.
 const GRACE: Duration = Duration::from_secs(900);
-
-impl Part {
-    fn takes_a_seed(&self) -> bool {
-        self.run.contains(&"SEED")
-    }
-}
-
-const SHUTTLE: (&str, &str) = ("RUSTFLAGS", "--cfg shuttle");
-
-const PARTS: &[Part] = &[
-    Part {
-        name: "check",
-        about: "every configuration of the search; random ways where not all can be searched",
-        build: &["build", "--release", "-p", "polder-cli"],
-        run: &[
-            "run",
-            "--release",
-            "-p",
-            "polder-cli",
-            "--",
-            "check",
-            "--seed",
-            "SEED",
-            "--seconds",
-            "SECONDS",
-        ],
-        environment: &[],
-    },
-    Part {
-        name: "differential",
-        about: "random programs on the machine and on real memory, which have to agree",
-        build: &["build", "--release", "-p", "polder-differential"],
-        run: &[
-            "run",
-            "--release",
-            "-p",
-            "polder-differential",
-            "--",
-            "--seed",
-            "SEED",
-            "--seconds",
-            "SECONDS",
-        ],
-        environment: &[],
-    },
-    Part {
-        name: "run",
-        about: "a guest on real memory, with operations held up at their stages",
-        build: &["build", "--release", "-p", "polder-cli"],
-        run: &[
-            "run",
-            "--release",
-            "-p",
-            "polder-cli",
-            "--",
-            "run",
-            "--host",
-            "memfd",
-            "--vcpus",
-            "4",
-            "--delays",
-            "200",
-            "--seed",
-            "SEED",
-        ],
-        environment: &[],
-    },
-    Part {
-        name: "stress",
-        about: "conversions under raw touches of the host view",
-        build: &["test", "--no-run", "--release", "-p", "polder", "--test", "stress"],
-        run: &["test", "--release", "-p", "polder", "--test", "stress"],
-        environment: &[("POLDER_STRESS_SECONDS", "SECONDS")],
-    },
-    Part {
-        name: "ring",
-        about: "conversions under io_uring's reads into the same pages",
-        build: &["test", "--no-run", "--release", "-p", "polder", "--test", "ring"],
-        run: &["test", "--release", "-p", "polder", "--test", "ring"],
-        environment: &[("POLDER_RING_ROUNDS", "10000")],
-    },
-    Part {
-        name: "misuse",
-        about: "the whole public API, called with any arguments by several threads",
-        build: &["test", "--no-run", "--release", "-p", "polder", "--test", "misuse"],
-        run: &["test", "--release", "-p", "polder", "--test", "misuse"],
-        environment: &[("PROPTEST_CASES", "4000")],
-    },
-    Part {
-        name: "shuttle",
-        about: "the driver, with every turn of its threads chosen",
-        build: &["test", "--no-run", "--release", "-p", "polder", "--test", "shuttle"],
-        run: &["test", "--release", "-p", "polder", "--test", "shuttle"],
-        environment: &[SHUTTLE, ("POLDER_SHUTTLE", "20000")],
-    },
-    Part {
-        name: "folios",
-        about: "folios and the pool of huge pages, by up to 100,000 operations in a row",
-        build: &["test", "--no-run", "--release", "-p", "polder-engine", "--lib"],
-        run: &[
-            "test",
-            "--release",
-            "-p",
-            "polder-engine",
-            "--lib",
-            "--",
-            "levels_agree_with_an_oracle",
-            "it_agrees_with_one_that_counts_anew",
-        ],
-        environment: &[("POLDER_FOLIO_OPS", "100000"), ("POLDER_POOL_OPS", "100000")],
-    },
-    Part {
-        name: "hostile",
-        about: "a guest and a scenario of any bytes",
-        build: &["test", "--no-run", "--release", "-p", "polder-hostile"],
-        run: &["test", "--release", "-p", "polder-hostile"],
-        environment: &[],
-    },
-    Part {
-        name: "populations",
-        about: "ten million pages that a source fills, seen by four readers",
-        build: &["test", "--no-run", "--release", "-p", "polder", "--test", "source_threads"],
-        run: &["test", "--release", "-p", "polder", "--test", "source_threads", "four_readers"],
-        environment: &[("POLDER_POPULATIONS", "10000000")],
-    },
-    Part {
-        name: "play",
-        about: "any steps of a scenario, played to an end",
-        build: &["test", "--no-run", "--release", "-p", "polder-play", "--test", "bad_input"],
-        run: &["test", "--release", "-p", "polder-play", "--test", "bad_input"],
-        environment: &[],
-    },
-];
 
 /// How a part went.
 struct Soaked {
@@ -254,7 +113,7 @@ fn soak(root: &Path, arguments: &Arguments) -> Result<(Vec<Soaked>, bool), Strin
     for part in &parts {
         bar.set_message(format!("building {}", part.name));
         let log = logs.join("build.log");
-        let built = run(root, part.build, part.environment, (0, 0), &log, &interrupted)?;
+        let built = run(root, &part.build(), part.environment, (0, 0), &log, &interrupted)?;
         if interrupted.load(Ordering::Relaxed) {
             return Ok((Vec::new(), true));
         }
@@ -393,17 +252,4 @@ fn to_json(soaked: &Soaked) -> Value {
         "seconds": time.as_secs_f64(),
         "failed": failed.as_ref().map(|(seed, log)| json!({ "seed": seed, "log": log })),
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::PARTS;
-
-    #[test]
-    fn parts_have_names_of_their_own_and_say_what_they_are() {
-        for (index, part) in PARTS.iter().enumerate() {
-            assert!(!part.about.is_empty());
-            assert!(PARTS[..index].iter().all(|other| other.name != part.name), "{}", part.name);
-        }
-    }
 }

@@ -9,6 +9,7 @@ use polder_vmm::scenario::{HostAccess, Op, WORD};
 use polder_vmm::{End, IdleVcpu, RunError, Supervision, Vm};
 
 use crate::BenchError;
+use crate::apart::Apart;
 use crate::bare::Bare;
 
 /// Where Polder's memory is for the guest, and where bare memory is.
@@ -134,8 +135,12 @@ impl Guest {
         let until = Gpa::new(LOG.get() + 2 * WORD);
         let op = Op::StandStill { gpa, pages: pages.into(), log: LOG, until };
         self.write(0, &[0, 0, 0])?;
+        let apart = Apart::new();
         std::thread::scope(|scope| {
-            let guest = scope.spawn(|| self.run(&[vec![op, Op::Done]]));
+            let guest = scope.spawn(|| {
+                apart.iter().for_each(Apart::elsewhere);
+                self.run(&[vec![op, Op::Done]])
+            });
             // Until the guest has read all pages since now, or is at its end.
             let pass = || {
                 let start = self.read(0, 1)?[0];

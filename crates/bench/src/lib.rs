@@ -16,6 +16,7 @@
 //!   measured at the size of the case is measured at another, and the note says at which.
 
 mod access;
+mod apart;
 mod bare;
 mod convert;
 mod faults;

@@ -20,6 +20,7 @@ use std::time::Duration;
 use polder::{Contents, Holder, HostKind, Memory, OnBusy, Pin, PinKind, Pinner, Visibility};
 use polder_units::{PageCount, PageIndex, PageRange};
 
+use crate::apart::Apart;
 use crate::turns::compare;
 use crate::{Bench, BenchError, Costs, Measured, Progress, Row};
 use registry::{Registered, Registry};
@@ -217,8 +218,10 @@ fn conversion(scale: &Scale) -> Result<Row, BenchError> {
             converted(Visibility::Shared);
         }
     };
+    let apart = Apart::new();
     let costs = std::thread::scope(|scope| {
         scope.spawn(|| {
+            apart.iter().for_each(Apart::elsewhere);
             loop {
                 match does.load(Ordering::Relaxed) {
                     STOPS => break,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use polder::source::{Fault, Faulty, FileSource, Source, SourceFailure};
+use polder::source::{Fault, FaultySource, FileSource, Source, SourceFailure};
 use polder::units::{ByteSize, PageIndex};
 use polder::{HostKind, PageSize, ReadAhead};
 use polder_vmm::{End, FromConfig, FromReport, OnFailedPage};
@@ -145,10 +145,12 @@ impl From {
             None => Arc::new(file),
             Some(FromFaults::Slow) => {
                 let slow = Fault::Slow(Duration::from_millis(20));
-                Arc::new(Faulty::new(file, slow, PageIndex::from(0), 256))
+                Arc::new(FaultySource::new(file, slow, PageIndex::from(0), 256))
             }
-            Some(FromFaults::Fail) => Arc::new(Faulty::new(file, Fault::Fails, middle, 0)),
-            Some(FromFaults::Hang) => Arc::new(Faulty::new(file, Fault::Slow(hang), middle, 0)),
+            Some(FromFaults::Fail) => Arc::new(FaultySource::new(file, Fault::Fails, middle, 0)),
+            Some(FromFaults::Hang) => {
+                Arc::new(FaultySource::new(file, Fault::Slow(hang), middle, 0))
+            }
         };
         Ok(FromConfig {
             host: run.host,

@@ -71,7 +71,7 @@ pub struct FolioCounts {
 
 /// How often folios were split and merged; of operations that became true alone.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub struct Reshaped {
+pub struct ReshapeCounts {
     /// Folios that were split to those of the next level.
     pub splits: u64,
     /// Folios that were made of those of the next level.
@@ -88,7 +88,7 @@ pub(crate) struct Folios {
     split_1g: BTreeSet<u64>,
     /// The 2M pages that are split to 4K.
     split_2m: BTreeSet<u64>,
-    counts: Reshaped,
+    counts: ReshapeCounts,
 }
 
 impl Folios {
@@ -104,7 +104,7 @@ impl Folios {
             geometry,
             split_1g: BTreeSet::new(),
             split_2m: BTreeSet::new(),
-            counts: Reshaped::default(),
+            counts: ReshapeCounts::default(),
         }
     }
 
@@ -240,7 +240,7 @@ impl Engine {
     }
 
     /// How often folios were split and merged.
-    pub fn reshaped(&self) -> Reshaped {
+    pub fn reshape_counts(&self) -> ReshapeCounts {
         self.folios.counts
     }
 

@@ -84,7 +84,7 @@ pub use explain::{Clause, Explanation, Held, LevelLimit, Pinned, Shown};
 #[cfg(feature = "explore")]
 pub use fault::InFlight;
 pub use fault::{Answer, GuestAccess, GuestAnswer, MemoryFault, Response, TouchAnswer, View};
-pub use folio::{Backing, FolioCounts, Reshaped as ReshapedCounts};
+pub use folio::{Backing, FolioCounts, ReshapeCounts};
 pub use history::{Came, Past};
 pub use level::{LevelLimits, Limit};
 pub use merge::{Merged, Merging};

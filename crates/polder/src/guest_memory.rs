@@ -165,6 +165,16 @@ impl GuestMemory {
     /// [`Refusal::Private`] and the other refusals, naming the first page in the way;
     /// [`Refusal::Unbound`] where a byte lies outside every slot, [`Refusal::Range`] where there is
     /// no such address. With [`OnBusy::Wait`] it waits for operations.
+    ///
+    /// ```no_run
+    /// # use polder::{Error, guest_memory::GuestMemory};
+    /// # use polder::vm_memory::GuestAddress;
+    /// /// The driver has written where its ring of 256 descriptors is.
+    /// fn set_ring(guest: &GuestMemory, at: u64) -> Result<GuestAddress, Error> {
+    ///     guest.check(GuestAddress(at), 256 * 16)?;
+    ///     Ok(GuestAddress(at))
+    /// }
+    /// ```
     pub fn check(&self, at: GuestAddress, count: usize) -> std::result::Result<(), Error> {
         let mut slices = Slices { memory: self, at, left: count };
         while let Some(slice) = slices.next() {

@@ -46,7 +46,7 @@ impl HostView<'_> {
         self.views.host_view().map(|view| view.as_ptr())
     }
 
-    /// Its length in bytes.
+    /// Its length in bytes: the object's.
     pub fn length(self) -> u64 {
         self.pages.bytes().unwrap_or(u64::MAX)
     }
@@ -76,7 +76,15 @@ impl HostView<'_> {
     /// A raw touch that survives being denied: writes bytes at an offset of the object.
     ///
     /// # Errors
-    /// [`Error::Copy`] at the first byte denied.
+    /// [`Error::Copy`] at the first byte denied; those before it are written.
+    ///
+    /// ```
+    /// # use polder::{Error, HostKind, Memory, units::PageCount};
+    /// # let memory = Memory::builder(PageCount::from(2u32)).host(HostKind::Machine).build()?;
+    /// let denied = memory.host_view().touch_write(0x1000, b"hello").unwrap_err();
+    /// assert!(matches!(denied, Error::Copy(_)), "the page is private: {denied}");
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn touch_write(self, offset: u64, from: &[u8]) -> Result<(), Error> {
         self.check(offset, from.len())?;
         let touched = self.views.touch_write(offset, from);
@@ -86,10 +94,24 @@ impl HostView<'_> {
     }
 
     /// Reads up to `count` bytes of a file straight into memory, by one `read(2)`; returns how many
-    /// came.
+    /// came. To have many in flight, use a [`Ring`](crate::Ring).
     ///
     /// # Errors
-    /// `EFAULT` where the first page is denied.
+    /// [`Error::Host`] with `EFAULT` where the first page is denied, and with what else the kernel
+    /// says of the file; [`Error::Copy`] beyond the object.
+    ///
+    /// ```no_run
+    /// # use polder::{HostView, Error};
+    /// # fn load(view: HostView<'_>, initrd: &std::fs::File) -> Result<(), Error> {
+    /// let mut at = 0x100_0000; // in bytes of the object; the pages there have to be shared
+    /// loop {
+    ///     match view.read_from(initrd, at, 1 << 20)? {
+    ///         0 => return Ok(()), // the end of the file
+    ///         came => at += came as u64,
+    ///     }
+    /// }
+    /// # }
+    /// ```
     pub fn read_from(self, file: impl AsFd, offset: u64, count: usize) -> Result<usize, Error> {
         self.check(offset, count)?;
         let read = self.views.touch_from(file.as_fd(), offset, count);

@@ -16,6 +16,19 @@ use crate::sync::{Condvar, Mutex};
 /// memfd the kernel's pool is what counts.
 ///
 /// A memory that is not told of one has a pool of its own, which is just enough.
+///
+/// ```
+/// # use polder::{Error, HostKind, HugePool, Memory, PageSize, units::{Level, PageCount}};
+/// let pool = HugePool::new(Level::Size2M, 3);
+/// let builder = Memory::builder(PageCount::from(1024u32)); // two pages of 2M
+/// let builder = builder.host(HostKind::Machine).page_size(PageSize::Huge2M).pool(&pool);
+/// let memory = builder.clone().build()?;
+/// assert_eq!(pool.counts().available(), 1);
+/// assert!(matches!(builder.clone().build(), Err(Error::HugePages { available: 1, .. })));
+/// drop(memory);
+/// builder.build()?;
+/// # Ok::<_, polder::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct HugePool(Arc<Inner>);
 

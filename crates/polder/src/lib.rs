@@ -28,11 +28,16 @@
 //! | show it to a VM | [`Memory::attach`], [`Memory::bind`], [`Memory::unbind`] |
 //! | make pages private and shared | [`Memory::convert`], [`Memory::convert_gfns`], [`Contents`]; wishes: [`Memory::want`] |
 //! | copy bytes | [`Memory::read`], [`Memory::write`] |
-//! | give device models pointers | [`Memory::host_view`], [`HostView`]; pages that have to stay shared: [`Memory::pin`], [`Pin`] |
+//! | give device models pointers | [`Memory::guest_memory`] with the traits of `vm-memory`; [`Memory::host_view`], [`HostView`]; pages that have to stay shared: [`Memory::pin`], [`Memory::pinner`], [`Pin`] |
+//! | give a device behind an IOMMU what is shared | [`Memory::attach_dma`], [`Dma`] |
 //! | have the kernel read files straight into pages | [`Memory::ring`], [`Ring`]; [`HostView::read_from`] |
 //! | drop contents | [`Memory::discard`] |
-//! | bring contents later | [`Builder::owed`], [`Memory::populate`], [`Memory::fail`], [`Memory::settle`] |
-//! | map ahead of a guest's touches | [`Memory::prefault`] |
+//! | fill memory while the guest runs, by touch | from a file, or what you have: [`Builder::source`], [`Source`](trait@Source), [`source::FileSource`], [`Memory::fill`], [`Memory::fetch`] |
+//! | the same by your own hand | [`Builder::owed`], [`Memory::populate`], [`Memory::fail`], [`Memory::settle`] |
+//! | put bytes onto private pages before the guest begins | [`Memory::preload`], [`Memory::launch`] |
+//! | map ahead of a guest's touches, keep it in memory | [`Memory::prefault`], [`Memory::lock`] |
+//! | have huge pages | [`Builder::page_size`], [`PageSize`], [`Memory::collapse_all`], [`Memory::merge`], [`HugePool`] |
+//! | move pages to other memory | [`Memory::move_pages`] |
 //! | run a vCPU, handle its exits | [`linux::in_guest`], [`Memory::guest_fault`], [`MemoryFault`], [`Memory::page_of_failure`] |
 //! | learn why | [`Memory::explain`], [`Explanation`]; [`Error`], [`Refusal`], [`Error::way_out`] |
 //! | log what is written, to snapshot or migrate it | [`Memory::start_dirty_log`], [`Memory::take_dirty_log`], [`DirtyPages`] |
@@ -108,7 +113,7 @@ pub use polder_engine::Bug;
 pub use polder_engine::pool::{self, PoolCounts};
 pub use polder_engine::{
     Binding, Contents, Errno, FolioCounts, Holder, LevelLimits, Limit, MemoryFault, PageFacts,
-    PinId, PinKind, Platform, Population, Refusal, ReshapedCounts, Response, Slot, Step, View,
+    PinId, PinKind, Platform, Population, Refusal, ReshapeCounts, Response, Slot, Step, View,
     Visibility, VmId, Wish,
 };
 /// The kernel's interfaces, made safe. A VMM wants [`linux::in_guest`] around `VcpuFd::run`: a

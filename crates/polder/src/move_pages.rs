@@ -56,6 +56,17 @@ impl Memory {
     /// [`Error::NotOffered`] for memory that is not of transparent huge pages; [`Error::Host`]
     /// where the kernel has no huge page to give, knows of a reference that Polder does not (both
     /// may pass), or where contents are owed yet (`EBUSY`). It is as it was then.
+    ///
+    /// ```no_run
+    /// # use polder::{Error, Memory, OnBusy, units::PageIndex};
+    /// # fn regain(memory: &Memory, page: PageIndex) -> Result<(), Error> {
+    /// match memory.collapse(page, OnBusy::Refuse) {
+    ///     Err(Error::Refused(busy)) => println!("later: {busy}"), // says by whom it is pinned
+    ///     other => other?,
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn collapse(&self, page: PageIndex, on_busy: OnBusy) -> Result<(), Error> {
         if self.page_size() != PageSize::Thp {
             return Err(Error::NotOffered {
@@ -84,7 +95,7 @@ impl Memory {
     /// # }
     /// ```
     pub fn collapse_all(&self) -> Result<PageCount, Error> {
-        self.driver.regain()?;
+        self.driver.collapse_all()?;
         let mapped = self.driver.host.levels().map_or(0, |levels| levels.size_2m);
         let pages = mapped * Geometry::X86_64.pages(Level::Size2M).get();
         Ok(PageCount::new(pages).unwrap_or(PageCount::ZERO))
@@ -153,7 +164,7 @@ impl Driver {
 
     /// Moves each 2M page of transparent huge pages together, but for those that are in use, or for
     /// which the kernel has no memory.
-    pub(crate) fn regain(&self) -> Result<(), Error> {
+    pub(crate) fn collapse_all(&self) -> Result<(), Error> {
         for page in self.host.in_pieces()? {
             let _ = self.move_pages(page, OnBusy::Refuse);
         }

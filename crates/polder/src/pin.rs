@@ -151,7 +151,7 @@ impl Pinner<'_> {
     /// Pins pages of the object, which must be shared: they stay shared until the pin is dropped.
     ///
     /// # Errors
-    /// As [`Memory::pin_or`](crate::Memory::pin_or).
+    /// As [`Memory::pin_with`](crate::Memory::pin_with).
     #[inline(always)]
     pub fn pin(&self, range: PageRange, on_busy: OnBusy) -> Result<Pin<'_>, Error> {
         self.pin_pages(range, on_busy)?;

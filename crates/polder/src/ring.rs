@@ -97,7 +97,7 @@ impl Memory {
 }
 
 impl<'a> Ring<'a> {
-    /// Who it is.
+    /// Who holds its pins: the name that a refused conversion says.
     pub fn holder(&self) -> &Holder {
         self.pinner.holder()
     }
@@ -106,14 +106,14 @@ impl<'a> Ring<'a> {
     /// by the kernel, until [`Ring::unregister`]. A transfer within one of them costs no pin.
     ///
     /// # Errors
-    /// As [`Memory::pin_or`] for a page that can't be pinned; [`Error::Missing`] beyond the limit
+    /// As [`Memory::pin_with`] for a page that can't be pinned; [`Error::Missing`] beyond the limit
     /// of locked memory; [`Error::Host`], with `EINVAL` for more than 16384 buffers. Then there is
     /// none.
     pub fn register(&mut self, buffers: &[PageRange]) -> Result<(), Error> {
         self.unregister()?;
         let pins = buffers.iter().map(|&range| {
             let holder = self.holder().clone();
-            self.memory.pin_or(range, PinKind::LongTerm, holder, self.on_busy)
+            self.memory.pin_with(range, PinKind::LongTerm, holder, self.on_busy)
         });
         let pins = pins.collect::<Result<Vec<_>, Error>>()?;
         if !buffers.is_empty() {
@@ -143,10 +143,11 @@ impl<'a> Ring<'a> {
     }
 
     /// Queues a read of `count` bytes at `at` of a file, into those at `offset` of the object,
-    /// which have to be shared. `tag` is the caller's number for it.
+    /// which have to be shared. `tag` is the caller's number for it, which [`Completed`] has. The
+    /// kernel begins with [`Ring::submit`]; where its queue is full, with this call.
     ///
     /// # Errors
-    /// As [`Memory::pin_or`], naming the page; [`Error::RingFull`]. Nothing is queued then.
+    /// As [`Memory::pin_with`], naming the page; [`Error::RingFull`]. Nothing is queued then.
     pub fn read(
         &mut self,
         file: BorrowedFd<'a>,
@@ -201,7 +202,8 @@ impl<'a> Ring<'a> {
         })
     }
 
-    /// Begins what was queued, and waits until at least so many transfers are over.
+    /// Begins what was queued, and waits until at least `wait_for` transfers are over, or all that
+    /// there are. With 0 it does not wait.
     ///
     /// # Errors
     /// [`Error::Host`].

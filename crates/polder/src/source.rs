@@ -9,7 +9,7 @@
 //! A read that never returns keeps its thread, and the memory, until it does: there is no way to
 //! call it off.
 
-mod failing;
+mod faulty;
 mod file;
 
 use std::fmt;
@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use polder_units::{PageCount, PageRange};
 
-pub use failing::{Fault, Faulty};
+pub use faulty::{Fault, FaultySource};
 pub use file::{FileSource, OpenError};
 
 /// Where the contents of an object's pages come from.

@@ -48,8 +48,9 @@ impl From<Error> for GuestExit {
     }
 }
 
-/// A vCPU of the simulated machine. Its accesses go through a TLB and stage 2; what they don't
-/// let through is answered by the engine, as a fault on any host.
+/// A vCPU of the simulated machine ([`Memory::machine_vcpu`](crate::Memory::machine_vcpu)). Its
+/// accesses go through a TLB and stage 2; what they don't let through is answered by the engine, as
+/// a fault on any host.
 pub struct MachineVcpu {
     driver: Arc<Driver>,
     vm: VmId,

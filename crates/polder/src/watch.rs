@@ -168,6 +168,14 @@ pub trait Watch: Send + Sync {
 
 /// Holds threads up at every moment by as much as chance will have it: what happens between two
 /// steps once in a million comes often. For stress tests, and for who doubts.
+///
+/// ```
+/// # use std::{sync::Arc, time::Duration};
+/// # use polder::{Delays, HostKind, Memory, units::PageCount};
+/// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
+/// memory.watch(Arc::new(Delays::new(1, Duration::from_micros(200))));
+/// # Ok::<_, polder::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Delays {
     random: AtomicU64,
@@ -176,7 +184,7 @@ pub struct Delays {
 
 impl Delays {
     /// Delays of `most` at most; half of the moments have none. The same `seed` makes the same
-    /// delays, of which threads come to each in an order that is up to them.
+    /// sequence of delays; which thread draws the next one is up to them.
     pub fn new(seed: u64, most: Duration) -> Self {
         Self { random: AtomicU64::new(seed), most }
     }

@@ -214,7 +214,7 @@ fn a_pin_that_waits_is_the_next() {
         let busy: [Busy<'_>; 2] = [&moves, &moves_others];
         let overtakers = overtakers(&memory, &busy, |seen| {
             let (pages, holder) = (pages(0, 3), Holder::new("a queue"));
-            let pin = memory.pin_or(pages, kind, holder, OnBusy::Wait).unwrap();
+            let pin = memory.pin_with(pages, kind, holder, OnBusy::Wait).unwrap();
             // From here on moves are refused.
             seen.wait_until(|came| came.ended == 2);
             drop(pin);

@@ -151,7 +151,7 @@ impl Hand<'_> {
                 error(memory.host_view().read_from(&zeros, a.wrapping_mul(512), count).map(|_| ()))
             }
             25 => {
-                memory.note_refused();
+                memory.count_refusal();
                 let _ = (memory.bindings(), memory.unmet(), memory.quarantined());
                 let _ = (memory.platform(), memory.is_in_place(), memory.keeps_most(visibility(a)));
                 let _ = (memory.statistics(), memory.pages(), memory.page_of_failure(0x1000));

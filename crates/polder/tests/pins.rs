@@ -100,7 +100,7 @@ fn an_exclusive_pin_and_a_device_exclude_each_other() {
     let nic = memory.simulated_device(Holder::new("nic")).unwrap();
     let pin = |range| memory.pin(range, Exclusive, Holder::new("a hypervisor"));
     assert_eq!(pin(pages(4, 6)).unwrap_err(), pinned(4, LongTerm, "nic"));
-    let waited = memory.pin_or(pages(4, 6), Exclusive, Holder::new("a hypervisor"), waits(5));
+    let waited = memory.pin_with(pages(4, 6), Exclusive, Holder::new("a hypervisor"), waits(5));
     assert_eq!(waited.unwrap_err(), pinned(4, LongTerm, "nic"), "it never lets go");
     // What it was refused it has not closed, and plain pins do not mind a device.
     drop(memory.pin(pages(0, 16), LongTerm, Holder::new("vhost-net")).unwrap());
@@ -143,7 +143,7 @@ fn a_move_waits_for_pins_if_it_is_asked_to() {
     assert_eq!(memory.move_pages(pages(0, 8), waits(20)), Err(pinned(2, LongTerm, "vfio")));
     std::thread::scope(|scope| {
         let mover = scope.spawn(|| memory.move_pages(pages(0, 8), waits(60_000)));
-        while memory.pin_or(pages(6, 7), Short, Holder::new("a queue"), OnBusy::Refuse).is_ok() {
+        while memory.pin_with(pages(6, 7), Short, Holder::new("a queue"), OnBusy::Refuse).is_ok() {
             assert!(!mover.is_finished(), "page 2 is pinned");
             std::thread::yield_now();
         }
@@ -163,7 +163,7 @@ fn who_waits_for_pins_has_his_turn_when_the_last_goes_and_none_comes_between() {
                 None => to(&memory, pages(0, 8), Private, waits(60_000)),
                 Some(kind) => {
                     let holder = Holder::new("a hypervisor");
-                    memory.pin_or(pages(0, 8), kind, holder, waits(60_000)).map(drop)
+                    memory.pin_with(pages(0, 8), kind, holder, waits(60_000)).map(drop)
                 }
             });
             // From some moment on nobody new can pin.
@@ -190,7 +190,7 @@ fn who_never_lets_go_is_named_at_the_deadline_and_is_in_the_way_of_nobody_then()
     let refused = to(&memory, pages(0, 8), Private, waits(30)).unwrap_err();
     assert_eq!(refused, pinned(2, LongTerm, "vfio"));
     assert_eq!(memory.discard(pages(3, 4), waits(30)), Err(pinned(3, LongTerm, "vfio")));
-    let refused = memory.pin_or(pages(0, 4), Exclusive, Holder::new("a hypervisor"), waits(30));
+    let refused = memory.pin_with(pages(0, 4), Exclusive, Holder::new("a hypervisor"), waits(30));
     assert_eq!(refused.unwrap_err(), pinned(2, LongTerm, "vfio"));
     assert!(begun.elapsed() >= Duration::from_millis(90));
     drop(memory.pin(pages(0, 8), Short, Holder::new("another")).unwrap());

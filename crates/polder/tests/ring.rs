@@ -400,7 +400,7 @@ fn convert_at_random(memory: &Memory, read: &[[AtomicU64; 2]], rounds: u64) -> (
         to(memory, range, Shared).expect("nothing is wrong with it");
         converted += 1;
         let waits = OnBusy::WaitForPins { at_most: Duration::from_secs(10) };
-        let held = match memory.pin_or(range, Exclusive, Holder::new("a checker"), waits) {
+        let held = match memory.pin_with(range, Exclusive, Holder::new("a checker"), waits) {
             // It may have become a fixed buffer meanwhile.
             Err(Error::Refused(Refusal::Pinned { kind: LongTerm, .. })) => continue,
             held => held.expect("nothing is wrong with it"),

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use polder::source::{Fault, Faulty, FileSource, SourceError, ZeroSource};
+use polder::source::{Fault, FaultySource, FileSource, SourceError, ZeroSource};
 use polder::units::{PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange};
 use polder::{Error, HostKind, Memory, OnBusy, PageSize, Population, ReadAhead, Refusal, Source};
 use polder_require::{Facility, HugetlbPages, patience, require};
@@ -165,7 +165,7 @@ fn a_source_that_fails_denies_exactly_its_pages_and_names_them() {
     let file = Scratch::new("fails");
     for fault in [Fault::Fails, Fault::Ragged, Fault::TooLong, Fault::Ends, Fault::Panics] {
         each(
-            || Arc::new(Faulty::new(file.source(), fault, PageIndex::from(9), 100)),
+            || Arc::new(FaultySource::new(file.source(), fault, PageIndex::from(9), 100)),
             |memory| {
                 let denied = |page: u64| page >= 9 && (page - 9).is_multiple_of(100);
                 for page in [8, 9, 10, 11, 109, 110] {
@@ -199,7 +199,7 @@ fn a_source_that_fails_denies_exactly_its_pages_and_names_them() {
 fn a_source_that_brings_less_than_asked_for_is_asked_again() {
     let file = Scratch::new("short");
     each(
-        || Arc::new(Faulty::new(file.source(), Fault::Short, PageIndex::from(0), 3)),
+        || Arc::new(FaultySource::new(file.source(), Fault::Short, PageIndex::from(0), 3)),
         |memory| {
             for page in 0..64 {
                 assert_eq!(touch(memory, page).unwrap(), contents(page));
@@ -214,7 +214,7 @@ fn who_waits_for_a_source_that_does_not_answer_is_denied_and_others_are_answered
     let hang = Fault::Slow(patience(Duration::from_secs(2)));
     each_within(
         Duration::from_millis(400),
-        || Arc::new(Faulty::new(file.source(), hang, PageIndex::from(0), 64)),
+        || Arc::new(FaultySource::new(file.source(), hang, PageIndex::from(0), 64)),
         |memory| {
             assert_eq!(touch(memory, 20).unwrap(), contents(20));
             std::thread::scope(|scope| {
@@ -243,7 +243,7 @@ fn what_is_discarded_while_it_is_read_is_zeros() {
     let file = Scratch::new("discard");
     let slow = Fault::Slow(patience(Duration::from_millis(150)));
     each(
-        || Arc::new(Faulty::new(file.source(), slow, PageIndex::from(0), 1)),
+        || Arc::new(FaultySource::new(file.source(), slow, PageIndex::from(0), 1)),
         |memory| {
             std::thread::scope(|scope| {
                 let waits = scope.spawn(|| touch(memory, 5).unwrap());
@@ -394,7 +394,7 @@ fn a_page_of_1g_is_brought_as_a_whole_or_denied_as_a_whole() {
     }
     drop(memory);
 
-    let fails = Faulty::new(file.source(), Fault::Fails, PageIndex::from(77_777u32), ALL);
+    let fails = FaultySource::new(file.source(), Fault::Fails, PageIndex::from(77_777u32), ALL);
     let Some(memory) = build(Arc::new(fails)) else { return };
     assert!(touch(&memory, 5).is_err(), "the kernel can't show a part of it");
     let failed: Vec<_> = memory.source_failures().iter().map(|failure| failure.pages).collect();

@@ -4,7 +4,7 @@ use std::fmt;
 
 use polder::units::{Gfn, Gpa, Level, PageIndex, PageRange};
 use polder::{
-    FolioCounts, Memory, MemoryFault, PageFacts, PageSize, PoolCounts, ReshapedCounts,
+    FolioCounts, Memory, MemoryFault, PageFacts, PageSize, PoolCounts, ReshapeCounts,
     SourceStatistics, Statistics, VmId,
 };
 use polder_linux::Exit;
@@ -229,7 +229,7 @@ pub struct Report {
     /// Where they are, in runs of one level; empty where the kernel alone knows.
     pub folios: Vec<(PageRange, Level)>,
     /// How often they were split and merged.
-    pub reshaped: ReshapedCounts,
+    pub reshaped: ReshapeCounts,
     /// What their pool had in the end, while the guest's memory was held.
     pub pool: Option<PoolCounts>,
     /// What was mapped ahead.

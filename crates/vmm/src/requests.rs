@@ -101,7 +101,7 @@ impl<'a> Requests<'a> {
         match request {
             Err(error) => {
                 if error.is_conversion() {
-                    self.memory.note_refused();
+                    self.memory.count_refusal();
                 }
                 Next::Answer(i64::from(error.errno()))
             }

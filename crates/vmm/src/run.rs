@@ -257,7 +257,7 @@ fn report(
         page_size: memory.page_size(),
         levels: memory.levels(),
         folios: memory.folios(),
-        reshaped: memory.reshaped(),
+        reshaped: memory.reshape_counts(),
         pool: memory.pool(),
         ahead: None,
     })

@@ -147,7 +147,7 @@ impl<'a> World<'a> {
         self.0.guest()
     }
 
-    /// A VM in which all of `memory` is bound, from [`BASE`] on, by slot 0.
+    /// A VM in which all of `memory` is bound, from 5 GiB on, by slot 0.
     ///
     /// # Errors
     /// [`Skipped`].

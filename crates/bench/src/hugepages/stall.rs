@@ -8,6 +8,7 @@ use polder::units::{Gfn, Gpa, PAGE_SIZE, PageRange};
 use polder::{Contents, Memory, OnBusy, PageSize, Slot, Visibility};
 
 use super::{Case, Extent, all, memory_of, simulated as simulated_memory};
+use crate::apart::Apart;
 use crate::guest::{Guest, POLDER};
 use crate::turns::{median_of, now, quantiles};
 use crate::{BenchError, Costs, Row};
@@ -102,14 +103,18 @@ fn simulated_stalls(
         reads: AtomicU64::new(0),
         longest_ns: AtomicU64::new(0),
     };
+    let apart = Apart::new();
     std::thread::scope(|scope| {
         let vcpu = &vcpu;
         let read = move || {
             let read = vcpu.read(Gpa::new(7 * PAGE_SIZE), Visibility::Private, &mut [0; 8]);
             assert!(read.is_ok(), "it is there: {read:?}");
         };
-        let reader = &reader;
-        scope.spawn(move || reader.run(read));
+        let (reader, apart) = (&reader, &apart);
+        scope.spawn(move || {
+            apart.iter().for_each(Apart::elsewhere);
+            reader.run(read);
+        });
         let sample = || {
             reader.pass();
             reader.longest_ns.store(0, Ordering::Relaxed);

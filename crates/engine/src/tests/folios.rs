@@ -54,7 +54,7 @@ fn sharing_a_page_splits_along_the_path_alone_and_prepares_that_first() {
         _ => (run, Level::Size4K),
     });
     assert_eq!(engine.folio_runs(), levels);
-    assert_eq!(engine.reshaped(), ReshapedCounts { splits: 2, merges: 0 });
+    assert_eq!(engine.reshape_counts(), ReshapeCounts { splits: 2, merges: 0 });
     assert_eq!(preserve(&mut engine, pages(6, 7), Visibility::Shared).len(), 2, "no more");
 }
 
@@ -123,9 +123,9 @@ fn a_step_of_a_merge_that_fails_leaves_folios_and_their_tables_as_they_were() {
     for fail in 0..last {
         let mut engine = split();
         preserve(&mut engine, pages(5, 6), Visibility::Shared);
-        let before = (counts(&engine), engine.reshaped());
+        let before = (counts(&engine), engine.reshape_counts());
         let undone = convert(&mut engine, &private, Some(fail)).unwrap_err();
-        assert_eq!((counts(&engine), engine.reshaped()), before);
+        assert_eq!((counts(&engine), engine.reshape_counts()), before);
         assert!(!undone.iter().any(|it| matches!(it, Step::ReleaseTables(_))), "{undone:?}");
         let tried = steps[..=fail].iter().filter(|it| matches!(it, Step::MergeFolio(_))).count();
         let split = undone.iter().filter(|it| matches!(it, Step::SplitFolio(_))).count();

@@ -117,6 +117,6 @@ impl Driver {
         // Who waits is let go whether or not the host goes on watching.
         let settled = self.host.settle(&failed);
         self.released();
-        settled.and_then(|()| self.regain())
+        settled.and_then(|()| self.collapse_all())
     }
 }

@@ -179,10 +179,10 @@ impl Builder {
     /// the source had failed. 10 s unless said.
     ///
     /// ```
-    /// # use polder::{HostKind, Memory, source::{Fault, Faulty, ZeroSource}, units::{PageCount, PageRange}};
+    /// # use polder::{HostKind, Memory, source::{Fault, FaultySource, ZeroSource}, units::{PageCount, PageRange}};
     /// use std::{sync::Arc, time::Duration};
     ///
-    /// let slow = Faulty::new(ZeroSource, Fault::Slow(Duration::from_secs(1)), 0u32.into(), 1);
+    /// let slow = FaultySource::new(ZeroSource, Fault::Slow(Duration::from_secs(1)), 0u32.into(), 1);
     /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared();
     /// let memory = memory.source(Arc::new(slow)).fault_deadline(Duration::from_millis(50)).build()?;
     /// assert!(memory.fetch(PageRange::between(3, 4).unwrap()).is_err());
@@ -206,8 +206,27 @@ impl Builder {
         Self { fault_threads: Some(count), ..self }
     }
 
-    /// How touches of a guest get to who brings the page; as events unless said. Exits are for
-    /// plain VMs of the simulated machine.
+    /// How a guest's touch of an owed page gets to who brings it: as an event for the fault threads,
+    /// unless said, or as an exit of the vCPU. Exits are for plain VMs of the simulated machine;
+    /// elsewhere [`Builder::build`] refuses them with [`Error::NotOffered`].
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use polder::{GuestExit, HostKind, Memory, Slot, Visibility, Vm, source::{Delivery, ZeroSource}, units::{Gfn, Gpa, PageCount}};
+    /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared();
+    /// let memory = memory.source(Arc::new(ZeroSource)).delivery(Delivery::Exits).build()?;
+    /// let vm = memory.attach(Vm::Machine)?;
+    /// memory.bind(vm, Slot(0), Gfn::from(0x100), memory.all_pages())?;
+    ///
+    /// let vcpu = memory.machine_vcpu(vm)?;
+    /// let mut byte = [1];
+    /// let mut read = || vcpu.read(Gpa::new(0x10_0000), Visibility::Shared, &mut byte);
+    /// assert_eq!(read(), Err(GuestExit::Userfault(Gfn::from(0x100))));
+    /// memory.fetch_for(vm, Gfn::from(0x100))?; // on this thread
+    /// read().unwrap();
+    /// assert_eq!(byte, [0]);
+    /// # Ok::<_, polder::Error>(())
+    /// ```
     pub fn delivery(self, delivery: Delivery) -> Self {
         Self { delivery, ..self }
     }

@@ -88,6 +88,8 @@ impl Memory {
     /// with it by read-ahead comes from this thread, too. If somebody else is bringing it, the
     /// guest waits when it tries again. Its touches are plain faults from then on.
     ///
+    /// There is an example at [`Builder::delivery`](crate::Builder::delivery).
+    ///
     /// # Errors
     /// [`Refusal::Unbound`]; [`Error::NotSimulated`] on a host that has no such exits.
     pub fn fetch_for(&self, vm: VmId, gfn: Gfn) -> Result<(), Error> {
@@ -159,9 +161,9 @@ impl Memory {
     /// The pages that the source could not bring, and why: the first thousand runs of them.
     ///
     /// ```
-    /// # use polder::{HostKind, Memory, source::{Fault, Faulty, SourceError, ZeroSource}, units::{PageCount, PageRange}};
+    /// # use polder::{HostKind, Memory, source::{Fault, FaultySource, SourceError, ZeroSource}, units::{PageCount, PageRange}};
     /// # use std::sync::Arc;
-    /// let source = Faulty::new(ZeroSource, Fault::Fails, 3u32.into(), 0);
+    /// let source = FaultySource::new(ZeroSource, Fault::Fails, 3u32.into(), 0);
     /// let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).shared();
     /// let memory = memory.source(Arc::new(source)).build()?;
     /// assert!(memory.fetch(PageRange::between(3, 4).unwrap()).is_err());

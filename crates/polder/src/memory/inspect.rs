@@ -2,7 +2,7 @@
 
 use polder_engine::pool::PoolCounts;
 use polder_engine::{
-    Contents, FolioCounts, LevelLimits, PageFacts, Platform, ReshapedCounts, View, Visibility, VmId,
+    Contents, FolioCounts, LevelLimits, PageFacts, Platform, ReshapeCounts, View, Visibility, VmId,
 };
 use polder_units::{Level, PageCount, PageIndex, PageRange};
 
@@ -173,12 +173,12 @@ impl Memory {
     /// let page = PageRange::between(3, 4).unwrap();
     /// memory.convert(page, Visibility::Shared, Contents::Preserve, OnBusy::Wait)?;
     /// memory.convert(page, Visibility::Private, Contents::Preserve, OnBusy::Wait)?;
-    /// let counts = memory.reshaped();
+    /// let counts = memory.reshape_counts();
     /// assert_eq!((counts.splits, counts.merges), (1, 1));
     /// # Ok::<_, polder::Error>(())
     /// ```
-    pub fn reshaped(&self) -> ReshapedCounts {
-        self.driver.engine().reshaped()
+    pub fn reshape_counts(&self) -> ReshapeCounts {
+        self.driver.engine().reshape_counts()
     }
 
     /// The counts of the pool that its huge pages are from: the kernel's, or the simulated

@@ -254,7 +254,7 @@ impl Memory {
     /// # Ok::<_, polder::Error>(())
     /// ```
     pub fn pin(&self, range: PageRange, kind: PinKind, holder: Holder) -> Result<Pin<'_>, Error> {
-        self.pin_or(range, kind, holder, OnBusy::Wait)
+        self.pin_with(range, kind, holder, OnBusy::Wait)
     }
 
     /// [`Memory::pin`], where `on_busy` says what to do if an operation is in the way or, for an
@@ -271,11 +271,11 @@ impl Memory {
     /// let page = PageRange::between(3, 4).unwrap();
     /// let short = memory.pin(page, PinKind::Short, Holder::new("virtio-net"))?;
     /// let patience = OnBusy::WaitForPins { at_most: Duration::from_millis(10) };
-    /// let alone = memory.pin_or(page, PinKind::Exclusive, Holder::new("a migration"), patience);
+    /// let alone = memory.pin_with(page, PinKind::Exclusive, Holder::new("a migration"), patience);
     /// assert!(matches!(alone, Err(Error::Refused(Refusal::Pinned { .. }))), "virtio-net has it");
     /// # Ok::<_, polder::Error>(())
     /// ```
-    pub fn pin_or(
+    pub fn pin_with(
         &self,
         range: PageRange,
         kind: PinKind,
@@ -379,11 +379,11 @@ impl Memory {
     /// ```
     /// # use polder::{HostKind, Memory, units::PageCount};
     /// # let memory = Memory::builder(PageCount::from(16u32)).host(HostKind::Machine).build()?;
-    /// memory.note_refused(); // a hypercall with a range that is none
+    /// memory.count_refusal(); // a hypercall with a range that is none
     /// assert_eq!(memory.statistics().refused, 1);
     /// # Ok::<_, polder::Error>(())
     /// ```
-    pub fn note_refused(&self) {
+    pub fn count_refusal(&self) {
         self.driver.counters.refused();
     }
 

@@ -32,11 +32,11 @@ fn the_machine_splits_a_1g_page_along_the_path_and_merges_it_again() {
     assert!(first_byte(&memory, 1001).is_err());
     to(&memory, pages(2048, 2560), Visibility::Shared).unwrap();
     assert_eq!(first_byte(&memory, 2100), Ok(0));
-    assert_eq!(memory.reshaped().splits, 2, "a whole 2M page is not split");
+    assert_eq!(memory.reshape_counts().splits, 2, "a whole 2M page is not split");
     to(&memory, pages(2048, 2560), Visibility::Private).unwrap();
     to(&memory, pages(1000, 1001), Visibility::Private).unwrap();
     assert_eq!((levels(&memory), machine(&memory)), ((1, 0, 0), 1));
-    assert_eq!((memory.reshaped().splits, memory.reshaped().merges), (2, 2));
+    assert_eq!((memory.reshape_counts().splits, memory.reshape_counts().merges), (2, 2));
 }
 
 #[test]
@@ -61,7 +61,13 @@ fn state(memory: &Memory) -> impl PartialEq + std::fmt::Debug + use<> {
         (machine.free_frames(), levels)
     });
     let facts = memory.facts(all).expect("all of it");
-    (inside.expect("it is the machine"), memory.levels(), memory.reshaped(), memory.pool(), facts)
+    (
+        inside.expect("it is the machine"),
+        memory.levels(),
+        memory.reshape_counts(),
+        memory.pool(),
+        facts,
+    )
 }
 
 /// Has the first allocation that an operation makes fail, then the second, and so on, until it is

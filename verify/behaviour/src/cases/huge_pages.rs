@@ -178,10 +178,10 @@ fn split(w: &World<'_>) -> Ran {
         share(memory, page(5));
         let of_1g = u64::from(size == PageSize::Huge1G);
         assert_eq!(levels(memory), [512, before[1] + of_1g * 512 - 1, before[2] - of_1g]);
-        assert_eq!(memory.reshaped().splits, 1 + of_1g);
+        assert_eq!(memory.reshape_counts().splits, 1 + of_1g);
         let zeros =
             memory.convert(pages(0, huge), Visibility::Private, Contents::Zero, OnBusy::Wait);
         assert_eq!(zeros, Ok(PageCount::ONE));
-        assert_eq!((levels(memory), memory.reshaped().merges), (before, 1 + of_1g));
+        assert_eq!((levels(memory), memory.reshape_counts().merges), (before, 1 + of_1g));
     })
 }

@@ -122,7 +122,7 @@ fn waits(w: &World<'_>) -> Ran {
     let memory = shared(w)?;
     let exclusive = |at_most| {
         let on_busy = OnBusy::WaitForPins { at_most };
-        memory.pin_or(pages(0, 8), Exclusive, Holder::new(HYPERVISOR), on_busy).map(drop)
+        memory.pin_with(pages(0, 8), Exclusive, Holder::new(HYPERVISOR), on_busy).map(drop)
     };
     let held = memory.pin(page(6), LongTerm, Holder::new("vfio")).expect("nobody's");
     let late = exclusive(Duration::from_millis(20));

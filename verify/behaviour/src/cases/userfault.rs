@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use polder::source::{Delivery, Fault, Faulty, SourceError};
+use polder::source::{Delivery, Fault, FaultySource, SourceError};
 use polder::units::{PAGE_BYTES, PageCount, PageIndex, PageRange};
 use polder::{
     Error, HostKind, Memory, MemoryFault, OnBusy, PageSize, ReadAhead, Refusal, Source, Visibility,
@@ -155,7 +155,7 @@ fn alone(w: &World<'_>) -> Ran {
 }
 
 fn fails(w: &World<'_>) -> Ran {
-    let source = Faulty::new(Written::default(), Fault::Fails, PageIndex::from(2), 0);
+    let source = FaultySource::new(Written::default(), Fault::Fails, PageIndex::from(2), 0);
     let bound = w.bound(memory(w, 8, Arc::new(source), LONG)?)?;
     let memory = &bound.memory;
     let ended = bound.run([check(gfns(pages(0, 2)), SEED), check(gfns(page(2)), SEED)]);
@@ -188,7 +188,7 @@ fn byte_of(memory: &Memory, at: u64) -> Option<u8> {
 
 fn lies(w: &World<'_>) -> Ran {
     for fault in [Fault::Panics, Fault::Ends, Fault::Ragged, Fault::TooLong] {
-        let source = Faulty::new(Written::default(), fault, PageIndex::from(1), 2);
+        let source = FaultySource::new(Written::default(), fault, PageIndex::from(1), 2);
         let memory = memory(w, 6, Arc::new(source), LONG)?;
         for at in 0..6 {
             let seen = holds(&memory, page(at), SEED);
@@ -402,7 +402,7 @@ fn holed(w: &World<'_>) -> Ran {
     let bad = 3;
     let source = || {
         let at = PageIndex::from(u32::try_from(bad).expect("few"));
-        Arc::new(Faulty::new(Written::default(), Fault::Fails, at, 0))
+        Arc::new(FaultySource::new(Written::default(), Fault::Fails, at, 0))
     };
     each_huge(w, source, |bound, _, size| {
         let memory = &bound.memory;

@@ -62,6 +62,13 @@ impl World {
         if self.setup.is_snp() {
             self.check_side(page, wants)?;
         }
+        self.access_made(actor, task, outcome)
+    }
+
+    /// What an access came to that hardware let through, or that stage 2 stopped.
+    fn access_made(&mut self, actor: usize, task: Task, outcome: Done) -> Result<(), Violation> {
+        let (page, wants) = (self.guest_page(actor), wants(task));
+        let gfn = self.setup.gfn(page);
         match (outcome, task) {
             (Done::Read(word), _) => {
                 self.say(|| format!("reads gfn {gfn}: {}", token(word)));

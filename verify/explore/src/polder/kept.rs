@@ -283,23 +283,30 @@ impl KeptMachine {
             }
         }
         let backing = machine.backing(parts.object, PageIndex::from(u32::from(page)));
-        let Ok(Some(backing)) = backing else { return };
-        reach.backed |= bit;
+        if let Ok(Some(backing)) = backing {
+            reach.backed |= bit;
+            self.look_at_frame(reach, bit, (backing.pfn, gfn), parts);
+        }
+    }
+
+    /// Who has the frame that is behind a page.
+    fn look_at_frame(&self, reach: &mut Reach, bit: Pages, (pfn, gfn): (Pfn, Gfn), parts: &Parts) {
+        let machine = &self.machine;
         if let Ok((PageState::Owned | PageState::SharedOwned, _)) =
-            machine.page_state(Component::Guest(parts.vm), backing.pfn)
+            machine.page_state(Component::Guest(parts.vm), pfn)
         {
-            match machine.page_state(Component::Host, backing.pfn) {
+            match machine.page_state(Component::Host, pfn) {
                 Ok((PageState::NoPage, _)) => reach.donated |= bit,
                 _ => reach.lent |= bit,
             }
         }
         // What the device has is told apart from what others pin.
         let device = parts.device.map(|(_, process)| process);
-        let mut holders = machine.holders_of(PfnRange::one(backing.pfn));
+        let mut holders = machine.holders_of(PfnRange::one(pfn));
         if holders.any(|holder| !holder.speculative && Some(holder.process) != device) {
             reach.pinned |= bit;
         }
-        let entry = machine.rmp_entry(backing.pfn).filter(|entry| entry.assigned);
+        let entry = machine.rmp_entry(pfn).filter(|entry| entry.assigned);
         let Some(entry) = entry else { return };
         reach.assigned |= bit;
         if entry.asid == Some(ASID) && entry.gfn == gfn {

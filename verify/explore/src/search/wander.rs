@@ -27,7 +27,7 @@ pub fn wander<S: System>(
     loop {
         let mut system = start.clone();
         let mut moves: Vec<Move> = Vec::new();
-        let (mut left, mut last, mut in_a_row) = (preemptions, None, 0);
+        let mut turns = Turns { preemptions, last: None, in_a_row: 0 };
         loop {
             let open: Vec<u8> = (0..u8::try_from(system.actors()).unwrap_or(u8::MAX))
                 .filter(|&actor| system.ways(actor.into()) > 0)
@@ -35,15 +35,7 @@ pub fn wander<S: System>(
             if open.is_empty() || moves.len() >= LONGEST {
                 break;
             }
-            // Who goes round in a circle until another goes on does not keep him from it.
-            let goes_on = last.filter(|actor| in_a_row < IN_A_ROW && open.contains(actor));
-            let actor = match goes_on {
-                Some(actor) if left == 0 || random.below(4) > 0 => actor,
-                _ => open[random.below(open.len())],
-            };
-            left -= u32::from(goes_on.is_some_and(|other| other != actor) && left > 0);
-            in_a_row = if last == Some(actor) { in_a_row + 1 } else { 0 };
-            last = Some(actor);
+            let actor = turns.next(&open, &mut random);
             let ways = usize::from(system.ways(actor.into()));
             let way = u8::try_from(random.below(ways)).unwrap_or(0);
             met.note(&system, actor.into());
@@ -81,6 +73,32 @@ pub fn wander<S: System>(
             outcome.overlaps = met.overlaps();
             return outcome;
         }
+    }
+}
+
+/// Whose turn it is.
+struct Turns {
+    /// How many changes of actor are left that nobody has to make.
+    preemptions: u32,
+    last: Option<u8>,
+    in_a_row: u32,
+}
+
+impl Turns {
+    /// Who takes the next step, of those who can.
+    fn next(&mut self, open: &[u8], random: &mut Random) -> u8 {
+        // Who goes round in a circle until another goes on does not keep him from it.
+        let may_go_on = |actor: &u8| self.in_a_row < IN_A_ROW && open.contains(actor);
+        let goes_on = self.last.filter(may_go_on);
+        let actor = match goes_on {
+            Some(actor) if self.preemptions == 0 || random.below(4) > 0 => actor,
+            _ => open[random.below(open.len())],
+        };
+        let preempted = goes_on.is_some_and(|other| other != actor);
+        self.preemptions = self.preemptions.saturating_sub(u32::from(preempted));
+        self.in_a_row = if self.last == Some(actor) { self.in_a_row + 1 } else { 0 };
+        self.last = Some(actor);
+        actor
     }
 }
 

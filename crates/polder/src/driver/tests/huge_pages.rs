@@ -1,7 +1,7 @@
 //! Splits and merges, a step of which goes wrong.
 
 use polder_engine::pool::PoolCounts;
-use polder_engine::{Backing, FolioCounts, ReshapedCounts};
+use polder_engine::{Backing, FolioCounts, ReshapeCounts};
 
 use super::*;
 
@@ -34,7 +34,7 @@ fn pages_of(page: u64) -> PageRange {
 /// What a conversion that is undone leaves as it was.
 #[derive(PartialEq, Debug)]
 struct Seen {
-    engine: (FolioCounts, ReshapedCounts),
+    engine: (FolioCounts, ReshapeCounts),
     /// How many folios of each level.
     machine: [usize; 3],
     free: u64,
@@ -51,7 +51,7 @@ fn seen(set: &Set) -> Seen {
     assert!(set.becomes_idle());
     let engine = set.driver.engine();
     assert!(engine.quarantine().is_empty());
-    let counts = (engine.folio_counts(), engine.reshaped());
+    let counts = (engine.folio_counts(), engine.reshape_counts());
     drop(engine);
     let pool = set.driver.host.pool().unwrap();
     let (object, _) = set.driver.host.machine().unwrap().parts();

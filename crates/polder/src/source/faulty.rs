@@ -9,7 +9,7 @@ use polder_units::{PAGE_BYTES, PAGE_SIZE, PageCount, PageIndex, PageRange};
 use super::{Extent, Source, SourceError};
 use crate::sync::sleep;
 
-/// What is the matter with pages of a [`Faulty`] source.
+/// What is the matter with pages of a [`FaultySource`] source.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Fault {
     /// Every read of one takes this long.
@@ -29,7 +29,7 @@ pub enum Fault {
 }
 
 /// Another source, with something the matter with some of its pages.
-pub struct Faulty<S> {
+pub struct FaultySource<S> {
     source: S,
     fault: Fault,
     /// Every so many pages, from the first of them on.
@@ -37,12 +37,12 @@ pub struct Faulty<S> {
     first: PageIndex,
 }
 
-impl<S: Source> Faulty<S> {
+impl<S: Source> FaultySource<S> {
     /// `source`, with `fault` at every `every`-th page from `first` on; 0 for that page alone.
     ///
     /// ```
-    /// # use polder::{source::{Fault, Faulty, Source, ZeroSource}, units::PageRange};
-    /// let source = Faulty::new(ZeroSource, Fault::Fails, 4u32.into(), 8); // pages 4, 12, 20, ...
+    /// # use polder::{source::{Fault, FaultySource, Source, ZeroSource}, units::PageRange};
+    /// let source = FaultySource::new(ZeroSource, Fault::Fails, 4u32.into(), 8); // pages 4, 12, 20, ...
     /// let mut bytes = [1; 4096];
     /// assert!(source.read(PageRange::between(5, 6).unwrap(), &mut bytes).is_ok());
     /// assert!(source.read(PageRange::between(12, 13).unwrap(), &mut bytes).is_err());
@@ -62,7 +62,7 @@ impl<S: Source> Faulty<S> {
     }
 }
 
-impl<S: Source> Source for Faulty<S> {
+impl<S: Source> Source for FaultySource<S> {
     fn name(&self) -> String {
         self.source.name()
     }
