@@ -28,6 +28,8 @@ pub enum Clause {
     Fit,
     /// The view maps no larger pages.
     View,
+    /// What guests write is logged by 4K.
+    DirtyLog,
     /// The larger page does not lie in the object as a whole.
     End,
     /// A page of the larger one is of the other kind: this is the first.
@@ -65,6 +67,7 @@ impl fmt::Display for Clause {
             Self::Alignment => f.write_str("guest frames and pages are not aligned alike"),
             Self::Fit => f.write_str("the binding ends within the larger page"),
             Self::View => f.write_str("the view maps no larger pages"),
+            Self::DirtyLog => f.write_str("the dirty log is on, and is of 4K pages"),
             Self::End => f.write_str("the object ends within the larger page"),
             Self::Visibility { page, is } => write!(f, "page {page} is {is}"),
             Self::Population { page } => {
@@ -84,6 +87,7 @@ impl Clause {
             Self::HardwareEntry(_) => Limit::HardwareEntry,
             Self::Alignment | Self::Fit => Limit::Binding,
             Self::View => Limit::View,
+            Self::DirtyLog => Limit::DirtyLog,
             Self::End | Self::Visibility { .. } | Self::Population { .. } => Limit::Visibility,
             Self::Operation { .. } => Limit::Operation,
             Self::Quarantine { .. } => Limit::Quarantine,
@@ -229,6 +233,7 @@ impl Engine {
                     _ => Clause::Fit,
                 },
                 Limit::View => Clause::View,
+                Limit::DirtyLog => Clause::DirtyLog,
             }
         });
         LevelLimit { level, by }

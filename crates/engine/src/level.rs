@@ -29,11 +29,13 @@ pub enum Limit {
     Binding,
     /// The view does not map larger pages.
     View,
+    /// What guests write is logged, page by page.
+    DirtyLog,
 }
 
 impl Limit {
     /// Every limit.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Folio,
         Self::HardwareEntry,
         Self::Visibility,
@@ -41,6 +43,7 @@ impl Limit {
         Self::Quarantine,
         Self::Binding,
         Self::View,
+        Self::DirtyLog,
     ];
 }
 
@@ -54,6 +57,7 @@ impl fmt::Display for Limit {
             Self::Quarantine => "quarantine",
             Self::Binding => "binding",
             Self::View => "view",
+            Self::DirtyLog => "dirty log",
         })
     }
 }
@@ -96,7 +100,7 @@ impl LevelLimits {
 impl Engine {
     /// What bounds the level at which a page of the object can be mapped: in the host view, or for
     /// a guest that sees it by `binding`. What the hardware has of its frame the host knows:
-    /// [`LevelLimits::with_hardware`].
+    /// [`LevelLimits::with_hardware`]; and whether it logs what guests write.
     ///
     /// # Panics
     /// If the page lies past the object.
@@ -132,6 +136,7 @@ impl Engine {
             largest(&|range| self.quarantine.first_in(range).is_none()),
             bound,
             view_level,
+            Level::Size1G,
         ])
     }
 }

@@ -1,16 +1,19 @@
 //! KVM memory slots.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_MEM_GUEST_MEMFD, kvm_userspace_memory_region, kvm_userspace_memory_region2,
+    KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, kvm_clear_dirty_log,
+    kvm_clear_dirty_log__bindgen_ty_1, kvm_userspace_memory_region, kvm_userspace_memory_region2,
 };
 use kvm_ioctls::VmFd;
 use polder_units::{Gfn, PAGE_SIZE, PageRange};
 use rustix::io::Errno;
+use rustix::ioctl::{Updater, ioctl};
 
 use crate::call::{self, Call};
+use crate::uapi::kvm::KVM_CLEAR_DIRTY_LOG;
 use crate::{Error, GuestMemfd, View};
 
 /// A slot of a VM that shows it a part of a view, and where it has a guest_memfd the same part of
@@ -26,6 +29,9 @@ pub struct KvmSlot {
     guest_memfd: Option<Arc<GuestMemfd>>,
     deleted: bool,
 }
+
+/// The making of a slot, or a change of its flags, in errors.
+const SETTING: &str = "KVM_SET_USER_MEMORY_REGION";
 
 /// The deletion of a slot, in errors.
 const DELETION: &str = "KVM_SET_USER_MEMORY_REGION (deletion)";
@@ -43,8 +49,33 @@ impl KvmSlot {
         view: &Arc<View>,
         pages: PageRange,
     ) -> Result<Self, Error> {
-        let call = Call::on("KVM_SET_USER_MEMORY_REGION", pages.bytes());
-        let region = region(slot, gfn, view, pages).ok_or(call.error(Errno::INVAL))?;
+        Self::with_flags(vm, (slot, 0), gfn, view, pages)
+    }
+
+    /// The same, of a slot that logs what is written to it from the first on.
+    ///
+    /// # Errors
+    /// As [`KvmSlot::new`].
+    pub fn logging(
+        vm: &Arc<VmFd>,
+        slot: u32,
+        gfn: Gfn,
+        view: &Arc<View>,
+        pages: PageRange,
+    ) -> Result<Self, Error> {
+        Self::with_flags(vm, (slot, KVM_MEM_LOG_DIRTY_PAGES), gfn, view, pages)
+    }
+
+    fn with_flags(
+        vm: &Arc<VmFd>,
+        (slot, flags): (u32, u32),
+        gfn: Gfn,
+        view: &Arc<View>,
+        pages: PageRange,
+    ) -> Result<Self, Error> {
+        let call = Call::on(SETTING, pages.bytes());
+        let mut region = region(slot, gfn, view, pages).ok_or(call.error(Errno::INVAL))?;
+        region.flags = flags;
         // SAFETY: the addresses lie in the view, which stays mapped until the slot is deleted: the
         // slot made here holds it. No Rust reference points into it.
         call.make(|| unsafe { vm.set_user_memory_region(region) }.map_err(call::of_kvm))?;
@@ -90,6 +121,70 @@ impl KvmSlot {
             view: Arc::clone(view),
             guest_memfd: Some(Arc::clone(guest_memfd)),
             deleted: false,
+        })
+    }
+
+    /// Has KVM log what is written to the slot from now on, or no longer
+    /// (`KVM_MEM_LOG_DIRTY_PAGES`): by the guest, by KVM for it, by nobody else. Meanwhile KVM maps
+    /// it by 4K. A log that is on already goes on with what it has.
+    ///
+    /// # Errors
+    /// Those of `KVM_SET_USER_MEMORY_REGION`: `ENOMEM`, and `EINVAL` for a slot with a guest_memfd,
+    /// which can't be logged (`check_memory_region_flags()`, Linux `virt/kvm/kvm_main.c`). It is as
+    /// it was then.
+    pub fn log_dirty(&mut self, on: bool) -> Result<(), Error> {
+        let vm = &self.vm;
+        let flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        let region = kvm_userspace_memory_region { flags, ..self.region };
+        // SAFETY: the same addresses as before, of the view that the slot holds.
+        let set = || unsafe { vm.set_user_memory_region(region) }.map_err(call::of_kvm);
+        Call::on(SETTING, self.pages.bytes()).make(set)?;
+        self.region = region;
+        Ok(())
+    }
+
+    /// What was written since the log was turned on or taken last: a bit for each page of the slot,
+    /// the lowest of the first word for the first. Whoever writes to a page from now on has it
+    /// logged again.
+    ///
+    /// # Errors
+    /// Those of `KVM_GET_DIRTY_LOG`: `ENOENT` for a slot that does not log, `ENXIO` on a VM with a
+    /// dirty ring. The log is as it was then.
+    pub fn take_dirty(&self) -> Result<Vec<u64>, Error> {
+        let (slot, bytes) = (self.region.slot, self.pages.bytes());
+        let call = Call::on("KVM_GET_DIRTY_LOG", bytes);
+        let size =
+            usize::try_from(self.region.memory_size).map_err(|_| call.error(Errno::INVAL))?;
+        let mut dirty = call.make(|| self.vm.get_dirty_log(slot, size).map_err(call::of_kvm))?;
+        // On a VM with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 that has taken nothing out of the log.
+        // Elsewhere it has, and a page that was written in between is taken twice for once: it is
+        // among these still. Should it fail there is nothing lost: the pages come again.
+        if dirty.iter().any(|&word| word != 0) {
+            let _ = self.clear_dirty(&mut dirty);
+        }
+        Ok(dirty)
+    }
+
+    /// Takes pages out of the log.
+    fn clear_dirty(&self, pages: &mut [u64]) -> Result<(), Error> {
+        let call = Call::on("KVM_CLEAR_DIRTY_LOG", self.pages.bytes());
+        let count = u32::try_from(self.pages.count().get());
+        let mut clear = kvm_clear_dirty_log {
+            slot: self.region.slot,
+            num_pages: count.map_err(|_| call.error(Errno::INVAL))?,
+            first_page: 0,
+            __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
+                dirty_bitmap: pages.as_mut_ptr().cast(),
+            },
+        };
+        // SAFETY: the descriptor is the VM's, and lives as long as the slot.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.vm.as_raw_fd()) };
+        call.make(|| {
+            // SAFETY: the opcode goes with this structure. The kernel reads a bit for each page of
+            // the slot, which are in `pages`, and writes nothing of ours.
+            let request = unsafe { Updater::<KVM_CLEAR_DIRTY_LOG, _>::new(&mut clear) };
+            // SAFETY: as above.
+            unsafe { ioctl(fd, request) }
         })
     }
 

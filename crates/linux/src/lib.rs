@@ -5,7 +5,7 @@
 //! | [`Memfd`] | `memfd_create(2)`, `fallocate(2)`, `lseek(2)` |
 //! | [`View`] | `mmap(2)` and `madvise(2)` of a memfd, and copies through it |
 //! | [`Userfault`], [`UserfaultOffer`] | `userfaultfd(2)` |
-//! | [`KvmSlot`] | `KVM_SET_USER_MEMORY_REGION`, `KVM_SET_USER_MEMORY_REGION2` |
+//! | [`KvmSlot`] | `KVM_SET_USER_MEMORY_REGION`, `KVM_SET_USER_MEMORY_REGION2`, `KVM_GET_DIRTY_LOG`, `KVM_CLEAR_DIRTY_LOG` |
 //! | [`GuestMemfd`], [`set_private`] | `KVM_CREATE_GUEST_MEMFD`, `KVM_SET_MEMORY_ATTRIBUTES`, `cachestat(2)` |
 //! | [`pre_fault()`], [`can_pre_fault`] | `KVM_PRE_FAULT_MEMORY` |
 //! | [`Vcpu`] | `KVM_RUN` |

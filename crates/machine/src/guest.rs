@@ -181,7 +181,7 @@ pub struct Vcpu<'a> {
     others: [&'a mut [VcpuState]; 2],
     pub(crate) table: &'a mut Table<TdpEntry>,
     shadow: &'a mut ShadowMmu,
-    slots: &'a [Slot],
+    pub(crate) slots: &'a mut [Slot],
     objects: &'a Slab<ObjectId, Object>,
     zero_page: Option<Pfn>,
     geometry: Geometry,
@@ -193,7 +193,7 @@ pub struct Vcpu<'a> {
     pub(crate) protection: &'a mut Protection,
     pub(crate) snp: Option<Snp>,
     pub(crate) vm: VmId,
-    plants: &'a Plants,
+    pub(crate) plants: &'a Plants,
 }
 
 impl Machine {
@@ -240,7 +240,7 @@ impl Machine {
             others: [before, after],
             table: &mut vm.table,
             shadow: &mut vm.shadow,
-            slots: &vm.slots,
+            slots: &mut vm.slots,
             objects: &self.objects,
             zero_page: self.zero_page,
             geometry: self.config.geometry,

@@ -40,6 +40,7 @@
 //!   guest made. Write-tracking, rmap, tables out of sync, switches while the vCPU runs:
 //!   `shadow.rs`, `root.rs`. A guest reads and writes its own tables as any memory.
 //! - **Accessed and dirty bits** of stage 2 and of the guest's tables, as walks set them.
+//! - **Dirty logs** of slots, which take what walks and the hypervisor write (`dirty.rs`).
 //! - **Anonymous memory** of guests: the zero page, and copies at the first write (`anonymous.rs`).
 //! - **Waiting.** Nothing blocks: a touch that must wait says why, changes nothing, and is made
 //!   again.
@@ -134,6 +135,7 @@ mod anonymous;
 mod audit;
 mod chunk;
 mod direct_map;
+mod dirty;
 mod error;
 mod folio;
 mod frames;

@@ -185,7 +185,7 @@ impl Machine {
         self.write_fault(bound.object, bound.page)?;
         let backing = self.backing(bound.object, bound.page)?.ok_or(Error::Table { gfn: table })?;
         self.frames.write(backing.pfn, u64::from(index) * 8, &pte.0.to_le_bytes());
-        Ok(())
+        self.note_dirty(vm, table)
     }
 
     pub(crate) fn guest_memory(&self, vm: VmId) -> Result<GuestMemory<'_>, Error> {

@@ -39,11 +39,13 @@ pub enum Plant {
     StaleShadow,
     /// A huge page is back in its pool with the first of its frames that comes back.
     ReturnedEarly,
+    /// What the hypervisor writes to a guest's page tables is not in the dirty log.
+    TableUnlogged,
 }
 
 impl Plant {
     /// Every plant.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::SkipFlush,
         Self::StaleGup,
         Self::StaleSequence,
@@ -61,6 +63,7 @@ impl Plant {
         Self::CopyForgotten,
         Self::StaleShadow,
         Self::ReturnedEarly,
+        Self::TableUnlogged,
     ];
 }
 

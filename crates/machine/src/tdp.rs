@@ -122,7 +122,8 @@ impl Machine {
             let pages = self.pages(*level);
             let at = GfnRange::enclosing(gfn, *level, self.config.geometry);
             let all_there = userfaults.range(at.start().get()..at.end()).next().is_none();
-            gfn.get() % pages == page.get() % pages && slot.gfns.contains_range(at) && all_there
+            let fits = gfn.get() % pages == page.get() % pages && slot.gfns.contains_range(at);
+            fits && all_there && slot.dirty.is_none()
         };
         let mut levels = Level::ALL.into_iter().rev().filter(|candidate| *candidate <= level);
         let largest = levels.find(fits).unwrap_or(Level::Size4K);

@@ -32,6 +32,8 @@ pub(crate) struct Slot {
     pub(crate) gfns: GfnRange,
     pub(crate) object: ObjectId,
     pub(crate) first: PageIndex,
+    /// The frames that guests wrote to, of a slot that logs them.
+    pub(crate) dirty: Option<BTreeSet<Gfn>>,
 }
 
 impl Slot {
@@ -46,6 +48,12 @@ impl Slot {
 pub(crate) fn slot_of(slots: &[Slot], gfn: Gfn) -> Option<&Slot> {
     let after = slots.partition_point(|slot| slot.gfns.start() <= gfn);
     slots[..after].last().filter(|slot| slot.gfns.contains(gfn))
+}
+
+/// The same, to change it.
+pub(crate) fn slot_mut(slots: &mut [Slot], gfn: Gfn) -> Option<&mut Slot> {
+    let after = slots.partition_point(|slot| slot.gfns.start() <= gfn);
+    slots[..after].last_mut().filter(|slot| slot.gfns.contains(gfn))
 }
 
 /// An entry of a TDP table.
@@ -227,7 +235,7 @@ impl Machine {
             return Err(Error::Exists { number: other.start().get() });
         }
         let after = slots.partition_point(|slot| slot.gfns.start() < gfn);
-        slots.insert(after, Slot { gfns, object, first: pages.start() });
+        slots.insert(after, Slot { gfns, object, first: pages.start(), dirty: None });
         Ok(())
     }
 

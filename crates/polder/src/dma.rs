@@ -75,6 +75,12 @@ impl Entry {
 }
 
 impl Devices {
+    /// What devices have mapped, and may write to at any time.
+    pub(crate) fn mapped(&self) -> Vec<PageRange> {
+        let devices = self.0.lock();
+        devices.values().flat_map(|it| it.mapped.lock().runs().collect::<Vec<_>>()).collect()
+    }
+
     /// Takes a step that is a device's; `None` for any other.
     pub(crate) fn take(&self, step: Step) -> Option<Result<(), Error>> {
         let (id, range, map) = match step {
@@ -277,6 +283,8 @@ impl Driver {
     }
 
     fn forget_told(&self, id: DeviceId) {
-        self.devices.0.lock().remove(&id);
+        let forgotten = self.devices.0.lock().remove(&id);
+        let mapped = forgotten.map(|it| it.mapped.lock().runs().collect::<Vec<_>>());
+        mapped.into_iter().flatten().for_each(|run| self.dirty.wrote_pages(run));
     }
 }

@@ -90,6 +90,12 @@ pub enum Error {
         /// The space that the root translates.
         translates: polder_units::AddressSpace,
     },
+    /// The dirty log was to be started while it is on, or taken while it is off.
+    #[error("the dirty log of this memory is {}", if *.on { "on already" } else { "off" })]
+    DirtyLog {
+        /// Whether it is on.
+        on: bool,
+    },
     /// A VM that was never attached to this memory.
     #[error("the VM is not attached to this memory")]
     NoSuchVm,
@@ -191,6 +197,11 @@ impl Error {
             Self::RingFull { .. } => {
                 Some("take completions first (Ring::complete), or make the ring larger")
             }
+            Self::DirtyLog { on: true } => Some(
+                "have whoever started it stop it (Memory::stop_dirty_log): what one takes, another \
+                 does not get",
+            ),
+            Self::DirtyLog { on: false } => Some("start it (Memory::start_dirty_log)"),
             Self::Unaligned { .. } => {
                 Some("ask for a multiple of the page size, or for smaller pages")
             }
@@ -235,7 +246,8 @@ impl Error {
             Self::TooManyBytes { .. } | Self::WrongVm { .. } => Errno::EINVAL,
             Self::NotSimulated | Self::NoSuchVm | Self::OneVm { .. } => Errno::EINVAL,
             Self::WrongVcpu => Errno::EINVAL,
-            Self::Unaligned { .. } => Errno::EINVAL,
+            Self::Unaligned { .. } | Self::DirtyLog { on: false } => Errno::EINVAL,
+            Self::DirtyLog { on: true } => Errno::EEXIST,
             Self::HugePages { .. } => Errno::ENOMEM,
             Self::Interrupted => Errno::EINTR,
             Self::RingFull { .. } => Errno::EAGAIN,

@@ -150,6 +150,8 @@ pub(crate) struct HostFacts {
     pub(crate) rmp: Option<polder_machine::RmpEntry>,
     pub(crate) stage2: Vec<(VmId, Level)>,
     pub(crate) references: Vec<String>,
+    /// What guests write is logged.
+    pub(crate) logs: bool,
 }
 
 impl Memory {
@@ -172,7 +174,8 @@ impl Memory {
             engine.check_bounds(PageRange::one(page))?;
             Ok((engine.config().in_place, engine.explain(page)))
         })?;
-        let facts = self.driver.host.explain(page)?;
+        let logs = self.driver.dirty.is_on();
+        let facts = HostFacts { logs, ..self.driver.host.explain(page)? };
         let markers = known.markers.iter().map(|view| view_name(*view).to_owned());
         Ok(Explanation {
             page: page.get(),
@@ -305,9 +308,13 @@ fn level_of(entry: polder_machine::RmpEntry) -> Level {
 fn limit(limit: LevelLimit, facts: &HostFacts) -> MappingLimit {
     let entry = facts.rmp.filter(|entry| entry.assigned).map(level_of).map(Clause::HardwareEntry);
     let folio = facts.folio.map(Clause::Folio);
+    let log = facts.logs.then_some(Clause::DirtyLog);
     let LevelLimit { mut level, mut by } = limit;
-    for clause in [folio, entry].into_iter().flatten() {
-        let (Clause::Folio(most) | Clause::HardwareEntry(most)) = clause else { continue };
+    for clause in [folio, entry, log].into_iter().flatten() {
+        let most = match clause {
+            Clause::Folio(most) | Clause::HardwareEntry(most) => most,
+            _ => Level::Size4K,
+        };
         if most < level {
             (level, by) = (most, Some(clause));
         }

@@ -22,7 +22,8 @@
 //! # Holes
 //! - Slices are not named among [`Memory::dead_pins`]; they are given back all the same.
 //! - A part of a slice pins all that the whole one did.
-//! - What is written through a slice is marked as dirty nowhere.
+//! - What is written by a raw pointer into a slice is in no dirty log, as everywhere in
+//!   `vm-memory`: call `mark_dirty` of the slice's bitmap, or [`Memory::mark_dirty`].
 //! - A slice that a thread keeps in a thread-local variable for its very end is taken for another
 //!   thread's. Don't.
 

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use polder_units::PageCount;
 
 use crate::Error;
+use crate::dirty::Marks;
 use crate::host::views::Views;
 
 /// The mapping that device models get pointers into. A touch of a shared page works; one of a
@@ -26,11 +27,13 @@ use crate::host::views::Views;
 pub struct HostView<'a> {
     pub(crate) views: &'a dyn Views,
     pub(crate) pages: PageCount,
+    pub(crate) dirty: &'a Marks,
 }
 
 impl HostView<'_> {
     /// Where the object's page 0 is, if the view is memory of this process (not on the simulated
-    /// machine). Valid while the memory lives; what is there changes at any time.
+    /// machine). Valid while the memory lives; what is there changes at any time. Whoever writes by
+    /// it tells the dirty log ([`Memory::mark_dirty`](crate::Memory::mark_dirty)).
     ///
     /// ```
     /// # use polder::{HostKind, Memory, units::PageCount};
@@ -84,7 +87,10 @@ impl HostView<'_> {
     /// ```
     pub fn touch_write(self, offset: u64, from: &[u8]) -> Result<(), Error> {
         self.check(offset, from.len())?;
-        self.views.touch_write(offset, from)
+        let touched = self.views.touch_write(offset, from);
+        // Also of one that was denied in the middle.
+        self.dirty.wrote(offset, from.len());
+        touched
     }
 
     /// Reads up to `count` bytes of a file straight into memory, by one `read(2)`; returns how many
@@ -108,7 +114,9 @@ impl HostView<'_> {
     /// ```
     pub fn read_from(self, file: impl AsFd, offset: u64, count: usize) -> Result<usize, Error> {
         self.check(offset, count)?;
-        self.views.touch_from(file.as_fd(), offset, count)
+        let read = self.views.touch_from(file.as_fd(), offset, count);
+        self.dirty.wrote(offset, count);
+        read
     }
 
     /// Refuses bytes beyond the object: there is nothing to touch.

@@ -40,6 +40,7 @@
 //! | move pages to other memory | [`Memory::move_pages`] |
 //! | run a vCPU, handle its exits | [`linux::in_guest`], [`Memory::guest_fault`], [`MemoryFault`], [`Memory::page_of_failure`] |
 //! | learn why | [`Memory::explain`], [`Explanation`]; [`Error`], [`Refusal`], [`Error::way_out`] |
+//! | log what is written, to snapshot or migrate it | [`Memory::start_dirty_log`], [`Memory::take_dirty_log`], [`DirtyPages`] |
 //! | count | [`Memory::statistics`], [`Memory::facts`], [`Memory::resident`] |
 //! | speak the kernel's names and error codes | [`kvm`] |
 //! | run a guest on the simulated machine | [`MachineVcpu`], [`Memory::simulated`], [`machine`] |
@@ -68,11 +69,17 @@ struct Readme;
 #[doc = include_str!("../../../docs/vmm.md")]
 struct Vmm;
 
+/// So is the migration of `docs/dirty-log.md`.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/dirty-log.md")]
+struct DirtyLog;
+
 /// So is the device of `docs/devices.md`.
 #[cfg(doctest)]
 #[doc = include_str!("../../../docs/devices.md")]
 struct Devices;
 
+mod dirty;
 mod dma;
 mod driver;
 mod error;
@@ -121,6 +128,7 @@ pub use polder_units as units;
 /// The crate whose traits [`guest_memory`] has, in the version that it has them of.
 pub use vm_memory;
 
+pub use dirty::DirtyPages;
 pub use dma::{Device, Dma, SimulatedDevice};
 pub use error::Error;
 pub use explain::{

@@ -188,7 +188,9 @@ impl Driver {
         let (engine, preparing) = self.drain(preparing)?;
         let (engine, filling) = self.take_steps(engine, preparing)?;
         drop(engine);
-        if let Err(error) = self.host.views().write(range.start().offset(), bytes) {
+        let written = self.host.views().write(range.start().offset(), bytes);
+        self.dirty.wrote_pages(range);
+        if let Err(error) = written {
             return Err(self.fail(filling, error));
         }
         self.tell(Moment::Reached(Reached::Written));

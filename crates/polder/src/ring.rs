@@ -41,11 +41,22 @@ pub struct Ring<'a> {
     pinner: Pinner<'a>,
     on_busy: OnBusy,
     fixed: Vec<Pin<'a>>,
-    /// By the number that the kernel has for a transfer: the caller's, and what it has pinned.
-    transfers: Vec<Option<(u64, Option<PageRange>)>>,
+    /// By the number that the kernel has for each.
+    transfers: Vec<Option<InFlight>>,
     free: Vec<usize>,
     /// What was over when fixed buffers went, and is to be told of.
     over: VecDeque<Completed>,
+}
+
+/// A transfer that is not over.
+#[derive(Clone, Copy)]
+struct InFlight {
+    /// The caller's number for it.
+    tag: u64,
+    /// What it has pinned.
+    pinned: Option<PageRange>,
+    /// What it writes to.
+    written: Option<PageRange>,
 }
 
 /// A transfer that is over: its pages are unpinned, but for those of a fixed buffer.
@@ -177,7 +188,8 @@ impl<'a> Ring<'a> {
         let pinned = buffer.is_none().then_some(pages);
         let place = self.free.pop().unwrap_or(self.transfers.len());
         self.transfers.resize(self.transfers.len().max(place + 1), None);
-        self.transfers[place] = Some((tag, pinned));
+        let written = of.into_memory.then_some(pages);
+        self.transfers[place] = Some(InFlight { tag, pinned, written });
 
         let of = Transfer { buffer, ..of };
         let mut queued = self.ring.queue(file, of, place as u64);
@@ -222,8 +234,12 @@ impl<'a> Ring<'a> {
 
     /// Forgets a transfer, and unpins its pages. Its number.
     fn end(&mut self, place: usize) -> Option<u64> {
-        let (tag, pinned) = self.transfers.get_mut(place)?.take()?;
+        let InFlight { tag, pinned, written } = self.transfers.get_mut(place)?.take()?;
         self.free.push(place);
+        if let Some(pages) = written {
+            // While they are pinned: nobody has taken them back.
+            self.memory.driver.dirty.wrote_pages(pages);
+        }
         if let Some(pages) = pinned {
             self.pinner.unpin(pages);
         }
@@ -251,7 +267,7 @@ impl Drop for Ring<'_> {
             return;
         }
         for place in 0..self.transfers.len() {
-            let pinned = self.transfers[place].and_then(|(_, pinned)| pinned);
+            let pinned = self.transfers[place].and_then(|it| it.pinned);
             let _ = self.end(place);
             if let Some(pages) = pinned.filter(|_| std::thread::panicking()) {
                 self.pinner.note_dead(pages);

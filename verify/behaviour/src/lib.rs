@@ -67,6 +67,8 @@ pub enum Section {
     Pins,
     /// Devices that have what is shared mapped.
     Devices,
+    /// The log of what is written.
+    DirtyLog,
     /// Bytes before the guest begins, and pages that move.
     Move,
     /// A protected VM under pKVM.
@@ -79,7 +81,7 @@ pub enum Section {
 
 impl Section {
     /// Every section, in the table's order.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Create,
         Self::Bind,
         Self::HostView,
@@ -94,6 +96,7 @@ impl Section {
         Self::Prefault,
         Self::Pins,
         Self::Devices,
+        Self::DirtyLog,
         Self::Move,
         Self::Pkvm,
         Self::Reach,
@@ -118,6 +121,7 @@ impl fmt::Display for Section {
             Self::Prefault => "prefault",
             Self::Pins => "pins",
             Self::Devices => "devices",
+            Self::DirtyLog => "dirty log",
             Self::Move => "preload and move",
             Self::Pkvm => "pkvm",
             Self::Reach => "reach",

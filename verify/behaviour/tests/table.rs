@@ -139,6 +139,11 @@ fn devices() {
 }
 
 #[test]
+fn dirty_log() {
+    section(Section::DirtyLog);
+}
+
+#[test]
 fn preload_and_move() {
     section(Section::Move);
 }

@@ -50,7 +50,9 @@ impl Vcpu<'_> {
         {
             (entry.accessed, entry.dirty) = (true, dirty);
         }
-        self.state.tlb.fill(tag, Translation { pfn, level, writable: writable && dirty });
+        let logged = self.log(Gpa::new(gfn << PAGE_SHIFT).gfn(), write);
+        let writable = writable && dirty && logged;
+        self.state.tlb.fill(tag, Translation { pfn, level, writable });
         Ok(pfn)
     }
 
@@ -78,7 +80,8 @@ impl Vcpu<'_> {
             {
                 (leaf.accessed, leaf.dirty) = (true, dirty);
             }
-            let writable = leaf.writable && dirty;
+            let gfn = Gpa::new((leaf.gfn.get() + offset) << PAGE_SHIFT).gfn();
+            let writable = leaf.writable && dirty && self.log(gfn, write);
             self.state.tlb.fill(tag, Translation { pfn, level, writable });
             return Ok(pfn);
         }
@@ -116,6 +119,7 @@ impl Vcpu<'_> {
                 Some(behind) if behind.writable => {
                     let offset = u64::from(step.index) * 8;
                     self.frames.write(behind.pfn, offset, &entry.to_le_bytes());
+                    self.log_table(step.table);
                 }
                 _ => return Err(fault(step.table, page, side, true)),
             }
@@ -131,6 +135,7 @@ impl Vcpu<'_> {
         if !tracked || !writable {
             return Err(fault(gfn, page, side, true));
         }
+        self.log_table(gfn);
         self.tables.push((page, gfn));
         Ok(pfn)
     }
@@ -145,7 +150,7 @@ impl Vcpu<'_> {
     }
 
     fn memory(&self) -> GuestMemory<'_> {
-        let (slots, objects, frames) = (self.slots, self.objects, &*self.frames);
+        let (slots, objects, frames) = (&*self.slots, self.objects, &*self.frames);
         let (zero_page, geometry) = (self.zero_page, self.geometry);
         GuestMemory { slots, objects, frames, zero_page, geometry }
     }

@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test")]
 
+mod dirty;
 mod guest;
 mod gup;
 mod host;

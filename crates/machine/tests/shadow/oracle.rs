@@ -1,6 +1,6 @@
 //! Random accesses, table edits, flushes, zaps, discards, prefaults and switches of roots, each
 //! compared with the naive walk: a page is where the tables have it, or, until it is flushed, where
-//! they had it.
+//! they had it. What a guest has changed, itself or by the hypervisor's hand, is in the dirty log.
 
 use polder_machine::{Error, Plant, Pte, Touch};
 use polder_units::{GfnRange, PageRange};
@@ -29,6 +29,7 @@ enum Action {
     Zap(u64, u64),
     Discard(u64),
     Age,
+    TakeDirty,
 }
 
 /// An entry that makes sense more often than not.
@@ -62,6 +63,7 @@ fn action() -> impl Strategy<Value = Action> {
         1 => (0..PAGES, 1..8u64).prop_map(|(start, len)| Action::Zap(start, len)),
         1 => prop_oneof![0..TABLES, 0..PAGES].prop_map(Action::Discard),
         1 => Just(Action::Age),
+        2 => Just(Action::TakeDirty),
     ]
 }
 
@@ -71,6 +73,8 @@ struct Run {
     /// The top table that each vCPU is at.
     at: [u64; 2],
     next: u64,
+    /// What memory was when the dirty log was taken last.
+    copy: Vec<Vec<u8>>,
 }
 
 impl Run {
@@ -99,7 +103,9 @@ impl Run {
             put(6, index, 4 + index, Pte::ALL);
             put(7, index, 40 + index, Pte::ALL & !USED);
         }
-        let mut run = Self { rig, naive, at: TOPS, next: 1 << 40 };
+        rig.machine.log_dirty(rig.vm, gfn(0), true).unwrap();
+        let copy = (0..PAGES).map(|number| rig.bytes(number)).collect();
+        let mut run = Self { rig, naive, at: TOPS, next: 1 << 40, copy };
         for (vcpu, top) in TOPS.into_iter().enumerate() {
             run.load(vcpu, top);
         }
@@ -147,13 +153,26 @@ impl Run {
                 self.rig.machine.tdp_zap(self.rig.vm, gfns).unwrap();
                 self.rig.machine.punch(self.rig.object, page, None).unwrap();
                 self.naive.words.retain(|(at, _), _| *at != number);
+                // The host's doing.
+                self.copy[usize::try_from(number).unwrap()] = self.rig.bytes(number);
             }
             Action::Age => {
                 let all = GfnRange::between(0, PAGES).unwrap();
                 self.rig.machine.age(self.rig.vm, all).unwrap();
             }
+            Action::TakeDirty => self.take_dirty(),
         }
         self.rig.machine.audit().unwrap();
+    }
+
+    /// What has changed since the log was taken is in it.
+    fn take_dirty(&mut self) {
+        let dirty = self.rig.machine.take_dirty(self.rig.vm, gfn(0)).unwrap();
+        for (number, copy) in (0..).zip(&mut self.copy) {
+            let now = self.rig.bytes(number);
+            assert!(*copy == now || dirty.contains(&gfn(number)), "gfn {number:#x} has changed");
+            *copy = now;
+        }
     }
 
     /// Where a page may be, for a vCPU.
@@ -283,12 +302,13 @@ proptest! {
         for action in actions {
             run.act(action);
         }
+        run.take_dirty();
     }
 }
 
 #[test]
 fn the_oracle_catches_what_is_planted() {
-    for plant in [Plant::SkipFlush, Plant::StaleShadow, Plant::AccessedSet] {
+    for plant in [Plant::SkipFlush, Plant::StaleShadow, Plant::AccessedSet, Plant::TableUnlogged] {
         let config = Config { max_shrink_iters: 0, failure_persistence: None, ..Config::default() };
         let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
         let mut runner = TestRunner::new_with_rng(config, rng);
@@ -298,6 +318,7 @@ fn the_oracle_catches_what_is_planted() {
             for action in actions {
                 run.act(action);
             }
+            run.take_dirty();
             Ok(())
         });
         assert!(outcome.is_err(), "{plant:?} was not noticed");

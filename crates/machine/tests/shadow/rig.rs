@@ -177,6 +177,13 @@ impl Rig {
         self.machine.map(&resolved, resolved.largest(), true)
     }
 
+    /// The bytes of a page of guest memory, as the host has them.
+    pub(crate) fn bytes(&self, gfn: u64) -> Vec<u8> {
+        let mut bytes = vec![0; 1 << 12];
+        self.machine.object_read(self.object, gfn << 12, &mut bytes).unwrap();
+        bytes
+    }
+
     /// A word of guest memory, as the host has it.
     pub(crate) fn word(&self, gfn: u64, word: u64) -> u64 {
         let mut bytes = [0; 8];

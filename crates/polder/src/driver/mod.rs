@@ -30,6 +30,7 @@ use polder_units::{PageIndex, PageRange};
 
 pub(crate) use self::guest::GuestFault;
 pub(crate) use self::turn::InTurn;
+use crate::dirty::Marks;
 use crate::dma::Devices;
 use crate::host::Host;
 use crate::host::views::Views;
@@ -50,6 +51,8 @@ pub(crate) struct Driver {
     pub(crate) host: Box<dyn Host>,
     pub(crate) counters: Counters,
     pub(crate) devices: Devices,
+    /// Slices of guest memory have it, too.
+    pub(crate) dirty: Arc<Marks>,
     /// After how long a waiter asks again by itself: a claim whose thread died is released by
     /// whoever asks.
     pub(crate) ask_again: Duration,
@@ -144,6 +147,7 @@ impl Driver {
             host,
             counters: Counters::default(),
             devices: Devices::default(),
+            dirty: Arc::default(),
             ask_again: ASK_AGAIN,
             begun: AtomicBool::new(false),
             watch: OnceLock::new(),

@@ -83,8 +83,10 @@ impl Driver {
     /// In between, a fault is answered for a slot that the host has no more. It finds that it has
     /// moved, and the guest faults again; KVM, which maps by itself, is not asked to.
     pub(crate) fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
-        self.ask(|engine| engine.binding(vm, slot))?;
+        let binding = self.ask(|engine| engine.binding(vm, slot))?;
         self.host.unbind(vm, slot)?;
+        // The slot's log has gone with it.
+        self.dirty.wrote_pages(binding.pages());
         let unbound = self.engine().unbind(vm, slot);
         assert!(unbound.is_ok(), "no slot changes meanwhile: {unbound:?}");
         Ok(())

@@ -1,6 +1,6 @@
 //! Contents that are owed: how they land, and who is shown them.
 
-use polder_engine::{Answer, Operation, Published};
+use polder_engine::{Answer, Operation, Population, Published};
 use polder_units::{PAGE_BYTES, PageRange};
 
 use super::{Driver, Land, Landing};
@@ -13,7 +13,9 @@ impl Driver {
         let writing = self.claim(OnBusy::Wait, |engine| engine.populate(range))?;
         let (engine, writing) = self.drain(writing)?;
         drop(engine);
-        if let Err(error) = self.host.views().write(range.start().offset(), bytes) {
+        let written = self.host.views().write(range.start().offset(), bytes);
+        self.dirty.wrote_pages(range);
+        if let Err(error) = written {
             return Err(self.fail(writing, error));
         }
         self.tell(Moment::Reached(Reached::Written));
@@ -67,6 +69,7 @@ impl Driver {
                     continue;
                 }
             }
+            self.dirty.wrote_pages(owed);
             self.tell(Moment::Reached(Reached::Written));
             let published = self.perform(self.engine(), writing, Reached::Published);
             let Ok((engine, published)) = published else { continue };
@@ -102,10 +105,15 @@ impl Driver {
 
     /// Says that nothing is owed any more.
     pub(crate) fn settle(&self) -> Result<(), Error> {
-        let failed = self.claim(OnBusy::Wait, |engine| {
+        let (owed, failed) = self.claim(OnBusy::Wait, |engine| {
+            let all = PageRange::between(0, engine.config().pages.get()).expect("memory has pages");
+            let runs = engine.pages().runs(all);
+            let owed = runs.filter(|(_, facts)| facts.population == Population::Owed);
+            let owed: Vec<PageRange> = owed.map(|(run, _)| run).collect();
             engine.settle()?;
-            Ok(engine.failed().runs().collect::<Vec<_>>())
+            Ok((owed, engine.failed().runs().collect::<Vec<_>>()))
         })?;
+        owed.into_iter().for_each(|run| self.dirty.wrote_pages(run));
         // Who waits is let go whether or not the host goes on watching.
         let settled = self.host.settle(&failed);
         self.released();

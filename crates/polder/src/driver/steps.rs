@@ -58,6 +58,7 @@ impl Driver {
         let mut step = engine.next_step(&operation);
         while let Some(now) = step {
             if !watched && !self.host.has_to_take(now) {
+                self.log(now);
                 step = engine.step_taken(&operation);
                 continue;
             }
@@ -76,7 +77,22 @@ impl Driver {
 
     /// Takes a step: on the host, or with a device.
     fn take(&self, step: Step) -> Result<(), Error> {
-        self.devices.take(step).unwrap_or_else(|| self.host.take(step))
+        let taken = self.devices.take(step).unwrap_or_else(|| self.host.take(step));
+        // Also of one that failed: it may have done a part.
+        self.log(step);
+        taken
+    }
+
+    /// Has the dirty log know of a step, with the pages still claimed.
+    fn log(&self, step: Step) {
+        match step {
+            // The bytes are others; a device may have written until now; and what becomes shared
+            // could not be copied before.
+            Step::Free(range) | Step::UnmapDma(_, range) | Step::Protect(range, _) => {
+                self.dirty.wrote_pages(range);
+            }
+            _ => {}
+        }
     }
 
     /// Undoes an operation of our own because of `error`; returns what to tell the caller.

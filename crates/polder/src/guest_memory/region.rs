@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use polder_engine::{AskEngine, Errno, Pinner};
+use polder_engine::{AskEngine, Errno, Local, Pinner};
 use polder_linux::View;
 use polder_units::{PAGE_SIZE, PageIndex, PageRange};
 use vm_memory::bitmap::BS;
@@ -16,6 +16,7 @@ use vm_memory::{
 
 use super::slice_pin::{Pinning, SlicePin};
 use super::{Result, Slice};
+use crate::dirty::Marks;
 use crate::{Binding, Error, Memory, OnBusy};
 
 /// One slot of a VM: its guest frames, and the object's pages behind them.
@@ -28,6 +29,8 @@ pub struct GuestRegion {
     view: Option<Arc<View>>,
     pinner: Pinner,
     on_busy: OnBusy,
+    /// Where writes are logged: the memory's own.
+    pub(super) dirty: Arc<Marks>,
     memory: Arc<Memory>,
 }
 
@@ -45,6 +48,7 @@ impl GuestRegion {
             view: memory.driver.host.views().pinned_view().cloned(),
             pinner: pinner.clone(),
             on_busy,
+            dirty: Arc::clone(&memory.driver.dirty),
             memory: Arc::clone(memory),
         }
     }
@@ -68,34 +72,34 @@ impl GuestRegion {
     pub(super) fn slice(&self, at: MemoryRegionAddress, count: usize) -> Result<Slice<'_>> {
         let (view, offset) = (self.view()?, self.offset + at.0);
         let pin = self.pin(offset, count)?;
-        Ok(view.slice(offset, count, pin))
+        Ok(view.slice(offset, count, SlicePin { pin, region: self, offset }))
     }
 
     /// Pins the pages of `count` bytes at `offset` of the object, which are in it.
     #[inline(always)]
-    fn pin(&self, offset: u64, count: usize) -> Result<SlicePin<'_>> {
-        let Some(last) = (count as u64).checked_sub(1) else { return Ok(SlicePin(None)) };
+    fn pin(&self, offset: u64, count: usize) -> Result<Option<Local<'_>>> {
+        let Some(last) = (count as u64).checked_sub(1) else { return Ok(None) };
         let [first, last] = [offset / PAGE_SIZE, (offset + last) / PAGE_SIZE];
         let pages = match PageIndex::new(first) {
             Some(page) if first == last => PageRange::one(page),
             _ => PageRange::between(first, last + 1).expect("pages of the object"),
         };
         match self.pinner.pin_here(crate::sync::thread_place(), pages) {
-            Ok(pin) => Ok(SlicePin(Some(pin))),
+            Ok(pin) => Ok(Some(pin)),
             Err(AskEngine) => self.ask(pages),
         }
     }
 
     /// Pins in the way that works always; refuses with the reason.
     #[cold]
-    fn ask(&self, pages: PageRange) -> Result<SlicePin<'_>> {
+    fn ask(&self, pages: PageRange) -> Result<Option<Local<'_>>> {
         let thread = crate::sync::thread_place();
         let pinned = self
             .memory
             .driver
             .claim(self.on_busy, |engine| engine.pin_here_as(&self.pinner, thread, pages));
         match pinned {
-            Ok(pin) => Ok(SlicePin(Some(pin))),
+            Ok(pin) => Ok(Some(pin)),
             Err(error) => Err(GuestMemoryError::IOError(io::Error::new(kind(&error), error))),
         }
     }
@@ -128,9 +132,9 @@ impl GuestMemoryRegion for GuestRegion {
         self.start
     }
 
-    /// Pins nothing: there is no bitmap, but for the slices'.
+    /// Pins nothing; what is marked in it is in the dirty log.
     fn bitmap(&self) -> BS<'_, Self::B> {
-        SlicePin(None)
+        SlicePin { pin: None, region: self, offset: self.offset }
     }
 
     /// Where the byte is in the host view. Nothing is pinned by it: a touch is denied whenever the

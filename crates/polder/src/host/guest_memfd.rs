@@ -41,6 +41,7 @@ use polder_units::{Gfn, GfnRange, PageCount, PageRange};
 
 use super::views::{MemfdViews, Views, outside};
 use super::{Host, HostKind, Shown, Vm, map_ahead, total};
+use crate::dirty::Marks;
 use crate::sync::Mutex;
 use crate::{Error, PageSize, Vcpu};
 
@@ -169,6 +170,13 @@ const NO_PRIVATE_MEMORY: Error = Error::NotOffered {
            protected type",
     way_out: "make the VM of type KVM_X86_SW_PROTECTED_VM on a kernel with \
               CONFIG_KVM_SW_PROTECTED_VM and TDP, or use HostKind::Memfd (--host memfd)",
+};
+
+/// What is said where what is written was to be logged (`check_memory_region_flags()`, Linux 7.3
+/// `virt/kvm/kvm_main.c`).
+const NO_DIRTY_LOG: Error = Error::NotOffered {
+    what: "KVM logs no dirty pages of a slot with a guest_memfd",
+    way_out: "use HostKind::Memfd (--host memfd)",
 };
 
 impl GuestMemfdHost {
@@ -348,6 +356,14 @@ impl Host for GuestMemfdHost {
             return Err(error);
         }
         Ok(())
+    }
+
+    fn log_dirty(&self, on: bool) -> Result<(), Error> {
+        if on { Err(NO_DIRTY_LOG) } else { Ok(()) }
+    }
+
+    fn take_dirty(&self, _: &Marks) -> Result<(), Error> {
+        Err(NO_DIRTY_LOG)
     }
 
     fn show(

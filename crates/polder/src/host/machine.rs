@@ -31,6 +31,7 @@ mod userfault;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use polder_engine::pool::PoolCounts;
@@ -46,6 +47,7 @@ use self::slots::Attached;
 pub use self::teardown::KernelPin;
 use super::views::Views;
 use super::{Faulted, Host, Shown, Smashed, Translated, Vm, failed};
+use crate::dirty::Marks;
 use crate::explain::HostFacts;
 use crate::huge_pool::HugePool;
 use crate::prefault::Span;
@@ -74,6 +76,8 @@ pub(crate) struct MachineHost {
     process: ProcessId,
     pages: PageCount,
     vms: Mutex<BTreeMap<VmId, Attached>>,
+    /// Whether slots log what guests write.
+    logs: AtomicBool,
     /// Of memory of huge pages.
     huge: Option<huge::Huge>,
     /// Whether what is published leaves the kernel's direct map.
@@ -164,6 +168,7 @@ impl MachineHost {
             process,
             pages,
             vms: Mutex::default(),
+            logs: AtomicBool::new(false),
             huge,
             hides: false,
             exits: false,
@@ -243,6 +248,14 @@ impl Host for MachineHost {
 
     fn unbind(&self, id: VmId, slot: Slot) -> Result<(), Error> {
         self.unbind_slot(id, slot)
+    }
+
+    fn log_dirty(&self, on: bool) -> Result<(), Error> {
+        self.log_slots(on)
+    }
+
+    fn take_dirty(&self, into: &Marks) -> Result<(), Error> {
+        self.take_logs(into)
     }
 
     fn map_guest(

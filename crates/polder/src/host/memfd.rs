@@ -22,19 +22,33 @@ use std::sync::Arc;
 use kvm_ioctls::VmFd;
 use polder_engine::pool::PoolCounts;
 use polder_engine::{FolioCounts, Slot, Step, VmId};
-use polder_linux::{HugetlbPool, KvmSlot, can_pre_fault};
-use polder_units::{Geometry, Gfn, GfnRange, Level, PageCount, PageRange};
+use polder_linux::{Errno, HugetlbPool, KvmSlot, can_pre_fault};
+use polder_units::{Geometry, Gfn, GfnRange, Level, PageCount, PageIndex, PageRange};
 
 use super::views::{MemfdViews, Views};
 use super::{Host, HostKind, Shown, Vm, map_ahead};
+use crate::dirty::Marks;
 use crate::sync::Mutex;
 use crate::{Error, PageSize, Vcpu};
 
 pub(crate) struct MemfdHost {
     views: MemfdViews,
     vms: Mutex<BTreeMap<VmId, Arc<VmFd>>>,
-    slots: Mutex<BTreeMap<(VmId, Slot), KvmSlot>>,
+    slots: Mutex<Slots>,
     size: PageSize,
+}
+
+#[derive(Default)]
+struct Slots {
+    bound: BTreeMap<(VmId, Slot), Bound>,
+    /// Each logs what is written to it, and so does one that is bound.
+    log: bool,
+}
+
+/// A slot, and the first page that it shows.
+struct Bound {
+    slot: KvmSlot,
+    first: PageIndex,
 }
 
 impl MemfdHost {
@@ -48,6 +62,17 @@ impl MemfdHost {
     #[cfg(test)]
     pub(crate) fn guest_view(&self) -> Arc<polder_linux::View> {
         Arc::clone(self.views.guest_view())
+    }
+}
+
+/// Says what to do where a slot's log can't be had.
+fn no_log(source: polder_linux::Error) -> Error {
+    match source.errno {
+        Errno::NXIO => Error::NotOffered {
+            what: "this VM has a dirty ring, by which KVM tells of writes, and so no dirty log",
+            way_out: "do not enable KVM_CAP_DIRTY_LOG_RING on a VM whose memory is logged",
+        },
+        _ => source.into(),
     }
 }
 
@@ -100,16 +125,44 @@ impl Host for MemfdHost {
 
     fn bind(&self, vm: VmId, slot: Slot, gfn: Gfn, pages: PageRange) -> Result<(), Error> {
         let fd = self.vms.lock().get(&vm).map(Arc::clone).ok_or(Error::NoSuchVm)?;
-        let bound = KvmSlot::new(&fd, slot.0, gfn, self.views.guest_view(), pages)?;
-        self.slots.lock().insert((vm, slot), bound);
+        let mut slots = self.slots.lock();
+        let make = if slots.log { KvmSlot::logging } else { KvmSlot::new };
+        let made = make(&fd, slot.0, gfn, self.views.guest_view(), pages)?;
+        slots.bound.insert((vm, slot), Bound { slot: made, first: pages.start() });
         Ok(())
     }
 
     fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error> {
         let mut slots = self.slots.lock();
-        if let Some(bound) = slots.get_mut(&(vm, slot)) {
-            bound.delete()?;
-            slots.remove(&(vm, slot));
+        if let Some(bound) = slots.bound.get_mut(&(vm, slot)) {
+            bound.slot.delete()?;
+            slots.bound.remove(&(vm, slot));
+        }
+        Ok(())
+    }
+
+    fn log_dirty(&self, on: bool) -> Result<(), Error> {
+        let Slots { bound, log } = &mut *self.slots.lock();
+        let start = |it: &mut Bound| {
+            it.slot.log_dirty(true)?;
+            // What was written so far is not asked for; but whether it can be taken.
+            it.slot.take_dirty().map(drop)
+        };
+        let started = if on { bound.values_mut().try_for_each(start) } else { Ok(()) };
+        *log = on && started.is_ok();
+        if *log {
+            return Ok(());
+        }
+        let stop = |done: Result<_, _>, it: &mut Bound| done.and(it.slot.log_dirty(false));
+        let stopped = bound.values_mut().fold(Ok(()), stop);
+        started.map_err(no_log)?;
+        Ok(stopped?)
+    }
+
+    fn take_dirty(&self, into: &Marks) -> Result<(), Error> {
+        let slots = self.slots.lock();
+        for Bound { slot, first } in slots.bound.values() {
+            into.note_words(*first, &slot.take_dirty()?);
         }
         Ok(())
     }

@@ -16,6 +16,7 @@ use polder_linux::Errno;
 use polder_units::{AddressSpace, Gfn, GfnRange, PageCount, PageIndex, PageRange};
 
 use self::views::Views;
+use crate::dirty::Marks;
 use crate::explain::HostFacts;
 use crate::prefault::Span;
 use crate::{Error, Vcpu};
@@ -117,6 +118,14 @@ pub(crate) trait Host: Send + Sync {
 
     /// Takes a slot away, and the guest's mappings with it. If that fails the slot is still there.
     fn unbind(&self, vm: VmId, slot: Slot) -> Result<(), Error>;
+
+    /// Has what guests write logged from now on, or no longer: by the slots there are, and by those
+    /// that come. No slot changes meanwhile. If it can't be turned on, it is off.
+    fn log_dirty(&self, on: bool) -> Result<(), Error>;
+
+    /// Notes the pages that guests have written since it was asked last: who writes to one from now
+    /// on has it logged again. If it fails, what is not noted comes the next time.
+    fn take_dirty(&self, into: &Marks) -> Result<(), Error>;
 
     /// Maps the largest page around the frame accessed for the guest that the host can, all of it
     /// in `range`, whose pages are of the kind accessed. Whether it did: KVM maps by itself.

@@ -218,7 +218,9 @@ impl Memory {
         self.copy(vm, gpa, left.len(), |views, offset, count| {
             let (now, rest) = left.split_at(count);
             left = rest;
-            views.write(offset, now)
+            let written = views.write(offset, now);
+            self.driver.dirty.wrote(offset, count);
+            written
         })
     }
 

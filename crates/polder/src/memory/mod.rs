@@ -4,6 +4,7 @@ mod bindings;
 mod builder;
 mod contents;
 mod conversion;
+mod dirty_log;
 mod inspect;
 mod slots;
 
@@ -408,7 +409,8 @@ impl Memory {
     /// # Ok::<_, polder::Error>(())
     /// ```
     pub fn host_view(&self) -> HostView<'_> {
-        HostView { views: self.driver.host.views(), pages: self.pages() }
+        let dirty = &self.driver.dirty;
+        HostView { views: self.driver.host.views(), pages: self.pages(), dirty }
     }
 }
 

@@ -5,6 +5,7 @@ mod contents;
 mod conversion;
 mod create;
 mod devices;
+mod dirty_log;
 mod discard;
 mod exits;
 mod guest_conversion;
@@ -34,6 +35,7 @@ pub(crate) use contents::{
 };
 pub(crate) use conversion::{AUDIT, DISAGREE, GUP, QUARANTINE, REFERENCED, STEP_FAILS};
 pub(crate) use devices::{FAILS, REACHES};
+pub(crate) use dirty_log::STARTED;
 pub(crate) use exits::{FAILED, MISMATCH, PLAIN_VM, QUARANTINE_EXIT};
 pub(crate) use guest_conversion::IMPLICIT;
 pub(crate) use host_view::{CHILD, OTHER, STRAY};
@@ -52,7 +54,7 @@ pub(crate) use together::DENIED_WHILE_FAILING;
 
 /// Every row, in the table's order within a section.
 pub fn cases() -> impl Iterator<Item = &'static Case> {
-    let files: [&[Case]; 19] = [
+    let files: [&[Case]; 20] = [
         create::CASES,
         bind::CASES,
         host_view::CASES,
@@ -69,6 +71,7 @@ pub fn cases() -> impl Iterator<Item = &'static Case> {
         prefault::CASES,
         pins::CASES,
         devices::CASES,
+        dirty_log::CASES,
         moves::CASES,
         pkvm::CASES,
         reach::CASES,

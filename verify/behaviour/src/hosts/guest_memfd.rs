@@ -10,7 +10,7 @@ use polder_require::Facility;
 use polder_vmm::{RunError, Vm};
 
 use super::memfd::MOVED;
-use super::{KERNEL_MOVES, MEMFD, NO_DEVICE};
+use super::{KERNEL_MOVES, MEMFD, NO_DEVICE, no_dirty_log};
 use crate::host::{Guest, Host, Trouble, Way};
 use crate::{Section, Skipped, cases};
 
@@ -86,7 +86,8 @@ impl Host for GuestMemfd {
     fn not_applicable(&self) -> &'static [(&'static str, &'static str)] {
         static ALL: LazyLock<Vec<(&str, &str)>> = LazyLock::new(|| {
             let owed = cases().filter(|case| case.section == Section::Population);
-            REASONS.iter().copied().chain(owed.map(|case| (case.name, OWED))).collect()
+            let owed = owed.map(|case| (case.name, OWED));
+            REASONS.iter().copied().chain(owed).chain(no_dirty_log()).collect()
         });
         &ALL
     }

@@ -14,7 +14,7 @@ use polder::{
 use polder_vmm::scenario::Op;
 use polder_vmm::{Accepting, Accesses, Ended, GuestRoot, IdleVcpu, Progress, Supervision, Vm};
 
-use super::{EVERY_SIZE, LOOKS, NO_FLAG};
+use super::{EVERY_SIZE, LOGGED_BY_4K, LOOKS, NO_FLAG};
 use crate::host::{Guest, Host, Inside, Trouble, Way};
 use crate::{Section, Skipped};
 
@@ -79,13 +79,15 @@ impl Host for Machine {
     }
 
     fn lacks(&self, section: Section) -> Option<&'static str> {
-        if self.root != GuestRoot::Tdp && section != Section::Prefault {
+        let of_roots = [Section::Prefault, Section::DirtyLog].contains(&section);
+        if self.root != GuestRoot::Tdp && !of_roots {
             return Some(ROOT);
         }
         if self.size != PageSize::Small {
             match section {
                 Section::HugePages => return Some(EVERY_SIZE),
                 Section::Selftests => return Some(NO_FLAG),
+                Section::DirtyLog if self.size == PageSize::Huge1G => return Some(LOGGED_BY_4K),
                 _ => {}
             }
         }

@@ -16,7 +16,8 @@ use seccompiler::{
 };
 
 use super::{
-    BROUGHT, EVERY_SIZE, HUGE, KERNEL_MOVES, LOOKS, NO_DEVICE, NO_FLAG, Reason, WRITES_ZEROS,
+    BROUGHT, EVERY_SIZE, HUGE, KERNEL_MOVES, LOGGED_BY_4K, LOOKS, NO_DEVICE, NO_FLAG, Reason,
+    WRITES_ZEROS,
 };
 use crate::host::{Guest, Host, Trouble, Way, not_protected};
 use crate::{Section, Skipped, cases};
@@ -144,10 +145,11 @@ impl Host for Memfd {
             Section::Population | Section::Userfault if self.size == PageSize::Huge1G => {
                 Some(BROUGHT)
             }
+            Section::DirtyLog if self.size == PageSize::Huge1G => Some(LOGGED_BY_4K),
             KernelAccess | Section::Reach if self.size == PageSize::Huge1G => Some(SEVERAL),
             _ if self.size != PageSize::Thp => None,
             HostView | Discard | Conversion | Exits | KernelAccess => None,
-            Section::Userfault | Section::Prefault => None,
+            Section::Userfault | Section::Prefault | Section::DirtyLog => None,
             _ => Some("nothing of this section depends on how large its pages are: see memfd"),
         }
     }

@@ -8,7 +8,8 @@ use polder::machine::Plant;
 use polder::{Bug, PageSize, Platform};
 use polder_vmm::GuestRoot;
 
-use crate::Host;
+use crate::cases::STARTED;
+use crate::{Host, Section, cases};
 
 /// A row and why it is not applicable.
 type Reason = (&'static str, &'static str);
@@ -39,6 +40,16 @@ const HUGE: &[Reason] = &[
     ("a huge page that is being read can be discarded, and is zeros", EVERY_SIZE),
     ("nobody sees a torn huge page while a source fills it", EVERY_SIZE),
 ];
+
+/// Why the dirty log's rows do not run on pages of 1G.
+const LOGGED_BY_4K: &str = "the log is of 4K pages, whatever memory is of: see the columns of 2M";
+
+/// The rows about the dirty log, of memory that has none: all but that it is refused.
+fn no_dirty_log() -> impl Iterator<Item = Reason> {
+    const NONE: &str = "there is no dirty log of such memory: see the section's first row";
+    let rows = cases().filter(|case| case.section == Section::DirtyLog);
+    rows.filter(|case| case.name != STARTED).map(|case| (case.name, NONE))
+}
 
 /// How often a run is looked at before it counts as hung; some twenty times a second.
 const LOOKS: u32 = 20 * 30;

@@ -81,6 +81,14 @@ impl Host for Troubled {
         if stays { self.go_wrong() } else { Ok(()) }
     }
 
+    fn log_dirty(&self, on: bool) -> Result<(), Error> {
+        self.host.log_dirty(on)
+    }
+
+    fn take_dirty(&self, into: &crate::dirty::Marks) -> Result<(), Error> {
+        self.host.take_dirty(into)
+    }
+
     fn map_guest(
         &self,
         vm: VmId,

@@ -30,6 +30,7 @@ impl MachineHost {
             rmp: machine.rmp_entry(backing.pfn).filter(|_| self.is_snp()),
             stage2,
             references: references.collect(),
+            logs: false,
         })
     }
 

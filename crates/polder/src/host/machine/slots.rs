@@ -1,6 +1,7 @@
 //! The VMs that see the memory, and their slots.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 
 use polder_engine::{Slot, VmId};
 use polder_units::{Gfn, GfnRange, PageRange};
@@ -8,6 +9,7 @@ use polder_units::{Gfn, GfnRange, PageRange};
 use super::rmp::asid;
 use super::{MachineHost, refused};
 use crate::Error;
+use crate::dirty::Marks;
 use crate::host::{HostKind, Vm};
 
 /// A VM, and where its slots are.
@@ -63,11 +65,52 @@ impl MachineHost {
             self.check_owner(id)?;
         }
         self.own_by_pkvm(id, attached.vm)?;
-        self.lock().bind(attached.vm, gfn, self.object, pages).map_err(refused)?;
+        let logs = self.logs.load(Ordering::Relaxed);
+        let mut machine = self.lock();
+        machine.bind(attached.vm, gfn, self.object, pages).map_err(refused)?;
+        if logs {
+            machine.log_dirty(attached.vm, gfn, true).map_err(refused)?;
+        }
+        drop(machine);
         self.own(id, attached.vm)?;
         let gfns = GfnRange::new(gfn, pages.count()).expect("the engine has checked");
         self.begin_exits(attached.vm, gfns)?;
         attached.slots.insert(slot, gfns);
+        Ok(())
+    }
+
+    /// Has every slot log what its guest writes, and each that is bound, or no longer.
+    pub(super) fn log_slots(&self, on: bool) -> Result<(), Error> {
+        if on && (self.is_snp() || self.is_pkvm()) {
+            return Err(Error::NotOffered {
+                what: "what a confidential guest writes is not logged: nobody but the guest can \
+                       read its pages, to copy them",
+                way_out: "use memory of an ordinary VM (Platform::Plain)",
+            });
+        }
+        self.logs.store(on, Ordering::Relaxed);
+        let vms = self.vms.lock();
+        let mut machine = self.lock();
+        for Attached { vm, slots } in vms.values() {
+            for gfns in slots.values() {
+                machine.log_dirty(*vm, gfns.start(), on).map_err(refused)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes what the slots have logged.
+    pub(super) fn take_logs(&self, into: &Marks) -> Result<(), Error> {
+        let vms = self.vms.lock();
+        let mut machine = self.lock();
+        for Attached { vm, slots } in vms.values() {
+            for gfns in slots.values() {
+                for gfn in machine.take_dirty(*vm, gfns.start()).map_err(refused)? {
+                    let page = machine.bound(*vm, gfn).map_err(refused)?.page;
+                    into.wrote_pages(PageRange::one(page));
+                }
+            }
+        }
         Ok(())
     }
 

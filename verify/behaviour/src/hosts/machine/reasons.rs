@@ -5,16 +5,16 @@ use std::sync::LazyLock;
 use polder::{PageSize, Platform};
 
 use crate::cases;
-use crate::hosts::{BROUGHT, HUGE, Reason};
+use crate::hosts::{BROUGHT, HUGE, Reason, no_dirty_log};
 
 /// The cases that are not applicable to such a VM's memory.
 pub(super) fn reasons(platform: Platform, size: PageSize) -> &'static [Reason] {
     static PLAIN: LazyLock<Vec<Reason>> = LazyLock::new(|| [EVERY, ALIKE].concat());
     static PROTECTED: LazyLock<Vec<Reason>> = LazyLock::new(|| [EVERY, ALIKE, OF_PLAIN].concat());
     static OF_SNP: LazyLock<Vec<Reason>> =
-        LazyLock::new(|| [EVERY, OF_PLAIN, OF_PROTECTED, SNP].concat());
+        LazyLock::new(|| unlogged([EVERY, OF_PLAIN, OF_PROTECTED, SNP].concat()));
     static OF_PKVM: LazyLock<Vec<Reason>> =
-        LazyLock::new(|| [EVERY, ALIKE, OF_PLAIN, OF_PROTECTED, PKVM].concat());
+        LazyLock::new(|| unlogged([EVERY, ALIKE, OF_PLAIN, OF_PROTECTED, PKVM].concat()));
     static OF_HUGE: LazyLock<Vec<Reason>> = LazyLock::new(|| [EVERY, ALIKE, HUGE].concat());
     static OF_GIGANTIC: LazyLock<Vec<Reason>> =
         LazyLock::new(|| [EVERY, ALIKE, HUGE, GIGANTIC].concat());
@@ -26,6 +26,11 @@ pub(super) fn reasons(platform: Platform, size: PageSize) -> &'static [Reason] {
         Platform::Snp => &OF_SNP,
         Platform::Pkvm => &OF_PKVM,
     }
+}
+
+/// These, and what holds where there is no dirty log.
+fn unlogged(reasons: Vec<Reason>) -> Vec<Reason> {
+    reasons.into_iter().chain(no_dirty_log()).collect()
 }
 
 const OWN: &str = "each memory is on a machine of its own: a VM has no other memory to run on";
