@@ -48,11 +48,9 @@ fn taken(memory: &Memory) -> BTreeSet<u64> {
     dirty.runs().flat_map(|run| run.start().get()..run.end()).collect()
 }
 
-/// Takes what is in it; whether it is just these pages.
-fn is(memory: &Memory, expected: impl IntoIterator<Item = u64>) -> bool {
-    let (is, expected) = (taken(memory), expected.into_iter().collect());
-    assert_eq!(is, expected, "the dirty log");
-    is == expected
+/// Takes what is in it, which is just these pages.
+fn take(memory: &Memory, expected: impl IntoIterator<Item = u64>, why: &str) {
+    assert_eq!(taken(memory), expected.into_iter().collect(), "{why}");
 }
 
 fn started(w: &World<'_>) -> Ran {
@@ -73,7 +71,7 @@ fn started(w: &World<'_>) -> Ran {
         assert_eq!(memory.start_dirty_log(), Ok(()));
         assert_eq!(memory.start_dirty_log(), Err(Error::DirtyLog { on: true }));
         memory.mark_dirty(pages(2, 5)).expect("pages of the object");
-        assert!(is(memory, 2..5));
+        take(memory, 2..5, "they were marked");
         // What is not taken is forgotten.
         memory.mark_dirty(page(7)).expect("a page of the object");
         assert_eq!(memory.stop_dirty_log(), Ok(()));
@@ -95,12 +93,12 @@ fn written(w: &World<'_>) -> Ran {
         // A page that is read is among them where KVM maps it for writing at once.
         assert!(dirty.iter().all(|page| *page < 12), "{dirty:?}");
     }
-    assert!(is(memory, []), "nobody has written since");
+    take(memory, [], "nobody has written since");
     // After it was on and off, too.
     memory.stop_dirty_log().expect("it is on");
     bound.passes([fill(gfns(pages(0, 12)), 7)]);
     memory.start_dirty_log().expect("it is off");
-    assert!(is(memory, []), "that was before");
+    take(memory, [], "that was before");
     bound.passes([fill(gfns(page(11)), 8)]);
     assert!(taken(memory).contains(&11));
     PASSED
@@ -114,19 +112,19 @@ fn calls(w: &World<'_>) -> Ran {
     let across = gfn(BASE + 3).gpa().checked_add(PAGE_SIZE - 2).expect("a small address");
     memory.write(bound.vm, across, b"four").expect("shared pages");
     memory.read(bound.vm, gfn(BASE + 7).gpa(), &mut [0; 8]).expect("a shared page");
-    assert!(is(memory, 3..5));
+    take(memory, 3..5, "what is read is not");
     memory.write(bound.vm, across, &[]).expect("nothing");
     put(memory, 6, 1);
     let file = std::fs::File::open("/dev/zero").expect("there is one");
     let read = memory.host_view().read_from(&file, 8 * PAGE_SIZE, 2 * PAGE_BYTES);
     assert_eq!(read, Ok(2 * PAGE_BYTES));
-    assert!(is(memory, [6, 8, 9]));
+    take(memory, [6, 8, 9], "nothing was written at page 3");
     // Of what was denied half-way, too.
     to(memory, w.granules().page(0), Visibility::Private).expect("nothing is in the way");
     taken(memory);
     let denied = memory.write(bound.vm, gfn(BASE).gpa(), b"denied");
     assert!(matches!(denied, Err(Error::Refused(Refusal::Private { .. }))));
-    assert!(is(memory, []), "it was refused before it began");
+    take(memory, [], "it was refused before it began");
     PASSED
 }
 
@@ -137,13 +135,13 @@ fn operations(w: &World<'_>) -> Ran {
     memory.start_dirty_log().expect("it is off");
     let convert = |range, to, contents| memory.convert(range, to, contents, OnBusy::Wait);
     convert(pages(2, 4), shared, Contents::Preserve).expect("nothing is in the way");
-    assert!(is(memory, 2..4), "it can be had now");
+    take(memory, 2..4, "it can be had now");
     convert(pages(2, 4), shared, Contents::Preserve).expect("it is so");
-    assert!(is(memory, []), "it was so already");
+    take(memory, [], "it was so already");
     convert(pages(3, 4), private, Contents::Zero).expect("nothing is in the way");
-    assert!(is(memory, 3..4), "it is zeros now");
+    take(memory, 3..4, "it is zeros now");
     memory.discard(pages(5, 8), OnBusy::Wait).expect("nothing is in the way");
-    assert!(is(memory, 5..8));
+    take(memory, 5..8, "they are zeros now");
     PASSED
 }
 
@@ -154,9 +152,9 @@ fn contents(w: &World<'_>) -> Ran {
     memory.start_dirty_log().expect("it is off");
     let brought = granule.page(0);
     memory.populate(brought, b"what came").expect("it is owed");
-    assert!(is(&memory, brought.start().get()..brought.end()));
+    take(&memory, brought.start().get()..brought.end(), "it has come");
     memory.settle().expect("nobody is at work");
-    assert!(is(&memory, brought.end()..end), "it is zeros now");
+    take(&memory, brought.end()..end, "it is zeros now");
     PASSED
 }
 
@@ -180,10 +178,12 @@ fn device(w: &World<'_>) -> Ran {
     taken(memory);
     let device = memory.attach_dma(Holder::new("nic"), PageCount::ONE, Arc::new(Anything));
     let device = device.expect("what is shared is of whole pieces");
-    assert!((0..3).all(|_| is(memory, 2..4)), "it may write at any time");
+    for _ in 0..3 {
+        take(memory, 2..4, "it may write at any time");
+    }
     device.detach().expect("it lets go");
-    assert!(is(memory, 2..4), "it may have written to the last");
-    assert!(is(memory, []));
+    take(memory, 2..4, "it may have written to the last");
+    take(memory, [], "it has nothing mapped");
     PASSED
 }
 
@@ -199,7 +199,7 @@ fn slots(w: &World<'_>) -> Ran {
     let dirty = taken(memory);
     assert!(dirty.contains(&3) && dirty.contains(&4), "{dirty:?}");
     memory.unbind(vm, Slot(0)).expect("it is bound");
-    assert!(is(memory, 0..memory.pages().get()), "nobody knows what it was at");
+    take(memory, 0..memory.pages().get(), "nobody knows what it was at");
     PASSED
 }
 
