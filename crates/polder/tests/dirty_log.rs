@@ -245,3 +245,37 @@ fn a_vm_with_a_dirty_ring_is_refused_with_nothing_changed() {
         Ok(()) => assert!(!has_ring),
     }
 }
+
+#[test]
+fn of_a_vm_whose_log_is_cleared_by_hand_each_write_is_told_once() {
+    let (enable, all_set) = (
+        kvm_bindings::KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+        kvm_bindings::KVM_DIRTY_LOG_INITIALLY_SET,
+    );
+    for how in [enable, enable | all_set] {
+        let memory = Memory::builder(PageCount::from(4)).shared().build();
+        let Some(memory) = require(Facility::Userfault, memory) else { return };
+        let Some(kvm) = require(Facility::Kvm, kvm_ioctls::Kvm::new()) else { return };
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        let cap = kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
+        let args = [how.into(), 0, 0, 0];
+        vm.enable_cap(&kvm_bindings::kvm_enable_cap { cap, args, ..Default::default() }).unwrap();
+        let id = memory.attach(Arc::clone(&vm)).unwrap();
+        memory.bind(id, Slot(0), Gfn::from(0), memory.all_pages()).unwrap();
+        // In real mode: mov [0x2000], al; hlt.
+        memory.write(id, Gpa::new(PAGE_SIZE), &[0xa2, 0x00, 0x20, 0xf4]).unwrap();
+        let mut vcpu = vm.create_vcpu(0).unwrap();
+        let mut segments = vcpu.get_sregs().unwrap();
+        (segments.cs.base, segments.cs.selector) = (0, 0);
+        vcpu.set_sregs(&segments).unwrap();
+
+        memory.start_dirty_log().unwrap();
+        for round in 0..3 {
+            let start = kvm_bindings::kvm_regs { rip: PAGE_SIZE, rflags: 2, ..Default::default() };
+            vcpu.set_regs(&start).unwrap();
+            assert!(matches!(vcpu.run().unwrap(), kvm_ioctls::VcpuExit::Hlt));
+            assert_eq!(taken(&memory), [2], "round {round}");
+            assert!(taken(&memory).is_empty(), "round {round}: it was cleared");
+        }
+    }
+}
