@@ -11,7 +11,7 @@ usage: cargo xtask lab [--cpus N] [--memory MIB] [--gigantic N] [--timeout SECON
 /// What was asked for.
 #[derive(PartialEq, Eq, Debug)]
 pub(super) struct Arguments {
-    /// CPUs of the lab's kernel.
+    /// CPUs that the command runs on.
     pub(super) cpus: u32,
     /// Its memory, in MiB.
     pub(super) memory: u32,
@@ -40,9 +40,9 @@ impl Arguments {
         };
         let mut given = given;
         while let Some(option) = given.next() {
-            // The kernel is built for 8 CPUs, and takes some 100 MiB for itself.
+            // The kernel is built for 8 CPUs, of which it keeps one, and takes some 100 MiB.
             let (value, allowed) = match option.to_str() {
-                Some("--cpus") => (&mut parsed.cpus, 1..=8),
+                Some("--cpus") => (&mut parsed.cpus, 1..=7),
                 Some("--memory") => (&mut parsed.memory, 256..=1 << 20),
                 Some("--gigantic") => (&mut parsed.gigantic, 0..=64),
                 Some("--timeout") => (&mut parsed.timeout, 1..=86_400),
@@ -105,7 +105,7 @@ mod tests {
 
     #[test]
     fn what_is_not_understood_is_refused_with_the_usage() {
-        let numbers = ["--cpus", "--cpus 0", "--cpus 9", "--memory 1", "--timeout x"];
+        let numbers = ["--cpus", "--cpus 0", "--cpus 8", "--memory 1", "--timeout x"];
         let words = ["ls", "--", "--json", "--json -- ls", "--matrix -- ls"];
         for line in numbers.into_iter().chain(words) {
             assert!(parse(line).unwrap_err().contains("usage:"), "{line}");

@@ -37,7 +37,11 @@ pub(super) struct Guest<'a> {
     pub(super) kernel: &'a Kernel,
     /// Whose command it is, if somebody wants to be told that it still runs.
     pub(super) patience: Option<&'a str>,
-    /// CPUs.
+    /// CPUs that the command runs on. There is one more, the first, on which KVM never runs a guest,
+    /// for QEMU would spoil it: when another CPU restores its floating-point state, QEMU clears a bit
+    /// of the first CPU's `hflags2`, with neither lock nor atomic operation (`cpu_clear_ignne`). If
+    /// that CPU leaves a guest at the same moment, its nested paging may stay on, and the host's
+    /// registers end in the guest's VMCB.
     pub(super) cpus: u32,
     /// MiB.
     pub(super) memory: u32,
@@ -162,7 +166,7 @@ impl Guest<'_> {
         };
         let mut command = tool::ends_with_us("KILL", QEMU);
         command.args(["-accel", "tcg,thread=multi", "-cpu", CPU, "-machine", "q35"]);
-        command.args(["-m", &self.all_memory().to_string(), "-smp", &self.cpus.to_string()]);
+        command.args(["-m", &self.all_memory().to_string(), "-smp", &(self.cpus + 1).to_string()]);
         command.args(["-nodefaults", "-no-reboot", "-display", "none"]);
         command.args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]);
         command.args(["-chardev", &port("console"), "-serial", "chardev:console"]);
