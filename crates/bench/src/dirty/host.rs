@@ -13,8 +13,6 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use crate::turns::compare;
 use crate::{BenchError, Row};
 
-pub(super) const ROWS: usize = 6;
-
 const PAGES: u32 = 1024;
 const BYTES: [u8; 64] = [7; 64];
 const MMAP: &str = "vm-memory's mmap";
