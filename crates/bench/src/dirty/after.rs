@@ -1,5 +1,6 @@
-//! A guest's accesses to huge pages whose log was stopped, next to some that were never logged:
-//! they are as fast only if KVM maps whole huge pages again.
+//! A guest's accesses to huge pages whose log was stopped, next to some that were never logged.
+//! It is what a guest notices, and no proof that KVM maps whole huge pages again: on shadow-paged KVM
+//! accesses were as fast while the log was on.
 
 use polder::{Error, PageSize};
 
