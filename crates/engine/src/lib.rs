@@ -30,7 +30,7 @@
 #![no_std]
 
 extern crate alloc;
-#[cfg(any(test, loom))]
+#[cfg(any(test, feature = "loom"))]
 extern crate std;
 
 mod binding;

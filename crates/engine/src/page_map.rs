@@ -69,7 +69,7 @@
 //! under the engine's lock; whoever adds a reader that goes without puts those fences at its
 //! announcement and at the drain.
 //!
-//! `tests/loom_page_map.rs` checks this against every interleaving of a small map.
+//! `verify/loom/tests/page_map.rs` checks this against every interleaving of a small map.
 //!
 //! # Holes
 //! - `leaves` are a quarter of a byte a page, asked of the system zeroed and untouched: with an

@@ -1,14 +1,13 @@
-//! The atomics of what is read without the engine's lock: the real ones, or loom's under
-//! `--cfg loom`.
+//! The atomics of what is read without the engine's lock: the real ones, or loom's in `verify/loom`.
 
 use alloc::boxed::Box;
 
-#[cfg(not(loom))]
+#[cfg(not(feature = "loom"))]
 pub(crate) use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
-#[cfg(not(loom))]
+#[cfg(not(feature = "loom"))]
 pub(crate) use once_cell::race::OnceBox;
 
-#[cfg(loom)]
+#[cfg(feature = "loom")]
 pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// The half of a fence that costs nothing. It orders a store before a later load only for the
@@ -16,11 +15,11 @@ pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 /// processor pass a barrier first (`membarrier(2)`).
 #[inline]
 pub(crate) fn light_fence() {
-    #[cfg(not(loom))]
+    #[cfg(not(feature = "loom"))]
     core::sync::atomic::compiler_fence(Ordering::SeqCst);
     // Loom knows no such barrier: both sides get a whole fence, which orders what the two halves
     // order together.
-    #[cfg(loom)]
+    #[cfg(feature = "loom")]
     fence(Ordering::SeqCst);
 }
 
@@ -29,43 +28,43 @@ pub(crate) fn light_fence() {
 /// another one would cost more than the pin that it stands in.
 #[inline(always)]
 pub(crate) fn fence_after_atomic() {
-    #[cfg(all(target_arch = "x86_64", not(loom)))]
+    #[cfg(all(target_arch = "x86_64", not(feature = "loom")))]
     core::sync::atomic::compiler_fence(Ordering::SeqCst);
-    #[cfg(not(all(target_arch = "x86_64", not(loom))))]
+    #[cfg(not(all(target_arch = "x86_64", not(feature = "loom"))))]
     fence(Ordering::SeqCst);
 }
 
 /// `len` words of 0. Large ones come from the system untouched: only what is written to takes
 /// memory.
-#[cfg(not(loom))]
+#[cfg(not(feature = "loom"))]
 pub(crate) fn zeroed_words(len: usize) -> Box<[AtomicU64]> {
     bytemuck::zeroed_slice_box(len)
 }
 
-#[cfg(loom)]
+#[cfg(feature = "loom")]
 pub(crate) fn zeroed_words(len: usize) -> Box<[AtomicU64]> {
     (0..len).map(|_| AtomicU64::new(0)).collect()
 }
 
 /// `len` counts of 0, as [`zeroed_words`].
-#[cfg(not(loom))]
+#[cfg(not(feature = "loom"))]
 pub(crate) fn zeroed_counts(len: usize) -> Box<[AtomicU32]> {
     bytemuck::zeroed_slice_box(len)
 }
 
-#[cfg(loom)]
+#[cfg(feature = "loom")]
 pub(crate) fn zeroed_counts(len: usize) -> Box<[AtomicU32]> {
     (0..len).map(|_| AtomicU32::new(0)).collect()
 }
 
 /// A [`once_cell::race::OnceBox`] whose publication loom can see and reorder.
-#[cfg(loom)]
+#[cfg(feature = "loom")]
 pub(crate) struct OnceBox<T> {
     value: std::sync::OnceLock<Box<T>>,
     published: loom::sync::atomic::AtomicBool,
 }
 
-#[cfg(loom)]
+#[cfg(feature = "loom")]
 impl<T> OnceBox<T> {
     pub(crate) fn new() -> Self {
         let published = loom::sync::atomic::AtomicBool::new(false);

@@ -1,32 +1,32 @@
-//! Locks, waiting and threads: the real ones, or shuttle's under `--cfg shuttle`, so that a test
-//! decides who goes on at each of them (`tests/shuttle.rs`).
+//! Locks, waiting and threads: the real ones, or shuttle's in `verify/shuttle`, so that a test
+//! decides who goes on at each of them.
 
-#[cfg(not(shuttle))]
+#[cfg(not(feature = "shuttle"))]
 pub(crate) use parking_lot::{Condvar, Mutex, MutexGuard};
-#[cfg(not(shuttle))]
+#[cfg(not(feature = "shuttle"))]
 pub(crate) use polder_linux::spawn;
-#[cfg(not(shuttle))]
+#[cfg(not(feature = "shuttle"))]
 pub(crate) use std::thread::{JoinHandle, sleep, yield_now};
 
-#[cfg(shuttle)]
+#[cfg(feature = "shuttle")]
 pub(crate) use shuttle::thread::{JoinHandle, sleep, yield_now};
-#[cfg(shuttle)]
+#[cfg(feature = "shuttle")]
 pub(crate) use shuttled::{Condvar, Mutex, MutexGuard, spawn, thread_number};
 
 /// Whether a thread has ended.
-#[cfg(not(shuttle))]
+#[cfg(not(feature = "shuttle"))]
 pub(crate) fn is_finished<T>(thread: &JoinHandle<T>) -> bool {
     thread.is_finished()
 }
 
 /// Shuttle's threads don't tell.
-#[cfg(shuttle)]
+#[cfg(feature = "shuttle")]
 pub(crate) fn is_finished<T>(_: &JoinHandle<T>) -> bool {
     false
 }
 
 /// A number of the calling thread's own, from 0.
-#[cfg(not(shuttle))]
+#[cfg(not(feature = "shuttle"))]
 pub(crate) fn thread_number() -> usize {
     use std::sync::atomic::{AtomicUsize, Ordering};
     static NEXT: AtomicUsize = AtomicUsize::new(0);
@@ -38,7 +38,7 @@ pub(crate) fn thread_number() -> usize {
 
 /// A number that no other thread has that is alive, small where few are: the place of the calling
 /// thread in what has one for each.
-#[cfg(not(shuttle))]
+#[cfg(not(feature = "shuttle"))]
 #[inline(always)]
 pub(crate) fn thread_place() -> usize {
     match place::MINE.get() {
@@ -47,13 +47,13 @@ pub(crate) fn thread_place() -> usize {
     }
 }
 
-#[cfg(shuttle)]
+#[cfg(feature = "shuttle")]
 pub(crate) fn thread_place() -> usize {
     thread_number()
 }
 
 /// The places of threads. One is given back when its thread ends, with what the thread left in it.
-#[cfg(not(shuttle))]
+#[cfg(not(feature = "shuttle"))]
 mod place {
     use std::cell::Cell;
     use std::collections::BTreeSet;
@@ -96,7 +96,7 @@ mod place {
 }
 
 /// `parking_lot`'s faces of shuttle's locks.
-#[cfg(shuttle)]
+#[cfg(feature = "shuttle")]
 mod shuttled {
     use std::ops::{Deref, DerefMut};
     use std::sync::PoisonError;

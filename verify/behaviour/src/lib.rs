@@ -31,7 +31,7 @@ use polder_require::Facility;
 
 pub use cases::{cases, way_of};
 pub use host::{Guest, Host, Inside, SetAside, Trouble, Way};
-pub use hosts::{hosts, planted, planted_in_engine};
+pub use hosts::{hosts, planted};
 pub use table::{Cell, cell, render};
 pub use verdict::{Verdict, run, run_within};
 pub use world::{Bound, World};

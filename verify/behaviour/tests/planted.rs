@@ -6,8 +6,8 @@
 //! own tests walk through those steps.
 
 use polder::machine::Plant;
-use polder::{Bug, HostKind, Memory};
-use polder_behaviour::{Host, Verdict, cases, planted, planted_in_engine, run};
+use polder::{Bug, HostKind, Memory, Platform};
+use polder_behaviour::{Host, Verdict, cases, planted, run};
 use polder_play::{Options, Verdict as Played};
 
 /// What the row says of a host with a bug; none if it passes.
@@ -20,7 +20,10 @@ fn broken(host: &'static dyn Host, name: &str) -> Option<String> {
 }
 
 fn breaks(plant: Plant, name: &str) {
-    let why = broken(planted(plant), name);
+    let host = planted(Platform::Plain, move |memory| {
+        memory.simulated(|machine, _, _| machine.plant(plant, true)).expect("the machine");
+    });
+    let why = broken(host, name);
     assert!(why.as_ref().is_some_and(|why| !why.contains("it hangs")), "{plant:?}: {why:?}");
 }
 
@@ -53,7 +56,8 @@ fn scenarios_notice_what_is_planted_into_the_engine() {
 }
 
 fn bug_breaks(bug: Bug, name: &str) {
-    let why = broken(planted_in_engine(bug), name);
+    let host = planted(Platform::Snp, move |memory| memory.plant(bug));
+    let why = broken(host, name);
     assert!(why.as_ref().is_some_and(|why| !why.contains("it hangs")), "{bug:?}: {why:?}");
 }
 

@@ -24,8 +24,6 @@ impl Part {
     }
 }
 
-const SHUTTLE: (&str, &str) = ("RUSTFLAGS", "--cfg shuttle");
-
 pub(super) const PARTS: &[Part] = &[
     Part {
         name: "check",
@@ -102,8 +100,8 @@ pub(super) const PARTS: &[Part] = &[
     Part {
         name: "shuttle",
         about: "the driver, with every turn of its threads chosen",
-        run: &["test", "--release", "-p", "polder", "--test", "shuttle"],
-        environment: &[SHUTTLE, ("POLDER_SHUTTLE", "20000")],
+        run: &["test", "--release", "-p", "polder-shuttle"],
+        environment: &[("POLDER_SHUTTLE", "20000")],
     },
     Part {
         name: "folios",

@@ -214,7 +214,7 @@ fn index(page: u64) -> usize {
     usize::try_from(page).expect("a page number fits the host's address space")
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(feature = "loom")))]
 mod tests {
     use std::vec;
     use std::vec::Vec;

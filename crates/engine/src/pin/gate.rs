@@ -24,7 +24,7 @@ use polder_units::PageRange;
 use crate::sync::{AtomicU64, Ordering, fence};
 
 /// How many ranges can be told apart. While there are more, everybody asks the engine.
-const RANGES: usize = if cfg!(loom) { 2 } else { 32 };
+const RANGES: usize = if cfg!(feature = "loom") { 2 } else { 32 };
 
 /// Closings that found no place count this much.
 const UNLISTED: u64 = 1 << 32;

@@ -18,10 +18,10 @@ use polder_units::{PageIndex, PageRange};
 use crate::sync::{AtomicU32, AtomicU64, OnceBox, Ordering};
 
 /// Places in a block of them.
-const THREADS: usize = if cfg!(loom) { 2 } else { 64 };
+const THREADS: usize = if cfg!(feature = "loom") { 2 } else { 64 };
 /// Pins in a place, and in the first block of those that are more.
-const PINS: usize = if cfg!(loom) { 1 } else { 7 };
-const MORE: usize = if cfg!(loom) { 1 } else { 64 };
+const PINS: usize = if cfg!(feature = "loom") { 1 } else { 7 };
+const MORE: usize = if cfg!(feature = "loom") { 1 } else { 64 };
 
 /// The places of threads, and of those that are too many for the block.
 pub(super) struct Places {
@@ -222,7 +222,7 @@ impl fmt::Debug for Local<'_> {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(feature = "loom")))]
 mod tests {
     use alloc::vec::Vec;
 

@@ -374,7 +374,7 @@ fn quarantine(w: &World<'_>) -> Ran {
 }
 
 fn bounded(w: &World<'_>) -> Ran {
-    let bound = w.bound(w.memory(4096)?)?;
+    let bound = w.bound(w.memory(1024)?)?;
     let memory = &bound.memory;
     let size = memory.pages().get();
     bound.passes([zero(gfns(page(0)))]);

@@ -5,11 +5,11 @@ mod reasons;
 
 use std::collections::BTreeSet;
 
-use polder::machine::{HostPte, Plant, Vpn};
+use polder::machine::{HostPte, Vpn};
 use polder::units::{GfnRange, Gpa, PageIndex, PageRange};
 use polder::{
-    Bug, Error, GuestExit, HostKind, Memory, MemoryFault, PageSize, Platform, Prefaulted,
-    Visibility, VmId,
+    Error, GuestExit, HostKind, Memory, MemoryFault, PageSize, Platform, Prefaulted, Visibility,
+    VmId,
 };
 use polder_vmm::scenario::Op;
 use polder_vmm::{Accepting, Accesses, Ended, GuestRoot, IdleVcpu, Progress, Supervision, Vm};
@@ -25,14 +25,14 @@ pub(super) struct Machine {
     pub(super) platform: Platform,
     pub(super) size: PageSize,
     pub(super) root: GuestRoot,
-    pub(super) plant: Option<Plant>,
-    pub(super) bug: Option<Bug>,
+    /// Plants the bug into memory that was just made.
+    pub(super) plant: Option<&'static (dyn Fn(&Memory) + Sync)>,
 }
 
 impl Machine {
     pub(super) const fn new(platform: Platform) -> Self {
         let size = PageSize::Small;
-        Self { platform, size, root: GuestRoot::Tdp, plant: None, bug: None }
+        Self { platform, size, root: GuestRoot::Tdp, plant: None }
     }
 
     /// A plain VM with memory of huge pages.
@@ -123,11 +123,7 @@ impl Host for Machine {
 
     fn prepare(&self, memory: &Memory) {
         if let Some(plant) = self.plant {
-            let planted = memory.simulated(|machine, _, _| machine.plant(plant, true));
-            planted.expect("memory of this host");
-        }
-        if let Some(bug) = self.bug {
-            memory.plant(bug);
+            plant(memory);
         }
     }
 

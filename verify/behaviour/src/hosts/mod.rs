@@ -4,8 +4,7 @@ mod guest_memfd;
 mod machine;
 mod memfd;
 
-use polder::machine::Plant;
-use polder::{Bug, PageSize, Platform};
+use polder::{Memory, PageSize, Platform};
 use polder_vmm::GuestRoot;
 
 use crate::cases::STARTED;
@@ -86,15 +85,9 @@ pub fn hosts() -> &'static [&'static dyn Host] {
     ]
 }
 
-/// The simulated machine with a bug of its own: no column of the table, but what its rows are
-/// tried on.
-pub fn planted(plant: Plant) -> &'static dyn Host {
-    let plain = machine::Machine::new(Platform::Plain);
-    Box::leak(Box::new(machine::Machine { plant: Some(plant), ..plain }))
-}
-
-/// An SNP guest's memory whose engine or driver has a bug.
-pub fn planted_in_engine(bug: Bug) -> &'static dyn Host {
-    let snp = machine::Machine::new(Platform::Snp);
-    Box::leak(Box::new(machine::Machine { bug: Some(bug), ..snp }))
+/// The simulated machine with memory that `plant` plants a bug into as soon as it is made: no
+/// column of the table, but what its rows are tried on.
+pub fn planted(platform: Platform, plant: impl Fn(&Memory) + Sync + 'static) -> &'static dyn Host {
+    let plant: &'static _ = Box::leak(Box::new(plant));
+    Box::leak(Box::new(machine::Machine { plant: Some(plant), ..machine::Machine::new(platform) }))
 }

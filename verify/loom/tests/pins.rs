@@ -1,17 +1,14 @@
 //! Every interleaving, and every stale value the memory model allows, of who pins pages without the
-//! engine's lock and of who converts them:
-//! `RUSTFLAGS="--cfg loom" cargo test -p polder-engine --test loom_pins --release --features
-//! plant`.
+//! engine's lock and of who converts them.
 //!
 //! The page's bytes are a cell that loom watches: whoever has it pinned reads it, whoever has made
 //! it private writes it, and no two do at once.
 
-#![cfg(loom)]
 #![expect(clippy::unwrap_used, reason = "a failing test may panic anywhere")]
 
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
-use polder_engine::{
+use polder_loom::{
     Backing, Config, Contents, ConversionRequest, Engine, Holder, Operation, PageFacts, PinKind,
     Pinner, Platform, Population, Stage, Start, Visibility,
 };
@@ -169,12 +166,11 @@ fn a_page_can_be_pinned_again_where_a_conversion_was_refused() {
 }
 
 /// The checker has to find what it is for.
-#[cfg(feature = "plant")]
 #[test]
 #[should_panic(expected = "Causality violation")]
 fn who_pins_what_is_claimed_is_found() {
     explore(Visibility::Shared, by_counts, counted, |engine, bytes| {
-        engine.plant(polder_engine::Bug::PinnedWhileDrained);
+        engine.plant(polder_loom::Bug::PinnedWhileDrained);
         to_private(engine, bytes);
     });
 }

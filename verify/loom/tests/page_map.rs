@@ -1,10 +1,9 @@
 //! Every interleaving, and every stale value the memory model allows, of a page map's reader and
-//! writer: `RUSTFLAGS="--cfg loom" cargo test -p polder-engine --test loom_page_map --release`.
+//! writer.
 
-#![cfg(loom)]
 #![expect(clippy::unwrap_used, reason = "a failing test may panic anywhere")]
 
-use polder_engine::{PageFacts, PageMap, PageReader, Population, Visibility};
+use polder_loom::{PageFacts, PageMap, PageReader, Population, Visibility};
 use polder_units::{Geometry, Level, PageIndex, PageRange};
 
 /// What a writer does, one call each.

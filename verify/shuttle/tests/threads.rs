@@ -1,18 +1,16 @@
-//! The driver, its fault thread and host `machine` on threads whose every turn a scheduler picks:
-//! `RUSTFLAGS="--cfg shuttle" cargo test -p polder --test shuttle --release`.
+//! The driver, its fault thread and host `machine` on threads whose every turn a scheduler picks.
 //!
 //! No wait has a limit here: somebody who is not told of what he waits for is a deadlock, which
 //! shuttle reports with the schedule that leads there. `POLDER_SHUTTLE` is the number of schedules
 //! of each test, by each of two schedulers.
 
-#![cfg(shuttle)]
 #![expect(clippy::unwrap_used, reason = "a failing test may panic anywhere")]
 
 use std::sync::Arc;
 
-use polder::machine::RmpFail;
-use polder::units::{GfnRange, Gpa, Level, PAGE_BYTES, PageCount, PageRange};
-use polder::{
+use polder_shuttle::machine::RmpFail;
+use polder_shuttle::units::{GfnRange, Gpa, Level, PAGE_BYTES, PageCount, PageRange};
+use polder_shuttle::{
     Contents, Error, GuestExit, Holder, HostKind, MachineVcpu, Memory, OnBusy, PinKind, Platform,
     Refusal, Slot, Visibility, Vm, VmId,
 };
@@ -21,7 +19,7 @@ use shuttle::thread;
 use Visibility::{Private, Shared};
 
 /// How many schedules unless `POLDER_SHUTTLE` says otherwise.
-const SCHEDULES: usize = 5000;
+const SCHEDULES: usize = 2000;
 
 /// How many times may the thread that runs be changed for another in the second scheduler.
 const CHANGES: usize = 3;
@@ -43,7 +41,10 @@ fn gpa(page: u64) -> Gpa {
     Gpa::new(VM + page * PAGE_BYTES as u64)
 }
 
-fn memory(pages: PageRange, make: impl FnOnce(polder::Builder) -> polder::Builder) -> Arc<Memory> {
+fn memory(
+    pages: PageRange,
+    make: impl FnOnce(polder_shuttle::Builder) -> polder_shuttle::Builder,
+) -> Arc<Memory> {
     let builder = Memory::builder(pages.count()).host(HostKind::Machine);
     let memory = make(builder).build().unwrap();
     let vm = memory.attach(Vm::Machine).unwrap();
@@ -89,7 +90,7 @@ fn whole(bytes: &[u8]) -> u8 {
 #[test]
 fn who_touches_a_page_that_changes_hands_is_answered_and_who_holds_it_keeps_it() {
     explore(|| {
-        let memory = memory(pages(0, 2), polder::Builder::shared);
+        let memory = memory(pages(0, 2), polder_shuttle::Builder::shared);
         let converter = spawn(&memory, |memory| {
             let to = |to| memory.convert(pages(0, 2), to, Contents::Preserve, OnBusy::Wait);
             match to(Private) {
@@ -169,7 +170,7 @@ fn nobody_sees_a_page_before_it_is_whole_and_nobody_waits_for_ever() {
 #[test]
 fn two_conversions_a_discard_and_a_slot_that_moves_get_in_nobodys_way_for_good() {
     explore(|| {
-        let memory = memory(pages(0, 4), polder::Builder::shared);
+        let memory = memory(pages(0, 4), polder_shuttle::Builder::shared);
         let convert = |range: PageRange, to| {
             spawn(&memory, move |memory| {
                 memory.convert(range, to, Contents::Zero, OnBusy::Wait).unwrap();
@@ -279,10 +280,10 @@ struct Waited {
     then: std::sync::OnceLock<u64>,
 }
 
-impl polder::Watch for Waited {
-    fn at(&self, moment: polder::Moment) {
+impl polder_shuttle::Watch for Waited {
+    fn at(&self, moment: polder_shuttle::Moment) {
         let mine = *self.thread.lock().unwrap() == Some(thread::current().id());
-        if mine && moment == polder::Moment::Waits {
+        if mine && moment == polder_shuttle::Moment::Waits {
             let _ = self.then.set(self.number.load(std::sync::atomic::Ordering::SeqCst));
         }
     }
@@ -295,7 +296,7 @@ const MOVES: u64 = 6;
 fn whoever_waits_is_overtaken_by_one_operation_at_most() {
     use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
     explore(|| {
-        let memory = memory(pages(0, 1), polder::Builder::shared);
+        let memory = memory(pages(0, 1), polder_shuttle::Builder::shared);
         memory.write(VmId(0), gpa(0), &[0; 8]).unwrap();
         let (thread, then) = (std::sync::Mutex::new(None), std::sync::OnceLock::new());
         let waited = Arc::new(Waited { thread, number: AtomicU64::new(0), then });
@@ -305,7 +306,7 @@ fn whoever_waits_is_overtaken_by_one_operation_at_most() {
             for number in 1..=MOVES {
                 moving.number.store(number, SeqCst);
                 let bytes = number.to_le_bytes();
-                let write = |machine: &mut polder::machine::Machine, object, _| {
+                let write = |machine: &mut polder_shuttle::machine::Machine, object, _| {
                     machine.object_write(object, 0, &bytes)
                 };
                 memory.simulated(write).unwrap().unwrap();
