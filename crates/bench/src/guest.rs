@@ -5,7 +5,7 @@ use std::time::Duration;
 use polder::units::{Gpa, PAGE_SIZE, PageRange};
 use polder::{HostKind, Memory, Slot, Visibility, VmId};
 use polder_linux::KvmSlot;
-use polder_vmm::scenario::{HostAccess, Op, WORD};
+use polder_vmm::scenario::{HostAccess, Op, Pattern, WORD};
 use polder_vmm::{End, IdleVcpu, RunError, Supervision, Vm};
 
 use crate::BenchError;
@@ -120,6 +120,12 @@ impl Guest {
         self.run(&programs)?;
         let mut words = self.read(0, share * u64::from(vcpus))?;
         Ok(words.drain(..).map(|ticks| self.microseconds(ticks)).collect())
+    }
+
+    /// Has the guest write the first `bytes` bytes at each address, one after the other.
+    pub(crate) fn fill(&self, at: &[Gpa], bytes: u64) -> Result<(), BenchError> {
+        let fill = |&gpa| Op::Fill { gpa, len: bytes, pattern: Pattern::Seeded { seed: 1 } };
+        self.run(&[at.iter().map(fill).chain([Op::Done]).collect()])
     }
 
     /// Has the guest read the first word of `pages` pages from `gpa` on over and over, while

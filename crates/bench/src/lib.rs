@@ -19,6 +19,7 @@ mod access;
 mod apart;
 mod bare;
 mod convert;
+mod dirty;
 mod faults;
 mod guest;
 mod here;
@@ -122,6 +123,7 @@ pub const ALL: &[Bench] = &[
     prefault::BENCH,
     hugepages::BENCH,
     userfault::BENCH,
+    dirty::BENCH,
 ];
 
 /// No bench has this name.

@@ -12,7 +12,7 @@ use crate::{BenchError, Costs, Row};
 const NESTED: &str = "shadow-paged KVM below a hypervisor, where faults are dearer than on metal";
 
 /// A VM and its memory.
-struct Guest {
+pub(crate) struct Guest {
     vm: Vm,
     memory: Memory,
     id: VmId,
@@ -20,7 +20,7 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(size: PageSize, extent: &Extent) -> Result<Self, BenchError> {
+    pub(crate) fn new(size: PageSize, extent: &Extent) -> Result<Self, BenchError> {
         let memory = memory_of((size, extent.pages), |builder| builder)?;
         let vm = Vm::new(HostKind::Memfd)?;
         let id = vm.attach(&memory)?;
@@ -40,17 +40,21 @@ impl Guest {
         Ok((run(vec![op, Op::Done])? - none).max(1e-9))
     }
 
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
     fn bytes(&self) -> u64 {
         self.memory.pages().get() * PAGE_SIZE
     }
 
-    fn fill(&self) -> Result<f64, BenchError> {
+    pub(crate) fn fill(&self) -> Result<f64, BenchError> {
         let pattern = Pattern::Seeded { seed: 3 };
         self.time(Op::Fill { gpa: Vm::RAM, len: self.bytes(), pattern })
     }
 
     /// The nanoseconds of a random access.
-    fn roam(&self, seed: u64) -> Result<f64, BenchError> {
+    pub(crate) fn roam(&self, seed: u64) -> Result<f64, BenchError> {
         let (len, count) = (self.bytes(), self.accesses);
         let seconds = self.time(Op::Roam { gpa: Vm::RAM, len, count, seed: seed | 1 })?;
         Ok(seconds * 1e9 / count as f64)
