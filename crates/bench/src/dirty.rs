@@ -113,8 +113,11 @@ impl Logged {
 
     /// Takes what KVM has, as a loop without Polder does. Returns how many pages.
     fn take_bare(&self) -> Result<u64, BenchError> {
-        let words = self.slot.take_dirty()?;
-        Ok(words.iter().map(|word| u64::from(word.count_ones())).sum())
+        let mut taken = 0;
+        self.slot.take_dirty(|words| {
+            taken = words.iter().map(|word| u64::from(word.count_ones())).sum();
+        })?;
+        Ok(taken)
     }
 
     fn take_polder(&self) -> Result<u64, BenchError> {

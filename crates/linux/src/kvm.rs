@@ -143,26 +143,25 @@ impl KvmSlot {
         Ok(())
     }
 
-    /// What was written since the log was turned on or taken last: a bit for each page of the slot,
-    /// the lowest of the first word for the first. Whoever writes to a page from now on has it
-    /// logged again.
+    /// Gives `note` what was written since the log was turned on or taken last: a bit for each page
+    /// of the slot, the lowest of the first word for the first. Whoever writes to a page from now on
+    /// has it logged again.
     ///
     /// # Errors
     /// Those of `KVM_GET_DIRTY_LOG`: `ENOENT` for a slot that does not log, `ENXIO` on a VM with a
-    /// dirty ring. The log is as it was then.
-    pub fn take_dirty(&self) -> Result<Vec<u64>, Error> {
+    /// dirty ring; the log is as it was then. Those of `KVM_CLEAR_DIRTY_LOG`: `note` has had the
+    /// pages, and may get them once more.
+    pub fn take_dirty(&self, note: impl FnOnce(&[u64])) -> Result<(), Error> {
         let (slot, bytes) = (self.region.slot, self.pages.bytes());
         let call = Call::on("KVM_GET_DIRTY_LOG", bytes);
         let size =
             usize::try_from(self.region.memory_size).map_err(|_| call.error(Errno::INVAL))?;
         let mut dirty = call.make(|| self.vm.get_dirty_log(slot, size).map_err(call::of_kvm))?;
+        note(&dirty);
         // On a VM with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 that has taken nothing out of the log.
         // Elsewhere it has, and a page that was written in between is taken twice for once: it is
-        // among these still. Should it fail there is nothing lost: the pages come again.
-        if dirty.iter().any(|&word| word != 0) {
-            let _ = self.clear_dirty(&mut dirty);
-        }
-        Ok(dirty)
+        // among these still.
+        if dirty.iter().any(|&word| word != 0) { self.clear_dirty(&mut dirty) } else { Ok(()) }
     }
 
     /// Takes pages out of the log.

@@ -83,7 +83,8 @@ impl Marks {
     }
 
     fn note(&self, pages: PageRange) {
-        let (mut next, end) = (pages.start().get(), pages.end());
+        let most = self.words.get().map_or(0, |words| words.len() as u64 * BITS);
+        let (mut next, end) = (pages.start().get(), pages.end().min(most));
         while next < end {
             let rest = end - next;
             let (at, bit) = (next / BITS, next % BITS);
@@ -128,7 +129,7 @@ impl Marks {
             0 => 0,
             _ => word.swap(0, Ordering::AcqRel),
         };
-        DirtyPages { words: words.iter().map(take).collect() }
+        DirtyPages { words: words.iter().map(take).collect() }.shortest()
     }
 }
 
@@ -151,11 +152,19 @@ impl Marks {
 /// ```
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct DirtyPages {
-    /// A bit for each page, the lowest of the first word for page 0.
+    /// A bit for each page, the lowest of the first word for page 0. The last is not 0: sets of the
+    /// same pages are equal.
     words: Vec<u64>,
 }
 
 impl DirtyPages {
+    /// Without what says nothing.
+    fn shortest(mut self) -> Self {
+        let last = self.words.iter().rposition(|&word| word != 0);
+        self.words.truncate(last.map_or(0, |last| last + 1));
+        self
+    }
+
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.words.iter().all(|&word| word == 0)
@@ -286,7 +295,10 @@ mod tests {
         marks.stop();
         marks.wrote(0x2000, 1);
         marks.start(PageCount::from(10));
-        assert_eq!(marks.take(), DirtyPages { words: vec![0] });
+        assert_eq!(marks.take(), DirtyPages::default());
+        // A length that no slice has.
+        marks.wrote(0x9000, usize::MAX);
+        assert_eq!(marks.take(), DirtyPages { words: vec![u64::MAX << 9] });
         let mut pages = DirtyPages::default();
         pages.add(&DirtyPages { words: vec![0, 1 << 5] });
         assert_eq!(

@@ -262,8 +262,11 @@ impl Drop for Ring<'_> {
             false => self.ring.unregister(|_| {}),
         };
         if gone.is_err() {
-            // The kernel may write to them still: nobody else ever gets them.
+            // The kernel may write to them still: nobody else ever gets them. What it has written
+            // is logged, what it writes later nobody can know.
             std::mem::forget(std::mem::take(&mut self.fixed));
+            let written = self.transfers.iter().flatten().filter_map(|it| it.written);
+            written.for_each(|pages| self.memory.driver.dirty.wrote_pages(pages));
             return;
         }
         for place in 0..self.transfers.len() {

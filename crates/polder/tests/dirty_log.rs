@@ -176,6 +176,10 @@ fn transparent_huge_pages_stay_in_one_piece_under_it() {
     let Some(_allowed) = require(Facility::HugePages, Thp::allow()) else { return };
     let memory = Memory::builder(PageCount::from(2 * 512)).page_size(PageSize::Thp).owed();
     let Some(memory) = require(Facility::Userfault, memory.build()) else { return };
+    let vm = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm());
+    let Some(vm) = require(Facility::Kvm, vm) else { return };
+    let vm = memory.attach(Arc::new(vm)).unwrap();
+    memory.bind(vm, Slot(0), Gfn::from(0x1000), memory.all_pages()).unwrap();
     memory.populate(pages(0, 1024), &vec![3; 1024 * 4096]).unwrap();
     memory.settle().unwrap();
     assert_eq!(memory.levels().size_2m, 2);
@@ -194,6 +198,7 @@ fn a_copy_that_follows_writers_by_the_log_misses_none_of_their_words() {
     let (guest, done) = (guest(&memory, vm), AtomicBool::new(false));
     let mut copy = vec![0u8; 8 << 12];
     memory.mark_dirty(pages(8, 8 + PAGES)).unwrap();
+    follow(&memory, vm, &mut copy);
     std::thread::scope(|scope| {
         // Each has words of its own, in pages that all write to.
         for writer in 0..2u64 {
@@ -236,11 +241,19 @@ fn a_vm_with_a_dirty_ring_is_refused_with_nothing_changed() {
     let ring = kvm_bindings::kvm_enable_cap { cap, args: [4096, 0, 0, 0], ..Default::default() };
     let has_ring = vm.enable_cap(&ring).is_ok();
     let vm = memory.attach(Arc::new(vm)).unwrap();
-    memory.bind(vm, Slot(0), Gfn::from(0), memory.all_pages()).unwrap();
+    let bind = || memory.bind(vm, Slot(0), Gfn::from(0), memory.all_pages());
+    bind().unwrap();
     match memory.start_dirty_log() {
         Err(refused) => {
             assert!(has_ring && matches!(refused, Error::NotOffered { .. }), "{refused}");
             assert_eq!(memory.take_dirty_log(), Err(Error::DirtyLog { on: false }));
+            memory.unbind(vm, Slot(0)).unwrap();
+            memory.start_dirty_log().unwrap();
+            // The other way round.
+            assert_eq!(bind(), Err(refused));
+            assert!(memory.bindings().is_empty());
+            memory.mark_dirty(pages(2, 3)).unwrap();
+            assert!(taken(&memory).contains(&2));
         }
         Ok(()) => assert!(!has_ring),
     }
@@ -269,11 +282,16 @@ fn of_a_vm_whose_log_is_cleared_by_hand_each_write_is_told_once() {
         (segments.cs.base, segments.cs.selector) = (0, 0);
         vcpu.set_sregs(&segments).unwrap();
 
-        memory.start_dirty_log().unwrap();
-        for round in 0..3 {
+        let mut run = || {
             let start = kvm_bindings::kvm_regs { rip: PAGE_SIZE, rflags: 2, ..Default::default() };
             vcpu.set_regs(&start).unwrap();
             assert!(matches!(vcpu.run().unwrap(), kvm_ioctls::VcpuExit::Hlt));
+        };
+        // The page of the code is mapped for writing as it is first read, and would be logged.
+        run();
+        memory.start_dirty_log().unwrap();
+        for round in 0..3 {
+            run();
             assert_eq!(taken(&memory), [2], "round {round}");
             assert!(taken(&memory).is_empty(), "round {round}: it was cleared");
         }

@@ -146,7 +146,7 @@ impl Host for MemfdHost {
         let start = |it: &mut Bound| {
             it.slot.log_dirty(true)?;
             // What was written so far is not asked for; but whether it can be taken.
-            it.slot.take_dirty().map(drop)
+            it.slot.take_dirty(|_| ())
         };
         let started = if on { bound.values_mut().try_for_each(start) } else { Ok(()) };
         *log = on && started.is_ok();
@@ -162,7 +162,7 @@ impl Host for MemfdHost {
     fn take_dirty(&self, into: &Marks) -> Result<(), Error> {
         let slots = self.slots.lock();
         for Bound { slot, first } in slots.bound.values() {
-            into.note_words(*first, &slot.take_dirty()?);
+            slot.take_dirty(|words| into.note_words(*first, words)).map_err(no_log)?;
         }
         Ok(())
     }

@@ -124,7 +124,8 @@ pub(crate) trait Host: Send + Sync {
     fn log_dirty(&self, on: bool) -> Result<(), Error>;
 
     /// Notes the pages that guests have written since it was asked last: who writes to one from now
-    /// on has it logged again. If it fails, what is not noted comes the next time.
+    /// on has it logged again. If it fails, what is not noted comes the next time. Also tells of a
+    /// slot that can't log what its guest writes.
     fn take_dirty(&self, into: &Marks) -> Result<(), Error>;
 
     /// Maps the largest page around the frame accessed for the guest that the host can, all of it

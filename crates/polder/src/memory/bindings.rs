@@ -14,7 +14,8 @@ impl Memory {
     /// # Errors
     /// [`Refusal::Beyond`], [`Refusal::SlotTaken`], [`Refusal::GfnsTaken`],
     /// [`Refusal::PagesTaken`]; [`Error::NoSuchVm`] for a VM that is not of this memory's
-    /// [`Memory::attach`]; [`Error::Host`] where KVM refuses the slot.
+    /// [`Memory::attach`]; [`Error::Host`] where KVM refuses the slot; [`Error::NotOffered`] while
+    /// there is a dirty log ([`Memory::start_dirty_log`]) that the VM can't have.
     ///
     /// ```
     /// # use polder::{Error, HostKind, Memory, Refusal, Slot, Vm, VmId, units::{Gfn, PageCount, PageRange}};
@@ -32,7 +33,15 @@ impl Memory {
         self.driver.host.bind(vm, slot, gfn, pages).inspect_err(|_| {
             let unbound = self.driver.engine().unbind(vm, slot);
             assert!(unbound.is_ok(), "it was bound a moment ago: {unbound:?}");
-        })
+        })?;
+        let dirty = &self.driver.dirty;
+        if dirty.is_on() {
+            // KVM makes a slot that logs of a VM with a dirty ring too, and tells it only now.
+            self.driver.host.take_dirty(dirty).inspect_err(|_| {
+                let _ = self.driver.unbind(vm, slot);
+            })?;
+        }
+        Ok(())
     }
 
     /// Deletes a slot. No page is freed. Waits for a [`Memory::prefault`] that is under way, as

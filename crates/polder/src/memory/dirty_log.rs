@@ -12,7 +12,8 @@ impl Memory {
     /// this call. `docs/dirty-log.md` has who writes what, and a migration in full.
     ///
     /// It costs each vCPU a fault at its first write to a page after the log was taken, and guests
-    /// are mapped by 4K meanwhile.
+    /// are mapped by 4K meanwhile. KVM waits until no vCPU is in the middle of an access to a slot, as
+    /// [`Memory::unbind`] does.
     ///
     /// # Errors
     /// [`Error::DirtyLog`] if it is on; [`Error::NotOffered`] on host `guest_memfd`, of an SNP
@@ -97,15 +98,13 @@ impl Memory {
     }
 
     /// Has nothing logged any more; what was not taken is forgotten. Guests are mapped as large as
-    /// fits again.
+    /// fits again. Waits for vCPUs as [`Memory::start_dirty_log`] does.
     ///
     /// # Errors
-    /// [`Error::Host`]: the log is off, but KVM goes on with it for a slot, which costs time.
+    /// [`Error::Host`]: the log is off, but KVM goes on with it for a slot, which costs time; it may
+    /// be stopped once more.
     pub fn stop_dirty_log(&self) -> Result<(), Error> {
         let _no_slot_changes = self.slots.change(&self.driver);
-        if !self.driver.dirty.is_on() {
-            return Ok(());
-        }
         self.driver.dirty.stop();
         self.driver.host.log_dirty(false)
     }

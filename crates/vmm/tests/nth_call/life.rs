@@ -1,5 +1,6 @@
 //! The life of a memory: what is done to it, and what has to be true after each act.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use polder::units::{Gpa, PAGE_SIZE, PageCount, PageRange};
@@ -31,6 +32,10 @@ pub(crate) enum Act {
     Populate(u64, u64),
     Discard(u64, u64),
     Settle,
+    StartLog,
+    /// It has every page that was filled since it was started or taken.
+    TakeLog,
+    StopLog,
     Count,
     /// Every page is tried, by every way that the host has.
     Look,
@@ -48,8 +53,8 @@ struct Page {
 
 pub(crate) fn life(host: HostKind) -> Vec<Act> {
     use Act::{
-        Attach, Bind, Build, Convert, Count, Discard, Drop, Fill, Look, Populate, Settle, Touch,
-        Unbind, Write,
+        Attach, Bind, Build, Convert, Count, Discard, Drop, Fill, Look, Populate, Settle, StartLog,
+        StopLog, TakeLog, Touch, Unbind, Write,
     };
     use Visibility::{Private, Shared};
     let keep = if host.is_in_place() { Contents::Preserve } else { Contents::Zero };
@@ -76,12 +81,16 @@ pub(crate) fn life(host: HostKind) -> Vec<Act> {
         // Over both slots.
         Convert(6, 10, Shared, keep),
         Look,
-        Unbind(1),
-        Bind(1),
-        Unbind(0),
-        Count,
-        Drop,
     ]);
+    let again = [Unbind(1), Bind(1)];
+    if host.is_in_place() {
+        acts.extend([StartLog, Fill(0, 2), Fill(10, 12), TakeLog, Touch(7, 8)]);
+        acts.extend(again);
+        acts.extend([Fill(9, 10), TakeLog, TakeLog, StopLog]);
+    } else {
+        acts.extend(again);
+    }
+    acts.extend([Unbind(0), Count, Drop]);
     acts
 }
 
@@ -109,11 +118,14 @@ pub(crate) struct Life<'a> {
     pages: Vec<Page>,
     /// Grows with each filling, so that nothing old passes for new.
     seed: u64,
+    /// What was filled since the log was started or taken.
+    filled: BTreeSet<u64>,
 }
 
 impl<'a> Life<'a> {
     pub(crate) fn new(vm: &'a Vm, host: HostKind) -> Self {
-        Self { vm, host, memory: None, bound: [false; 2], pages: Vec::new(), seed: 1 }
+        let (memory, pages, filled) = (None, Vec::new(), BTreeSet::new());
+        Self { vm, host, memory, bound: [false; 2], pages, seed: 1, filled }
     }
 
     fn memory(&self) -> &Memory {
@@ -185,6 +197,18 @@ impl<'a> Life<'a> {
                 self.each(0, PAGES, |page| page.owed = false);
                 settled?;
             }
+            Act::StartLog => {
+                self.memory().start_dirty_log()?;
+                self.filled.clear();
+            }
+            Act::TakeLog => {
+                let dirty = self.memory().take_dirty_log()?;
+                let logged: BTreeSet<u64> =
+                    dirty.runs().flat_map(|run| run.start().get()..run.end()).collect();
+                assert!(logged.is_superset(&self.filled), "{logged:?} of {:?}", self.filled);
+                self.filled.clear();
+            }
+            Act::StopLog => self.memory().stop_dirty_log()?,
             Act::Count => self.count()?,
             Act::Look => self.look(),
             Act::Drop => drop(self.memory.take()),
@@ -232,6 +256,7 @@ impl<'a> Life<'a> {
     fn filled(&mut self, start: u64, end: u64) {
         let pattern = Pattern::Seeded { seed: self.seed };
         self.each(start, end, |page| (page.pattern, page.owed) = (pattern, false));
+        self.filled.extend(start..end);
         self.seed += 1;
     }
 

@@ -41,8 +41,10 @@ const ROUND: [&str; 2] = ["poll", "read of userfaultfd"];
 const ROUND_STRIDE: usize = 9;
 
 /// Calls that are for certain bytes of the object.
-const RANGED: [&str; 9] = [
+const RANGED: [&str; 11] = [
     "KVM_SET_USER_MEMORY_REGION",
+    "KVM_GET_DIRTY_LOG",
+    "KVM_CLEAR_DIRTY_LOG",
     "KVM_SET_USER_MEMORY_REGION2",
     DELETION,
     "KVM_SET_MEMORY_ATTRIBUTES",

@@ -119,12 +119,17 @@ fn calls(w: &World<'_>) -> Ran {
     let read = memory.host_view().read_from(&file, 8 * PAGE_SIZE, 2 * PAGE_BYTES);
     assert_eq!(read, Ok(2 * PAGE_BYTES));
     take(memory, [6, 8, 9], "nothing was written at page 3");
-    // Of what was denied half-way, too.
-    to(memory, w.granules().page(0), Visibility::Private).expect("nothing is in the way");
+    let granules = w.granules();
+    to(memory, granules.page(1), Visibility::Private).expect("nothing is in the way");
     taken(memory);
-    let denied = memory.write(bound.vm, gfn(BASE).gpa(), b"denied");
+    let next = granules.first(1);
+    let denied = memory.write(bound.vm, gfn(BASE + next).gpa(), b"denied");
     assert!(matches!(denied, Err(Error::Refused(Refusal::Private { .. }))));
     take(memory, [], "it was refused before it began");
+    let denied = memory.host_view().touch_write(next * PAGE_SIZE - 2, b"half");
+    assert!(denied.is_err(), "the second page is private");
+    let half = taken(memory);
+    assert!(half.contains(&(next - 1)), "it was denied half-way: {half:?}");
     PASSED
 }
 
@@ -231,6 +236,7 @@ fn migration(w: &World<'_>) -> Ran {
     let size = usize::try_from(memory.pages().get()).expect("small") * PAGE_BYTES;
     let mut copy = vec![0; size];
     memory.mark_dirty(all(memory)).expect("all that there is");
+    follow(&mut copy, &bound);
     let done = AtomicBool::new(false);
     let rounds = w.rounds(40);
     let guests = || {

@@ -78,7 +78,7 @@ const LAST: u64 = 8;
 
 /// The pages of a range that a row fills, checks or touches one by one: a 1G page would take
 /// minutes. The same of every range of that size, by pages and by frames, since [`BASE`] is a
-/// multiple of 1G.
+/// multiple of 1G. Of more than [`MOST`] there have to be some among them.
 pub(super) fn walked(start: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
     let whole = Geometry::X86_64.pages(Level::Size1G).get();
     let ends = move |page: u64| [(page, page + FIRST), (page + whole - LAST, page + whole)];
@@ -86,7 +86,9 @@ pub(super) fn walked(start: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
     let parts = huge.flat_map(ends).map(move |(first, last)| (first.max(start), last.min(end)));
     let all = (end - start <= MOST).then_some((start, end));
     let parts = parts.filter(move |(first, last)| first < last && all.is_none());
-    all.into_iter().chain(parts)
+    let mut walked = all.into_iter().chain(parts).peekable();
+    assert!(walked.peek().is_some(), "pages {start} to {end}: none would be looked at");
+    walked
 }
 
 /// [`walked`], page by page.
