@@ -120,6 +120,9 @@ fn calls(w: &World<'_>) -> Ran {
     assert_eq!(read, Ok(2 * PAGE_BYTES));
     take(memory, [6, 8, 9], "nothing was written at page 3");
     let granules = w.granules();
+    if !granules.is_small() {
+        return PASSED;
+    }
     to(memory, granules.page(1), Visibility::Private).expect("nothing is in the way");
     taken(memory);
     let next = granules.first(1);

@@ -382,12 +382,20 @@ fn part_of_a_huge_page(w: &World<'_>) -> Ran {
     let (memory, vcpu) = (&bound.memory, vcpu(&bound));
     let (come, rest) = (pages(0, 8), pages(8, memory.pages().get()));
     populate(memory, come, 1).expect("it is owed");
+    // khugepaged may take mappings away in between, but not each time.
+    let touches_unasked = || {
+        (0..4).any(|_| {
+            assert_eq!(prefault(&bound, &vcpu, come).map(|it| it.left.is_some()), Ok(false));
+            let faults = memory.statistics().guest_faults;
+            bound.passes([check(gfns(come), 1)]);
+            memory.statistics().guest_faults == faults
+        })
+    };
     let done = prefault(&bound, &vcpu, come);
-    let faults = memory.statistics().guest_faults;
     match w.granules().is_small() {
         true => {
             assert_eq!(done, whole(come));
-            bound.passes([check(gfns(come), 1)]);
+            assert!(touches_unasked());
         }
         // It is mapped as a whole or not at all.
         false => assert_eq!(done, Err(Refusal::Owed { page: rest.start() }.into())),
@@ -398,9 +406,7 @@ fn part_of_a_huge_page(w: &World<'_>) -> Ran {
         let facts = memory.facts(come).expect("pages of the object");
         to(memory, pages(2, 4), facts[0].1.visibility.other()).expect("no pins");
     }
-    assert_eq!(prefault(&bound, &vcpu, come).map(|it| it.left.is_some()), Ok(false));
-    bound.passes([check(gfns(come), 1)]);
-    assert_eq!(memory.statistics().guest_faults, faults);
+    assert!(touches_unasked());
     PASSED
 }
 

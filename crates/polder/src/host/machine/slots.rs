@@ -81,7 +81,10 @@ impl MachineHost {
 
     /// Has every slot log what its guest writes, and each that is bound, or no longer.
     pub(super) fn log_slots(&self, on: bool) -> Result<(), Error> {
-        if on && (self.is_snp() || self.is_pkvm()) {
+        if self.is_snp() || self.is_pkvm() {
+            if !on {
+                return Ok(());
+            }
             return Err(Error::NotOffered {
                 what: "what a confidential guest writes is not logged: nobody but the guest can \
                        read its pages, to copy them",
