@@ -5,7 +5,7 @@
 //! rows all the same, with no figures but why, and what to do about it. What is of the simulated
 //! machine says so, too.
 
-pub(crate) mod accesses;
+mod accesses;
 mod split;
 mod stall;
 
@@ -21,7 +21,7 @@ pub(crate) const BENCH: Bench = Bench {
 };
 
 /// How much is measured.
-pub(crate) struct Extent {
+struct Extent {
     /// The guest's memory; a power of two.
     pages: u32,
     /// Rounds, in turns; odd. The median is told.
@@ -34,11 +34,6 @@ pub(crate) struct Extent {
 
 impl Extent {
     const FULL: Self = Self { pages: 256 << 8, rounds: 5, accesses: 2_000_000, stalls: 100 };
-
-    /// So many accesses to so many pages.
-    pub(crate) const fn of(pages: u32, accesses: u64) -> Self {
-        Self { pages, accesses, ..Self::FULL }
-    }
 }
 
 /// What the guest's memory is compared with.

@@ -210,15 +210,32 @@ mod tests {
     pub(crate) use polder_require::Facility;
     use polder_require::require;
 
-    use super::{Measured, Row};
+    use super::{BenchError, Measured, Row};
 
-    /// The rows of a bench, unless this machine lacks what it measures: then says so.
+    /// The rows of a bench, unless this machine lacks what it measures: then says so. Any other error is
+    /// one of ours.
     pub(crate) fn found(facility: Facility, measured: Measured) -> Option<Vec<Row>> {
         use std::error::Error;
-        let found = measured.map_err(|error| match error.source() {
-            Some(source) => format!("{error}: {source}"),
-            None => error.to_string(),
+        let found = measured.map_err(|error| {
+            let source = error.source().map(|source| format!(": {source}")).unwrap_or_default();
+            assert!(is_lacked(&error), "{error}{source}");
+            format!("{error}{source}")
         });
         require(facility, found)
+    }
+
+    fn is_lacked(error: &BenchError) -> bool {
+        use polder::Error::{HugePages, Missing, NotOffered};
+        use polder_linux::Errno;
+        match error {
+            BenchError::Vm(_) | BenchError::File { .. } => true,
+            BenchError::Memory(error) => {
+                matches!(error, HugePages { .. } | Missing { .. } | NotOffered { .. })
+            }
+            BenchError::Baseline(error) => {
+                [Errno::PERM, Errno::ACCESS, Errno::NOSYS, Errno::NOENT].contains(&error.errno)
+            }
+            BenchError::Guest(_) => false,
+        }
     }
 }

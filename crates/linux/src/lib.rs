@@ -8,6 +8,7 @@
 //! | [`KvmSlot`] | `KVM_SET_USER_MEMORY_REGION`, `KVM_SET_USER_MEMORY_REGION2`, `KVM_GET_DIRTY_LOG`, `KVM_CLEAR_DIRTY_LOG` |
 //! | [`GuestMemfd`], [`set_private`] | `KVM_CREATE_GUEST_MEMFD`, `KVM_SET_MEMORY_ATTRIBUTES`, `cachestat(2)` |
 //! | [`pre_fault()`], [`can_pre_fault`] | `KVM_PRE_FAULT_MEMORY` |
+//! | [`vm_count`] | `KVM_GET_STATS_FD` |
 //! | [`Vcpu`] | `KVM_RUN` |
 //! | [`Ring`] | `io_uring(7)`, with pages of a view as buffers |
 //! | [`inject_machine_check`], [`set_up_machine_checks`] | `KVM_X86_SET_MCE`, `KVM_X86_SETUP_MCE` |
@@ -44,6 +45,7 @@ mod memfd;
 mod pre_fault;
 mod ring;
 pub mod sigbus;
+mod stats;
 mod uapi;
 mod userfault;
 mod vcpu;
@@ -62,6 +64,7 @@ pub use pre_fault::{can_pre_fault, pre_fault};
 pub use ring::{Completion, Full, Ring, Transfer};
 pub use rustix::io::Errno;
 pub use sigbus::in_guest;
+pub use stats::vm_count;
 pub use userfault::{Continued, Userfault, UserfaultOffer, Way};
 pub use vcpu::{Exit, FailedAt, Kicker, Vcpu};
 pub use view::{Touched, View};

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use polder::units::{Gfn, GfnRange, Gpa, PAGE_SIZE, PageRange};
-use polder::{HostKind, Memory, MemoryFault, OnBusy, Slot, VmId};
-use polder_require::{Facility, patience, require};
+use polder::{HostKind, Memory, MemoryFault, OnBusy, PageSize, Slot, VmId};
+use polder_require::{Facility, HugetlbPages, patience, require};
 use polder_vmm::scenario::{HostAccess, Op, Outcome, Pattern, Visibility, WORD};
 use polder_vmm::{End, Ended, Failure, Progress, Supervision, Vm};
 
@@ -59,6 +59,36 @@ fn ops_run_on_memory_that_somebody_else_made() {
             End::Failed(Failure::Check { op: 1, gpa: at, .. }) if at == gpa
         ));
     }
+}
+
+#[test]
+fn huge_pages_are_mapped_by_4k_while_the_dirty_log_is_on_and_by_2m_before_and_after() {
+    let Some(vm) = a_vm(HostKind::Memfd) else { return };
+    let Some(_pages) = require(Facility::HugePages, HugetlbPages::of_2m(2)) else { return };
+    let pages = PageRange::between(0, 1024).unwrap();
+    let memory = Memory::builder(pages.count()).shared().page_size(PageSize::Huge2M);
+    let memory = memory.build().unwrap();
+    let id = vm.attach(&memory).unwrap();
+    memory.bind(id, Slot(0), Vm::RAM.gfn(), pages).unwrap();
+    let (len, pattern) = (1024 * PAGE_SIZE, Pattern::Seeded { seed: 9 });
+    let program = vec![Op::Fill { gpa: Vm::RAM, len, pattern }, Op::Done];
+    let count = |name| polder_linux::vm_count(vm.kvm().unwrap(), name).unwrap();
+    // What KVM has mapped, by 2M and by 4K.
+    let mapped = || {
+        let ran = vm.run((&memory, id), std::slice::from_ref(&program), |_| Supervision::GoOn);
+        assert_eq!(ran.unwrap().end, End::Ok);
+        (count("pages_2m").unwrap(), count("pages_4k").unwrap())
+    };
+    let (huge, few) = mapped();
+    assert!(huge >= 2 && few < 1024, "{huge} of 2M, {few} of 4K");
+    memory.start_dirty_log().unwrap();
+    let (none, many) = mapped();
+    assert!(none <= huge - 2 && many >= 1024, "{none} of 2M, {many} of 4K while it is on");
+    assert_eq!(memory.take_dirty_log().unwrap().count(), pages.count());
+    memory.stop_dirty_log().unwrap();
+    let (again, left) = mapped();
+    assert!(again >= huge && left < 1024, "{again} of 2M, {left} of 4K after it");
+    assert_eq!(count("no_such_count"), None);
 }
 
 #[test]

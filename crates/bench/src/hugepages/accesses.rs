@@ -12,7 +12,7 @@ use crate::{BenchError, Costs, Row};
 const NESTED: &str = "shadow-paged KVM below a hypervisor, where faults are dearer than on metal";
 
 /// A VM and its memory.
-pub(crate) struct Guest {
+struct Guest {
     vm: Vm,
     memory: Memory,
     id: VmId,
@@ -20,7 +20,7 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    pub(crate) fn new(size: PageSize, extent: &Extent) -> Result<Self, BenchError> {
+    fn new(size: PageSize, extent: &Extent) -> Result<Self, BenchError> {
         let memory = memory_of((size, extent.pages), |builder| builder)?;
         let vm = Vm::new(HostKind::Memfd)?;
         let id = vm.attach(&memory)?;
@@ -40,21 +40,17 @@ impl Guest {
         Ok((run(vec![op, Op::Done])? - none).max(1e-9))
     }
 
-    pub(crate) fn memory(&self) -> &Memory {
-        &self.memory
-    }
-
     fn bytes(&self) -> u64 {
         self.memory.pages().get() * PAGE_SIZE
     }
 
-    pub(crate) fn fill(&self) -> Result<f64, BenchError> {
+    fn fill(&self) -> Result<f64, BenchError> {
         let pattern = Pattern::Seeded { seed: 3 };
         self.time(Op::Fill { gpa: Vm::RAM, len: self.bytes(), pattern })
     }
 
     /// The nanoseconds of a random access.
-    pub(crate) fn roam(&self, seed: u64) -> Result<f64, BenchError> {
+    fn roam(&self, seed: u64) -> Result<f64, BenchError> {
         let (len, count) = (self.bytes(), self.accesses);
         let seconds = self.time(Op::Roam { gpa: Vm::RAM, len, count, seed: seed | 1 })?;
         Ok(seconds * 1e9 / count as f64)

@@ -12,6 +12,8 @@ const GROUP: u8 = KVMIO as u8;
 pub(crate) const KVM_CLEAR_DIRTY_LOG: Opcode =
     opcode::read_write::<kvm_clear_dirty_log>(GROUP, 0xc0);
 
+pub(crate) const KVM_GET_STATS_FD: Opcode = opcode::none(GROUP, 0xce);
+
 pub(crate) const KVM_PRE_FAULT_MEMORY: Opcode =
     opcode::read_write::<kvm_pre_fault_memory>(GROUP, 0xd5);
 
